@@ -1,0 +1,214 @@
+/* engine.h - the machine room: what the stages of sora.h stand on.
+ *
+ * Sections follow the files of this folder: util, profile, weights, kernels, product, attention, rows, noise,
+ * npy, tap, record. Nothing here knows what a video model is.
+ *
+ * Two regimes for errors. Functions that read bytes from outside return NULL, or a one-line reason (a static
+ * string that the next reason() overwrites). Everything else that cannot go on calls die(), which prints one line
+ * and ends the program. */
+#ifndef ENGINE_H
+#define ENGINE_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+
+/* ---------------------------------------------------------------- util.c: errors, memory, files, time */
+
+enum { STATUS_OK = 0, STATUS_CHECK = 1, STATUS_USAGE = 2, STATUS_RESOURCE = 3, STATUS_INTERRUPTED = 130 };
+
+#if defined(__GNUC__)
+#define PRINTF_LIKE(format, first) __attribute__((format(printf, format, first)))
+#else
+#define PRINTF_LIKE(format, first)
+/* Prints "sora: " and the message as one line on standard error, removes unfinished output files, and exits. */
+_Noreturn void die(int status, const char *format, ...) PRINTF_LIKE(2, 3);
+void warn(const char *format, ...) PRINTF_LIKE(1, 2); /* "sora: warning: ..." on standard error */
+/* Formats a reason into one static buffer and returns it; control characters in it are replaced. */
+const char *reason(const char *format, ...) PRINTF_LIKE(1, 2);
+
+void *allocate(size_t bytes);              /* 64-byte aligned and zeroed; dies with STATUS_RESOURCE */
+void *reallocate(void *p, size_t bytes);   /* like realloc; not aligned; dies with STATUS_RESOURCE */
+char *format_string(const char *format, ...) PRINTF_LIKE(1, 2); /* a new string; free() it */
+
+/* A region that is filled from the front and freed as one. An arena without base only counts: the same
+ * function that lays out a stage's buffers, run on such an arena, is the formula for the stage's memory. */
+typedef struct {
+    char *base;
+    size_t used, size;
+} Arena;
+void *arena_take(Arena *arena, size_t bytes); /* 64-byte aligned; NULL from an arena that only counts */
+float *arena_floats(Arena *arena, size_t count);
+
+typedef struct {
+    const uint8_t *data;
+    size_t size;
+} Bytes;
+const char *map_file(const char *path, Bytes *out);            /* read-only, for the life of the program */
+const char *read_file(const char *path, size_t limit, Bytes *out); /* "-" is standard input; free() out->data */
+
+/* Output appears under its name only when complete: written beside it, then renamed. Standard output ("-") is
+ * written straight. A failed write dies (STATUS_RESOURCE; quietly with STATUS_OK's opposite on a closed pipe). */
+typedef struct {
+    FILE *stream;
+    char *path, *temporary; /* temporary is NULL on standard output */
+} OutputFile;
+OutputFile output_open(const char *path);
+void output_write(OutputFile *out, const void *data, size_t bytes);
+void output_flush(OutputFile *out);
+void output_commit(OutputFile *out);
+void outputs_discard(void); /* removes whatever was opened and not committed; async-signal-safe */
+
+double seconds(void);           /* a monotonic clock */
+size_t memory_available(void);  /* bytes that can be had without swapping; SIZE_MAX if unknown */
+size_t memory_peak(void);       /* bytes of private memory at the highest point so far */
+
+/* ---------------------------------------------------------------- profile.c: where the time goes */
+
+typedef enum { LOAD, TEXT_ENCODER, TRANSFORMER, SAMPLER, VAE_ENCODE, VAE_DECODE, OUTPUT, STAGES } Stage;
+void profile_begin(Stage stage);
+void profile_end(Stage stage);
+void profile_flops(double count); /* adds to whatever stage is running */
+void profile_print(void);         /* the lines of --profile, on standard error */
+
+/* ---------------------------------------------------------------- weights.c: the flat weight file (GGUF v3) */
+
+/* Numbers as in ggml.h. */
+typedef enum { TYPE_F32 = 0, TYPE_F16 = 1, TYPE_Q8_0 = 8, TYPE_BF16 = 30 } Type;
+
+/* A matrix (rows, cols) where it lies in the mapped file, row-major; a vector has one row. */
+typedef struct {
+    const void *data;
+    Type type;
+    int rows, cols;
+} Weight;
+
+typedef struct WeightFile WeightFile;
+const char *weights_open(const char *path, WeightFile **out);              /* maps and checks everything */
+const char *weights_parse(Bytes bytes, const char *path, WeightFile **out); /* the same on bytes in memory */
+void weights_close(WeightFile *file); /* frees the tables, not the mapping */
+
+/* Binds one tensor: dies, with both shapes, if it is missing or differs. (rows 1 binds a vector.) */
+Weight weights_bind(const WeightFile *file, int rows, int cols, const char *name, ...) PRINTF_LIKE(4, 5);
+/* As floats: the mapped data where it is f32, else a converted copy that lives as long as the program. */
+const float *weights_floats(const WeightFile *file, int count, const char *name, ...) PRINTF_LIKE(3, 4);
+bool weights_has(const WeightFile *file, const char *name, ...) PRINTF_LIKE(2, 3);
+/* Rows and cols of a tensor, for sizes that only shapes tell; dies if it is missing. */
+void weights_shape(const WeightFile *file, int *rows, int *cols, const char *name, ...) PRINTF_LIKE(4, 5);
+
+/* Keys. The plain form dies if the key is missing or of another type; the _or form returns the fallback then. */
+int64_t weights_int(const WeightFile *file, const char *key);
+int64_t weights_int_or(const WeightFile *file, const char *key, int64_t fallback);
+double weights_double(const WeightFile *file, const char *key);
+double weights_double_or(const WeightFile *file, const char *key, double fallback);
+bool weights_bool_or(const WeightFile *file, const char *key, bool fallback);
+const char *weights_string_or(const WeightFile *file, const char *key, const char *fallback); /* 0-terminated copy */
+typedef struct {
+    const uint8_t *data; /* little endian elements, unaligned; for strings: u64 length + bytes each */
+    uint32_t type;       /* GGUF value type of the elements */
+    size_t count;
+} WeightArray;
+bool weights_array(const WeightFile *file, const char *key, WeightArray *out); /* false: no such array */
+int64_t array_int(const WeightArray *array, size_t index);
+double array_double(const WeightArray *array, size_t index);
+/* The next string of a string array; *cursor starts at array->data. Lengths were checked when parsing. */
+Bytes array_next_string(const WeightArray *array, const uint8_t **cursor);
+void weights_print(const WeightFile *file, FILE *out); /* --info: keys, then tensors with type and shape */
+
+void weight_row(const Weight *weight, int row, float *out); /* one row as floats */
+
+/* ---------------------------------------------------------------- kernels.c: one table, chosen at start-up */
+
+/* Bodies in kernel_body.h, instantiated once per instruction set; every table gives the same bits. */
+enum { LANES = 16 };          /* virtual lanes of row reductions, on every instruction set */
+enum { MAX_TILE_ROWS = 14, MAX_TILE_COLS = 32 };
+typedef struct {
+    const char *name; /* generic, avx2, avx512, neon */
+    int tile_rows, tile_cols;
+    /* acc (tile_rows, tile_cols) += over segments s and k:  a[s*tile_rows + i][k] * b[(s*n + k)*tile_cols + j],
+     * one chain of fused multiply-adds per element, in the order of s, then k. */
+    void (*product_tile)(float *acc, const float *const *a, const float *b, int segments, int n);
+    /* b (cols, tile_cols) = the rows [0,rows) of w from column `first`, transposed, zero-padded to tile_cols. */
+    void (*pack_f32)(float *b, const float *w, size_t stride, int rows, int cols);
+    void (*convert_f16)(float *out, const void *in, size_t n);
+    void (*convert_bf16)(float *out, const void *in, size_t n);
+    void (*convert_q8_0)(float *out, const void *in, size_t n); /* n is a multiple of 32 */
+    void (*softmax_tile)(float *scores, int n, float *maximum, float *sum, float *rescale);
+    void (*rms_norm)(float *y, const float *x, const float *gain, int n, float scale, float eps, bool floor);
+    void (*layer_norm)(float *y, const float *x, const float *scale, const float *shift, int n, float eps);
+    void (*silu)(float *y, const float *x, size_t n);
+    void (*gelu)(float *y, const float *x, size_t n); /* the tanh form */
+    void (*add)(float *y, const float *x, size_t n);                         /* y += x */
+    void (*multiply)(float *y, const float *x, size_t n);                    /* y *= x */
+    void (*add_gated)(float *y, const float *x, const float *gate, size_t n); /* y += x * gate */
+    void (*rope)(float *x, const float *cosine, const float *sine, int n); /* pairs (x[2i], x[2i+1]) rotated */
+    void (*scale)(float *y, float factor, size_t n);
+} Kernels;
+extern const Kernels *kernels;
+const char *kernels_choose(const char *isa); /* "auto" or a name; NULL, or why it cannot run here */
+
+/* ---------------------------------------------------------------- noise.c: torch's normal numbers */
+
+typedef struct {
+    uint32_t state[624];
+    int next;
+    double spare; /* the second half of a scalar Box-Muller pair */
+    bool has_spare;
+} Generator;
+void generator_seed(Generator *generator, uint64_t seed);   /* torch.Generator().manual_seed(seed) */
+uint32_t generator_next(Generator *generator);
+void generator_randn(Generator *generator, float *out, size_t n); /* torch.randn(n, generator=...) on the CPU */
+
+/* ---------------------------------------------------------------- npy.c: arrays in files */
+
+enum { MAX_DIMS = 5 };
+typedef struct {
+    int n;
+    int d[MAX_DIMS];
+} Shape;
+#define SHAPE(...) \
+    ((Shape){(int)(sizeof((int[]){__VA_ARGS__}) / sizeof(int)), {__VA_ARGS__}})
+size_t shape_count(const Shape *shape);
+bool shape_equal(const Shape *a, const Shape *b);
+char *shape_string(const Shape *shape, char buffer[64]); /* "[16, 2, 4, 6]" */
+
+typedef struct {
+    Shape shape;
+    char kind;           /* 'f': float32, 'i': int32 */
+    const void *values;  /* aligned, C order */
+    void *owned;         /* free() it */
+} Npy;
+const char *npy_read(const char *path, Npy *out);             /* <f4, <f8 (narrowed), <i4, <i8 (narrowed); C order */
+const char *npy_parse(Bytes bytes, Npy *out);
+void npy_free(Npy *array);
+size_t npy_header(char *out, size_t size, const Shape *shape, char kind); /* as numpy writes it; bytes used */
+
+/* ---------------------------------------------------------------- tap.c: --dump and --check */
+
+/* What the whole program does with named tensors. NULL turns a part off. Dies if a folder cannot be used. */
+void taps_open(const char *dump_dir, const char *only_glob, const char *check_dir, double tolerance);
+extern bool taps_on;
+/* All names that follow start with this, e.g. "step003.cond."; "" at the start. */
+void tap_scope(const char *format, ...) PRINTF_LIKE(1, 2);
+/* Hands over one tensor under a name made by the format; a predicted branch when nobody listens. */
+#define tap(values, shape, ...) do { if (taps_on) tap_floats(values, shape, __VA_ARGS__); } while (0)
+void tap_floats(const float *values, Shape shape, const char *format, ...) PRINTF_LIKE(3, 4);
+void tap_ids(const int32_t *ids, int n, const char *format, ...) PRINTF_LIKE(3, 4);
+/* Frame `index` of a tensor [C,F,H,W] that never exists whole: frame is [C,H,W]; frames come in order. */
+void tap_frame(const float *frame, Shape shape, int index, const char *name);
+/* Prints --check's table on standard error, names the first tensor that fails in order of data flow; false then. */
+bool taps_report(void);
+
+/* ---------------------------------------------------------------- sha256.c, json.c: for the record */
+
+typedef struct {
+    uint32_t state[8];
+    uint64_t length;
+    uint8_t block[64];
+} Sha256;
+void sha256_start(Sha256 *sha);
+void sha256_add(Sha256 *sha, const void *data, size_t bytes);
+void sha256_finish(Sha256 *sha, char hex[65]);
+
+#endif
