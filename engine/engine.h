@@ -19,9 +19,10 @@
 enum { STATUS_OK = 0, STATUS_CHECK = 1, STATUS_USAGE = 2, STATUS_RESOURCE = 3, STATUS_INTERRUPTED = 130 };
 
 #if defined(__GNUC__)
-#define PRINTF_LIKE(format, first) __attribute__((format(printf, format, first)))
+#define PRINTF_LIKE(string, rest) __attribute__((format(printf, string, rest)))
 #else
-#define PRINTF_LIKE(format, first)
+#define PRINTF_LIKE(string, rest)
+#endif
 /* Prints "sora: " and the message as one line on standard error, removes unfinished output files, and exits. */
 _Noreturn void die(int status, const char *format, ...) PRINTF_LIKE(2, 3);
 void warn(const char *format, ...) PRINTF_LIKE(1, 2); /* "sora: warning: ..." on standard error */

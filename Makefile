@@ -1,0 +1,36 @@
+# make            builds ./sora           make demo   makes demo.y4m       make test   runs the tests
+# make OPENMP=0   builds without threads  make CC=clang, CFLAGS=..., PREFIX=... as everywhere
+
+CC      ?= cc
+CFLAGS  ?= -O2 -g
+PREFIX  ?= /usr/local
+BUILD   ?= build/release
+
+# No contraction: every fused multiply-add is written as one, so that each compiler gives the same bits.
+override CFLAGS += -std=c11 -D_POSIX_C_SOURCE=200809L -D_DEFAULT_SOURCE -ffp-contract=off -Wall -Wextra -I.
+OPENMP  ?= $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c -o /dev/null - 2>/dev/null && echo 1 || echo 0)
+ifeq ($(OPENMP),1)
+override CFLAGS += -fopenmp
+else
+override CFLAGS += -Wno-unknown-pragmas
+endif
+
+STAGES  = tokenizer text_encoder transformer sampler vae y4m pipeline
+ENGINE  = $(patsubst engine/%.c,%,$(wildcard engine/*.c))
+OBJECTS = $(STAGES:%=$(BUILD)/%.o) $(ENGINE:%=$(BUILD)/engine/%.o)
+
+sora: $(BUILD)/sora
+	cp $< $@
+
+$(BUILD)/sora: $(BUILD)/sora.o $(OBJECTS)
+	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ -lm
+
+$(BUILD)/%.o: %.c
+	@mkdir -p $(dir $@)
+	$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
+
+clean:
+	rm -rf build sora
+
+-include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
+.PHONY: clean
