@@ -2,7 +2,7 @@
 # make OPENMP=0   builds without threads  make CC=clang, CFLAGS=..., PREFIX=... as everywhere
 
 CC      ?= cc
-CFLAGS  ?= -O2 -g
+CFLAGS  ?= -O3 -g
 PREFIX  ?= /usr/local
 BUILD   ?= build/release
 

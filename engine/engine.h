@@ -121,33 +121,89 @@ void weight_row(const Weight *weight, int row, float *out); /* one row as floats
 
 /* ---------------------------------------------------------------- kernels.c: one table, chosen at start-up */
 
-/* Bodies in kernel_body.h, instantiated once per instruction set; every table gives the same bits. */
-enum { LANES = 16 };          /* virtual lanes of row reductions, on every instruction set */
+/* Threads: iterations of a loop marked so run on all cores, in any order; none may depend on another. */
+#ifdef _OPENMP
+#define PARALLEL_FOR _Pragma("omp parallel for schedule(dynamic)")
+#else
+#define PARALLEL_FOR
+#endif
+void threads_set(int count);
+int threads_count(void);
+int thread_index(void); /* of the thread that runs this iteration */
+
+enum { LANES = 16 }; /* virtual lanes of every row reduction, whatever the width of a register */
 enum { MAX_TILE_ROWS = 14, MAX_TILE_COLS = 32 };
+
+/* The functions that have a body per instruction set (kernel_body.h). Every table gives the same bits. */
 typedef struct {
-    const char *name; /* generic, avx2, avx512, neon */
-    int tile_rows, tile_cols;
-    /* acc (tile_rows, tile_cols) += over segments s and k:  a[s*tile_rows + i][k] * b[(s*n + k)*tile_cols + j],
+    const char *name;         /* generic, avx2, avx512, neon */
+    int tile_rows, tile_cols; /* R and C below; C divides MAX_TILE_COLS */
+    /* acc (R, C), rows ld apart, += sum over segments s and k of  a[s*R + i][from + k] * b[(s*n + k)*C + j]:
      * one chain of fused multiply-adds per element, in the order of s, then k. */
-    void (*product_tile)(float *acc, const float *const *a, const float *b, int segments, int n);
-    /* b (cols, tile_cols) = the rows [0,rows) of w from column `first`, transposed, zero-padded to tile_cols. */
-    void (*pack_f32)(float *b, const float *w, size_t stride, int rows, int cols);
-    void (*convert_f16)(float *out, const void *in, size_t n);
-    void (*convert_bf16)(float *out, const void *in, size_t n);
-    void (*convert_q8_0)(float *out, const void *in, size_t n); /* n is a multiple of 32 */
-    void (*softmax_tile)(float *scores, int n, float *maximum, float *sum, float *rescale);
-    void (*rms_norm)(float *y, const float *x, const float *gain, int n, float scale, float eps, bool floor);
-    void (*layer_norm)(float *y, const float *x, const float *scale, const float *shift, int n, float eps);
-    void (*silu)(float *y, const float *x, size_t n);
-    void (*gelu)(float *y, const float *x, size_t n); /* the tanh form */
-    void (*add)(float *y, const float *x, size_t n);                         /* y += x */
-    void (*multiply)(float *y, const float *x, size_t n);                    /* y *= x */
-    void (*add_gated)(float *y, const float *x, const float *gate, size_t n); /* y += x * gate */
-    void (*rope)(float *x, const float *cosine, const float *sine, int n); /* pairs (x[2i], x[2i+1]) rotated */
-    void (*scale)(float *y, float factor, size_t n);
+    void (*product_tile)(float *acc, int ld, const float *const *a, int from, const float *b, int segments, int n);
+    /* One row of one tile of an online softmax: scores [n], room for n rounded up to LANES, become
+     * exp(scale*scores + bias - m), m the new running maximum, which is returned; sums [LANES] and *rescale follow
+     * (what was summed under the old maximum is to be multiplied by *rescale). bias may be NULL. */
+    float (*softmax_tile)(float *scores, int n, float scale, const float *bias, float maximum, float *sums,
+                          float *rescale);
+    float (*sum)(const float *x, int n);
+    float (*sum_squares)(const float *x, int n, float center); /* of x - center */
+    void (*silu)(float *y, const float *x, size_t n);          /* x / (1 + exp(-x)) */
+    void (*gelu)(float *y, const float *x, size_t n);          /* the tanh form */
 } Kernels;
 extern const Kernels *kernels;
 const char *kernels_choose(const char *isa); /* "auto" or a name; NULL, or why it cannot run here */
+
+float lanes_sum(const float lanes[LANES]); /* the one tree in which lanes are added */
+
+/* Narrow weights to floats, exactly; n is a multiple of 32 for q8_0. */
+void convert_to_floats(float *out, const void *in, Type type, size_t n);
+size_t type_bytes(Type type, size_t n); /* of n elements */
+const char *type_name(Type type);       /* "f32", "f16", "bf16", "q8_0"; NULL for others */
+
+/* ---------------------------------------------------------------- product.c: the large products */
+
+/* One region that a product or an attention uses while it runs, and nobody keeps. Grows, never shrinks. */
+void *scratch(size_t bytes);
+
+/* y (L,O) = x (L,I) @ w^T (O,I) + bias (O), which may be NULL. */
+void linear(float *y, const float *x, int L, Weight w, const float *bias);
+
+/* Rows that a product reads where they lie: row r of x is `segments` runs of n floats, run s at locate(of, r, s).
+ * A linear layer has one segment; a convolution has one per tap (Dukhan, The Indirect Convolution Algorithm, 2019). */
+typedef struct {
+    int rows, segments, n;
+    const float *(*locate)(const void *of, int row, int segment);
+    const void *of;
+} Rows;
+void product(float *y, Rows x, Weight w, const float *bias); /* w (O, segments*n) */
+
+/* ---------------------------------------------------------------- attention.c */
+
+/* out (Lq, heads*d) = softmax(scale * q k^T + bias) v per head, with a memory that does not grow with Lq*Lk.
+ * Row strides are in floats. bias, if any, is bias[head*bias_head + query*bias_query + key]. */
+typedef struct {
+    const float *q, *k, *v;
+    float *out;
+    int queries, keys, heads, d;
+    size_t q_stride, kv_stride, out_stride;
+    float scale;
+    const float *bias;
+    ptrdiff_t bias_head, bias_query;
+} Attention;
+void attention(const Attention *attention);
+
+/* ---------------------------------------------------------------- rows.c: what is done row by row */
+
+/* All work on L rows of n floats; y may be x. */
+void rms_norm(float *y, const float *x, int L, int n, const float *gain, float eps);
+void l2_norm(float *y, const float *x, int L, int n, const float *gain); /* x / |x| * sqrt(n) * gain (the VAE's) */
+void layer_norm(float *y, const float *x, int L, int n, float eps, const float *scale, const float *shift);
+void silu(float *y, const float *x, size_t n);
+void gelu(float *y, const float *x, size_t n);
+void add(float *y, const float *x, size_t n);                                      /* y += x */
+void multiply(float *y, const float *x, size_t n);                                 /* y *= x */
+void add_gated(float *y, const float *x, int L, int n, const float *gate);         /* y += x * gate (n) */
 
 /* ---------------------------------------------------------------- noise.c: torch's normal numbers */
 

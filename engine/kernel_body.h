@@ -1,0 +1,167 @@
+/* kernel_body.h - the bodies of the kernels, included once per instruction set by kernels.c.
+ *
+ * The includer defines a vocabulary of vectors of VLEN floats and this file is written in nothing else:
+ *   V, VLEN, TARGET, NAME(x), TILE_ROWS, TILE_VECTORS,
+ *   V_LOAD V_STORE V_SET V_ADD V_SUB V_MUL V_DIV V_FMA(a,b,c)=a*b+c V_MAX V_MIN V_ROUND V_POW2 V_HMAX
+ * Scalar C is the same text with one lane.
+ *
+ * Why every instruction set gives the same bits: an element of a product is one chain of fused multiply-adds over k
+ * in rising order, vectorised across outputs, so the width of a register never changes the order of a sum. Row
+ * reductions run in 16 virtual lanes (element i goes to lane i % 16) and end in one fixed tree. What is done element
+ * by element is the same formula in every lane, with every rounding written out. */
+
+/* exp(x), about 1 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial for exp(r) (Cephes' expf), times 2^n. Out of
+ * range it stays at the nearest value that is a normal number; not-a-number passes through. */
+static inline TARGET V NAME(v_exp)(V x) {
+    x = V_MIN(V_SET(88.3f), V_MAX(V_SET(-87.3f), x));
+    V n = V_ROUND(V_MUL(x, V_SET(1.44269504f)));
+    V r = V_FMA(n, V_SET(-0.693359375f), x);
+    r = V_FMA(n, V_SET(2.12194440e-4f), r);
+    V p = V_SET(1.9875691500e-4f);
+    p = V_FMA(p, r, V_SET(1.3981999507e-3f));
+    p = V_FMA(p, r, V_SET(8.3334519073e-3f));
+    p = V_FMA(p, r, V_SET(4.1665795894e-2f));
+    p = V_FMA(p, r, V_SET(1.6666665459e-1f));
+    p = V_FMA(p, r, V_SET(5.0000001201e-1f));
+    p = V_ADD(V_FMA(V_MUL(r, r), p, r), V_SET(1.0f));
+    return V_MUL(p, V_POW2(n));
+}
+
+/* The tile lives in registers while k runs: TILE_ROWS x TILE_VECTORS accumulators. */
+static TARGET void NAME(product_tile)(float *acc, int ld, const float *const *a, int from, const float *b,
+                                      int segments, int n) {
+    V sum[TILE_ROWS][TILE_VECTORS];
+    UNROLL for (int i = 0; i < TILE_ROWS; i++)
+        UNROLL for (int j = 0; j < TILE_VECTORS; j++) sum[i][j] = V_LOAD(acc + (size_t)i * ld + j * VLEN);
+    for (int s = 0; s < segments; s++, a += TILE_ROWS) {
+        const float *row[TILE_ROWS];
+        UNROLL for (int i = 0; i < TILE_ROWS; i++) row[i] = a[i] + from;
+        for (int k = 0; k < n; k++, b += TILE_VECTORS * VLEN) {
+            V column[TILE_VECTORS];
+            UNROLL for (int j = 0; j < TILE_VECTORS; j++) column[j] = V_LOAD(b + j * VLEN);
+            UNROLL for (int i = 0; i < TILE_ROWS; i++) {
+                V x = V_SET(row[i][k]);
+                UNROLL for (int j = 0; j < TILE_VECTORS; j++) sum[i][j] = V_FMA(x, column[j], sum[i][j]);
+            }
+        }
+    }
+    UNROLL for (int i = 0; i < TILE_ROWS; i++)
+        UNROLL for (int j = 0; j < TILE_VECTORS; j++) V_STORE(acc + (size_t)i * ld + j * VLEN, sum[i][j]);
+}
+
+static TARGET float NAME(softmax_tile)(float *scores, int n, float scale, const float *bias, float maximum,
+                                       float *sums, float *rescale) {
+    int padded = (n + LANES - 1) / LANES * LANES, whole = n - n % LANES;
+    V m = V_SET(maximum), factor = V_SET(scale);
+    for (int i = 0; i < whole; i += VLEN) {
+        V s = V_MUL(V_LOAD(scores + i), factor);
+        V_STORE(scores + i, bias ? V_ADD(s, V_LOAD(bias + i)) : s);
+    }
+    for (int i = whole; i < n; i++) {
+        scores[i] *= scale;
+        if (bias) scores[i] += bias[i];
+    }
+    for (int i = n; i < padded; i++) scores[i] = -1e30f;
+    for (int i = 0; i < padded; i += VLEN) m = V_MAX(m, V_LOAD(scores + i));
+    float highest = V_HMAX(m);
+    m = V_SET(highest);
+    V old = NAME(v_exp)(V_SUB(V_SET(maximum), m));
+    for (int lane = 0; lane < LANES; lane += VLEN) {
+        V sum = V_MUL(V_LOAD(sums + lane), old);
+        for (int i = lane; i < padded; i += LANES) {
+            V p = NAME(v_exp)(V_SUB(V_LOAD(scores + i), m));
+            V_STORE(scores + i, p);
+            sum = V_ADD(sum, p);
+        }
+        V_STORE(sums + lane, sum);
+    }
+    float first[VLEN];
+    V_STORE(first, old);
+    *rescale = first[0];
+    return highest;
+}
+
+static TARGET float NAME(sum)(const float *x, int n) {
+    float lanes[LANES] = {0}, tail[LANES] = {0};
+    int whole = n - n % LANES;
+    for (int i = whole; i < n; i++) tail[i - whole] = x[i];
+    for (int lane = 0; lane < LANES; lane += VLEN) {
+        V sum = V_SET(0.0f);
+        for (int i = lane; i < whole; i += LANES) sum = V_ADD(sum, V_LOAD(x + i));
+        V_STORE(lanes + lane, V_ADD(sum, V_LOAD(tail + lane)));
+    }
+    return lanes_sum(lanes);
+}
+
+static TARGET float NAME(sum_squares)(const float *x, int n, float center) {
+    float lanes[LANES] = {0}, tail[LANES];
+    int whole = n - n % LANES;
+    for (int i = 0; i < LANES; i++) tail[i] = whole + i < n ? x[whole + i] : center;
+    V c = V_SET(center);
+    for (int lane = 0; lane < LANES; lane += VLEN) {
+        V sum = V_SET(0.0f);
+        for (int i = lane; i < whole; i += LANES) {
+            V d = V_SUB(V_LOAD(x + i), c);
+            sum = V_FMA(d, d, sum);
+        }
+        V d = V_SUB(V_LOAD(tail + lane), c);
+        V_STORE(lanes + lane, V_FMA(d, d, sum));
+    }
+    return lanes_sum(lanes);
+}
+
+static inline TARGET V NAME(v_silu)(V x) {
+    return V_DIV(x, V_ADD(V_SET(1.0f), NAME(v_exp)(V_SUB(V_SET(0.0f), x))));
+}
+
+/* 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3). */
+static inline TARGET V NAME(v_gelu)(V x) {
+    V cubic = V_FMA(V_MUL(V_MUL(x, x), x), V_SET(0.044715f), x);
+    return V_DIV(x, V_ADD(V_SET(1.0f), NAME(v_exp)(V_MUL(cubic, V_SET(-1.59576912f)))));
+}
+
+#define ELEMENTWISE(function, formula)                                                                              \
+    static TARGET void NAME(function)(float *y, const float *x, size_t n) {                                         \
+        size_t i = 0;                                                                                               \
+        for (; i + VLEN <= n; i += VLEN) V_STORE(y + i, formula(V_LOAD(x + i)));                                    \
+        float tail[VLEN] = {0};                                                                                     \
+        for (size_t j = i; j < n; j++) tail[j - i] = x[j];                                                          \
+        V_STORE(tail, formula(V_LOAD(tail)));                                                                       \
+        for (size_t j = i; j < n; j++) y[j] = tail[j - i];                                                          \
+    }
+ELEMENTWISE(silu, NAME(v_silu))
+ELEMENTWISE(gelu, NAME(v_gelu))
+#undef ELEMENTWISE
+
+static const Kernels NAME(table) = {
+    .name = ISA_NAME,
+    .tile_rows = TILE_ROWS,
+    .tile_cols = TILE_VECTORS * VLEN,
+    .product_tile = NAME(product_tile),
+    .softmax_tile = NAME(softmax_tile),
+    .sum = NAME(sum),
+    .sum_squares = NAME(sum_squares),
+    .silu = NAME(silu),
+    .gelu = NAME(gelu),
+};
+
+#undef V
+#undef VLEN
+#undef TARGET
+#undef NAME
+#undef ISA_NAME
+#undef TILE_ROWS
+#undef TILE_VECTORS
+#undef V_LOAD
+#undef V_STORE
+#undef V_SET
+#undef V_ADD
+#undef V_SUB
+#undef V_MUL
+#undef V_DIV
+#undef V_FMA
+#undef V_MAX
+#undef V_MIN
+#undef V_ROUND
+#undef V_POW2
+#undef V_HMAX

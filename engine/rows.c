@@ -1,0 +1,63 @@
+/* rows.c - what is done row by row or element by element between the large products: norms, activations, sums.
+ *
+ * Sums over a row go through the kernels' virtual lanes. What remains is plain C, one rounding an operation; the
+ * compiler vectorises it without changing a bit. */
+#include "engine/engine.h"
+
+#include <math.h>
+
+void rms_norm(float *y, const float *x, int L, int n, const float *gain, float eps) {
+    PARALLEL_FOR for (int l = 0; l < L; l++) {
+        const float *row = x + (size_t)l * n;
+        float *out = y + (size_t)l * n;
+        float factor = 1.0f / sqrtf(kernels->sum_squares(row, n, 0.0f) / (float)n + eps);
+        for (int i = 0; i < n; i++) out[i] = row[i] * factor * gain[i];
+    }
+}
+
+/* torch's F.normalize divides by the norm, but by no less than 1e-12. */
+void l2_norm(float *y, const float *x, int L, int n, const float *gain) {
+    PARALLEL_FOR for (int l = 0; l < L; l++) {
+        const float *row = x + (size_t)l * n;
+        float *out = y + (size_t)l * n;
+        float factor = sqrtf((float)n) / fmaxf(sqrtf(kernels->sum_squares(row, n, 0.0f)), 1e-12f);
+        for (int i = 0; i < n; i++) out[i] = row[i] * factor * gain[i];
+    }
+}
+
+void layer_norm(float *y, const float *x, int L, int n, float eps, const float *scale, const float *shift) {
+    PARALLEL_FOR for (int l = 0; l < L; l++) {
+        const float *row = x + (size_t)l * n;
+        float *out = y + (size_t)l * n;
+        float mean = kernels->sum(row, n) / (float)n;
+        float factor = 1.0f / sqrtf(kernels->sum_squares(row, n, mean) / (float)n + eps);
+        for (int i = 0; i < n; i++) out[i] = (row[i] - mean) * factor * scale[i] + shift[i];
+    }
+}
+
+/* Elementwise work is handed out in pieces of this many floats. */
+enum { PIECE = 1 << 14 };
+#define FOR_PIECES(n, start, length)                                                                                 \
+    PARALLEL_FOR for (size_t start = 0; start < (n); start += PIECE)                                                 \
+        for (size_t length = (n) - start < PIECE ? (n) - start : PIECE; length; length = 0)
+
+void silu(float *y, const float *x, size_t n) {
+    FOR_PIECES(n, start, length) kernels->silu(y + start, x + start, length);
+}
+
+void gelu(float *y, const float *x, size_t n) {
+    FOR_PIECES(n, start, length) kernels->gelu(y + start, x + start, length);
+}
+
+void add(float *y, const float *x, size_t n) {
+    FOR_PIECES(n, start, length) for (size_t i = start; i < start + length; i++) y[i] += x[i];
+}
+
+void multiply(float *y, const float *x, size_t n) {
+    FOR_PIECES(n, start, length) for (size_t i = start; i < start + length; i++) y[i] *= x[i];
+}
+
+void add_gated(float *y, const float *x, int L, int n, const float *gate) {
+    PARALLEL_FOR for (int l = 0; l < L; l++)
+        for (int i = 0; i < n; i++) y[(size_t)l * n + i] += x[(size_t)l * n + i] * gate[i];
+}
