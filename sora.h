@@ -35,6 +35,33 @@ Bytes tokenizer_piece(const Tokenizer *tokenizer, int32_t id);
 
 /* ---------------------------------------------------------------- text_encoder.c: ids -> embeds (umT5) */
 
+/* ---------------------------------------------------------------- sampler.c: velocity -> next latents */
+
+typedef enum { UNIPC, EULER, DPM, SAMPLERS } Sampler;
+bool sampler_parse(const char *name, Sampler *out); /* "unipc", "euler" or "dpm++"; false for any other */
+const char *sampler_name(Sampler sampler);
+
+typedef struct {
+    Sampler sampler;
+    int steps;
+    float *sigmas;    /* [steps + 1], falling from 1 or little less to 0 */
+    float *timesteps; /* [steps], what the transformer is told */
+} Schedule;
+/* As the scheduler of diffusers; shift > 0, steps >= 1, train_timesteps is 1000 in every released model. */
+Schedule schedule_make(Sampler sampler, int steps, double shift, int train_timesteps);
+void schedule_free(Schedule *schedule);
+
+/* What a sampler remembers of earlier steps. */
+typedef struct {
+    size_t n;      /* elements of the latents */
+    float *x0[3];  /* guesses of the clip, this step's first */
+    float *sample; /* latents from which the last step set out */
+} History;
+History history_take(Arena *arena, size_t n);
+/* latents [n] move from sigmas[step] to sigmas[step + 1]. Steps go upwards from 0, which forgets the past. */
+void sampler_step(const Schedule *schedule, int step, const float *velocity, float *latents,
+                  History *history);
+
 /* ---------------------------------------------------------------- y4m.c: frames -> file */
 
 typedef struct {

@@ -1,0 +1,184 @@
+/* sampler.c - from the transformer's velocity to the next latents.
+ *
+ * A flow model is trained on x = (1 - sigma) x0 + sigma noise and predicts v = noise - x0, so that sigma
+ * falls from 1 (noise) to 0 (the clip) and every prediction carries a guess of the end: x0 = x - sigma v. A
+ * schedule lists the sigmas, each with the time step that the transformer is told; a step moves from
+ * sigmas[step] to sigmas[step + 1].
+ *
+ * All three samplers follow diffusers 0.42.1 as it is configured for Wan:
+ *   euler   FlowMatchEulerDiscreteScheduler: x + (sigma_next - sigma) v.
+ *   dpm++   DPMSolverMultistepScheduler, dpmsolver++ of order 2 (arXiv:2211.01095): an exponential integrator
+ *           in lambda = log((1 - sigma) / sigma) that extrapolates x0 from this step's guess and the last
+ *           one's. Its first order is Euler: with alpha = 1 - sigma, -alpha_next expm1(-h) = 1 - sigma_next /
+ *           sigma.
+ *   unipc   UniPCMultistepScheduler, bh2 of order 2 (arXiv:2302.04867). Its predictor is the update of dpm++.
+ *           Before predicting, the corrector takes the last step again, now that x0 at its end is known too.
+ *
+ * Each update is a weighted sum of one sample and up to three guesses of x0. The weights are computed in
+ * double and rounded to float, which hides what one libm's last bit differs from another's; sums are formed
+ * in double. diffusers computes the weights in float32, where they lose digits when h is small: at 50 steps
+ * that is 1e-6 of the latents, at 1000 steps up to 1e-4.
+ *
+ * Pitfalls, all upstream's: the three schedules differ although all are called flow sigmas; euler's smallest
+ * sigma is shifted twice; unipc and dpm++ truncate time steps to integers but not the sigmas that belong to
+ * them; unipc starts at 1 - 1e-6, since lambda is infinite at 1. */
+#include "sora.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+static const char *const names[SAMPLERS] = {[UNIPC] = "unipc", [EULER] = "euler", [DPM] = "dpm++"};
+
+bool sampler_parse(const char *name, Sampler *out) {
+    for (int i = 0; i < SAMPLERS; i++) {
+        if (strcmp(name, names[i])) continue;
+        *out = (Sampler)i;
+        return true;
+    }
+    return false;
+}
+
+const char *sampler_name(Sampler sampler) { return names[sampler]; }
+
+/* ---------------------------------------------------------------- schedules */
+
+/* Element i of numpy's linspace(start, stop, intervals + 1), with its roundings. */
+static double linspace(double start, double stop, int intervals, int i) {
+    if (i == 0) return start;
+    return i < intervals ? i * ((stop - start) / intervals) + start : stop;
+}
+
+static double warp(double sigma, double shift) { return shift * sigma / (1 + (shift - 1) * sigma); }
+
+/* The scheduler's constructor does this in float32, and the result enters the schedule. */
+static double warp_float(float sigma, double shift) {
+    return (float)shift * sigma / (1 + (float)(shift - 1) * sigma);
+}
+
+static double sigma_unipc(int steps, double shift, int train_timesteps, int i) {
+    double sigma = warp(linspace(1, 1.0 / train_timesteps, steps, i), shift);
+    return i == 0 && fabs(sigma - 1) < 1e-6 ? sigma - 1e-6 : sigma;
+}
+
+static double sigma_dpm(int steps, double shift, int train_timesteps, int i) {
+    return warp(1 - linspace(1, 1.0 / train_timesteps, steps, steps - i), shift);
+}
+
+static double sigma_euler(int steps, double shift, int train_timesteps, int i) {
+    double first = warp_float(1, shift) * train_timesteps;
+    double last = warp_float(1 / (float)train_timesteps, shift) * train_timesteps;
+    return warp(linspace(first, last, steps - 1, i) / train_timesteps, shift);
+}
+
+Schedule schedule_make(Sampler sampler, int steps, double shift, int train_timesteps) {
+    static double (*const sigma_at[SAMPLERS])(int, double, int, int) = {
+        [UNIPC] = sigma_unipc, [EULER] = sigma_euler, [DPM] = sigma_dpm};
+    Schedule schedule = {.sampler = sampler, .steps = steps};
+    schedule.sigmas = allocate((size_t)(steps + 1) * sizeof(float));
+    schedule.timesteps = allocate((size_t)steps * sizeof(float));
+    for (int i = 0; i < steps; i++) {
+        double sigma = sigma_at[sampler](steps, shift, train_timesteps, i);
+        schedule.sigmas[i] = (float)sigma;
+        schedule.timesteps[i] = sampler == EULER ? schedule.sigmas[i] * (float)train_timesteps
+                                                 : (float)trunc(sigma * train_timesteps);
+    }
+    return schedule; /* sigmas[steps] is 0, as allocated */
+}
+
+void schedule_free(Schedule *schedule) {
+    free(schedule->sigmas);
+    free(schedule->timesteps);
+}
+
+/* ---------------------------------------------------------------- steps */
+
+enum { NOW, BEFORE, EARLIER, GUESSES }; /* x0 as guessed at this step, one and two steps ago */
+
+/* A multistep update: next = sample * x + sum of x0[i] * guess i. */
+typedef struct {
+    float sample, x0[GUESSES];
+} Weights;
+
+static double lambda(const Schedule *schedule, int i) {
+    double sigma = schedule->sigmas[i];
+    return log(1 - sigma) - log(sigma);
+}
+
+/* How far lambda moves in step `step`; infinite in the last one. */
+static double lambda_change(const Schedule *schedule, int step) {
+    return lambda(schedule, step + 1) - lambda(schedule, step);
+}
+
+/* multistep_dpm_solver_second_order_update and multistep_uni_p_bh_update: from the sample at `step` to the
+ * next. The first step has no guess before it, and the last one moves lambda infinitely far: both are of
+ * first order. */
+static Weights predictor(const Schedule *schedule, int step) {
+    double ratio = (double)schedule->sigmas[step + 1] / schedule->sigmas[step];
+    double slope = 0;
+    if (step > 0 && step < schedule->steps - 1)
+        slope = 0.5 * lambda_change(schedule, step) / lambda_change(schedule, step - 1);
+    double gain = 1 - ratio;
+    return (Weights){(float)ratio, {[NOW] = (float)(gain * (1 + slope)), [BEFORE] = (float)(gain * -slope)}};
+}
+
+/* multistep_uni_c_bh_update: from the sample at `step - 1` to a better one at `step`, given x0 at both. Of
+ * second order from step 2 on: [1 1; rk 1] [rho rho_now] = [b1 b2], and rho belongs to the slope of x0 over
+ * the step before. */
+static Weights corrector(const Schedule *schedule, int step) {
+    double ratio = (double)schedule->sigmas[step] / schedule->sigmas[step - 1];
+    double rho_now = 0.5, rho_earlier = 0;
+    if (step > 1) {
+        double h = lambda_change(schedule, step - 1), rk = -lambda_change(schedule, step - 2) / h;
+        double phi1 = expm1(-h) / -h, phi2 = (phi1 - 1) / -h, phi3 = (phi2 - 0.5) / -h;
+        double b1 = phi2 / phi1, b2 = 2 * phi3 / phi1;
+        double rho = (b1 - b2) / (1 - rk);
+        rho_now = b1 - rho;
+        rho_earlier = rho / rk;
+    }
+    double gain = 1 - ratio;
+    return (Weights){(float)ratio,
+                     {[NOW] = (float)(gain * rho_now),
+                      [BEFORE] = (float)(gain * (1 - rho_now - rho_earlier)),
+                      [EARLIER] = (float)(gain * rho_earlier)}};
+}
+
+static void combine(float *next, Weights w, const float *x, float *const x0[GUESSES], size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        double sum = (double)w.sample * x[i];
+        for (int g = 0; g < GUESSES; g++)
+            if (w.x0[g] != 0) sum += (double)w.x0[g] * x0[g][i]; /* without weight, it may not exist yet */
+        next[i] = (float)sum;
+    }
+}
+
+History history_take(Arena *arena, size_t n) {
+    History history = {.n = n, .sample = arena_floats(arena, n)};
+    for (int g = 0; g < GUESSES; g++) history.x0[g] = arena_floats(arena, n);
+    return history;
+}
+
+static void multistep(const Schedule *schedule, int step, const float *velocity, float *latents,
+                      History *history) {
+    float **x0 = history->x0, *oldest = x0[EARLIER];
+    x0[EARLIER] = x0[BEFORE];
+    x0[BEFORE] = x0[NOW];
+    x0[NOW] = oldest;
+    for (size_t i = 0; i < history->n; i++)
+        x0[NOW][i] = (float)(latents[i] - (double)schedule->sigmas[step] * velocity[i]);
+    if (schedule->sampler == UNIPC) {
+        if (step > 0) combine(latents, corrector(schedule, step), history->sample, x0, history->n);
+        memcpy(history->sample, latents, history->n * sizeof(float));
+    }
+    combine(latents, predictor(schedule, step), latents, x0, history->n);
+}
+
+void sampler_step(const Schedule *schedule, int step, const float *velocity, float *latents,
+                  History *history) {
+    if (schedule->sampler != EULER) {
+        multistep(schedule, step, velocity, latents, history);
+        return;
+    }
+    double change = schedule->sigmas[step + 1] - schedule->sigmas[step];
+    for (size_t i = 0; i < history->n; i++) latents[i] = (float)(latents[i] + change * velocity[i]);
+}
