@@ -1,0 +1,45 @@
+/* profile.c - where the time goes: a timer and a count of operations for each stage.
+ *
+ * One stage runs at a time; a stage that works piece by piece (decode a frame, write a frame) begins and
+ * ends once a piece. Operations are counted where they are done: a product of (M,K) by (K,N) is 2*M*K*N. The
+ * total is the time from the first begin to the print, so it also holds what lies between the stages. */
+#include "engine/engine.h"
+
+static const char *const names[STAGES] = {
+    "load", "text_encoder", "transformer", "sampler", "vae_encode", "vae_decode", "output",
+};
+static struct { long calls; double seconds, flops; } stages[STAGES];
+static Stage running = STAGES;
+static double started, first = -1;
+
+void profile_begin(Stage stage) {
+    running = stage;
+    started = seconds();
+    if (first < 0) first = started;
+}
+
+void profile_end(Stage stage) {
+    stages[stage].seconds += seconds() - started;
+    stages[stage].calls++;
+    running = STAGES;
+}
+
+void profile_flops(double count) {
+    if (running != STAGES) stages[running].flops += count;
+}
+
+static void print_line(const char *name, long calls, double duration, double flops) {
+    double rate = duration > 0 ? flops * 1e-9 / duration : 0;
+    fprintf(stderr, "%s\t%ld\t%.3f\t%.3f\t%.1f\n", name, calls, duration, flops * 1e-9, rate);
+}
+
+void profile_print(void) {
+    double flops = 0;
+    for (int s = 0; s < STAGES; s++) {
+        if (!stages[s].calls) continue;
+        print_line(names[s], stages[s].calls, stages[s].seconds, stages[s].flops);
+        flops += stages[s].flops;
+    }
+    print_line("total", 1, first < 0 ? 0 : seconds() - first, flops);
+    fprintf(stderr, "peak_memory_mib\t%.0f\n", (double)memory_peak() / 1048576);
+}

@@ -1,0 +1,300 @@
+/* util.c - errors, memory, files and time.
+ *
+ * Output files. A file appears under its name only when it is complete: it is written beside its place as
+ * NAME.PID.part and renamed by output_commit(). die() and an interrupt remove what was not committed, so a
+ * failed run leaves nothing that looks like a result. Two exceptions write straight: standard output, and a
+ * path that is no regular file (/dev/null, a FIFO), since renaming over a device would replace the device. A
+ * symbolic link is followed, so that the link survives and its target is what changes.
+ *
+ * A closed pipe. SIGPIPE is ignored and the failed write is reported like a full disk: one line, status 3.
+ * This is what ffmpeg does; dying by the signal would leave unfinished files beside the output.
+ *
+ * Interrupts. The handler runs at any instant, so it touches only what POSIX lists as async-signal-safe:
+ * unlink(), write(), _exit(), and a fixed table of paths that is changed with signals blocked. */
+#include "engine/engine.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+/* ---------------------------------------------------------------- errors */
+
+/* Whatever a file or a prompt contains, a message stays one line and cannot steer the terminal. */
+static void replace_controls(char *text) {
+    for (; *text; text++)
+        if ((unsigned char)*text < 0x20 || *text == 0x7f) *text = '?';
+}
+
+static void print_line(const char *prefix, const char *format, va_list arguments) {
+    char text[1024];
+    vsnprintf(text, sizeof text, format, arguments);
+    replace_controls(text);
+    fprintf(stderr, "%s%s\n", prefix, text);
+}
+
+void die(int status, const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    print_line("sora: ", format, arguments);
+    va_end(arguments);
+    outputs_discard();
+    exit(status);
+}
+
+void warn(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    print_line("sora: warning: ", format, arguments);
+    va_end(arguments);
+}
+
+const char *reason(const char *format, ...) {
+    static char buffer[1024];
+    char text[sizeof buffer]; /* an argument may be the previous reason */
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    replace_controls(text);
+    return strcpy(buffer, text);
+}
+
+/* ---------------------------------------------------------------- memory */
+
+enum { ALIGNMENT = 64 }; /* a cache line, and the widest vector */
+
+static size_t round_up(size_t bytes) {
+    return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+}
+
+void *allocate(size_t bytes) {
+    size_t size = round_up(bytes ? bytes : 1);
+    void *p = size >= bytes ? aligned_alloc(ALIGNMENT, size) : NULL;
+    if (!p) die(STATUS_RESOURCE, "out of memory: %.1f MiB could not be had", bytes / 1048576.0);
+    return memset(p, 0, size);
+}
+
+void *reallocate(void *p, size_t bytes) {
+    void *q = realloc(p, bytes ? bytes : 1);
+    if (!q) die(STATUS_RESOURCE, "out of memory: %.1f MiB could not be had", bytes / 1048576.0);
+    return q;
+}
+
+char *format_string(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    int length = vsnprintf(NULL, 0, format, arguments);
+    va_end(arguments);
+    char *text = reallocate(NULL, (size_t)length + 1);
+    va_start(arguments, format);
+    vsnprintf(text, (size_t)length + 1, format, arguments);
+    va_end(arguments);
+    return text;
+}
+
+void *arena_take(Arena *arena, size_t bytes) {
+    size_t at = arena->used;
+    arena->used += round_up(bytes);
+    if (!arena->base) return NULL;
+    if (arena->used > arena->size)
+        die(STATUS_RESOURCE, "an arena of %zu bytes was asked for %zu (a bug)", arena->size, arena->used);
+    return arena->base + at;
+}
+
+float *arena_floats(Arena *arena, size_t count) {
+    return arena_take(arena, count * sizeof(float));
+}
+
+/* ---------------------------------------------------------------- input files */
+
+const char *map_file(const char *path, Bytes *out) {
+    int file = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat status;
+    if (file < 0 || fstat(file, &status)) {
+        int error = errno;
+        if (file >= 0) close(file);
+        return reason("%s: %s", path, strerror(error));
+    }
+    void *data = MAP_FAILED;
+    const char *why = NULL;
+    if (!S_ISREG(status.st_mode)) why = reason("%s: not a regular file", path);
+    else if (status.st_size == 0) why = reason("%s: the file is empty", path);
+    else if ((data = mmap(NULL, (size_t)status.st_size, PROT_READ, MAP_SHARED, file, 0)) == MAP_FAILED)
+        why = reason("%s: cannot be mapped into memory: %s", path, strerror(errno));
+    close(file);
+    *out = why ? (Bytes){NULL, 0} : (Bytes){data, (size_t)status.st_size};
+    return why;
+}
+
+/* Reads to the end, or to one byte past the limit. */
+static size_t read_all(FILE *stream, size_t limit, uint8_t **out) {
+    size_t size = 0, capacity = 0;
+    uint8_t *data = NULL;
+    for (size_t got = 1; got > 0 && size <= limit; size += got) {
+        if (size == capacity) data = reallocate(data, capacity = capacity ? 2 * capacity : 65536);
+        got = fread(data + size, 1, capacity - size, stream);
+    }
+    *out = data;
+    return size;
+}
+
+const char *read_file(const char *path, size_t limit, Bytes *out) {
+    bool standard = !strcmp(path, "-");
+    *out = (Bytes){NULL, 0};
+    FILE *stream = standard ? stdin : fopen(path, "rbe");
+    if (!stream) return reason("%s: %s", path, strerror(errno));
+    uint8_t *data;
+    size_t size = read_all(stream, limit, &data);
+    int error = ferror(stream) ? errno : 0;
+    if (!standard) fclose(stream);
+    if (!error && size <= limit) {
+        *out = (Bytes){data, size};
+        return NULL;
+    }
+    free(data);
+    const char *name = standard ? "standard input" : path;
+    return error ? reason("%s: %s", name, strerror(error)) : reason("%s: longer than %zu bytes", name, limit);
+}
+
+/* ---------------------------------------------------------------- output files */
+
+/* Paths of unfinished files. An entry changes with signals blocked, so the handler never sees half of it. */
+enum { MAX_UNFINISHED = 16 };
+static char *volatile unfinished[MAX_UNFINISHED];
+
+static void unfinished_replace(const char *old, char *new) {
+    sigset_t all, before;
+    sigfillset(&all);
+    sigprocmask(SIG_BLOCK, &all, &before);
+    int i = 0;
+    while (i < MAX_UNFINISHED && unfinished[i] != old) i++;
+    if (i < MAX_UNFINISHED) unfinished[i] = new;
+    sigprocmask(SIG_SETMASK, &before, NULL);
+    if (i == MAX_UNFINISHED) die(STATUS_RESOURCE, "more than %d output files open (a bug)", MAX_UNFINISHED);
+}
+
+void outputs_discard(void) {
+    for (int i = 0; i < MAX_UNFINISHED; i++) {
+        if (unfinished[i]) unlink(unfinished[i]);
+        unfinished[i] = NULL;
+    }
+}
+
+static _Noreturn void die_writing(const char *path) {
+    if (!strcmp(path, "-")) path = "standard output";
+    if (errno == EPIPE) die(STATUS_RESOURCE, "%s: closed by its reader", path);
+    die(STATUS_RESOURCE, "%s: cannot write: %s", path, strerror(errno));
+}
+
+/* Where the bytes of `path` end up: the target of a symbolic link, else the path itself. A new string. */
+static char *resolve(const char *path) {
+    char *target = realpath(path, NULL);
+    return target ? target : format_string("%s", path);
+}
+
+OutputFile output_open(const char *path) {
+    if (!strcmp(path, "-")) return (OutputFile){stdout, format_string("-"), NULL};
+    OutputFile out = {NULL, resolve(path), NULL};
+    struct stat status;
+    bool exists = !stat(out.path, &status);
+    if (exists && access(out.path, W_OK)) die_writing(path);
+    if (!exists || S_ISREG(status.st_mode)) {
+        out.temporary = format_string("%s.%ld.part", out.path, (long)getpid());
+        unfinished_replace(NULL, out.temporary);
+    }
+    out.stream = fopen(out.temporary ? out.temporary : out.path, "wbe");
+    if (!out.stream) die_writing(path);
+    return out;
+}
+
+void output_write(OutputFile *out, const void *data, size_t bytes) {
+    if (bytes && fwrite(data, 1, bytes, out->stream) != bytes) die_writing(out->path);
+}
+
+void output_flush(OutputFile *out) {
+    if (fflush(out->stream)) die_writing(out->path);
+}
+
+void output_commit(OutputFile *out) {
+    output_flush(out);
+    if (out->stream != stdout && fclose(out->stream)) die_writing(out->path);
+    if (out->temporary) {
+        if (rename(out->temporary, out->path)) die_writing(out->path);
+        unfinished_replace(out->temporary, NULL);
+    }
+    free(out->temporary);
+    free(out->path);
+    *out = (OutputFile){NULL, NULL, NULL};
+}
+
+/* ---------------------------------------------------------------- interrupts */
+
+static void interrupted(int signal_number) {
+    (void)signal_number;
+    static const char message[] = "\nsora: interrupted\n";
+    outputs_discard();
+    ssize_t written = write(STDERR_FILENO, message, sizeof message - 1);
+    (void)written; /* nothing is left to do about a failure */
+    _exit(STATUS_INTERRUPTED);
+}
+
+void interrupts_catch(void) {
+    static const int signals[] = {SIGINT, SIGTERM, SIGHUP};
+    struct sigaction action = {.sa_handler = interrupted}, before;
+    sigfillset(&action.sa_mask);
+    for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) {
+        /* What the caller ignores stays ignored: nohup, and a shell's background jobs. */
+        if (!sigaction(signals[i], NULL, &before) && before.sa_handler != SIG_IGN)
+            sigaction(signals[i], &action, NULL);
+    }
+    signal(SIGPIPE, SIG_IGN);
+}
+
+/* ---------------------------------------------------------------- time and the machine's memory */
+
+double seconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
+
+/* The number after `label` at the start of a line of a small text file; `fallback` if there is none. */
+static double read_number(const char *path, const char *label, double fallback) {
+    FILE *stream = fopen(path, "re");
+    if (!stream) return fallback;
+    char line[256];
+    double value = fallback;
+    size_t length = strlen(label);
+    while (fgets(line, sizeof line, stream))
+        if (!strncmp(line, label, length) && sscanf(line + length, "%lf", &value) == 1) break;
+    fclose(stream);
+    return value;
+}
+
+/* Linux says what it could free, a container what it is allowed; elsewhere the machine's memory has to do. */
+size_t memory_available(void) {
+    double pages = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    double machine = 1024 * read_number("/proc/meminfo", "MemAvailable:", pages / 1024);
+    double limit = read_number("/sys/fs/cgroup/memory.max", "", machine);
+    double used = limit < machine ? read_number("/sys/fs/cgroup/memory.stat", "anon ", 0) : 0;
+    double available = limit - used < machine ? limit - used : machine;
+    return available > 0 ? (size_t)available : pages > 0 ? 0 : SIZE_MAX;
+}
+
+size_t memory_peak(void) {
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+#ifdef __APPLE__
+    return (size_t)usage.ru_maxrss;
+#else
+    return (size_t)usage.ru_maxrss * 1024;
+#endif
+}

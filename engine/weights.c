@@ -1,0 +1,570 @@
+/* weights.c - the flat weight file: GGUF version 3, mapped into memory, read where it lies.
+ *
+ *   "GGUF"  u32 version  u64 tensors  u64 keys
+ *   keys:     string name, u32 type, value
+ *   tensors:  string name, u32 n, u64 sizes[n] (innermost first), u32 type, u64 offset
+ *   padding to `general.alignment`, then the data of each tensor, each padded likewise
+ *   (string: u64 length, bytes; a value that is an array: u32 type, u64 count, elements)
+ *
+ * (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.) All numbers are little endian.
+ *
+ * Parsing is the border: a file that has passed weights_parse() can be used without further checks. Every
+ * count is held against the bytes that are left before anything is allocated or skipped, so a file of n
+ * bytes costs O(n) whatever its numbers say. Tensors have to follow one another without gaps, as every
+ * writer of the format lays them out; a wrong size or offset is caught there.
+ *
+ * A tensor is used as a matrix (rows, cols). Any split of its sizes into an outer and an inner part will do:
+ * the kernel of a convolution (O, I, t, h, w) is bound as the matrix (O, I*t*h*w), and folded sizes bind the
+ * same. */
+#include "engine/engine.h"
+
+#include <inttypes.h>
+#include <limits.h>
+#include <stdarg.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { VERSION = 3, MAX_SIZES = 4, DEFAULT_ALIGNMENT = 32, MAX_ALIGNMENT = 1 << 16, MAX_NAME = 256 };
+
+/* Value types of keys, as in gguf.h. */
+enum { U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64, VALUE_TYPES };
+static const uint8_t value_bytes[VALUE_TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
+
+typedef struct {
+    Bytes name;
+    uint32_t type;
+    WeightArray value; /* a plain value is an array of one */
+} Key;
+
+typedef struct {
+    Bytes name;
+    Type type;
+    int n;
+    int sizes[MAX_SIZES]; /* innermost first */
+    size_t bytes;
+    const uint8_t *data;
+} Tensor;
+
+/* Names to indices: open addressing in a table at most half full; -1 is a free place. */
+typedef struct {
+    int32_t *places;
+    size_t mask;
+} Index;
+
+struct WeightFile {
+    char *path;
+    Key *keys;
+    Tensor *tensors;
+    size_t key_count, tensor_count, alignment;
+    Index key_index, tensor_index;
+    void **copies; /* what weights_floats() and weights_string_or() had to copy */
+    size_t copy_count;
+};
+
+/* ---------------------------------------------------------------- names */
+
+static uint64_t hash_name(Bytes name) { /* FNV-1a */
+    uint64_t hash = 14695981039346656037u;
+    for (size_t i = 0; i < name.size; i++) hash = (hash ^ name.data[i]) * 1099511628211u;
+    return hash ^ hash >> 32;
+}
+
+static bool same_name(Bytes a, Bytes b) {
+    return a.size == b.size && !memcmp(a.data, b.data, a.size);
+}
+
+static Index index_new(size_t count) {
+    size_t places = 16;
+    while (places < 2 * count) places *= 2;
+    Index index = {allocate(places * sizeof(int32_t)), places - 1};
+    memset(index.places, 0xff, places * sizeof(int32_t));
+    return index;
+}
+
+/* The place of a name: where it is, or the free one where it belongs. `names` is the first of entries that
+ * begin with their name and are `stride` bytes apart. */
+static int32_t *index_find(const Index *index, const void *names, size_t stride, Bytes name) {
+    for (size_t p = hash_name(name);; p++) {
+        int32_t *place = &index->places[p & index->mask];
+        if (*place < 0) return place;
+        const Bytes *other = (const Bytes *)(const void *)((const char *)names + (size_t)*place * stride);
+        if (same_name(*other, name)) return place;
+    }
+}
+
+static const Key *find_key(const WeightFile *file, const char *name) {
+    Bytes bytes = {(const uint8_t *)name, strlen(name)};
+    int32_t at = *index_find(&file->key_index, file->keys, sizeof(Key), bytes);
+    return at < 0 ? NULL : &file->keys[at];
+}
+
+static const Tensor *find_tensor(const WeightFile *file, const char *name) {
+    Bytes bytes = {(const uint8_t *)name, strlen(name)};
+    int32_t at = *index_find(&file->tensor_index, file->tensors, sizeof(Tensor), bytes);
+    return at < 0 ? NULL : &file->tensors[at];
+}
+
+/* ---------------------------------------------------------------- parsing */
+
+/* What is left to read. Each take_ returns false, and takes nothing, if the bytes do not suffice. */
+typedef struct {
+    const uint8_t *at;
+    size_t left;
+} Reader;
+
+static bool take(Reader *reader, size_t bytes, const uint8_t **out) {
+    if (bytes > reader->left) return false;
+    *out = reader->at;
+    reader->at += bytes;
+    reader->left -= bytes;
+    return true;
+}
+
+static uint64_t little_endian(const uint8_t *p, int bytes) {
+    uint64_t value = 0;
+    for (int i = bytes; i-- > 0;) value = value << 8 | p[i];
+    return value;
+}
+
+static bool take_u32(Reader *reader, uint32_t *out) {
+    const uint8_t *p;
+    if (!take(reader, 4, &p)) return false;
+    *out = (uint32_t)little_endian(p, 4);
+    return true;
+}
+
+static bool take_u64(Reader *reader, uint64_t *out) {
+    const uint8_t *p;
+    if (!take(reader, 8, &p)) return false;
+    *out = little_endian(p, 8);
+    return true;
+}
+
+static bool take_string(Reader *reader, Bytes *out) {
+    uint64_t length;
+    Reader before = *reader;
+    if (take_u64(reader, &length) && length <= reader->left && take(reader, (size_t)length, &out->data)) {
+        out->size = (size_t)length;
+        return true;
+    }
+    *reader = before;
+    return false;
+}
+
+/* A name for a message: "%.*s" takes these two. */
+#define NAMED(bytes) (int)((bytes).size < MAX_NAME ? (bytes).size : MAX_NAME), (const char *)(bytes).data
+
+static bool good_name(Bytes name) {
+    return name.size > 0 && name.size < MAX_NAME && !memchr(name.data, 0, name.size);
+}
+
+static const char *take_elements(Reader *reader, WeightArray *out) {
+    const uint8_t *start = reader->at;
+    uint8_t size = value_bytes[out->type];
+    if (size && out->count > reader->left / size) return "is longer than the file";
+    if (size) take(reader, out->count * size, &out->data);
+    for (size_t i = 0; !size && i < out->count; i++) {
+        Bytes string;
+        if (!take_string(reader, &string)) return "has a string that is longer than the file";
+    }
+    out->data = start;
+    for (size_t i = 0; out->type == BOOL && i < out->count; i++)
+        if (start[i] > 1) return "is a boolean other than 0 and 1";
+    return NULL;
+}
+
+static const char *take_value(Reader *reader, Key *key) {
+    uint64_t count = 1;
+    if (!take_u32(reader, &key->type)) return "is cut off";
+    uint32_t type = key->type;
+    if (type == ARRAY && (!take_u32(reader, &type) || !take_u64(reader, &count))) return "is cut off";
+    if (type >= VALUE_TYPES || type == ARRAY) return "is of an unknown type";
+    if (count > reader->left) return "has more elements than the file has bytes";
+    key->value = (WeightArray){NULL, type, (size_t)count};
+    return take_elements(reader, &key->value);
+}
+
+static const char *parse_keys(WeightFile *file, Reader *reader) {
+    for (size_t i = 0; i < file->key_count; i++) {
+        Key *key = &file->keys[i];
+        if (!take_string(reader, &key->name))
+            return reason("key %zu of %zu is cut off", i + 1, file->key_count);
+        if (!good_name(key->name)) return reason("key %zu has no usable name", i + 1);
+        const char *why = take_value(reader, key);
+        if (why) return reason("key \"%.*s\" %s", NAMED(key->name), why);
+        int32_t *place = index_find(&file->key_index, file->keys, sizeof(Key), key->name);
+        if (*place >= 0) return reason("key \"%.*s\" appears twice", NAMED(key->name));
+        *place = (int32_t)i;
+    }
+    return NULL;
+}
+
+#define MAX_ELEMENTS (SIZE_MAX / 65536) /* so that no later product with a few bytes overflows */
+
+static const char *check_sizes(Tensor *tensor, const uint64_t *sizes) {
+    uint64_t count = 1;
+    for (int d = 0; d < tensor->n; d++) {
+        if (sizes[d] == 0 || sizes[d] > INT_MAX) return "has a size of 0 or beyond 2147483647";
+        if (sizes[d] > MAX_ELEMENTS / count) return "has more elements than a file can hold";
+        count *= sizes[d];
+        tensor->sizes[d] = (int)sizes[d];
+    }
+    if (tensor->type == TYPE_Q8_0 && tensor->sizes[0] % 32) return "is q8_0 with rows of no multiple of 32";
+    tensor->bytes = type_bytes(tensor->type, (size_t)count);
+    return NULL;
+}
+
+static const char *take_tensor(Reader *reader, Tensor *tensor, uint64_t *offset) {
+    uint32_t n, type;
+    uint64_t sizes[MAX_SIZES];
+    if (!take_u32(reader, &n)) return "is cut off";
+    if (n == 0 || n > MAX_SIZES) return "has no dimensions, or more than 4";
+    for (uint32_t d = 0; d < n; d++)
+        if (!take_u64(reader, &sizes[d])) return "is cut off";
+    if (!take_u32(reader, &type) || !take_u64(reader, offset)) return "is cut off";
+    tensor->n = (int)n;
+    tensor->type = (Type)type;
+    if (!type_name(tensor->type)) return "is of a type other than f32, f16, bf16 and q8_0";
+    return check_sizes(tensor, sizes);
+}
+
+/* Where the data begins is known only when the last name has been read, so the offsets are kept till then. */
+static const char *parse_tensors(WeightFile *file, Reader *reader, uint64_t *offsets) {
+    for (size_t i = 0; i < file->tensor_count; i++) {
+        Tensor *tensor = &file->tensors[i];
+        if (!take_string(reader, &tensor->name))
+            return reason("tensor %zu of %zu is cut off", i + 1, file->tensor_count);
+        if (!good_name(tensor->name)) return reason("tensor %zu has no usable name", i + 1);
+        const char *why = take_tensor(reader, tensor, &offsets[i]);
+        if (why) return reason("tensor \"%.*s\" %s", NAMED(tensor->name), why);
+        int32_t *place = index_find(&file->tensor_index, file->tensors, sizeof(Tensor), tensor->name);
+        if (*place >= 0) return reason("tensor \"%.*s\" appears twice", NAMED(tensor->name));
+        *place = (int32_t)i;
+    }
+    return NULL;
+}
+
+static bool skip_padding(Reader *reader, const uint8_t *start, size_t alignment) {
+    size_t past = (size_t)(reader->at - start) % alignment;
+    const uint8_t *padding;
+    return take(reader, past ? alignment - past : 0, &padding);
+}
+
+static const char *place_tensors(WeightFile *file, Reader *reader, const uint8_t *start,
+                                 const uint64_t *offsets) {
+    if (file->tensor_count && !skip_padding(reader, start, file->alignment))
+        return "the file ends before the tensors' data";
+    const uint8_t *base = reader->at;
+    for (size_t i = 0; i < file->tensor_count; i++) {
+        Tensor *tensor = &file->tensors[i];
+        uint64_t expected = (uint64_t)(reader->at - base);
+        if (offsets[i] != expected)
+            return reason("tensor \"%.*s\" is at offset %" PRIu64 ", expected at %" PRIu64,
+                          NAMED(tensor->name), offsets[i], expected);
+        if (!take(reader, tensor->bytes, &tensor->data))
+            return reason("tensor \"%.*s\" needs %zu bytes, and %zu are left: the file is cut off or damaged",
+                          NAMED(tensor->name), tensor->bytes, reader->left);
+        bool last = i + 1 == file->tensor_count; /* some writers leave out the padding at the very end */
+        if (!last && !skip_padding(reader, start, file->alignment))
+            return reason("the file ends after tensor \"%.*s\"", NAMED(tensor->name));
+    }
+    return NULL;
+}
+
+static const char *read_alignment(WeightFile *file) {
+    const Key *key = find_key(file, "general.alignment");
+    file->alignment = DEFAULT_ALIGNMENT;
+    if (!key) return NULL;
+    uint64_t value = key->type == U32 ? little_endian(key->value.data, 4) : 0;
+    if (value < 8 || value > MAX_ALIGNMENT || value & (value - 1))
+        return "key \"general.alignment\" is no u32 that is a power of two from 8 to 65536";
+    file->alignment = (size_t)value;
+    return NULL;
+}
+
+/* The smallest key takes 14 bytes, the smallest tensor 33; larger counts cannot be true. */
+static const char *take_header(WeightFile *file, Reader *reader) {
+    const uint8_t *magic;
+    uint32_t version;
+    uint64_t tensors, keys;
+    if (!take(reader, 4, &magic) || memcmp(magic, "GGUF", 4)) return "this is not a GGUF file";
+    if (!take_u32(reader, &version)) return "the file is cut off";
+    if (version != VERSION) return reason("GGUF version %" PRIu32 ", expected 3", version);
+    if (!take_u64(reader, &tensors) || !take_u64(reader, &keys)) return "the file is cut off";
+    if (tensors > reader->left / 33 || keys > reader->left / 14 || tensors > INT32_MAX || keys > INT32_MAX)
+        return reason("%" PRIu64 " tensors and %" PRIu64 " keys do not fit into the file", tensors, keys);
+    file->tensor_count = (size_t)tensors;
+    file->key_count = (size_t)keys;
+    return NULL;
+}
+
+static const char *parse(WeightFile *file, Bytes bytes) {
+    Reader reader = {bytes.data, bytes.size};
+    const char *why = take_header(file, &reader);
+    if (why) return why;
+    file->keys = allocate(file->key_count * sizeof(Key));
+    file->tensors = allocate(file->tensor_count * sizeof(Tensor));
+    file->key_index = index_new(file->key_count);
+    file->tensor_index = index_new(file->tensor_count);
+    uint64_t *offsets = allocate(file->tensor_count * sizeof *offsets);
+    why = parse_keys(file, &reader);
+    if (!why) why = read_alignment(file);
+    if (!why) why = parse_tensors(file, &reader, offsets);
+    if (!why) why = place_tensors(file, &reader, bytes.data, offsets);
+    free(offsets);
+    return why;
+}
+
+const char *weights_parse(Bytes bytes, const char *path, WeightFile **out) {
+    WeightFile *file = allocate(sizeof *file);
+    file->path = format_string("%s", path);
+    const char *why = parse(file, bytes);
+    *out = why ? NULL : file;
+    if (!why) return NULL;
+    weights_close(file);
+    return reason("%s: %s", path, why);
+}
+
+const char *weights_open(const char *path, WeightFile **out) {
+    Bytes bytes;
+    const char *why = map_file(path, &bytes);
+    *out = NULL;
+    return why ? why : weights_parse(bytes, path, out);
+}
+
+void weights_close(WeightFile *file) {
+    if (!file) return;
+    for (size_t i = 0; i < file->copy_count; i++) free(file->copies[i]);
+    free(file->copies);
+    free(file->key_index.places);
+    free(file->tensor_index.places);
+    free(file->keys);
+    free(file->tensors);
+    free(file->path);
+    free(file);
+}
+
+/* ---------------------------------------------------------------- tensors */
+
+/* "[5120, 1536]", outermost first as everywhere outside the file. */
+static char *sizes_string(const Tensor *tensor, char buffer[64]) {
+    int at = 0;
+    for (int d = tensor->n; d-- > 0;)
+        at += snprintf(buffer + at, 64 - (size_t)at, "%s%d", at ? ", " : "[", tensor->sizes[d]);
+    snprintf(buffer + at, 64 - (size_t)at, "]");
+    return buffer;
+}
+
+static size_t tensor_count(const Tensor *tensor) {
+    size_t count = 1;
+    for (int d = 0; d < tensor->n; d++) count *= (size_t)tensor->sizes[d];
+    return count;
+}
+
+/* Whether some inner sizes multiply to cols, and the rest to rows. */
+static bool splits_into(const Tensor *tensor, int rows, int cols) {
+    size_t inner = (size_t)tensor->sizes[0];
+    for (int d = 1; d < tensor->n && inner < (size_t)cols; d++) inner *= (size_t)tensor->sizes[d];
+    return inner == (size_t)cols && tensor_count(tensor) == (size_t)rows * (size_t)cols;
+}
+
+#define FORMAT_NAME(name, format)                        \
+    char name[MAX_NAME];                                 \
+    do {                                                 \
+        va_list arguments;                               \
+        va_start(arguments, format);                     \
+        vsnprintf(name, sizeof name, format, arguments); \
+        va_end(arguments);                               \
+    } while (0)
+
+static const Tensor *need_tensor(const WeightFile *file, const char *name) {
+    const Tensor *tensor = find_tensor(file, name);
+    if (!tensor) die(STATUS_USAGE, "%s: tensor \"%s\" is missing", file->path, name);
+    return tensor;
+}
+
+/* The owner of the copies is the file's table; handing out a copy does not change what the file means. */
+static void *keep_copy(const WeightFile *file, void *copy) {
+    WeightFile *owner = (WeightFile *)file;
+    owner->copies = reallocate(owner->copies, (owner->copy_count + 1) * sizeof(void *));
+    return owner->copies[owner->copy_count++] = copy;
+}
+
+Weight weights_bind(const WeightFile *file, int rows, int cols, const char *format, ...) {
+    FORMAT_NAME(name, format);
+    const Tensor *tensor = need_tensor(file, name);
+    char sizes[64];
+    if (!splits_into(tensor, rows, cols))
+        die(STATUS_USAGE, "%s: tensor \"%s\" has shape %s, expected [%d, %d]", file->path, name,
+            sizes_string(tensor, sizes), rows, cols);
+    return (Weight){tensor->data, tensor->type, rows, cols};
+}
+
+const float *weights_floats(const WeightFile *file, int count, const char *format, ...) {
+    FORMAT_NAME(name, format);
+    const Tensor *tensor = need_tensor(file, name);
+    char sizes[64];
+    if (tensor_count(tensor) != (size_t)count)
+        die(STATUS_USAGE, "%s: tensor \"%s\" has shape %s, expected %d elements", file->path, name,
+            sizes_string(tensor, sizes), count);
+    if (tensor->type == TYPE_F32) return (const float *)(const void *)tensor->data;
+    float *copy = keep_copy(file, allocate((size_t)count * sizeof(float)));
+    weight_row(&(Weight){tensor->data, tensor->type, 1, count}, 0, copy);
+    return copy;
+}
+
+bool weights_has(const WeightFile *file, const char *format, ...) {
+    FORMAT_NAME(name, format);
+    return find_tensor(file, name) != NULL;
+}
+
+void weights_shape(const WeightFile *file, int *rows, int *cols, const char *format, ...) {
+    FORMAT_NAME(name, format);
+    const Tensor *tensor = need_tensor(file, name);
+    size_t outer = tensor->n == 1 ? 1 : (size_t)tensor->sizes[tensor->n - 1];
+    size_t inner = tensor_count(tensor) / outer;
+    char sizes[64];
+    if (inner > INT_MAX)
+        die(STATUS_USAGE, "%s: tensor \"%s\" of shape %s is too large", file->path, name,
+            sizes_string(tensor, sizes));
+    *rows = (int)outer;
+    *cols = (int)inner;
+}
+
+void weight_row(const Weight *weight, int row, float *out) {
+    size_t n = (size_t)weight->cols;
+    const uint8_t *data = (const uint8_t *)weight->data + (size_t)row * type_bytes(weight->type, n);
+    convert_to_floats(out, data, weight->type, n);
+}
+
+/* ---------------------------------------------------------------- keys */
+
+static const uint8_t *element(const WeightArray *array, size_t index) {
+    return array->data + index * value_bytes[array->type];
+}
+
+static bool is_integer(uint32_t type) {
+    return type <= I32 || type == U64 || type == I64;
+}
+
+static bool is_number(uint32_t type) {
+    return is_integer(type) || type == F32 || type == F64;
+}
+
+int64_t array_int(const WeightArray *array, size_t index) {
+    int bytes = value_bytes[array->type];
+    uint64_t value = little_endian(element(array, index), bytes);
+    bool is_signed = array->type == I8 || array->type == I16 || array->type == I32;
+    uint64_t sign = (uint64_t)1 << (8 * bytes - 1);
+    return (int64_t)(is_signed ? (value ^ sign) - sign : value);
+}
+
+double array_double(const WeightArray *array, size_t index) {
+    uint64_t bits = little_endian(element(array, index), value_bytes[array->type]);
+    uint32_t half = (uint32_t)bits;
+    float single;
+    double value;
+    memcpy(&single, &half, sizeof single);
+    memcpy(&value, &bits, sizeof value);
+    return array->type == F32 ? single : array->type == F64 ? value : (double)array_int(array, index);
+}
+
+Bytes array_next_string(const WeightArray *array, const uint8_t **cursor) {
+    (void)array;
+    Bytes string = {*cursor + 8, (size_t)little_endian(*cursor, 8)};
+    *cursor = string.data + string.size;
+    return string;
+}
+
+static const Key *need_key(const WeightFile *file, const char *name, bool (*fits)(uint32_t type),
+                           const char *what) {
+    const Key *key = find_key(file, name);
+    if (!key) die(STATUS_USAGE, "%s: key \"%s\" is missing", file->path, name);
+    if (!fits(key->type)) die(STATUS_USAGE, "%s: key \"%s\" is not %s", file->path, name, what);
+    return key;
+}
+
+int64_t weights_int(const WeightFile *file, const char *name) {
+    return array_int(&need_key(file, name, is_integer, "an integer")->value, 0);
+}
+
+int64_t weights_int_or(const WeightFile *file, const char *name, int64_t fallback) {
+    const Key *key = find_key(file, name);
+    return key && is_integer(key->type) ? array_int(&key->value, 0) : fallback;
+}
+
+double weights_double(const WeightFile *file, const char *name) {
+    return array_double(&need_key(file, name, is_number, "a number")->value, 0);
+}
+
+double weights_double_or(const WeightFile *file, const char *name, double fallback) {
+    const Key *key = find_key(file, name);
+    return key && is_number(key->type) ? array_double(&key->value, 0) : fallback;
+}
+
+bool weights_bool_or(const WeightFile *file, const char *name, bool fallback) {
+    const Key *key = find_key(file, name);
+    return key && key->type == BOOL ? key->value.data[0] != 0 : fallback;
+}
+
+const char *weights_string_or(const WeightFile *file, const char *name, const char *fallback) {
+    const Key *key = find_key(file, name);
+    if (!key || key->type != STRING) return fallback;
+    const uint8_t *cursor = key->value.data;
+    Bytes string = array_next_string(&key->value, &cursor);
+    char *copy = keep_copy(file, allocate(string.size + 1));
+    memcpy(copy, string.data, string.size);
+    return copy;
+}
+
+bool weights_array(const WeightFile *file, const char *name, WeightArray *out) {
+    const Key *key = find_key(file, name);
+    if (!key || key->type != ARRAY) return false;
+    *out = key->value;
+    return true;
+}
+
+/* ---------------------------------------------------------------- --info */
+
+/* Text from the file, on one line, shortened: it may hold a whole tokenizer. */
+static void print_text(Bytes text, FILE *out) {
+    enum { SHOWN = 100 };
+    fputc('"', out);
+    for (size_t i = 0; i < text.size && i < SHOWN; i++)
+        fputc(text.data[i] < 0x20 || text.data[i] == 0x7f ? ' ' : text.data[i], out);
+    fputs(text.size > SHOWN ? "...\"" : "\"", out);
+}
+
+static void print_element(const WeightArray *array, size_t index, const uint8_t **cursor, FILE *out) {
+    if (array->type == STRING) print_text(array_next_string(array, cursor), out);
+    else if (array->type == BOOL) fputs(array->data[index] ? "true" : "false", out);
+    else if (is_integer(array->type)) fprintf(out, "%" PRId64, array_int(array, index));
+    else fprintf(out, "%.9g", array_double(array, index));
+}
+
+static void print_key(const Key *key, FILE *out) {
+    enum { SHOWN = 16 };
+    const uint8_t *cursor = key->value.data;
+    fprintf(out, "%-44.*s ", NAMED(key->name));
+    if (key->type == ARRAY) fprintf(out, "%zu: ", key->value.count);
+    for (size_t i = 0; i < key->value.count && i < SHOWN; i++) {
+        if (i) fputs(", ", out);
+        print_element(&key->value, i, &cursor, out);
+    }
+    fputs(key->value.count > SHOWN ? ", ...\n" : "\n", out);
+}
+
+void weights_print(const WeightFile *file, FILE *out) {
+    double elements = 0, bytes = 0;
+    char sizes[64];
+    for (size_t i = 0; i < file->key_count; i++) print_key(&file->keys[i], out);
+    for (size_t i = 0; i < file->tensor_count; i++) {
+        const Tensor *tensor = &file->tensors[i];
+        fprintf(out, "%-60.*s %-5s %s\n", NAMED(tensor->name), type_name(tensor->type),
+                sizes_string(tensor, sizes));
+        elements += (double)tensor_count(tensor);
+        bytes += (double)tensor->bytes;
+    }
+    fprintf(out, "%zu keys, %zu tensors, %.0f parameters, %.1f MiB\n", file->key_count, file->tensor_count,
+            elements, bytes / 1048576);
+}
