@@ -7,7 +7,7 @@
 #include <string.h>
 
 /* One line a suite, in the order of data flow; each is the function test_NAME in test_NAME.c. */
-#define SUITES(X)
+#define SUITES(X) X(sampler)
 
 #define DECLARE(name) void test_##name(void);
 SUITES(DECLARE)

@@ -1,0 +1,107 @@
+/* test_sampler.c - sampler.c against diffusers' schedulers, and on a flow whose answer is known. */
+#include "tests/test.h"
+#include "sora.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* As make_goldens.py writes them. */
+enum { WIDTH = 6, SHIFT = 0, STEPS, STEP, TIMESTEP, SIGMA, VELOCITY, LATENTS = VELOCITY + WIDTH,
+       AFTER = LATENTS + WIDTH, COLUMNS = AFTER + WIDTH };
+
+static History history_new(size_t n) {
+    static _Alignas(64) char memory[1024];
+    memset(memory, 0xff, sizeof memory); /* NaNs: whoever uses what nobody wrote shows it */
+    return history_take(&(Arena){.base = memory, .size = sizeof memory}, n);
+}
+
+static bool load(const char *name, int rank, int columns, Npy *out) {
+    char path[64];
+    snprintf(path, sizeof path, "goldens/sampler/%s.npy", name);
+    const char *wrong = npy_read(test_path(path), out);
+    CHECK(!wrong, "%s: %s", path, wrong);
+    if (wrong) return false;
+    bool shaped = out->shape.n == rank && out->shape.d[rank - 1] == columns && out->kind == 'f';
+    CHECK(shaped, "%s has another shape than the test", path);
+    return shaped;
+}
+
+/* Row after row of a table; a row of step 0 begins a new run. */
+static void test_table(Sampler sampler) {
+    const char *name = sampler_name(sampler);
+    Npy table;
+    if (!load(name, 2, COLUMNS, &table)) return;
+    History history = history_new(WIDTH);
+    Schedule schedule = {0};
+    float latents[WIDTH];
+    for (int r = 0; r < table.shape.d[0]; r++) {
+        const float *row = (const float *)table.values + r * COLUMNS;
+        int step = (int)row[STEP];
+        if (step == 0) {
+            schedule_free(&schedule);
+            schedule = schedule_make(sampler, (int)row[STEPS], row[SHIFT], 1000);
+            memcpy(latents, row + LATENTS, sizeof latents);
+        }
+        CHECK(schedule.timesteps[step] == row[TIMESTEP], "%s row %d: time step %.9g, not %.9g", name, r,
+              schedule.timesteps[step], row[TIMESTEP]);
+        CHECK(schedule.sigmas[step] == row[SIGMA], "%s row %d: sigma %.9g, not %.9g", name, r,
+              schedule.sigmas[step], row[SIGMA]);
+        sampler_step(&schedule, step, row + VELOCITY, latents, &history);
+        double error = relative_error(latents, row + AFTER, WIDTH);
+        CHECK(error < 2e-6, "%s row %d (shift %g, %g steps): step %d is off by %.1e", name, r, row[SHIFT],
+              row[STEPS], step, error);
+    }
+    schedule_free(&schedule);
+    npy_free(&table);
+}
+
+static void test_long_schedules(void) {
+    Npy table;
+    if (!load("schedule", 3, 2, &table)) return;
+    const float *row = table.values;
+    for (int sampler = 0; sampler < SAMPLERS; sampler++) {
+        Schedule schedule = schedule_make((Sampler)sampler, 1000, 5, 1000);
+        int differ = 0;
+        for (int i = 0; i < 1000; i++, row += 2)
+            differ += schedule.timesteps[i] != row[0] || schedule.sigmas[i] != row[1];
+        CHECK(differ == 0, "%s: %d of 1000 steps differ", sampler_name((Sampler)sampler), differ);
+        CHECK(schedule.sigmas[1000] == 0, "the last sigma is not 0");
+        schedule_free(&schedule);
+    }
+    npy_free(&table);
+}
+
+/* On a straight path every guess of x0 is right, so each sampler must arrive there, whatever its steps. */
+static void test_straight_path(void) {
+    enum { N = 3 };
+    const float noise[N] = {1, -2, 0.5f}, clip[N] = {-3, 0.25f, 2};
+    float velocity[N], latents[N];
+    for (int i = 0; i < N; i++) velocity[i] = noise[i] - clip[i];
+    History history = history_new(N);
+    for (int sampler = 0; sampler < SAMPLERS; sampler++)
+        for (int steps = 1; steps <= 50; steps++) {
+            Schedule schedule = schedule_make((Sampler)sampler, steps, 8, 1000);
+            /* dpm++ starts below 1 by up to 1e-3: what belongs there is the mixture, not the noise. */
+            for (int i = 0; i < N; i++) latents[i] = clip[i] + schedule.sigmas[0] * velocity[i];
+            for (int i = 0; i < steps; i++) sampler_step(&schedule, i, velocity, latents, &history);
+            double error = relative_error(latents, clip, N);
+            CHECK(error < 2e-6, "%s, %d steps: misses by %.1e", sampler_name((Sampler)sampler), steps, error);
+            schedule_free(&schedule);
+        }
+}
+
+static void test_names(void) {
+    Sampler parsed;
+    for (int sampler = 0; sampler < SAMPLERS; sampler++)
+        CHECK(sampler_parse(sampler_name((Sampler)sampler), &parsed) && (int)parsed == sampler,
+              "%s is not read back", sampler_name((Sampler)sampler));
+    CHECK(!sampler_parse("Euler", &parsed) && !sampler_parse("", &parsed), "an unknown sampler is taken");
+}
+
+void test_sampler(void) {
+    test_names();
+    for (int sampler = 0; sampler < SAMPLERS; sampler++) test_table((Sampler)sampler);
+    test_long_schedules();
+    test_straight_path();
+}
