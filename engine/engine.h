@@ -46,11 +46,12 @@ typedef struct {
     const uint8_t *data;
     size_t size;
 } Bytes;
-const char *map_file(const char *path, Bytes *out);            /* read-only, for the life of the program */
+const char *map_file(const char *path, Bytes *out); /* read-only */
+void unmap_file(Bytes bytes);
 const char *read_file(const char *path, size_t limit, Bytes *out); /* "-" is standard input; free() out->data */
 
 /* Output appears under its name only when complete: written beside it, then renamed. Standard output ("-") is
- * written straight. A failed write dies (STATUS_RESOURCE; quietly with STATUS_OK's opposite on a closed pipe). */
+ * written straight, and so is what is no regular file (/dev/null). A failed write dies with STATUS_RESOURCE. */
 typedef struct {
     FILE *stream;
     char *path, *temporary; /* temporary is NULL on standard output */
@@ -60,10 +61,13 @@ void output_write(OutputFile *out, const void *data, size_t bytes);
 void output_flush(OutputFile *out);
 void output_commit(OutputFile *out);
 void outputs_discard(void); /* removes whatever was opened and not committed; async-signal-safe */
+/* From now on SIGINT, SIGTERM and SIGHUP discard the outputs and exit with STATUS_INTERRUPTED, and a closed
+ * pipe is a failed write instead of a signal. */
+void interrupts_catch(void);
 
 double seconds(void);           /* a monotonic clock */
 size_t memory_available(void);  /* bytes that can be had without swapping; SIZE_MAX if unknown */
-size_t memory_peak(void);       /* bytes of private memory at the highest point so far */
+size_t memory_peak(void);       /* resident bytes at the highest point so far, mapped weights included */
 
 /* ---------------------------------------------------------------- profile.c: where the time goes */
 
@@ -90,12 +94,14 @@ const char *weights_open(const char *path, WeightFile **out);              /* ma
 const char *weights_parse(Bytes bytes, const char *path, WeightFile **out); /* the same on bytes in memory */
 void weights_close(WeightFile *file); /* frees the tables, not the mapping */
 
-/* Binds one tensor: dies, with both shapes, if it is missing or differs. (rows 1 binds a vector.) */
+/* Binds one tensor as a matrix whose cols are some of its inner sizes multiplied, and rows the rest; rows 1
+ * binds a vector. Dies, with both shapes, if it is missing or differs. */
 Weight weights_bind(const WeightFile *file, int rows, int cols, const char *name, ...) PRINTF_LIKE(4, 5);
-/* As floats: the mapped data where it is f32, else a converted copy that lives as long as the program. */
+/* As floats, whatever the shape: the mapped data where it is f32, else a converted copy that the file owns. */
 const float *weights_floats(const WeightFile *file, int count, const char *name, ...) PRINTF_LIKE(3, 4);
 bool weights_has(const WeightFile *file, const char *name, ...) PRINTF_LIKE(2, 3);
-/* Rows and cols of a tensor, for sizes that only shapes tell; dies if it is missing. */
+/* Its outermost size (1 of a vector) and the product of the others, for sizes that only shapes tell; dies if
+ * it is missing. */
 void weights_shape(const WeightFile *file, int *rows, int *cols, const char *name, ...) PRINTF_LIKE(4, 5);
 
 /* Keys. The plain form dies if the key is missing or of another type; the _or form returns the fallback then. */
@@ -104,7 +110,8 @@ int64_t weights_int_or(const WeightFile *file, const char *key, int64_t fallback
 double weights_double(const WeightFile *file, const char *key);
 double weights_double_or(const WeightFile *file, const char *key, double fallback);
 bool weights_bool_or(const WeightFile *file, const char *key, bool fallback);
-const char *weights_string_or(const WeightFile *file, const char *key, const char *fallback); /* 0-terminated copy */
+/* A 0-terminated copy that the file owns. */
+const char *weights_string_or(const WeightFile *file, const char *key, const char *fallback);
 typedef struct {
     const uint8_t *data; /* little endian elements, unaligned; for strings: u64 length + bytes each */
     uint32_t type;       /* GGUF value type of the elements */
@@ -166,8 +173,16 @@ const char *type_name(Type type);       /* "f32", "f16", "bf16", "q8_0"; NULL fo
 /* One region that a product or an attention uses while it runs, and nobody keeps. Grows, never shrinks. */
 void *scratch(size_t bytes);
 
-/* y (L,O) = x (L,I) @ w^T (O,I) + bias (O), which may be NULL. */
-void linear(float *y, const float *x, int L, Weight w, const float *bias);
+/* A layer as checkpoints hold it: NAME.weight and NAME.bias. */
+typedef struct {
+    Weight weight;     /* (O,I) */
+    const float *bias; /* (O), or NULL */
+} Linear;
+enum { NO_BIAS, BIAS };
+Linear linear_bind(const WeightFile *file, int O, int I, int with_bias, const char *name, ...) PRINTF_LIKE(5, 6);
+
+/* y (L,O) = x (L,I) @ weight^T + bias */
+void linear(float *y, const float *x, int L, const Linear *layer);
 
 /* Rows that a product reads where they lie: row r of x is `segments` runs of n floats, run s at locate(of, r, s).
  * A linear layer has one segment; a convolution has one per tap (Dukhan, The Indirect Convolution Algorithm, 2019). */
@@ -176,7 +191,7 @@ typedef struct {
     const float *(*locate)(const void *of, int row, int segment);
     const void *of;
 } Rows;
-void product(float *y, Rows x, Weight w, const float *bias); /* w (O, segments*n) */
+void product(float *y, Rows x, const Linear *layer); /* weight (O, segments*n) */
 
 /* ---------------------------------------------------------------- attention.c */
 
@@ -233,8 +248,9 @@ char *shape_string(const Shape *shape, char buffer[64]); /* "[16, 2, 4, 6]" */
 typedef struct {
     Shape shape;
     char kind;           /* 'f': float32, 'i': int32 */
-    const void *values;  /* aligned, C order */
-    void *owned;         /* free() it */
+    const void *values;  /* aligned, C order: in the file, or in `owned` */
+    void *owned;
+    Bytes mapping;
 } Npy;
 const char *npy_read(const char *path, Npy *out);             /* <f4, <f8 (narrowed), <i4, <i8 (narrowed); C order */
 const char *npy_parse(Bytes bytes, Npy *out);

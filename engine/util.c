@@ -146,6 +146,10 @@ static size_t read_all(FILE *stream, size_t limit, uint8_t **out) {
     return size;
 }
 
+void unmap_file(Bytes bytes) {
+    if (bytes.data) munmap((void *)bytes.data, bytes.size);
+}
+
 const char *read_file(const char *path, size_t limit, Bytes *out) {
     bool standard = !strcmp(path, "-");
     *out = (Bytes){NULL, 0};

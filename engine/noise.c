@@ -1,0 +1,110 @@
+/* noise.c - the numbers that torch draws for a seed: torch.randn(n,
+ * generator=torch.Generator().manual_seed(seed)) on a CPU, float32.
+ *
+ * The integers come from the Mersenne Twister (Matsumoto and Nishimura 1998, mt19937ar.c), seeded with the
+ * low 32 bits of the seed. The first two of seed 5489 are 3499211612 and 581869302.
+ *
+ * From integers to normal numbers there are two ways (ATen/native/cpu/DistributionTemplates.h), both
+ * Box-Muller, and the length decides between them:
+ *
+ *   n >= 16   Uniform floats fill the array; then each 16 of them become normal, the first 8 with the last 8:
+ *             radius sqrt(-2 log(1 - u[j])), angle 2 pi u[j+8]; cosines go to [j], sines to [j+8]. If n is no
+ *             multiple of 16, the last 16 places are drawn anew, so values that were already there change.
+ *   n < 16    One number after the other in double, from two 53-bit uniforms; the sine is kept for the next
+ *             call, of which it may be the first number.
+ *
+ * So torch.randn(20) does not begin with torch.randn(4), and a draw of 16 or more leaves a kept sine alone.
+ * A tensor of any shape is drawn flat, in C order.
+ *
+ * torch computes logarithm, sine and cosine with vector functions of its own in float. Here each is computed
+ * in double and rounded to float at once, which no C library does differently in practice; five numbers of
+ * six are then torch's to the last bit, and the rest differ by its functions' own error. (Where torch finds
+ * no AVX2 it takes the C library's functions, and differs from itself by 2e-6.) */
+#include "engine/engine.h"
+
+#include <math.h>
+
+enum { N = 624, M = 397 };
+
+static const double TWO_PI = 6.283185307179586476925;
+
+void generator_seed(Generator *generator, uint64_t seed) {
+    uint32_t *s = generator->state;
+    s[0] = (uint32_t)seed;
+    for (uint32_t i = 1; i < N; i++) s[i] = 1812433253u * (s[i - 1] ^ s[i - 1] >> 30) + i;
+    generator->next = N;
+    generator->has_spare = false;
+}
+
+static uint32_t twist(uint32_t high, uint32_t low) {
+    uint32_t y = (high & 0x80000000u) | (low & 0x7fffffffu);
+    return y >> 1 ^ (y & 1 ? 0x9908b0dfu : 0);
+}
+
+static void next_state(uint32_t *s) {
+    for (int i = 0; i < N; i++) s[i] = s[(i + M) % N] ^ twist(s[i], s[(i + 1) % N]);
+}
+
+uint32_t generator_next(Generator *generator) {
+    if (generator->next == N) {
+        next_state(generator->state);
+        generator->next = 0;
+    }
+    uint32_t y = generator->state[generator->next++];
+    y ^= y >> 11;
+    y ^= y << 7 & 0x9d2c5680u;
+    y ^= y << 15 & 0xefc60000u;
+    return y ^ y >> 18;
+}
+
+/* [0, 1) in steps of 2^-24. */
+static float uniform_float(Generator *generator) {
+    return (float)(generator_next(generator) & 0xffffff) * 0x1p-24f;
+}
+
+/* [0, 1) in steps of 2^-53. */
+static double uniform_double(Generator *generator) {
+    uint64_t high = generator_next(generator), low = generator_next(generator);
+    return (double)((high << 32 | low) & 0x1fffffffffffffu) * 0x1p-53;
+}
+
+/* 16 uniform numbers become 16 normal ones, in place (normal_fill_16). */
+static void normal_16(float *x) {
+    for (int j = 0; j < 8; j++) {
+        float radius = sqrtf(-2 * (float)log(1 - (double)x[j]));
+        float angle = (float)TWO_PI * x[j + 8];
+        x[j] = radius * (float)cos(angle);
+        x[j + 8] = radius * (float)sin(angle);
+    }
+}
+
+static void uniform_fill(Generator *generator, float *out, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = uniform_float(generator);
+}
+
+static void normal_fill(Generator *generator, float *out, size_t n) {
+    uniform_fill(generator, out, n);
+    for (size_t i = 0; i + 16 <= n; i += 16) normal_16(out + i);
+    if (n % 16) {
+        uniform_fill(generator, out + n - 16, 16);
+        normal_16(out + n - 16);
+    }
+}
+
+/* at::normal_distribution<double>: the first uniform is the angle, the second the radius. */
+static double normal_one(Generator *generator) {
+    if (generator->has_spare) {
+        generator->has_spare = false;
+        return generator->spare;
+    }
+    double angle = TWO_PI * uniform_double(generator);
+    double radius = sqrt(-2 * log1p(-uniform_double(generator)));
+    generator->spare = radius * sin(angle);
+    generator->has_spare = true;
+    return radius * cos(angle);
+}
+
+void generator_randn(Generator *generator, float *out, size_t n) {
+    if (n >= 16) normal_fill(generator, out, n);
+    else for (size_t i = 0; i < n; i++) out[i] = (float)normal_one(generator);
+}
