@@ -1,0 +1,147 @@
+#!/usr/bin/env python3
+"""Runs diffusers' WanPipeline on a checkpoint and writes the tensors that `sora --check` compares, as .npy files.
+
+    python tests/dump_reference.py CHECKPOINT DIR --prompt "A red fox" --size 832x480 --frames 17 --steps 4
+    ./sora -m model.gguf --check DIR "A red fox" -s 832x480 -f 17 --steps 4 ...
+
+CHECKPOINT is a diffusers folder. Names and shapes are those of sora's --dump (README): no batch axis, float32 (ids
+int32); of the text encoder's 512 positions only the n that hold tokens.
+"""
+
+import argparse
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import WanPipeline
+
+import schedulers
+
+
+@dataclass
+class Settings:
+    """One generation; the fields are sora's options of the same names."""
+
+    prompt: str = ""
+    negative: str = ""
+    size: tuple[int, int] = (64, 64)  # width, height in pixels
+    frames: int = 5
+    steps: int = 3
+    guidance: float = 5.0
+    shift: float = 3.0
+    sampler: str = "unipc"
+    seed: int = 0
+
+
+class Recorder:
+    """Hooks on a pipeline's modules that write what passes through them into `folder`."""
+
+    def __init__(self, pipe: WanPipeline, folder: Path, guided: bool):
+        self.folder = folder
+        self.branches = ("cond", "uncond") if guided else ("cond",)
+        self.texts = iter(("prompt", "negative"))
+        self.passes = 0  # forward passes of the transformer so far
+        self.steps = 0  # steps of the sampler so far
+        folder.mkdir(parents=True, exist_ok=True)
+        pipe.text_encoder.register_forward_hook(self.on_text)
+        pipe.transformer.register_forward_pre_hook(self.on_noise, with_kwargs=True)
+        for index, block in enumerate(pipe.transformer.blocks):
+            block.register_forward_hook(lambda _, args, out, index=index: self.save(self.branch(f"block{index:02d}"), out[0]))
+        pipe.transformer.register_forward_hook(self.on_velocity)
+        pipe.scheduler.step = self.wrap(pipe.scheduler.step, self.on_step)
+        pipe.vae.decode = self.wrap(pipe.vae.decode, lambda out, *_: self.save("video", out[0][0]))
+
+    @staticmethod
+    def wrap(function, after):
+        """`function`, with after(result, *its arguments) called on each result."""
+
+        def wrapped(*args, **kwargs):
+            result = function(*args, **kwargs)
+            after(result, *args)
+            return result
+
+        return wrapped
+
+    def save(self, name: str, tensor: torch.Tensor) -> None:
+        np.save(self.folder / f"{name}.npy", tensor.detach().contiguous().numpy())
+
+    def branch(self, name: str) -> str:
+        step, branch = divmod(self.passes, len(self.branches))
+        return f"step{step:03d}.{self.branches[branch]}.{name}"
+
+    def on_text(self, module, args, output) -> None:
+        ids, mask = args
+        n = int(mask.sum())
+        name = next(self.texts)
+        self.save(f"{name}.ids", ids[0, :n].to(torch.int32))
+        self.save(f"{name}.embeds", output.last_hidden_state[0, :n])
+
+    def on_noise(self, module, args, kwargs) -> None:
+        if self.passes == 0:
+            self.save("noise", kwargs["hidden_states"][0])
+
+    def on_velocity(self, module, args, output) -> None:
+        self.save(self.branch("velocity"), output[0][0])
+        self.passes += 1
+
+    def on_step(self, result, velocity, timestep, before) -> None:
+        self.save(f"step{self.steps:03d}.velocity", velocity[0])
+        self.save(f"step{self.steps:03d}.latents", result[0][0])
+        self.save("latents", result[0][0])
+        self.steps += 1
+
+
+@contextlib.contextmanager
+def float64_arithmetic():
+    """Keeps in float64 what is so already, where upstream says .float(). What is float32 stays so, above all the
+    sinusoids of the time step, whose float32 rounding belongs to the function that the model was trained with."""
+    to_float = torch.Tensor.float
+    torch.Tensor.float = lambda tensor: tensor if tensor.dtype == torch.float64 else to_float(tensor)
+    try:
+        yield
+    finally:
+        torch.Tensor.float = to_float
+
+
+@torch.no_grad()
+def dump(checkpoint: Path, folder: Path, settings: Settings, double: bool = False) -> None:
+    """Generates one clip with WanPipeline and writes its tensors into `folder`.
+
+    checkpoint: a diffusers folder. double: computes in float64 and writes float64; from the same noise.
+    """
+    pipe = WanPipeline.from_pretrained(checkpoint, dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = schedulers.configure(settings.sampler, settings.shift)
+    Recorder(pipe, folder, settings.guidance > 1)
+    noise = pipe.prepare_latents(1, pipe.transformer.config.in_channels, settings.size[1], settings.size[0],
+                                 settings.frames, torch.float32, "cpu", torch.Generator().manual_seed(settings.seed))
+    if double:
+        for module in (pipe.text_encoder, pipe.transformer, pipe.vae):
+            module.double()
+    with float64_arithmetic() if double else contextlib.nullcontext():
+        pipe(settings.prompt, settings.negative, width=settings.size[0], height=settings.size[1],
+             num_frames=settings.frames, num_inference_steps=settings.steps, guidance_scale=settings.guidance,
+             latents=noise)
+    np.save(folder / "timesteps.npy", pipe.scheduler.timesteps.numpy().astype(np.float32))
+    np.save(folder / "sigmas.npy", pipe.scheduler.sigmas.numpy())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("folder", type=Path)
+    for name, default in vars(Settings()).items():
+        if name == "size":
+            parser.add_argument("--size", type=lambda text: tuple(map(int, text.split("x"))), default=default, metavar="WxH")
+        else:
+            parser.add_argument(f"--{name}", type=type(default), default=default)
+    parser.add_argument("--double", action="store_true", help="compute in float64")
+    arguments = vars(parser.parse_args())
+    dump(arguments.pop("checkpoint"), arguments.pop("folder"), double=arguments.pop("double"),
+         settings=Settings(**arguments))
+
+
+if __name__ == "__main__":
+    main()
