@@ -35,6 +35,78 @@ Bytes tokenizer_piece(const Tokenizer *tokenizer, int32_t id);
 
 /* ---------------------------------------------------------------- text_encoder.c: ids -> embeds (umT5) */
 
+typedef struct {
+    const float *norm1, *norm2;          /* (E) */
+    Linear q, k, v, o;                   /* (heads*d, E), o (E, heads*d); no biases */
+    const float *pos_embedding;          /* (buckets, heads) */
+    Linear gate, fc1, fc2;               /* (ffn_dim, E) twice, (E, ffn_dim) */
+} TextBlock;
+
+typedef struct {
+    int vocab_size, dim, ffn_dim, num_heads, head_dim, num_layers, num_buckets, max_distance;
+    float eps;
+    Weight token_embedding; /* (vocab_size, E) */
+    TextBlock *blocks;
+    const float *norm; /* (E) */
+} TextEncoder;
+
+TextEncoder text_encoder_load(const WeightFile *file);
+void text_encoder_free(TextEncoder *encoder);
+size_t text_encoder_memory(const TextEncoder *encoder, int n); /* bytes while it runs */
+double text_encoder_flops(const TextEncoder *encoder, int n);
+void text_encode(const TextEncoder *encoder, const int32_t *ids, int n, float *embeds); /* embeds (n,E) */
+
+/* ---------------------------------------------------------------- transformer.c: latents, text -> velocity */
+
+typedef struct {
+    Linear q, k, v, o;            /* (D,D) */
+    const float *norm_q, *norm_k; /* (D), over all heads at once */
+} AttentionLayers;
+
+typedef struct {
+    AttentionLayers self_attn, cross_attn;
+    const float *norm3_weight, *norm3_bias; /* (D), or NULL where cross_attn_norm is off */
+    Linear ffn_0, ffn_2;
+    const float *modulation; /* (6,D) */
+} TransformerBlock;
+
+typedef struct {
+    int dim, ffn_dim, freq_dim, in_dim, out_dim, num_heads, num_layers, text_len, text_dim, patch_size[3];
+    float eps;
+    Linear patch_embedding, text_embedding_0, text_embedding_2, time_embedding_0, time_embedding_2, time_projection_1;
+    TransformerBlock *blocks;
+    Linear head;
+    const float *head_modulation; /* (2,D) */
+} Transformer;
+
+Transformer transformer_load(const WeightFile *file);
+void transformer_free(Transformer *transformer);
+
+/* What a prompt is to the transformer: the keys and values of every block's cross attention. The zero padding up to
+ * text_len gives the same key and value again and again: it is kept once, and counted by its bias. */
+typedef struct {
+    int positions;        /* n, and one for the padding if n < text_len */
+    float *bias;          /* (positions): 0, and log(text_len - n) for the padding */
+    float *keys, *values; /* (num_layers, positions, D) */
+} TextContext;
+TextContext text_context_take(Arena *arena, const Transformer *transformer, int n);
+/* embeds (n, text_dim), which n gave the context its size. */
+void transformer_read(const Transformer *transformer, const float *embeds, int n, TextContext *context);
+
+/* What a forward pass needs besides weights: positions, and room to compute in. */
+typedef struct {
+    int T, H, W, L;       /* of the latents; tokens */
+    float *cosine, *sine; /* (L, d/2) */
+    float *x, *y;         /* (L,D) */
+    float *wide;          /* (L, the widest of q k v, ffn and patches) */
+    float *time, *modulation, *e; /* (D), (6,D), (6,D) */
+} TransformerState;
+TransformerState transformer_state_take(Arena *arena, const Transformer *transformer, int T, int H, int W);
+double transformer_flops(const Transformer *transformer, int L, int positions); /* of one forward pass */
+/* velocity (out_dim,T,H,W) from latents (in_dim,T,H,W) at a timestep in [0,1000]. */
+void transformer_forward(const Transformer *transformer, TransformerState *state, const TextContext *context,
+                         const float *latents, float timestep, float *velocity);
+
 /* ---------------------------------------------------------------- sampler.c: velocity -> next latents */
 
 typedef enum { UNIPC, EULER, DPM, SAMPLERS } Sampler;
@@ -61,6 +133,52 @@ History history_take(Arena *arena, size_t n);
 /* latents [n] move from sigmas[step] to sigmas[step + 1]. Steps go upwards from 0, which forgets the past. */
 void sampler_step(const Schedule *schedule, int step, const float *velocity, float *latents,
                   History *history);
+
+/* ---------------------------------------------------------------- vae.c: latents -> frames (the causal 3D VAE) */
+
+/* A causal convolution and its past: what it saw in the two frames before. */
+typedef struct {
+    Linear layer; /* (O, kt*kh*kw*I), taps outermost */
+    int kt, kh, kw, in, out;
+    float *past[2]; /* frames (Y*X, level's channels), older first; zeros at the start */
+} Conv;
+
+typedef struct {
+    const float *norm1, *norm2;        /* residual.0.gamma, residual.3.gamma */
+    Conv conv1, conv2, shortcut;       /* residual.2, residual.6, shortcut (out == 0: none) */
+} ResidualBlock;
+
+/* One resolution of the decoder: residual blocks, then, but for the last, an upsampling to the next one. */
+typedef struct {
+    int num_blocks;
+    ResidualBlock *blocks;
+    Conv time_conv, resample; /* out == 0: none */
+    bool started;             /* time_conv lets the clip's first frame pass */
+    int height, width, channels, wide_channels;
+    float *x, *h, *t, *wide;  /* (height*width, channels) thrice, and wide_channels */
+} VaeLevel;
+
+typedef struct {
+    int z_dim, out_channels, patch_size, num_levels, temporal_stride, spatial_stride;
+    const float *latents_mean, *latents_std; /* (z_dim) */
+    Conv conv2, conv1, qkv, proj, head;
+    ResidualBlock middle_0, middle_2;
+    const float *middle_norm, *head_norm; /* middle.1.norm.gamma, head.0.gamma */
+    VaeLevel *levels;
+    float *zeros, *frame; /* a pixel outside the image; the decoded frame [3,Y,X] */
+} Vae;
+
+Vae vae_load(const WeightFile *file);
+void vae_free(Vae *vae);
+size_t vae_decode_memory(const Vae *vae, int H, int W);
+double vae_decode_flops(const Vae *vae, int T, int H, int W);
+
+typedef void FrameSink(void *to, const float *frame); /* frame [3,Y,X] in [-1,1] */
+/* Lays out the decoder for latents of H x W; the past is empty. */
+void vae_decode_start(Vae *vae, Arena *arena, int H, int W);
+/* Decodes frame t of latents (z_dim,T,H,W) and hands every video frame that follows to the sink at once: one for the
+ * clip's first, temporal_stride for each later. Frames must come in order. */
+void vae_decode_frame(Vae *vae, const float *latents, int T, int t, FrameSink *sink, void *to);
 
 /* ---------------------------------------------------------------- y4m.c: frames -> file */
 

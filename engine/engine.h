@@ -41,6 +41,8 @@ typedef struct {
 } Arena;
 void *arena_take(Arena *arena, size_t bytes); /* 64-byte aligned; NULL from an arena that only counts */
 float *arena_floats(Arena *arena, size_t count);
+Arena arena_open(size_t bytes); /* zeroed; dies with STATUS_RESOURCE */
+void arena_close(Arena *arena);
 
 typedef struct {
     const uint8_t *data;
@@ -58,6 +60,7 @@ typedef struct {
 } OutputFile;
 OutputFile output_open(const char *path);
 void output_write(OutputFile *out, const void *data, size_t bytes);
+void output_write_at(OutputFile *out, size_t offset, const void *data, size_t bytes); /* not to "-" */
 void output_flush(OutputFile *out);
 void output_commit(OutputFile *out);
 void outputs_discard(void); /* removes whatever was opened and not committed; async-signal-safe */
@@ -219,6 +222,8 @@ void gelu(float *y, const float *x, size_t n);
 void add(float *y, const float *x, size_t n);                                      /* y += x */
 void multiply(float *y, const float *x, size_t n);                                 /* y *= x */
 void add_gated(float *y, const float *x, int L, int n, const float *gate);         /* y += x * gate (n) */
+/* Rotates the pairs (x[2i], x[2i+1]) of every head of x (L, heads*d) by the angles of its row: cosine, sine (L, d/2). */
+void rope(float *x, int L, int heads, int d, const float *cosine, const float *sine);
 
 /* ---------------------------------------------------------------- noise.c: torch's normal numbers */
 

@@ -18,6 +18,7 @@
  * of the product are runs of channels at shifted pixels. */
 #include "engine/engine.h"
 
+#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -121,7 +122,8 @@ static int panels_per_task(int blocks, int panels) {
     return ceiling(panels, smaller(parts, panels));
 }
 
-void product(float *y, Rows x, Weight w, const float *bias) {
+void product(float *y, Rows x, const Linear *layer) {
+    Weight w = layer->weight;
     int C = kernels->tile_cols, blocks = ceiling(x.rows, BLOCK_TILES * kernels->tile_rows);
     size_t panel_size = (size_t)w.cols * C;
     int group = (int)(GROUP_BYTES / (panel_size * sizeof(float)));
@@ -131,7 +133,7 @@ void product(float *y, Rows x, Weight w, const float *bias) {
         int count = smaller(group, ceiling(w.rows - first, C)), each = panels_per_task(blocks, count);
         int parts = ceiling(count, each);
         PARALLEL_FOR for (int p = 0; p < count; p++) pack_panel(panels + p * panel_size, C, &w, first + p * C);
-        Group g = {&x, panels, bias, y, w.rows, first};
+        Group g = {&x, panels, layer->bias, y, w.rows, first};
         PARALLEL_FOR for (int task = 0; task < blocks * parts; task++) {
             int panel = task % parts * each;
             multiply_block(&g, task / parts * BLOCK_TILES * kernels->tile_rows, panel, smaller(each, count - panel));
@@ -151,7 +153,18 @@ static const float *locate_dense(const void *of, int row, int segment) {
     return dense->x + (size_t)row * dense->stride;
 }
 
-void linear(float *y, const float *x, int L, Weight w, const float *bias) {
-    Dense dense = {x, (size_t)w.cols};
-    product(y, (Rows){L, 1, w.cols, locate_dense, &dense}, w, bias);
+void linear(float *y, const float *x, int L, const Linear *layer) {
+    Dense dense = {x, (size_t)layer->weight.cols};
+    product(y, (Rows){L, 1, layer->weight.cols, locate_dense, &dense}, layer);
+}
+
+Linear linear_bind(const WeightFile *file, int O, int I, int with_bias, const char *name, ...) {
+    char prefix[64];
+    va_list arguments;
+    va_start(arguments, name);
+    vsnprintf(prefix, sizeof prefix, name, arguments);
+    va_end(arguments);
+    Linear layer = {.weight = weights_bind(file, O, I, "%s.weight", prefix)};
+    if (with_bias) layer.bias = weights_floats(file, O, "%s.bias", prefix);
+    return layer;
 }

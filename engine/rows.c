@@ -61,3 +61,17 @@ void add_gated(float *y, const float *x, int L, int n, const float *gate) {
     PARALLEL_FOR for (int l = 0; l < L; l++)
         for (int i = 0; i < n; i++) y[(size_t)l * n + i] += x[(size_t)l * n + i] * gate[i];
 }
+
+void rope(float *x, int L, int heads, int d, const float *cosine, const float *sine) {
+    PARALLEL_FOR for (int l = 0; l < L; l++) {
+        const float *c = cosine + (size_t)l * (d / 2), *s = sine + (size_t)l * (d / 2);
+        for (int h = 0; h < heads; h++) {
+            float *row = x + ((size_t)l * heads + h) * d;
+            for (int i = 0; i < d / 2; i++) {
+                float a = row[2 * i], b = row[2 * i + 1];
+                row[2 * i] = a * c[i] - b * s[i];
+                row[2 * i + 1] = a * s[i] + b * c[i];
+            }
+        }
+    }
+}

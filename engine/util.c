@@ -113,6 +113,15 @@ float *arena_floats(Arena *arena, size_t count) {
     return arena_take(arena, count * sizeof(float));
 }
 
+Arena arena_open(size_t bytes) {
+    return (Arena){.base = allocate(bytes), .size = bytes};
+}
+
+void arena_close(Arena *arena) {
+    free(arena->base);
+    *arena = (Arena){0};
+}
+
 /* ---------------------------------------------------------------- input files */
 
 const char *map_file(const char *path, Bytes *out) {
@@ -221,6 +230,11 @@ OutputFile output_open(const char *path) {
 
 void output_write(OutputFile *out, const void *data, size_t bytes) {
     if (bytes && fwrite(data, 1, bytes, out->stream) != bytes) die_writing(out->path);
+}
+
+void output_write_at(OutputFile *out, size_t offset, const void *data, size_t bytes) {
+    if (fseeko(out->stream, (off_t)offset, SEEK_SET)) die_writing(out->path);
+    output_write(out, data, bytes);
 }
 
 void output_flush(OutputFile *out) {

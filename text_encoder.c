@@ -1,0 +1,135 @@
+/* text_encoder.c - ids -> embeds: the encoder of umT5 (Chung et al., UniMax, 2023; T5: Raffel et al., 2020).
+ *
+ *   x = token_embedding[ids]
+ *   in each block:  x += o(attention(norm1(x)))
+ *                   x += fc2(gelu(gate(norm2(x))) * fc1(norm2(x)))
+ *   embeds = norm(x)
+ *
+ * What sets it apart from other encoders: norms only scale (RMS), no layer has a bias, scores are not divided by
+ * sqrt(d), and positions enter as a bias on the scores that depends on the distance key - query alone. T5 has one
+ * such table for all layers; umT5 has one in each.
+ *
+ * The reference pads prompts to 512 and masks the padding; computing the real tokens alone gives the same. */
+#include "sora.h"
+
+#include <math.h>
+#include <stdlib.h>
+
+TextEncoder text_encoder_load(const WeightFile *file) {
+    TextEncoder e = {
+        .vocab_size = (int)weights_int(file, "t5encoder.vocab_size"),
+        .dim = (int)weights_int(file, "t5encoder.embedding_length"),
+        .ffn_dim = (int)weights_int(file, "t5encoder.feed_forward_length"),
+        .num_heads = (int)weights_int(file, "t5encoder.attention.head_count"),
+        .head_dim = (int)weights_int(file, "t5encoder.attention.key_length"),
+        .num_layers = (int)weights_int(file, "t5encoder.block_count"),
+        .num_buckets = (int)weights_int_or(file, "t5encoder.attention.relative_buckets_count", 32),
+        .max_distance = (int)weights_int_or(file, "t5encoder.attention.relative_max_distance", 128),
+        .eps = (float)weights_double_or(file, "t5encoder.attention.layer_norm_rms_epsilon", 1e-6),
+    };
+    int inner = e.num_heads * e.head_dim;
+    e.token_embedding = weights_bind(file, e.vocab_size, e.dim, "token_embd.weight");
+    e.blocks = allocate(sizeof *e.blocks * (size_t)e.num_layers);
+    for (int i = 0; i < e.num_layers; i++)
+        e.blocks[i] = (TextBlock){
+            .norm1 = weights_floats(file, e.dim, "enc.blk.%d.attn_norm.weight", i),
+            .q = linear_bind(file, inner, e.dim, NO_BIAS, "enc.blk.%d.attn_q", i),
+            .k = linear_bind(file, inner, e.dim, NO_BIAS, "enc.blk.%d.attn_k", i),
+            .v = linear_bind(file, inner, e.dim, NO_BIAS, "enc.blk.%d.attn_v", i),
+            .o = linear_bind(file, e.dim, inner, NO_BIAS, "enc.blk.%d.attn_o", i),
+            .pos_embedding = weights_floats(file, e.num_buckets * e.num_heads, "enc.blk.%d.attn_rel_b.weight", i),
+            .norm2 = weights_floats(file, e.dim, "enc.blk.%d.ffn_norm.weight", i),
+            .gate = linear_bind(file, e.ffn_dim, e.dim, NO_BIAS, "enc.blk.%d.ffn_gate", i),
+            .fc1 = linear_bind(file, e.ffn_dim, e.dim, NO_BIAS, "enc.blk.%d.ffn_up", i),
+            .fc2 = linear_bind(file, e.dim, e.ffn_dim, NO_BIAS, "enc.blk.%d.ffn_down", i),
+        };
+    e.norm = weights_floats(file, e.dim, "enc.output_norm.weight");
+    return e;
+}
+
+void text_encoder_free(TextEncoder *encoder) {
+    free(encoder->blocks);
+}
+
+/* Distances below a quarter of the buckets have one each, per direction; longer ones share, on a logarithmic scale
+ * up to max_distance (transformers' UMT5Attention._relative_position_bucket, in its float arithmetic). */
+static int bucket_of(const TextEncoder *e, int distance) {
+    int half = e->num_buckets / 2, exact = half / 2, n = abs(distance), bucket = n;
+    if (n >= exact) {
+        float span = (float)log((double)e->max_distance / exact);
+        bucket = exact + (int)((float)log((float)n / (float)exact) / span * (float)(half - exact));
+        if (bucket > half - 1) bucket = half - 1;
+    }
+    return distance > 0 ? half + bucket : bucket;
+}
+
+typedef struct {
+    float *x, *y;              /* (n,E): the stream; normalised, then what is added */
+    float *q, *k, *v, *mixed;  /* (n, heads*d) */
+    float *gate, *up;          /* (n, ffn_dim) */
+    float *bias;               /* (heads, 2n-1): by key - query + n-1 */
+} Buffers;
+
+static Buffers lay_out(Arena *arena, const TextEncoder *e, int n) {
+    size_t inner = (size_t)n * e->num_heads * e->head_dim, E = (size_t)n * e->dim, ffn = (size_t)n * e->ffn_dim;
+    return (Buffers){arena_floats(arena, E),     arena_floats(arena, E),     arena_floats(arena, inner),
+                     arena_floats(arena, inner), arena_floats(arena, inner), arena_floats(arena, inner),
+                     arena_floats(arena, ffn),   arena_floats(arena, ffn),
+                     arena_floats(arena, (size_t)e->num_heads * (2 * n - 1))};
+}
+
+size_t text_encoder_memory(const TextEncoder *encoder, int n) {
+    Arena count = {0};
+    lay_out(&count, encoder, n);
+    return count.used;
+}
+
+double text_encoder_flops(const TextEncoder *e, int n) {
+    double inner = (double)e->num_heads * e->head_dim;
+    return e->num_layers * (2.0 * n * e->dim * (4 * inner + 3.0 * e->ffn_dim) + 4.0 * n * n * inner);
+}
+
+static void attend(const TextEncoder *e, const TextBlock *block, Buffers *b, int n) {
+    for (int h = 0; h < e->num_heads; h++)
+        for (int distance = 1 - n; distance < n; distance++)
+            b->bias[h * (2 * n - 1) + distance + n - 1] =
+                block->pos_embedding[bucket_of(e, distance) * e->num_heads + h];
+    rms_norm(b->y, b->x, n, e->dim, block->norm1, e->eps);
+    linear(b->q, b->y, n, &block->q);
+    linear(b->k, b->y, n, &block->k);
+    linear(b->v, b->y, n, &block->v);
+    size_t stride = (size_t)e->num_heads * e->head_dim;
+    attention(&(Attention){.q = b->q, .k = b->k, .v = b->v, .out = b->mixed, .queries = n, .keys = n,
+                           .heads = e->num_heads, .d = e->head_dim, .q_stride = stride, .kv_stride = stride,
+                           .out_stride = stride, .scale = 1.0f,
+                           .bias = b->bias + n - 1, .bias_head = 2 * n - 1, .bias_query = -1});
+    linear(b->y, b->mixed, n, &block->o);
+    add(b->x, b->y, (size_t)n * e->dim);
+}
+
+static void feed_forward(const TextEncoder *e, const TextBlock *block, Buffers *b, int n) {
+    size_t ffn = (size_t)n * e->ffn_dim;
+    rms_norm(b->y, b->x, n, e->dim, block->norm2, e->eps);
+    linear(b->gate, b->y, n, &block->gate);
+    linear(b->up, b->y, n, &block->fc1);
+    gelu(b->gate, b->gate, ffn);
+    multiply(b->gate, b->up, ffn);
+    linear(b->y, b->gate, n, &block->fc2);
+    add(b->x, b->y, (size_t)n * e->dim);
+}
+
+void text_encode(const TextEncoder *encoder, const int32_t *ids, int n, float *embeds) {
+    Arena arena = arena_open(text_encoder_memory(encoder, n));
+    Buffers b = lay_out(&arena, encoder, n);
+    for (int i = 0; i < n; i++) {
+        if (ids[i] < 0 || ids[i] >= encoder->vocab_size)
+            die(STATUS_USAGE, "token id %d is outside the text encoder's %d", (int)ids[i], encoder->vocab_size);
+        weight_row(&encoder->token_embedding, ids[i], b.x + (size_t)i * encoder->dim);
+    }
+    for (int i = 0; i < encoder->num_layers; i++) {
+        attend(encoder, &encoder->blocks[i], &b, n);
+        feed_forward(encoder, &encoder->blocks[i], &b, n);
+    }
+    rms_norm(embeds, b.x, n, encoder->dim, encoder->norm, encoder->eps);
+    arena_close(&arena);
+}

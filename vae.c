@@ -1,0 +1,361 @@
+/* vae.c - latents -> frames: the decoder of Wan 2.1's causal 3D VAE, one latent frame at a time.
+ *
+ *   z -> conv2 (1x1x1) -> conv1 -> middle: residual, attention, residual -> levels -> head -> frame
+ *   residual: x + conv2(silu(norm2(conv1(silu(norm1(x))))))          (x through a 1x1x1 shortcut if widths differ)
+ *   level:    residual blocks, then upsampling: in time by time_conv, in space by doubling and a 3x3 convolution
+ *
+ * Causal means that a convolution over time sees a frame and the two before it, never one after. So the decoder runs
+ * as a stream: each convolution keeps its last two input frames, a frame is pushed through the layers, and where a
+ * level doubles the frame rate each of the two goes on by itself to the end before the next is made. Memory does not
+ * depend on the clip's length. The clip's first frame has no companion: time_conv lets it pass, and starts with an
+ * empty past at the second (upstream's "Rep").
+ *
+ * Frames are stored (pixels, channels), channels innermost, which makes a convolution a product whose rows are runs
+ * of channels at shifted pixels (product.c). Neither padding, nor the doubled image, nor the split of time_conv's
+ * output into two frames is ever built: they are ways to find a row.
+ *
+ * Follows AutoencoderKLWan of diffusers (without residual shortcuts) and wan/modules/vae.py of the original release,
+ * whose names the fields carry. Its RMS_norm is F.normalize over channels, times sqrt(channels) and gamma. */
+#include "sora.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---------------------------------------------------------------- weights */
+
+static Conv bind_conv(const WeightFile *file, int O, int I, int kt, int k, const char *name) {
+    Conv conv = {.kt = kt, .kh = k, .kw = k, .in = I, .out = O};
+    conv.layer = linear_bind(file, O, kt * k * k * I, BIAS, "vae.%s", name);
+    return conv;
+}
+
+static ResidualBlock bind_residual(const WeightFile *file, int I, int O, const char *name) {
+    char path[64];
+#define PATH(part) (snprintf(path, sizeof path, "%s." part, name), path)
+    ResidualBlock block = {0};
+    block.norm1 = weights_floats(file, I, "vae.%s.residual.0.gamma", name);
+    block.conv1 = bind_conv(file, O, I, 3, 3, PATH("residual.2"));
+    block.norm2 = weights_floats(file, O, "vae.%s.residual.3.gamma", name);
+    block.conv2 = bind_conv(file, O, O, 3, 3, PATH("residual.6"));
+    if (I != O) block.shortcut = bind_conv(file, O, I, 1, 1, PATH("shortcut"));
+#undef PATH
+    return block;
+}
+
+static WeightArray config_array(const WeightFile *file, const char *key, size_t least) {
+    WeightArray array;
+    if (!weights_array(file, key, &array) || array.count < least)
+        die(STATUS_USAGE, "weight file: %s is not an array of at least %zu", key, least);
+    return array;
+}
+
+static const float *config_floats(const WeightFile *file, const char *key, int count) {
+    WeightArray array = config_array(file, key, (size_t)count);
+    float *values = allocate(sizeof(float) * (size_t)count);
+    for (int i = 0; i < count; i++) values[i] = (float)array_double(&array, (size_t)i);
+    return values;
+}
+
+/* The original release numbers residual blocks and upsamplings of all levels in one list. */
+static void bind_levels(const WeightFile *file, Vae *vae, int base, int blocks) {
+    WeightArray mult = config_array(file, "vae.dim_mult", 1);
+    WeightArray temporal = config_array(file, "vae.temperal_downsample", mult.count - 1);
+    char path[64];
+    int in = base * (int)array_int(&mult, mult.count - 1), index = 0;
+    vae->num_levels = (int)mult.count;
+    vae->levels = allocate(sizeof *vae->levels * mult.count);
+    vae->temporal_stride = 1;
+    vae->spatial_stride = vae->patch_size;
+    for (int i = 0; i < vae->num_levels; i++) {
+        VaeLevel *level = &vae->levels[i];
+        int out = base * (int)array_int(&mult, mult.count - 1 - (size_t)i);
+        level->num_blocks = blocks + 1;
+        level->blocks = allocate(sizeof *level->blocks * (size_t)level->num_blocks);
+        for (int j = 0; j < level->num_blocks; j++, in = out) {
+            snprintf(path, sizeof path, "decoder.upsamples.%d", index++);
+            level->blocks[j] = bind_residual(file, in, out, path);
+        }
+        if (i == vae->num_levels - 1) break;
+        snprintf(path, sizeof path, "decoder.upsamples.%d.resample.1", index);
+        level->resample = bind_conv(file, in = out / 2, out, 1, 3, path);
+        vae->spatial_stride *= 2;
+        if (array_int(&temporal, mult.count - 2 - (size_t)i)) {
+            snprintf(path, sizeof path, "decoder.upsamples.%d.time_conv", index);
+            level->time_conv = bind_conv(file, 2 * out, out, 3, 1, path);
+            vae->temporal_stride *= 2;
+        }
+        index++;
+    }
+}
+
+Vae vae_load(const WeightFile *file) {
+    Vae vae = {.z_dim = (int)weights_int(file, "vae.z_dim"),
+               .out_channels = (int)weights_int_or(file, "vae.out_channels", 3),
+               .patch_size = (int)weights_int_or(file, "vae.patch_size", 1)};
+    int base = (int)weights_int_or(file, "vae.decoder_base_dim", weights_int(file, "vae.base_dim"));
+    WeightArray mult = config_array(file, "vae.dim_mult", 1);
+    int top = base * (int)array_int(&mult, mult.count - 1), last = base * (int)array_int(&mult, 0);
+    if (vae.out_channels != 3 * vae.patch_size * vae.patch_size)
+        die(STATUS_USAGE, "weight file: vae.out_channels %d is not 3 colours in patches of %d", vae.out_channels,
+            vae.patch_size);
+    vae.latents_mean = config_floats(file, "vae.latents_mean", vae.z_dim);
+    vae.latents_std = config_floats(file, "vae.latents_std", vae.z_dim);
+    vae.conv2 = bind_conv(file, vae.z_dim, vae.z_dim, 1, 1, "conv2");
+    vae.conv1 = bind_conv(file, top, vae.z_dim, 3, 3, "decoder.conv1");
+    vae.middle_0 = bind_residual(file, top, top, "decoder.middle.0");
+    vae.middle_norm = weights_floats(file, top, "vae.decoder.middle.1.norm.gamma");
+    vae.qkv = bind_conv(file, 3 * top, top, 1, 1, "decoder.middle.1.to_qkv");
+    vae.proj = bind_conv(file, top, top, 1, 1, "decoder.middle.1.proj");
+    vae.middle_2 = bind_residual(file, top, top, "decoder.middle.2");
+    bind_levels(file, &vae, base, (int)weights_int(file, "vae.num_res_blocks"));
+    vae.head_norm = weights_floats(file, last, "vae.decoder.head.0.gamma");
+    vae.head = bind_conv(file, vae.out_channels, last, 3, 3, "decoder.head.2");
+    return vae;
+}
+
+void vae_free(Vae *vae) {
+    for (int i = 0; i < vae->num_levels; i++) free(vae->levels[i].blocks);
+    free(vae->levels);
+    free((void *)vae->latents_mean);
+    free((void *)vae->latents_std);
+}
+
+/* ---------------------------------------------------------------- convolutions */
+
+/* Where the rows of a convolution lie: up to three frames of an image of channels, doubled on the way if asked. */
+typedef struct {
+    const Conv *conv;
+    const float *frames[3]; /* oldest first */
+    const float *zeros;
+    size_t stride;     /* floats from pixel to pixel */
+    int height, width; /* of the output */
+    int doubled;       /* 1: the input is half as high and wide */
+} View;
+
+static const float *locate_pixel(const void *of, int row, int tap) {
+    const View *view = of;
+    const Conv *conv = view->conv;
+    int x = row % view->width + tap % conv->kw - conv->kw / 2;
+    int y = row / view->width + tap / conv->kw % conv->kh - conv->kh / 2;
+    if (x < 0 || x >= view->width || y < 0 || y >= view->height) return view->zeros;
+    size_t pixel = (size_t)(y >> view->doubled) * (view->width >> view->doubled) + (x >> view->doubled);
+    return view->frames[tap / (conv->kh * conv->kw)] + pixel * view->stride;
+}
+
+static void run(const View *view, float *out) {
+    const Conv *conv = view->conv;
+    Rows rows = {view->height * view->width, conv->kt * conv->kh * conv->kw, conv->in, locate_pixel, view};
+    product(out, rows, &conv->layer);
+}
+
+/* A convolution within one frame. */
+static void spatial_conv(const Vae *vae, const VaeLevel *level, const Conv *conv, const float *in, float *out) {
+    View view = {conv, {in}, vae->zeros, (size_t)conv->in, level->height, level->width, 0};
+    run(&view, out);
+}
+
+/* Reads the frame *in and its past; then *in has become the past, and the oldest frame's memory is what *in names. */
+static void causal_conv(const Vae *vae, const VaeLevel *level, Conv *conv, float **in, float *out) {
+    View view = {conv, {conv->past[0], conv->past[1], *in}, vae->zeros, (size_t)conv->in, level->height,
+                 level->width, 0};
+    run(&view, out);
+    float *oldest = conv->past[0];
+    conv->past[0] = conv->past[1];
+    conv->past[1] = *in;
+    *in = oldest;
+}
+
+/* ---------------------------------------------------------------- blocks */
+
+static void norm_silu(float *y, const float *x, const VaeLevel *level, int channels, const float *gamma) {
+    int pixels = level->height * level->width;
+    l2_norm(y, x, pixels, channels, gamma);
+    silu(y, y, (size_t)pixels * channels);
+}
+
+static void swap(float **a, float **b) {
+    float *c = *a;
+    *a = *b;
+    *b = c;
+}
+
+/* level->x becomes the block's output. */
+static void residual(const Vae *vae, VaeLevel *level, ResidualBlock *block) {
+    size_t out = (size_t)level->height * level->width * block->conv1.out;
+    norm_silu(level->h, level->x, level, block->conv1.in, block->norm1);
+    causal_conv(vae, level, &block->conv1, &level->h, level->t);
+    norm_silu(level->t, level->t, level, block->conv1.out, block->norm2);
+    causal_conv(vae, level, &block->conv2, &level->t, level->h);
+    if (block->shortcut.out) {
+        spatial_conv(vae, level, &block->shortcut, level->x, level->t);
+        swap(&level->x, &level->t);
+    }
+    add(level->x, level->h, out);
+}
+
+/* One head over the pixels of one frame. */
+static void middle_attention(const Vae *vae, VaeLevel *level) {
+    int C = vae->proj.in, pixels = level->height * level->width;
+    float *qkv = level->wide;
+    l2_norm(level->h, level->x, pixels, C, vae->middle_norm);
+    spatial_conv(vae, level, &vae->qkv, level->h, qkv);
+    attention(&(Attention){.q = qkv, .k = qkv + C, .v = qkv + 2 * C, .out = level->h, .queries = pixels,
+                           .keys = pixels, .heads = 1, .d = C, .q_stride = 3 * (size_t)C,
+                           .kv_stride = 3 * (size_t)C, .out_stride = C, .scale = 1.0f / sqrtf((float)C)});
+    spatial_conv(vae, level, &vae->proj, level->h, level->t);
+    add(level->x, level->t, (size_t)pixels * C);
+}
+
+/* ---------------------------------------------------------------- the stream */
+
+typedef struct {
+    FrameSink *sink;
+    void *to;
+} Output;
+
+/* The last level's x -> pixels: channel (c*p + b)*p + a of a pixel is colour c, row a.. of its patch, as upstream's
+ * unpatchify has it (column before row). */
+static void emit(Vae *vae, VaeLevel *level, Output output) {
+    int p = vae->patch_size, H = level->height, W = level->width;
+    norm_silu(level->h, level->x, level, vae->head.in, vae->head_norm);
+    causal_conv(vae, level, &vae->head, &level->h, level->t);
+    for (int c = 0; c < 3; c++)
+        for (int y = 0; y < H * p; y++)
+            for (int x = 0; x < W * p; x++) {
+                int channel = (c * p + x % p) * p + y % p;
+                float value = level->t[((size_t)(y / p) * W + x / p) * vae->out_channels + channel];
+                vae->frame[((size_t)c * H * p + y) * W * p + x] = fminf(1.0f, fmaxf(-1.0f, value));
+            }
+    output.sink(output.to, vae->frame);
+}
+
+static void push(Vae *vae, int index, Output output);
+
+/* From `in`, channels at a stride, doubled, to the next level, and on to the end. */
+static void upsample(Vae *vae, int index, const float *in, size_t stride, Output output) {
+    VaeLevel *level = &vae->levels[index], *next = level + 1;
+    View view = {&level->resample, {in}, vae->zeros, stride, next->height, next->width, 1};
+    run(&view, next->x);
+    push(vae, index + 1, output);
+}
+
+/* A frame lies in x of level `index`. */
+static void push(Vae *vae, int index, Output output) {
+    VaeLevel *level = &vae->levels[index];
+    for (int i = 0; i < level->num_blocks; i++) residual(vae, level, &level->blocks[i]);
+    if (!level->resample.out) {
+        emit(vae, level, output);
+    } else if (level->time_conv.out && level->started) {
+        int C = level->time_conv.in; /* two frames, side by side in each pixel */
+        causal_conv(vae, level, &level->time_conv, &level->x, level->wide);
+        upsample(vae, index, level->wide, 2 * (size_t)C, output);
+        upsample(vae, index, level->wide + C, 2 * (size_t)C, output);
+    } else {
+        level->started = true;
+        upsample(vae, index, level->x, (size_t)level->resample.in, output);
+    }
+}
+
+void vae_decode_frame(Vae *vae, const float *latents, int T, int t, FrameSink *sink, void *to) {
+    VaeLevel *level = &vae->levels[0];
+    size_t pixels = (size_t)level->height * level->width;
+    for (int c = 0; c < vae->z_dim; c++)
+        for (size_t i = 0; i < pixels; i++)
+            level->t[i * vae->z_dim + c] =
+                latents[((size_t)c * T + t) * pixels + i] * vae->latents_std[c] + vae->latents_mean[c];
+    spatial_conv(vae, level, &vae->conv2, level->t, level->h);
+    causal_conv(vae, level, &vae->conv1, &level->h, level->x);
+    residual(vae, level, &vae->middle_0);
+    middle_attention(vae, level);
+    residual(vae, level, &vae->middle_2);
+    push(vae, 0, (Output){sink, to});
+}
+
+/* ---------------------------------------------------------------- memory and work */
+
+static int larger(int a, int b) { return a > b ? a : b; }
+
+static void take_past(Arena *arena, Conv *conv, const VaeLevel *level) {
+    size_t size = (size_t)level->height * level->width * level->channels;
+    for (int i = 0; i < 2; i++) conv->past[i] = arena_floats(arena, size);
+}
+
+/* All frames of a level have one size, so that a convolution's input and its oldest past can trade places. */
+static void lay_out_level(Vae *vae, Arena *arena, int index, int in) {
+    VaeLevel *level = &vae->levels[index];
+    int out = level->blocks[0].conv1.out;
+    level->channels = larger(in, out);
+    level->wide_channels = 2 * level->time_conv.in;
+    if (index == 0) {
+        level->channels = larger(level->channels, vae->z_dim);
+        level->wide_channels = larger(level->wide_channels, vae->qkv.out);
+    }
+    if (!level->resample.out) level->channels = larger(level->channels, vae->out_channels);
+    size_t pixels = (size_t)level->height * level->width;
+    level->x = arena_floats(arena, pixels * level->channels);
+    level->h = arena_floats(arena, pixels * level->channels);
+    level->t = arena_floats(arena, pixels * level->channels);
+    level->wide = arena_floats(arena, pixels * level->wide_channels);
+    for (int i = 0; i < level->num_blocks; i++) {
+        take_past(arena, &level->blocks[i].conv1, level);
+        take_past(arena, &level->blocks[i].conv2, level);
+    }
+    if (level->time_conv.out) take_past(arena, &level->time_conv, level);
+    level->started = false;
+}
+
+void vae_decode_start(Vae *vae, Arena *arena, int H, int W) {
+    int channels = vae->z_dim, in = vae->conv1.out;
+    for (int i = 0; i < vae->num_levels; i++) {
+        VaeLevel *level = &vae->levels[i];
+        level->height = H << i;
+        level->width = W << i;
+        lay_out_level(vae, arena, i, in);
+        channels = larger(channels, level->channels);
+        in = level->resample.out;
+    }
+    VaeLevel *first = &vae->levels[0], *last = &vae->levels[vae->num_levels - 1];
+    Conv *early[] = {&vae->conv1, &vae->middle_0.conv1, &vae->middle_0.conv2, &vae->middle_2.conv1,
+                     &vae->middle_2.conv2};
+    for (size_t i = 0; i < sizeof early / sizeof *early; i++) take_past(arena, early[i], first);
+    take_past(arena, &vae->head, last);
+    vae->zeros = arena_floats(arena, channels);
+    vae->frame = arena_floats(arena, 3 * (size_t)last->height * last->width * vae->patch_size * vae->patch_size);
+}
+
+size_t vae_decode_memory(const Vae *vae, int H, int W) {
+    Arena count = {0};
+    Vae copy = *vae;
+    vae_decode_start(&copy, &count, H, W);
+    return count.used;
+}
+
+static double conv_flops(const Conv *conv, double pixels) {
+    return 2.0 * pixels * conv->layer.weight.rows * conv->layer.weight.cols;
+}
+
+static double block_flops(const ResidualBlock *block, double pixels) {
+    return conv_flops(&block->conv1, pixels) + conv_flops(&block->conv2, pixels) +
+           conv_flops(&block->shortcut, pixels);
+}
+
+double vae_decode_flops(const Vae *vae, int T, int H, int W) {
+    double pixels = (double)T * H * W, C = vae->proj.in; /* pixels of all frames at a level */
+    double sum = conv_flops(&vae->conv2, pixels) + conv_flops(&vae->conv1, pixels) + conv_flops(&vae->qkv, pixels) +
+                 conv_flops(&vae->proj, pixels) + block_flops(&vae->middle_0, pixels) +
+                 block_flops(&vae->middle_2, pixels) + 4.0 * pixels * H * W * C;
+    double frames = T;
+    for (int i = 0; i < vae->num_levels; i++) {
+        const VaeLevel *level = &vae->levels[i];
+        double area = ((double)H * W) * ((size_t)1 << 2 * i);
+        for (int j = 0; j < level->num_blocks; j++) sum += block_flops(&level->blocks[j], frames * area);
+        if (level->time_conv.out) {
+            sum += conv_flops(&level->time_conv, (frames - 1) * area);
+            frames = 2 * frames - 1;
+        }
+        sum += conv_flops(&level->resample, frames * area * 4);
+        if (!level->resample.out) sum += conv_flops(&vae->head, frames * area);
+    }
+    return sum;
+}
