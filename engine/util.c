@@ -274,6 +274,7 @@ void interrupts_catch(void) {
             sigaction(signals[i], &action, NULL);
     }
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN); /* likewise a limit on the size of files */
 }
 
 /* ---------------------------------------------------------------- time and the machine's memory */
