@@ -80,6 +80,13 @@ void profile_end(Stage stage);
 void profile_flops(double count); /* adds to whatever stage is running */
 void profile_print(void);         /* the lines of --profile, on standard error */
 
+/* ---------------------------------------------------------------- progress.c: one line on a terminal */
+
+void progress_enable(bool wanted); /* and then only if standard error is a terminal */
+/* "step 3/20  0:41  2:10 left": piece `done` of `total` of a stage is about to start. NULL clears the line. */
+void progress(const char *stage, int done, int total);
+void progress_note(const char *format, ...) PRINTF_LIKE(1, 2); /* a line that stays, above it */
+
 /* ---------------------------------------------------------------- weights.c: the flat weight file (GGUF v3) */
 
 /* Numbers as in ggml.h. */
@@ -175,6 +182,7 @@ const char *type_name(Type type);       /* "f32", "f16", "bf16", "q8_0"; NULL fo
 
 /* One region that a product or an attention uses while it runs, and nobody keeps. Grows, never shrinks. */
 void *scratch(size_t bytes);
+enum { PRODUCT_MEMORY = 16 << 20 }; /* bytes of it that a product takes, but for very long rows */
 
 /* A layer as checkpoints hold it: NAME.weight and NAME.bias. */
 typedef struct {
@@ -210,6 +218,7 @@ typedef struct {
     ptrdiff_t bias_head, bias_query;
 } Attention;
 void attention(const Attention *attention);
+size_t attention_memory(int keys, int heads, int d); /* bytes of scratch that it takes */
 
 /* ---------------------------------------------------------------- rows.c: what is done row by row */
 
@@ -288,5 +297,20 @@ typedef struct {
 void sha256_start(Sha256 *sha);
 void sha256_add(Sha256 *sha, const void *data, size_t bytes);
 void sha256_finish(Sha256 *sha, char hex[65]);
+
+/* JSON text that grows; begin with {0}. A key is NULL for the outermost object. */
+typedef struct {
+    char *text; /* 0-terminated */
+    size_t size, capacity;
+    int depth;
+    bool first; /* nothing yet in the innermost object */
+} Json;
+void json_open(Json *json, const char *key);
+void json_close(Json *json);
+void json_string(Json *json, const char *key, const char *value);
+void json_int(Json *json, const char *key, int64_t value);
+void json_bool(Json *json, const char *key, bool value);
+void json_double(Json *json, const char *key, double value);
+void json_free(Json *json);
 
 #endif

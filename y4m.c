@@ -1,0 +1,249 @@
+/* y4m.c - frames to an uncompressed video file, and back: YUV4MPEG2, read by ffmpeg, mpv and every encoder.
+ *
+ *   "YUV4MPEG2 W832 H480 F16:1 Ip A1:1 C420jpeg\n", then for each frame "FRAME\n" and bytes: Y, Cb, Cr
+ *
+ * The format carries no matrix; readers assume BT.601 at these sizes, so that is what is written, in limited
+ * range:
+ *
+ *   y  = 0.299 r + 0.587 g + 0.114 b         Y = 125.5 + 109.5 y    16..235 for y in [-1,1]
+ *   cb = (b - y) / 1.772                     Cb = 128 + 112 cb      16..240
+ *   cr = (r - y) / 1.402                     Cr = 128 + 112 cr      16..240
+ *
+ * 4:2:0 is sited at the centre of four pixels ("jpeg", as in MPEG-1), so a chroma sample is the average of
+ * its 2x2 pixels, or of those that exist at an odd right or lower edge.
+ *
+ * The reader gives every pixel the chroma sample that covers it, which inverts the average: what was read
+ * and is written again has the same bytes. Its floats therefore leave [-1,1] where a file's Y, Cb, Cr lie
+ * outside the cube of colours. 420mpeg2, 420paldv and 422 have their samples sited up to half a pixel
+ * elsewhere; they are read as if centred. */
+#include "sora.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { MAX_HEADER = 79, MAX_SIDE = 32768, MAX_LINE = 1024 };
+
+/* Pixels per chroma sample, across and down; none in mono. */
+typedef struct {
+    int dx, dy;
+} Sampling;
+
+static Sampling sampling(int chroma) {
+    return (Sampling){chroma == 420 || chroma == 422 ? 2 : 1, chroma == 420 ? 2 : 1};
+}
+
+static size_t luma_bytes(const VideoFormat *format) {
+    return (size_t)format->width * (size_t)format->height;
+}
+
+/* Of one of the two chroma planes. */
+static size_t chroma_bytes(const VideoFormat *format) {
+    Sampling s = sampling(format->chroma);
+    if (format->chroma == 400) return 0;
+    return (size_t)((format->width + s.dx - 1) / s.dx) * (size_t)((format->height + s.dy - 1) / s.dy);
+}
+
+size_t y4m_frame_bytes(const VideoFormat *format) {
+    return luma_bytes(format) + 2 * chroma_bytes(format);
+}
+
+/* ---------------------------------------------------------------- writing */
+
+/* Several readers stop at 79 bytes, so what they can do without goes first. */
+size_t y4m_header(const VideoFormat *format, char out[80]) {
+    static const char *const tags[] = {" XCOLORRANGE=LIMITED XAIGEN=sora.c", " XCOLORRANGE=LIMITED", ""};
+    int length = MAX_HEADER + 1;
+    for (size_t i = 0; i < sizeof tags / sizeof *tags && length > MAX_HEADER; i++)
+        length = snprintf(out, MAX_HEADER + 1, "YUV4MPEG2 W%d H%d F%d:%d Ip A1:1 C%s%s\n", format->width,
+                          format->height, format->rate_num, format->rate_den,
+                          format->chroma == 444 ? "444" : "420jpeg", tags[i]);
+    if (length > MAX_HEADER) die(STATUS_USAGE, "a frame rate of %d:%d makes the Y4M header too long",
+                                 format->rate_num, format->rate_den);
+    return (size_t)length;
+}
+
+static float luma(float r, float g, float b) {
+    return 0.299f * r + 0.587f * g + 0.114f * b;
+}
+
+static uint8_t to_byte(float x) {
+    x += 0.5f;
+    return (uint8_t)(x > 0 ? x < 255 ? x : 255 : 0); /* not a number: 0 */
+}
+
+/* Average over the pixels of a plane (Y,X) that chroma sample (row, column) covers. */
+static float box_average(const float *plane, const VideoFormat *format, Sampling s, int row, int column) {
+    float sum = 0;
+    int count = 0;
+    for (int y = row * s.dy; y < (row + 1) * s.dy && y < format->height; y++) {
+        for (int x = column * s.dx; x < (column + 1) * s.dx && x < format->width; x++) {
+            sum += plane[(size_t)y * (size_t)format->width + (size_t)x];
+            count++;
+        }
+    }
+    return sum / (float)count;
+}
+
+void y4m_convert(const VideoFormat *format, const float *frame, uint8_t *out) {
+    size_t pixels = luma_bytes(format);
+    const float *red = frame, *green = frame + pixels, *blue = frame + 2 * pixels;
+    for (size_t i = 0; i < pixels; i++) out[i] = to_byte(125.5f + 109.5f * luma(red[i], green[i], blue[i]));
+    uint8_t *cb = out + pixels, *cr = cb + chroma_bytes(format);
+    Sampling s = sampling(format->chroma);
+    for (int row = 0; row * s.dy < format->height; row++) {
+        for (int column = 0; column * s.dx < format->width; column++) {
+            float r = box_average(red, format, s, row, column);
+            float g = box_average(green, format, s, row, column);
+            float b = box_average(blue, format, s, row, column);
+            float y = luma(r, g, b);
+            *cb++ = to_byte(128 + 112 * ((b - y) / 1.772f));
+            *cr++ = to_byte(128 + 112 * ((r - y) / 1.402f));
+        }
+    }
+}
+
+/* ---------------------------------------------------------------- reading */
+
+struct Y4mReader {
+    Bytes bytes;
+    size_t at;
+    VideoFormat format;
+    bool full_range;
+};
+
+static const struct {
+    const char *name;
+    int chroma;
+} chromas[] = {
+    {"420jpeg", 420}, {"420mpeg2", 420}, {"420paldv", 420}, {"420", 420},
+    {"422", 422},     {"444", 444},      {"mono", 400},
+};
+
+/* Digits at *text, which moves past them; -1 if there are none or they exceed the limit. */
+static int parse_number(const char **text, int limit) {
+    int64_t value = 0;
+    const char *start = *text;
+    for (; **text >= '0' && **text <= '9' && value <= limit; (*text)++) value = 10 * value + (**text - '0');
+    return *text == start || value > limit ? -1 : (int)value;
+}
+
+static const char *parse_side(const char *text, int *out) {
+    *out = parse_number(&text, MAX_SIDE);
+    return *out > 0 && !*text ? NULL : "a frame size of the header is no number from 1 to 32768";
+}
+
+/* "0:0" is the format's way to say unknown; 25 is what ffmpeg takes then. */
+static const char *parse_rate(const char *text, VideoFormat *format) {
+    int numerator = parse_number(&text, INT32_MAX);
+    int denominator = *text == ':' ? text++, parse_number(&text, INT32_MAX) : -1;
+    if (*text || numerator < 0 || denominator < 0 || !numerator != !denominator)
+        return "the frame rate of the header is no fraction";
+    format->rate_num = numerator ? numerator : 25;
+    format->rate_den = numerator ? denominator : 1;
+    return NULL;
+}
+
+static const char *parse_chroma(const char *text, int *out) {
+    for (size_t i = 0; i < sizeof chromas / sizeof *chromas; i++) {
+        *out = chromas[i].chroma;
+        if (!strcmp(text, chromas[i].name)) return NULL;
+    }
+    return reason("chroma %.40s, expected 420jpeg, 420mpeg2, 420paldv, 420, 422, 444 or mono", text);
+}
+
+static const char *parse_tag(Y4mReader *reader, const char *tag) {
+    switch (*tag) {
+    case 'W': return parse_side(tag + 1, &reader->format.width);
+    case 'H': return parse_side(tag + 1, &reader->format.height);
+    case 'F': return parse_rate(tag + 1, &reader->format);
+    case 'C': return parse_chroma(tag + 1, &reader->format.chroma);
+    case 'I': return strcmp(tag, "Ip") && strcmp(tag, "I?") ? reason("interlaced video (%.40s)", tag) : NULL;
+    case 'A': return NULL; /* the shape of a pixel does not matter here */
+    case 'X': reader->full_range |= !strcmp(tag, "XCOLORRANGE=FULL"); return NULL;
+    default: return reason("the header has an unknown tag, %.40s", tag);
+    }
+}
+
+/* The line at the reader's position, without its newline, copied into `line`; false if it does not end. */
+static bool take_line(Y4mReader *reader, char line[MAX_LINE]) {
+    size_t left = reader->bytes.size - reader->at;
+    const uint8_t *start = reader->bytes.data + reader->at;
+    const uint8_t *end = left ? memchr(start, '\n', left < MAX_LINE ? left : MAX_LINE) : NULL;
+    if (!end || memchr(start, 0, (size_t)(end - start))) return false;
+    memcpy(line, start, (size_t)(end - start));
+    line[end - start] = 0;
+    reader->at += (size_t)(end - start) + 1;
+    return true;
+}
+
+static const char *parse_stream_header(Y4mReader *reader) {
+    char line[MAX_LINE], *next = line;
+    reader->format = (VideoFormat){.rate_num = 25, .rate_den = 1, .chroma = 420};
+    if (reader->bytes.size < 10 || memcmp(reader->bytes.data, "YUV4MPEG2 ", 10))
+        return "this is not a Y4M file";
+    if (!take_line(reader, line)) return "the header is not one line of text";
+    strtok_r(line, " ", &next);
+    for (char *tag; (tag = strtok_r(NULL, " ", &next));) {
+        const char *why = parse_tag(reader, tag);
+        if (why) return why;
+    }
+    return reader->format.width && reader->format.height ? NULL : "the header gives no frame size";
+}
+
+/* Moves past the line before a frame, whose tags say nothing that matters here. */
+static const char *take_frame_line(Y4mReader *reader) {
+    char line[MAX_LINE];
+    if (!take_line(reader, line) || strncmp(line, "FRAME", 5) || (line[5] && line[5] != ' '))
+        return reason("no FRAME line at byte %zu", reader->at);
+    bool whole = y4m_frame_bytes(&reader->format) <= reader->bytes.size - reader->at;
+    return whole ? NULL : "the last frame is cut off";
+}
+
+/* The first frame has to be there, so the size that a header claims is never larger than the file. */
+const char *y4m_open(Bytes bytes, Y4mReader **out, VideoFormat *format) {
+    Y4mReader reader = {.bytes = bytes};
+    *out = NULL;
+    const char *why = parse_stream_header(&reader);
+    size_t first = reader.at;
+    if (!why) why = take_frame_line(&reader);
+    if (why) return why;
+    reader.at = first;
+    *format = reader.format;
+    *out = allocate(sizeof reader);
+    **out = reader;
+    return NULL;
+}
+
+static void planes_to_floats(const Y4mReader *reader, const uint8_t *planes, float *frame) {
+    const VideoFormat *format = &reader->format;
+    Sampling s = sampling(format->chroma);
+    size_t pixels = luma_bytes(format), chroma_width = (size_t)((format->width + s.dx - 1) / s.dx), i = 0;
+    const uint8_t *blue = planes + pixels, *red = blue + chroma_bytes(format);
+    float black = reader->full_range ? 127.5f : 125.5f, gain = reader->full_range ? 127.5f : 109.5f;
+    float chroma_gain = reader->full_range ? 127.5f : 112.0f;
+    for (int row = 0; row < format->height; row++) {
+        for (int column = 0; column < format->width; column++, i++) {
+            size_t at = (size_t)(row / s.dy) * chroma_width + (size_t)(column / s.dx);
+            float cb = format->chroma == 400 ? 0 : ((float)blue[at] - 128) / chroma_gain;
+            float cr = format->chroma == 400 ? 0 : ((float)red[at] - 128) / chroma_gain;
+            float y = ((float)planes[i] - black) / gain, r = y + 1.402f * cr, b = y + 1.772f * cb;
+            frame[i] = r;
+            frame[pixels + i] = (y - 0.299f * r - 0.114f * b) / 0.587f;
+            frame[2 * pixels + i] = b;
+        }
+    }
+}
+
+const char *y4m_next(Y4mReader *reader, float *frame, bool *end) {
+    *end = reader->at == reader->bytes.size;
+    if (*end) return NULL;
+    const char *why = take_frame_line(reader);
+    if (why) return why;
+    planes_to_floats(reader, reader->bytes.data + reader->at, frame);
+    reader->at += y4m_frame_bytes(&reader->format);
+    return NULL;
+}
+
+void y4m_close(Y4mReader *reader) {
+    free(reader);
+}
