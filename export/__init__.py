@@ -1,0 +1,1 @@
+"""The parts of export.py, in the order of its docstring."""

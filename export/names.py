@@ -1,0 +1,182 @@
+"""Names: the keys of every layout that users have on disk, renamed to the ones that sora knows.
+
+Those are the original release's for the transformer and the VAE, and llama.cpp's t5encoder for the text encoder. A
+layout is a list of (pattern, replacement), the inverse of the converter that made it. What sora cannot run is
+recognised here, by the keys that give it away, and refused by name; an fp8 weight is tied to its scale.
+Pitfalls: diffusers swaps norm2 and norm3 of the transformer's blocks, and counts the decoder's blocks by level where the
+original counts them through; fp8 without its scale loads as well as with it, and gives a white picture.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from export.files import ExportError, Gguf, open_file, read_json, weight_files
+
+PREFIXES = ("model.diffusion_model.", "diffusion_model.model.", "diffusion_model.", "model.", "net.", "generator.")
+WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+RENAMES = {
+    "transformer": [  # the inverse of diffusers' convert_wan_transformer_to_diffusers
+        (r"^condition_embedder\.(text|time)_embedder\.linear_1\.", r"\1_embedding.0."),
+        (r"^condition_embedder\.(text|time)_embedder\.linear_2\.", r"\1_embedding.2."),
+        (r"^condition_embedder\.time_proj\.", r"time_projection.1."),
+        (r"^proj_out\.", r"head.head."),
+        (r"^scale_shift_table$", r"head.modulation"),
+        (r"\.scale_shift_table$", r".modulation"),
+        (r"\.attn1\.", r".self_attn."),
+        (r"\.attn2\.", r".cross_attn."),
+        (r"\.to_([qkv])\.", r".\1."),
+        (r"\.to_out\.0\.", r".o."),
+        (r"\.ffn\.net\.0\.proj\.", r".ffn.0."),
+        (r"\.ffn\.net\.2\.", r".ffn.2."),
+        (r"\.norm2\.", r".norm3."),
+    ],
+    "text_encoder": [  # the original release, then transformers' UMT5EncoderModel, to llama.cpp's t5encoder
+        (r"^(token_embedding|shared|encoder\.embed_tokens)\.", r"token_embd."),
+        (r"^(norm|encoder\.final_layer_norm)\.", r"enc.output_norm."),
+        (r"^(blocks|encoder\.block)\.", r"enc.blk."),
+        (r"\.(norm1|layer\.0\.layer_norm)\.", r".attn_norm."),
+        (r"\.(norm2|layer\.1\.layer_norm)\.", r".ffn_norm."),
+        (r"\.(pos_embedding\.embedding|layer\.0\.SelfAttention\.relative_attention_bias)\.", r".attn_rel_b."),
+        (r"\.(?:attn|layer\.0\.SelfAttention)\.([qkvo])\.", r".attn_\1."),
+        (r"\.(ffn\.gate\.0|layer\.1\.DenseReluDense\.wi_0)\.", r".ffn_gate."),
+        (r"\.(ffn\.fc1|layer\.1\.DenseReluDense\.wi_1)\.", r".ffn_up."),
+        (r"\.(ffn\.fc2|layer\.1\.DenseReluDense\.wo)\.", r".ffn_down."),
+    ],
+    "vae": [  # the inverse of convert_wan_vae_to_diffusers, after count_upsamples()
+        (r"^quant_conv\.", r"conv1."),
+        (r"^post_quant_conv\.", r"conv2."),
+        (r"coder\.conv_in\.", r"coder.conv1."),
+        (r"coder\.norm_out\.", r"coder.head.0."),
+        (r"coder\.conv_out\.", r"coder.head.2."),
+        (r"\.mid_block\.resnets\.0\.", r".middle.0."),
+        (r"\.mid_block\.attentions\.0\.", r".middle.1."),
+        (r"\.mid_block\.resnets\.1\.", r".middle.2."),
+        (r"\.down_blocks\.", r".downsamples."),
+        (r"\.conv_shortcut\.", r".shortcut."),
+        (r"\.norm1\.", r".residual.0."),
+        (r"(coder\.\w+\.\d+)\.conv1\.", r"\1.residual.2."),
+        (r"\.norm2\.", r".residual.3."),
+        (r"(coder\.\w+\.\d+)\.conv2\.", r"\1.residual.6."),
+    ],
+}
+
+# Keys that carry no weight of the model: a tied copy, ComfyUI's markers, activation scales of fp8 products.
+IGNORED = re.compile(r"(^|\.)(scaled_fp8|spiece_model|comfy_quant|scale_input|input_scale)$")
+SCALES = (".scale_weight", ".weight_scale")
+PLAIN = ("F64", "F32", "F16", "BF16")
+
+# What sora cannot run yet, by the keys that give it away.
+UNSUPPORTED = [
+    (r"\bimg_emb\.|\.[kv]_img\.|image_embedder|\.add_[kv]_proj\.", "an image-to-video model (CLIP image encoder)"),
+    (r"^vace_", "a VACE model"),
+    (r"\bmotion_encoder\.|\bface_adapter\.", "a Wan-Animate model"),
+    (r"\.to_gate_compress\.", "FastWan (its sparse attention's gate)"),
+    (r"avg_shortcut|samples\.\d+\.(down|up)samples\.|down_blocks\.\d+\.resnets|\.(down|up)sampler\.",
+     "Wan 2.2's residual VAE (TI2V-5B)"),
+]
+
+
+# A key that the part's own config.json always has.
+CONFIG_MARKS = {"transformer": "ffn_dim", "text_encoder": "d_model", "vae": "z_dim"}
+
+
+def plain_name(key):
+    """A key without the prefixes and wrappers that trainers and repackagers put around it."""
+    for wrapper in WRAPPERS:
+        key = key.replace(wrapper, "")
+    while prefix := next((p for p in PREFIXES if key.startswith(p)), None):
+        key = key[len(prefix):]
+    return key
+
+
+def our_name(part, name):
+    """Our name of a plain name in any layout."""
+    for pattern, replacement in RENAMES[part]:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def count_upsamples(names):
+    """diffusers' decoder.up_blocks.LEVEL.{resnets.R,upsamplers.0} counted through, as the original release does."""
+    pattern = re.compile(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.")
+    found = [m for m in map(pattern.match, names) if m]
+    resnets = 1 + max((int(m[3]) for m in found if m[2] == "resnets"), default=0)
+
+    def count(m):
+        within = int(m[3]) if m[2] == "resnets" else resnets
+        return f"decoder.upsamples.{int(m[1]) * (resnets + 1) + within}."
+
+    return [pattern.sub(count, n) for n in names]
+
+
+@dataclass
+class Part:
+    """One of the three models: its tensors by our names, and what its config.json states."""
+    name: str
+    path: Path
+    tensors: dict
+    config: dict
+    files: list
+
+    @property
+    def title(self):
+        return self.name.replace("_", " ")
+
+
+def open_part(name, path, pattern="*"):
+    """Opens the files of one part and renames their tensors; refuses what sora cannot run, by name."""
+    paths = weight_files(path, pattern)
+    config = paths[0].parent / "config.json"
+    stored = {}
+    for file in map(open_file, paths):
+        for key, tensor in file.tensors.items():
+            if key in stored:
+                raise ExportError(f"{file.path}: {key} is also in {stored[key].file.path}")
+            stored[key] = tensor
+    for key, tensor in stored.items():
+        for pattern, what in UNSUPPORTED:
+            if re.search(pattern, plain_name(key)):
+                raise ExportError(f"{tensor.file.path}: {what} cannot be run yet ({key})")
+    stated = read_json(config) if config.is_file() else {}
+    if CONFIG_MARKS[name] not in stated:  # an original release folder has one config.json, the transformer's
+        stated = {}
+    return Part(name, path, rename(name, attach_scales(stored)), stated, paths + ([config] if stated else []))
+
+
+def attach_scales(stored):
+    """Ties each fp8 tensor to its scale and drops what is no weight; an fp8 tensor without a scale is an error."""
+    weights = {k: t for k, t in stored.items() if not k.endswith(SCALES) and not IGNORED.search(k)}
+    scales = {k: t for k, t in stored.items() if k.endswith(SCALES)}
+    for key, tensor in weights.items():
+        base = key.removesuffix(".weight")
+        found = [scales.pop(base + s) for s in SCALES if base + s in scales]
+        if not found and tensor.dtype in PLAIN or isinstance(tensor.file, Gguf):
+            continue
+        if not tensor.dtype.startswith("F8"):
+            raise ExportError(f"{tensor.file.path}: {key} is {tensor.dtype}, which is not a known way to store weights")
+        if not found:
+            raise ExportError(f"{tensor.file.path}: {key} is fp8 without its scale ({base}.scale_weight)")
+        if math.prod(found[0].shape) not in (1, tensor.shape[0]):
+            raise ExportError(f"{tensor.file.path}: {found[0].key} has shape {list(found[0].shape)}, "
+                              f"expected one value, or one for each of {tensor.shape[0]} rows")
+        tensor.scale = found[0]
+    if scales:
+        raise ExportError(f"{next(iter(scales.values())).file.path}: {next(iter(scales))} scales no tensor")
+    return weights
+
+
+def rename(part, stored):
+    """Tensors by our names. Two keys for one tensor are an error, but for umT5's tied copy of its embedding."""
+    tied = "encoder.embed_tokens.weight"
+    plain = [plain_name(key) for key in stored if not (key == tied and "shared.weight" in stored)]
+    counted = count_upsamples(plain) if part == "vae" else plain
+    tensors = {}
+    for key, name in zip((k for k in stored if not (k == tied and "shared.weight" in stored)), counted):
+        name, tensor = our_name(part, name), stored[key]
+        if name in tensors:
+            raise ExportError(f"{tensor.file.path}: {key} and {tensors[name].key} are both {name}")
+        tensors[name] = tensor
+    return tensors

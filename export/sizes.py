@@ -1,0 +1,149 @@
+"""Sizes: what a layout does not state is inferred from shapes, and what it states must agree with them.
+
+Only the head count of the transformer cannot be seen in a shape. Settings that change the computation, and that sora
+knows in one way only, are refused by name.
+"""
+
+import math
+import re
+
+from export.files import ExportError
+
+def shape_in(part, name, dims):
+    """The shape of a tensor from which sizes are inferred."""
+    if name not in part.tensors:
+        raise ExportError(f"{part.path}: the {part.title}'s {name} is missing")
+    shape = part.tensors[name].shape
+    if len(shape) != dims:
+        raise ExportError(f"{part.path}: the {part.title}'s {name} has shape {list(shape)}, expected {dims} dimensions")
+    return shape
+
+
+def blocks_in(part):
+    """How many blocks the names count."""
+    return 1 + max((int(m[1]) for m in map(re.compile(r"(?:blocks|enc\.blk)\.(\d+)\.").match, part.tensors) if m), default=-1)
+
+
+def check_stated(part, sizes, stated):
+    """Sizes that config.json states must be those of the tensors. stated: (size, its names in a config)."""
+    for size, keys in stated:
+        for key in keys:
+            value = part.config.get(key)
+            if value is not None and value != sizes[size]:
+                raise ExportError(f"{part.path}: config.json: {key} is {value}, but the tensors say {sizes[size]}")
+
+
+def check_required(part, required):
+    """Settings that sora computes in one way only. required: (key, the values that mean this way, what else)."""
+    for key, values, what in required:
+        if key in part.config and part.config[key] not in values:
+            raise ExportError(f"{part.path}: config.json: {key} is {part.config[key]!r}: {what} cannot be run yet")
+
+
+def transformer_sizes(part):
+    """wan/modules/model.py's arguments. Without a config the head width is 128, as in every released Wan model."""
+    patch = part.tensors.get("patch_embedding.weight")
+    if patch is not None and len(patch.shape) == 4:  # GGUF: the two outer dimensions folded
+        dim, = shape_in(part, "patch_embedding.bias", 1)
+        shape = (dim, patch.shape[0] // dim, *patch.shape[1:])
+    else:
+        shape = shape_in(part, "patch_embedding.weight", 5)
+    sizes = dict(zip(("dim", "in_dim", "patch_t", "patch_h", "patch_w"), shape))
+    sizes["patch_size"] = list(shape[2:])
+    sizes["text_dim"] = shape_in(part, "text_embedding.0.weight", 2)[1]
+    sizes["freq_dim"] = shape_in(part, "time_embedding.0.weight", 2)[1]
+    sizes["ffn_dim"] = shape_in(part, "blocks.0.ffn.0.weight", 2)[0]
+    sizes["out_dim"] = shape_in(part, "head.head.weight", 2)[0] // math.prod(shape[2:])
+    sizes["num_layers"] = blocks_in(part)
+    heads = part.config.get("num_heads", part.config.get("num_attention_heads", sizes["dim"] // 128))
+    if heads < 1 or sizes["dim"] % (2 * heads):
+        raise ExportError(f"{part.path}: a width of {sizes['dim']} is not {heads} heads of even width "
+                          "(without a config.json that states num_heads, heads are 128 wide)")
+    sizes["num_heads"], sizes["head_dim"] = heads, sizes["dim"] // heads
+    sizes["eps"], sizes["text_len"] = part.config.get("eps", 1e-6), part.config.get("text_len", 512)
+    if sizes["in_dim"] != sizes["out_dim"]:
+        raise ExportError(f"{part.path}: {sizes['in_dim']} latent channels in, {sizes['out_dim']} out: a model conditioned "
+                          "on images or other latents cannot be run yet")
+    check_required(part, [
+        ("model_type", ("t2v",), "that kind of model"),
+        ("qk_norm", (True, "rms_norm_across_heads"), "another norm of queries and keys"),
+        ("cross_attn_norm", (True,), "a block without it"),
+        ("image_dim", (None,), "image conditioning"),
+        ("added_kv_proj_dim", (None,), "image conditioning"),
+        ("pos_embed_seq_len", (None,), "a learned position embedding"),
+        ("window_size", ([-1, -1],), "local attention"),
+    ])
+    check_stated(part, sizes, [
+        ("dim", ("dim",)), ("in_dim", ("in_dim", "in_channels")), ("out_dim", ("out_dim", "out_channels")),
+        ("ffn_dim", ("ffn_dim",)), ("freq_dim", ("freq_dim",)), ("text_dim", ("text_dim",)),
+        ("num_layers", ("num_layers",)), ("head_dim", ("attention_head_dim",)), ("patch_size", ("patch_size",)),
+    ])
+    return sizes
+
+
+def text_encoder_sizes(part):
+    """wan/modules/t5.py's arguments. The position table tells the heads; bucket distance and eps are umT5's."""
+    sizes = dict(zip(("vocab_size", "dim"), shape_in(part, "token_embd.weight", 2)))
+    sizes["inner"] = shape_in(part, "enc.blk.0.attn_q.weight", 2)[0]
+    sizes["ffn_dim"] = shape_in(part, "enc.blk.0.ffn_up.weight", 2)[0]
+    sizes["num_buckets"], sizes["num_heads"] = shape_in(part, "enc.blk.0.attn_rel_b.weight", 2)
+    sizes["num_layers"], sizes["max_distance"] = blocks_in(part), part.config.get("relative_attention_max_distance", 128)
+    sizes["head_dim"], sizes["eps"] = sizes["inner"] // sizes["num_heads"], part.config.get("layer_norm_epsilon", 1e-6)
+    check_required(part, [
+        ("model_type", ("umt5",), "another text encoder"),
+        ("feed_forward_proj", ("gated-gelu",), "another feed-forward"),
+        ("dense_act_fn", ("gelu_new",), "another activation"),
+    ])
+    check_stated(part, sizes, [
+        ("vocab_size", ("vocab_size",)), ("dim", ("d_model",)), ("ffn_dim", ("d_ff",)), ("head_dim", ("d_kv",)),
+        ("num_heads", ("num_heads",)), ("num_layers", ("num_layers",)),
+        ("num_buckets", ("relative_attention_num_buckets",)),
+    ])
+    return sizes
+
+
+# wan/modules/vae.py, class WanVAE: the statistics of the released VAE's 16 latent channels.
+LATENTS_MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+                0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]
+LATENTS_STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+               3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]
+
+
+def vae_sizes(part):
+    """AutoencoderKLWan's arguments. The decoder's levels end where it resamples, the last one where it ends."""
+    numbers = {int(m[1]) for m in map(re.compile(r"decoder\.upsamples\.(\d+)\.").match, part.tensors) if m}
+    resamplers = sorted(i for i in numbers if f"decoder.upsamples.{i}.resample.1.weight" in part.tensors)
+    blocks = (resamplers[0] if resamplers else len(numbers)) - 1
+    sizes = {
+        "z_dim": shape_in(part, "conv2.weight", 5)[0],
+        "base_dim": shape_in(part, "encoder.conv1.weight", 5)[0],
+        "in_channels": shape_in(part, "encoder.conv1.weight", 5)[1],
+        "out_channels": shape_in(part, "decoder.head.2.weight", 5)[0],
+        "num_res_blocks": blocks,
+        "temperal_downsample": [f"decoder.upsamples.{i}.time_conv.weight" in part.tensors for i in reversed(resamplers)],
+    }
+    widths = [shape_in(part, f"encoder.downsamples.{level * (blocks + 1)}.residual.2.weight", 5)[0]
+              for level in range(len(resamplers) + 1)]
+    sizes["dim_mult"] = [width // sizes["base_dim"] for width in widths]
+    top = shape_in(part, "decoder.conv1.weight", 5)[0]
+    sizes["decoder_base_dim"] = top // max(sizes["dim_mult"][-1], 1)
+    sizes["patch_size"] = math.isqrt(sizes["out_channels"] // 3)
+    add_statistics(part, sizes)
+    check_required(part, [
+        ("is_residual", (False,), "Wan 2.2's residual VAE"),
+        ("attn_scales", ([],), "attention inside the VAE's levels"),
+    ])
+    check_stated(part, sizes, [(key, (key,)) for key in (
+        "z_dim", "base_dim", "decoder_base_dim", "dim_mult", "num_res_blocks", "temperal_downsample", "in_channels",
+        "out_channels", "patch_size")])
+    return sizes
+
+
+def add_statistics(part, sizes):
+    """Mean and deviation of each latent channel: as stated, or the released VAE's where the channels are as many."""
+    for key, released in (("latents_mean", LATENTS_MEAN), ("latents_std", LATENTS_STD)):
+        values = part.config.get(key, released)
+        if len(values) != sizes["z_dim"]:
+            raise ExportError(f"{part.path}: {key} is not known for {sizes['z_dim']} latent channels: a config.json that "
+                              "states it must lie beside the VAE")
+        sizes[key] = [float(v) for v in values]

@@ -1,0 +1,162 @@
+"""Sources: which file holds which part in every layout, and what sora does with the model when no option says otherwise.
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+from export.files import ExportError, read_json
+
+# ---------------------------------------------------------------- parts
+
+@dataclass
+class Sources:
+    """Paths of the parts. Named ones replace those that CHECKPOINT has."""
+    transformer: Path | None = None
+    text_encoder: Path | None = None
+    vae: Path | None = None
+    tokenizer: Path | None = None
+    scheduler: Path | None = None
+    settings: Path | None = None
+    transformer_pattern: str = "*"
+
+
+def find_sources(args):
+    """Recognises CHECKPOINT's layout and lays the named parts over it."""
+    sources = Sources()
+    if args.checkpoint:
+        root = Path(args.checkpoint)
+        if not root.exists():
+            raise ExportError(f"{root}: no such file or folder")
+        if root.is_file():
+            sources = Sources(transformer=root)
+        elif (root / "model_index.json").is_file():
+            sources = diffusers_sources(root)
+        else:
+            sources = original_sources(root)
+        if (root / "sora.json").is_file():
+            sources.settings = root / "sora.json"
+    for part in ("transformer", "text_encoder", "vae", "tokenizer"):
+        if getattr(args, part):
+            setattr(sources, part, Path(getattr(args, part)))
+            if part == "transformer":
+                sources.transformer_pattern = "*"
+    if sources.tokenizer is None:  # ComfyUI's and llama.cpp's text encoders carry it
+        sources.tokenizer = sources.text_encoder
+    for part in ("transformer", "text_encoder", "vae"):
+        if getattr(sources, part) is None:
+            raise ExportError(f"no {part.replace('_', ' ')}: name it with --{part.replace('_', '-')}")
+    return sources
+
+
+def diffusers_sources(root):
+    index = read_json(root / "model_index.json")
+    for key, what in (("transformer_2", "Wan 2.2 A14B (two experts)"), ("image_encoder", "an image-to-video model")):
+        if any(index.get(key) or []):
+            raise ExportError(f"{root}: {what} cannot be run yet ({key} in model_index.json)")
+    if index.get("expand_timesteps"):
+        raise ExportError(f"{root}: Wan 2.2 TI2V-5B cannot be run yet (expand_timesteps in model_index.json)")
+    scheduler = root / "scheduler" / "scheduler_config.json"
+    return Sources(root / "transformer", root / "text_encoder", root / "vae", root / "tokenizer",
+                   scheduler if scheduler.is_file() else None)
+
+
+def original_sources(root):
+    for name, what in (("high_noise_model", "Wan 2.2 A14B (two experts)"), ("low_noise_model", "Wan 2.2 A14B (two experts)"),
+                       ("Wan2.2_VAE.pth", "Wan 2.2 TI2V-5B (residual VAE)")):
+        if (root / name).exists():
+            raise ExportError(f"{root}: {what} cannot be run yet ({name})")
+    clip = sorted(root.glob("models_clip_*"))
+    if clip:
+        raise ExportError(f"{root}: an image-to-video model cannot be run yet ({clip[0].name})")
+
+    def only(pattern):
+        found = sorted(root.glob(pattern))
+        return found[0] if found else None
+
+    return Sources(root, only("models_t5_*"), only("*VAE*.*"), only("google/*"), transformer_pattern="diffusion_pytorch_model*")
+
+
+# ---------------------------------------------------------------- defaults of a run
+
+# Sizes, steps and guidance are those of diffusers' WanPipeline and the released folders' flow_shift; the original
+# repository's generate.py takes shift 5 and the sizes of its README, which options of sora reach.
+DEFAULTS = {"width": 832, "height": 480, "frames": 81, "fps": "16", "steps": 50, "guidance": 5.0, "shift": 3.0,
+            "sampler": "unipc", "negative_prompt": "", "name": "Wan"}
+
+# wan/configs/shared_config.py: sample_neg_prompt, part of the released models' configuration.
+NEGATIVE_PROMPT = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
+                   "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
+RELEASED = {  # (dim, num_layers): what the original configuration says of it
+    (1536, 30): {"name": "Wan2.1-T2V-1.3B", "negative_prompt": NEGATIVE_PROMPT},
+    (5120, 40): {"name": "Wan2.1-T2V-14B", "negative_prompt": NEGATIVE_PROMPT},
+}
+
+# The schedulers that sora has, and the only settings in which it has them.
+SCHEDULERS = {
+    "UniPCMultistepScheduler": ("unipc", "flow_shift", {
+        "prediction_type": "flow_prediction", "use_flow_sigmas": True, "solver_order": 2, "solver_type": "bh2",
+        "predict_x0": True, "lower_order_final": True, "disable_corrector": []}),
+    "FlowMatchEulerDiscreteScheduler": ("euler", "shift", {"invert_sigmas": False, "stochastic_sampling": False}),
+    "DPMSolverMultistepScheduler": ("dpm++", "flow_shift", {
+        "prediction_type": "flow_prediction", "use_flow_sigmas": True, "solver_order": 2, "solver_type": "midpoint",
+        "algorithm_type": "dpmsolver++", "lower_order_final": True, "euler_at_final": False}),
+}
+ALL_SCHEDULERS = {"num_train_timesteps": 1000, "use_dynamic_shifting": False, "shift_terminal": None,
+                  "thresholding": False, "final_sigmas_type": "zero", "use_karras_sigmas": False,
+                  "use_exponential_sigmas": False, "use_beta_sigmas": False}
+
+
+def scheduler_defaults(path):
+    """Sampler and shift of a scheduler_config.json; a setting that sora does not compute is an error."""
+    config = read_json(path)
+    if config.get("_class_name") not in SCHEDULERS:
+        raise ExportError(f"{path}: {config.get('_class_name')} is none of {', '.join(SCHEDULERS)}")
+    sampler, shift, settings = SCHEDULERS[config["_class_name"]]
+    for key, value in {**ALL_SCHEDULERS, **settings}.items():
+        if config.get(key, value) != value:
+            raise ExportError(f"{path}: {key} is {config[key]!r}, expected {value!r}")
+    return {"sampler": sampler, "shift": float(config.get(shift, 1.0))}
+
+
+def run_defaults(args, sources, sizes):
+    """What sora does when no option says otherwise, from the general to the particular: this script, the release, the
+    scheduler's configuration, sora.json beside the checkpoint, options of this command."""
+    values = {**DEFAULTS, **RELEASED.get((sizes["dim"], sizes["num_layers"]), {})}
+    if sources.scheduler:
+        values.update(scheduler_defaults(sources.scheduler))
+    if sources.settings:
+        stated = read_json(sources.settings)
+        unknown = [key for key in stated if key not in DEFAULTS]
+        if unknown:
+            raise ExportError(f"{sources.settings}: {unknown[0]} is none of {', '.join(DEFAULTS)}")
+        values.update(stated)
+    values.update({key: getattr(args, key) for key in DEFAULTS if getattr(args, key) is not None})
+    if values["sampler"] not in ("unipc", "euler", "dpm++"):
+        raise ExportError(f"sampler is {values['sampler']!r}, expected unipc, euler or dpm++")
+    return values
+
+
+def default_keys(values):
+    rate = parse_rate(values["fps"])
+    return {
+        "general.name": values["name"],
+        **{f"default.{key}": values[key] for key in ("width", "height", "frames", "steps", "negative_prompt")},
+        "default.fps_num": rate.numerator,
+        "default.fps_den": rate.denominator,
+        "default.guidance": float(values["guidance"]),
+        "scheduler.sampler": values["sampler"],
+        "scheduler.shift": float(values["shift"]),
+        "scheduler.num_train_timesteps": 1000,
+    }
+
+
+def parse_rate(text):
+    """Frames a second, N or N:D."""
+    try:
+        rate = Fraction(str(text).replace(":", "/"))
+    except (ValueError, ZeroDivisionError):
+        rate = Fraction(0)
+    if rate <= 0:
+        raise ExportError(f"fps is {text!r}, expected N or N:D")
+    return rate

@@ -1,0 +1,155 @@
+"""Tables: what each of the three models consists of, tensor by tensor, and how each tensor is stored.
+
+A row is (name, shape, type rule). Shapes are written in the sizes of the model as upstream's configurations name them;
+# stands for a block's number. Rows come in order of use, which is the order of the file.
+"""
+
+import math
+
+# Type rules. EXACT stays f32: vectors, modulation, position biases. So does CONV, the VAE's convolutions, whose every
+# rounding shows in the picture and which are small beside the rest. WIDE is the way in and out of the transformer: never
+# below 16 bits. MATRIX is what --type says.
+EXACT, CONV, WIDE, MATRIX = "exact", "conv", "wide", "matrix"
+
+# (name, torch shape in sizes of the model, rule); # is a block's number. Each "linear" is a weight and a bias.
+TRANSFORMER = [
+    ("patch_embedding.weight", "dim in_dim patch_t patch_h patch_w", WIDE),
+    ("patch_embedding.bias", "dim", EXACT),
+    ("text_embedding.0.weight", "dim text_dim", WIDE),
+    ("text_embedding.0.bias", "dim", EXACT),
+    ("text_embedding.2.weight", "dim dim", WIDE),
+    ("text_embedding.2.bias", "dim", EXACT),
+    ("time_embedding.0.weight", "dim freq_dim", WIDE),
+    ("time_embedding.0.bias", "dim", EXACT),
+    ("time_embedding.2.weight", "dim dim", WIDE),
+    ("time_embedding.2.bias", "dim", EXACT),
+    ("time_projection.1.weight", "6*dim dim", WIDE),
+    ("time_projection.1.bias", "6*dim", EXACT),
+    ("blocks.#.modulation", "6 dim", EXACT),
+    *((f"blocks.#.{attention}.{row}", shape, rule) for attention in ("self_attn", "cross_attn") for row, shape, rule in (
+        ("q.weight", "dim dim", MATRIX),
+        ("q.bias", "dim", EXACT),
+        ("k.weight", "dim dim", MATRIX),
+        ("k.bias", "dim", EXACT),
+        ("v.weight", "dim dim", MATRIX),
+        ("v.bias", "dim", EXACT),
+        ("o.weight", "dim dim", MATRIX),
+        ("o.bias", "dim", EXACT),
+        ("norm_q.weight", "dim", EXACT),
+        ("norm_k.weight", "dim", EXACT),
+    )),
+    ("blocks.#.norm3.weight", "dim", EXACT),
+    ("blocks.#.norm3.bias", "dim", EXACT),
+    ("blocks.#.ffn.0.weight", "ffn_dim dim", MATRIX),
+    ("blocks.#.ffn.0.bias", "ffn_dim", EXACT),
+    ("blocks.#.ffn.2.weight", "dim ffn_dim", MATRIX),
+    ("blocks.#.ffn.2.bias", "dim", EXACT),
+    ("head.modulation", "2 dim", EXACT),
+    ("head.head.weight", "patch_t*patch_h*patch_w*out_dim dim", WIDE),
+    ("head.head.bias", "patch_t*patch_h*patch_w*out_dim", EXACT),
+]
+
+TEXT_ENCODER = [
+    ("token_embd.weight", "vocab_size dim", MATRIX),
+    ("enc.blk.#.attn_norm.weight", "dim", EXACT),
+    ("enc.blk.#.attn_q.weight", "inner dim", MATRIX),
+    ("enc.blk.#.attn_k.weight", "inner dim", MATRIX),
+    ("enc.blk.#.attn_v.weight", "inner dim", MATRIX),
+    ("enc.blk.#.attn_o.weight", "dim inner", MATRIX),
+    ("enc.blk.#.attn_rel_b.weight", "num_buckets num_heads", EXACT),
+    ("enc.blk.#.ffn_norm.weight", "dim", EXACT),
+    ("enc.blk.#.ffn_gate.weight", "ffn_dim dim", MATRIX),
+    ("enc.blk.#.ffn_up.weight", "ffn_dim dim", MATRIX),
+    ("enc.blk.#.ffn_down.weight", "dim ffn_dim", MATRIX),
+    ("enc.output_norm.weight", "dim", EXACT),
+]
+
+# The VAE's tables are its modules; vae_rows() lays them out level by level.
+RESIDUAL = [
+    ("residual.0.gamma", "i"),
+    ("residual.2.weight", "o i 3 3 3"),
+    ("residual.2.bias", "o"),
+    ("residual.3.gamma", "o"),
+    ("residual.6.weight", "o o 3 3 3"),
+    ("residual.6.bias", "o"),
+]
+SHORTCUT = [("shortcut.weight", "o i 1 1 1"), ("shortcut.bias", "o")]
+ATTENTION = [
+    ("norm.gamma", "i"),
+    ("to_qkv.weight", "3*i i 1 1"),
+    ("to_qkv.bias", "3*i"),
+    ("proj.weight", "i i 1 1"),
+    ("proj.bias", "i"),
+]
+RESAMPLE = [("resample.1.weight", "o i 3 3"), ("resample.1.bias", "o")]
+TIME_CONV = [("time_conv.weight", "t i 3 1 1"), ("time_conv.bias", "t")]
+CONV_3 = [("weight", "o i 3 3 3"), ("bias", "o")]
+HEAD = [("0.gamma", "i"), ("2.weight", "o i 3 3 3"), ("2.bias", "o")]
+CONV_1 = [("weight", "o i 1 1 1"), ("bias", "o")]
+
+
+def shape_of(text, sizes):
+    """A shape of the tables, e.g. "6*dim dim", as numbers."""
+    return tuple(math.prod(int(f) if f.isdigit() else sizes[f] for f in factor.split("*")) for factor in text.split())
+
+
+def block_rows(table, sizes):
+    """(name, shape, rule) of every tensor of a transformer or text encoder, in order of use."""
+    split = [i for i, row in enumerate(table) if "#" in row[0]]
+    for name, shape, rule in table[:split[0]]:
+        yield name, shape_of(shape, sizes), rule
+    for block in range(sizes["num_layers"]):
+        for name, shape, rule in table[split[0]:split[-1] + 1]:
+            yield name.replace("#", str(block)), shape_of(shape, sizes), rule
+    for name, shape, rule in table[split[-1] + 1:]:
+        yield name, shape_of(shape, sizes), rule
+
+
+def vae_rows(sizes):
+    """(name, shape, rule) of every tensor of the VAE, walking its levels as Encoder3d and Decoder3d of wan/modules/vae.py."""
+    z, blocks, temporal = sizes["z_dim"], sizes["num_res_blocks"], sizes["temperal_downsample"]
+    encoder_dims = [sizes["base_dim"] * m for m in sizes["dim_mult"]]
+    decoder_dims = [sizes["decoder_base_dim"] * m for m in sizes["dim_mult"]]
+
+    def module(prefix, table, i, o=None, t=None):
+        for name, shape in table:
+            numbers = shape_of(shape, {"i": i, "o": o, "t": t})
+            yield f"{prefix}.{name}", numbers, CONV if len(numbers) > 1 else EXACT
+
+    def residual(prefix, i, o):
+        yield from module(prefix, RESIDUAL + (SHORTCUT if i != o else []), i, o)
+
+    def middle(prefix, width):
+        yield from residual(f"{prefix}.0", width, width)
+        yield from module(f"{prefix}.1", ATTENTION, width)
+        yield from residual(f"{prefix}.2", width, width)
+
+    width, index = sizes["base_dim"], 0
+    yield from module("encoder.conv1", CONV_3, sizes["in_channels"], width)
+    for level, out in enumerate(encoder_dims):
+        for block in range(blocks):
+            yield from residual(f"encoder.downsamples.{index}", width, out)
+            width, index = out, index + 1
+        if level < len(temporal):
+            yield from module(f"encoder.downsamples.{index}", RESAMPLE, width, width)
+            if temporal[level]:
+                yield from module(f"encoder.downsamples.{index}", TIME_CONV, width, t=width)
+            index += 1
+    yield from middle("encoder.middle", width)
+    yield from module("encoder.head", HEAD, width, 2 * z)
+    yield from module("conv1", CONV_1, 2 * z, 2 * z)
+    yield from module("conv2", CONV_1, z, z)
+
+    width, index = decoder_dims[-1], 0
+    yield from module("decoder.conv1", CONV_3, z, width)
+    yield from middle("decoder.middle", width)
+    for level, out in reversed(list(enumerate(decoder_dims))):
+        for block in range(blocks + 1):
+            yield from residual(f"decoder.upsamples.{index}", width, out)
+            width, index = out, index + 1
+        if level > 0:
+            yield from module(f"decoder.upsamples.{index}", RESAMPLE, width, width // 2)
+            if temporal[level - 1]:
+                yield from module(f"decoder.upsamples.{index}", TIME_CONV, width, t=2 * width)
+            width, index = width // 2, index + 1
+    yield from module("decoder.head", HEAD, width, sizes["out_channels"])

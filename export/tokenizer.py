@@ -1,0 +1,183 @@
+"""Tokenizer: pieces, scores and types, and whose rules hold.
+
+Upstream loads umT5's tokenizer.json with the tokenizers library; a folder with spiece.model alone is read by the
+sentencepiece library. Though from one release, the two do not tokenize alike (normaliser, byte fallback, tokens that are
+cut out of the text first), so the file says whose rules hold. A feature that sora's tokenizer.c does not have is refused by
+name, never dropped. Keys are llama.cpp's tokenizer.ggml.*, and sora.tokenizer.* where those have no word.
+"""
+
+import json
+import re
+
+from google.protobuf.message import DecodeError
+from sentencepiece import sentencepiece_model_pb2
+
+from export.files import ExportError, open_file, read_json, reading
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # as sentencepiece numbers them
+BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>$")
+
+
+def find_tokenizer(path):
+    """tokenizer.json where there is one, since upstream loads that; else spiece.model."""
+    if path.is_file():
+        return path
+    for name in ("tokenizer.json", "spiece.model"):
+        if (path / name).is_file():
+            return path / name
+    raise ExportError(f"{path}: no tokenizer.json or spiece.model")
+
+
+def tokenizer_keys(path):
+    """The keys of one tokenizer file, chosen by its kind."""
+    with reading(path):
+        if path.name.endswith((".json", ".json.gz")):
+            return from_tokenizer_json(path, read_json(path))
+        if path.suffix == ".gguf":
+            return from_gguf(open_file(path))
+        if path.suffix == ".safetensors":
+            return from_embedded(open_file(path))
+        return from_sentencepiece(path, path.read_bytes())
+
+
+def from_embedded(file):
+    """ComfyUI's text encoders carry spiece.model as a tensor of bytes."""
+    if "spiece_model" not in file.tensors:
+        raise ExportError(f"{file.path}: holds no tokenizer (no tensor spiece_model): name one with --tokenizer")
+    return from_sentencepiece(file.path, file.read("spiece_model", None, None).numpy().tobytes())
+
+
+def from_sentencepiece(path, data):
+    """Keys of a spiece.model, which is used as the sentencepiece library uses it."""
+    model = sentencepiece_model_pb2.ModelProto()
+    try:
+        model.ParseFromString(data)
+    except DecodeError as error:
+        raise ExportError(f"{path}: not a sentencepiece model") from error
+    trainer, normalizer = model.trainer_spec, model.normalizer_spec
+    if not model.pieces or trainer.model_type != trainer.UNIGRAM:
+        raise ExportError(f"{path}: not a unigram model")
+    if trainer.treat_whitespace_as_suffix:
+        raise ExportError(f"{path}: treat_whitespace_as_suffix is not supported")
+    ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
+    return {
+        "tokenizer.ggml.tokens": [p.piece for p in model.pieces],
+        "tokenizer.ggml.scores": [p.score for p in model.pieces],
+        "tokenizer.ggml.token_type": [p.type for p in model.pieces],
+        "tokenizer.ggml.eos_token_id": piece_id(path, ids, trainer.eos_piece),
+        "tokenizer.ggml.unknown_token_id": next(i for i, p in enumerate(model.pieces) if p.type == UNKNOWN),
+        "tokenizer.ggml.padding_token_id": ids.get(trainer.pad_piece, 0),
+        "tokenizer.ggml.add_space_prefix": normalizer.add_dummy_prefix,
+        "tokenizer.ggml.remove_extra_whitespaces": normalizer.remove_extra_whitespaces,
+        "tokenizer.ggml.precompiled_charsmap": normalizer.precompiled_charsmap,
+        "sora.tokenizer.rules": "sentencepiece",
+        "sora.tokenizer.byte_fallback": trainer.byte_fallback,
+        "sora.tokenizer.escape_whitespaces": normalizer.escape_whitespaces,
+        "sora.tokenizer.squeeze_spaces": False,
+        "sora.tokenizer.prepend_scheme": "always" if normalizer.add_dummy_prefix else "never",
+        "sora.tokenizer.added_ids": [],
+    }
+
+
+def piece_id(path, ids, piece):
+    if piece not in ids:
+        raise ExportError(f"{path}: no piece {piece}")
+    return ids[piece]
+
+
+def from_gguf(file):
+    """Keys of llama.cpp's conversion of a spiece.model; byte pieces exist only where byte fallback is on."""
+    if file.value("tokenizer.ggml.model") != "t5":
+        raise ExportError(f"{file.path}: holds no unigram tokenizer: name one with --tokenizer")
+    types = file.value("tokenizer.ggml.token_type")
+    prefix = bool(file.value("tokenizer.ggml.add_space_prefix", True))
+    return {
+        "tokenizer.ggml.tokens": file.value("tokenizer.ggml.tokens"),
+        "tokenizer.ggml.scores": file.value("tokenizer.ggml.scores"),
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.eos_token_id": file.value("tokenizer.ggml.eos_token_id", 1),
+        "tokenizer.ggml.unknown_token_id": types.index(UNKNOWN),
+        "tokenizer.ggml.padding_token_id": file.value("tokenizer.ggml.padding_token_id", 0),
+        "tokenizer.ggml.add_space_prefix": prefix,
+        "tokenizer.ggml.remove_extra_whitespaces": bool(file.value("tokenizer.ggml.remove_extra_whitespaces", True)),
+        "tokenizer.ggml.precompiled_charsmap": bytes(file.value("tokenizer.ggml.precompiled_charsmap", b"")),
+        "sora.tokenizer.rules": "sentencepiece",
+        "sora.tokenizer.byte_fallback": BYTE in types,
+        "sora.tokenizer.escape_whitespaces": True,
+        "sora.tokenizer.squeeze_spaces": False,
+        "sora.tokenizer.prepend_scheme": "always" if prefix else "never",
+        "sora.tokenizer.added_ids": [],
+    }
+
+
+def from_tokenizer_json(path, config):
+    """Keys of a tokenizer.json, which is used as the tokenizers library uses it. What sora does not model is refused."""
+    def refuse(what, found):
+        raise ExportError(f"{path}: {what} {json.dumps(found, ensure_ascii=False)[:80]} is not supported")
+
+    model, meta = config.get("model") or {}, config.get("pre_tokenizer") or {}
+    if model.get("type") != "Unigram" or not model.get("vocab"):
+        refuse("model", model.get("type"))
+    if meta.get("type") != "Metaspace" or meta.get("replacement") != "\u2581" or meta.get("split", True) is not True:
+        refuse("pre_tokenizer", meta)
+    scheme = meta.get("prepend_scheme", "always" if meta.get("add_prefix_space", True) else "never")
+    pieces, scores = [p for p, _ in model["vocab"]], [s for _, s in model["vocab"]]
+    types = [BYTE if BYTE_PIECE.match(p) else NORMAL for p in pieces]
+    if model.get("unk_id") is None:
+        refuse("unk_id", None)
+    types[model["unk_id"]] = UNKNOWN
+    added = add_tokens(pieces, scores, types, config.get("added_tokens") or [], refuse)
+    eos = closing_token(config.get("post_processor") or {}, refuse)
+    return {
+        "tokenizer.ggml.tokens": pieces,
+        "tokenizer.ggml.scores": scores,
+        "tokenizer.ggml.token_type": types,
+        "tokenizer.ggml.eos_token_id": eos,
+        "tokenizer.ggml.unknown_token_id": model["unk_id"],
+        "tokenizer.ggml.padding_token_id": pieces.index("<pad>") if "<pad>" in pieces else 0,
+        "tokenizer.ggml.add_space_prefix": scheme != "never",
+        "tokenizer.ggml.remove_extra_whitespaces": False,
+        "tokenizer.ggml.precompiled_charsmap": b"",
+        "sora.tokenizer.rules": "tokenizers",
+        "sora.tokenizer.byte_fallback": bool(model.get("byte_fallback", False)),
+        "sora.tokenizer.escape_whitespaces": True,
+        "sora.tokenizer.squeeze_spaces": squeezes(config.get("normalizer"), refuse),
+        "sora.tokenizer.prepend_scheme": scheme,
+        "sora.tokenizer.added_ids": added,
+    }
+
+
+def add_tokens(pieces, scores, types, tokens, refuse):
+    """Ids of the added tokens. Those beyond the vocabulary are appended to it, as pieces that are never searched for."""
+    for token in sorted(tokens, key=lambda t: t["id"]):
+        if any(token.get(flag) for flag in ("single_word", "lstrip", "rstrip", "normalized")):
+            refuse("added token", token)
+        while token["id"] >= len(pieces):
+            pieces.append(token["content"] if token["id"] == len(pieces) else "")
+            scores.append(0.0)
+            types.append(UNUSED)
+        if pieces[token["id"]] != token["content"]:
+            refuse("added token", token)
+        if types[token["id"]] not in (UNKNOWN, UNUSED):
+            types[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
+    return sorted(t["id"] for t in tokens)
+
+
+def squeezes(normalizer, refuse):
+    """Whether runs of spaces become one; any other normaliser is refused."""
+    steps = normalizer["normalizers"] if (normalizer or {}).get("type") == "Sequence" else [normalizer] if normalizer else []
+    for step in steps:
+        if step != {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}:
+            refuse("normalizer", step)
+    return bool(steps)
+
+
+def closing_token(processor, refuse):
+    """The id that a post-processor of the form "text, then one token" appends."""
+    single = processor.get("single") or []
+    if processor.get("type") != "TemplateProcessing" or [list(step) for step in single] != [["Sequence"], ["SpecialToken"]]:
+        refuse("post_processor", processor)
+    ids = processor["special_tokens"][single[1]["SpecialToken"]["id"]]["ids"]
+    if len(ids) != 1:
+        refuse("post_processor", processor)
+    return ids[0]

@@ -1,0 +1,173 @@
+"""Writer: every tensor's place and type is planned from the tables before any is read; then one pass reads, merges,
+converts and writes, some rows at a time. The file gets its name only when it is complete.
+"""
+
+import hashlib
+import math
+import os
+from dataclasses import dataclass, field
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from tqdm import tqdm
+
+from export.files import ExportError, Stored
+from export.tables import CONV, EXACT, WIDE
+
+ALIGNMENT = 64  # bytes; a cache line, so that rows of a mapped tensor load aligned
+SLICE = 1 << 24  # elements converted at a time
+TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
+PREFIX = {"text_encoder": "", "transformer": "", "vae": "vae."}  # the VAE has names in common with others
+DIGEST_KEY, NO_DIGEST = "sora.tensors_sha256", "0" * 64
+
+# ---------------------------------------------------------------- planning
+
+@dataclass
+class Planned:
+    """A tensor of the weight file."""
+    name: str
+    shape: tuple        # as written: (n) or (rows, columns)
+    torch_shape: tuple  # as the tables say
+    folded: bool        # a convolution whose input channels become the innermost
+    type: Type
+    source: Stored
+    changes: list = field(default_factory=list)
+
+    def bytes(self):
+        block, size = gguf.constants.GGML_QUANT_SIZES[self.type]
+        return math.prod(self.shape) // block * size
+
+    def slices(self):
+        """The tensor's bytes, some rows at a time: read, merged with LoRAs in f32, folded, converted."""
+        rows, step = self.torch_shape[0], max(1, SLICE // math.prod(self.torch_shape[1:]))
+        whole = step >= rows or self.source.shape[0] != rows
+        for first in range(0, rows, rows if whole else step):
+            last = rows if whole else min(first + step, rows)
+            values = self.source.rows(*(() if whole else (first, last))).reshape(last - first, -1)
+            for change in self.changes:
+                values = values + change(first, last)
+            if self.folded:
+                values = values.reshape(last - first, self.torch_shape[1], -1).transpose(1, 2)
+            yield self.convert(values.reshape(last - first, *self.shape[1:]))
+
+    def convert(self, values):
+        if self.type == Type.F32:
+            return values.numpy()
+        if self.type == Type.BF16:
+            return values.bfloat16().view(torch.uint16).numpy()
+        if self.type == Type.Q8_0:
+            return gguf.quants.quantize(values.numpy(), Type.Q8_0)
+        half = values.half()
+        if not torch.isfinite(half).all():
+            raise ExportError(f"{self.source.file.path}: {self.source.key} holds {values.abs().max():g}, which f16 cannot: "
+                              "take --type bf16")
+        return half.numpy()
+
+
+def squeezed(shape):
+    return tuple(n for n in shape if n != 1)
+
+
+def folded_shape(shape):
+    """A vector stays one; a matrix or convolution becomes (rows, columns)."""
+    return shape if len(shape) == 1 else (shape[0], math.prod(shape[1:]))
+
+
+def stored_type(rule, source, columns, wanted):
+    """The type of a tensor in the file: as --type wants it and its rule allows, without --type as it was stored."""
+    if rule in (EXACT, CONV):
+        return Type.F32
+    if wanted is None:
+        return {"F32": Type.F32, "F64": Type.F32, "F16": Type.F16}.get(source.dtype, Type.BF16)
+    if wanted == Type.Q8_0 and rule == WIDE:
+        return Type.BF16
+    if wanted == Type.Q8_0 and columns % gguf.constants.GGML_QUANT_SIZES[Type.Q8_0][0]:
+        return Type.F16
+    return wanted
+
+
+def plan(part, rows, wanted, loras=()):
+    """Matches a part's tensors with its table: one that is missing, misshapen or left over is an error."""
+    left, planned = dict(part.tensors), []
+    for name, shape, rule in rows:
+        source = left.pop(name, None)
+        if source is None:
+            raise ExportError(f"{part.path}: the {part.title}'s {name} is missing")
+        outer_folded = (math.prod(shape[:2]), *shape[2:])  # how four dimensions hold five
+        if squeezed(source.shape) not in (squeezed(shape), squeezed(outer_folded)):
+            raise ExportError(f"{source.file.path}: {source.key} has shape {list(source.shape)}, expected {list(shape)}")
+        folded = folded_shape(shape)
+        planned.append(Planned(PREFIX[part.name] + name, folded, shape, rule == CONV,
+                               stored_type(rule, source, folded[-1], wanted), source,
+                               [c for lora in loras for c in lora.changes.get(name, [])]))
+    if left:
+        tensor = next(iter(left.values()))
+        raise ExportError(f"{tensor.file.path}: {tensor.key} {list(tensor.shape)} is no tensor of the {part.title}")
+    return planned
+
+
+# ---------------------------------------------------------------- writing
+
+def add_key(writer, key, value):
+    """One key, typed by its Python value; f32 for the keys that llama.cpp and the original release have as such."""
+    if isinstance(value, bool):
+        writer.add_bool(key, value)
+    elif isinstance(value, int):
+        writer.add_uint32(key, value)
+    elif isinstance(value, float):
+        (writer.add_float32 if key.endswith(("eps", "epsilon")) else writer.add_float64)(key, value)
+    elif isinstance(value, str):
+        writer.add_string(key, value)
+    else:
+        writer.add_array(key, value)  # bytes become u8[]; ints i32[], floats f32[], strings string[]
+
+
+def write(path, keys, planned):
+    """Writes the file under a temporary name and renames it when complete."""
+    temporary = path.with_name(path.name + ".part")
+    try:
+        write_header(temporary, keys, planned)
+        digest = write_tensors(temporary, planned)
+        fill_digest(temporary, digest)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_header(path, keys, planned):
+    writer = gguf.GGUFWriter(path, "wan")
+    writer.add_custom_alignment(ALIGNMENT)
+    for key, value in keys.items():
+        add_key(writer, key, value)
+    for tensor in planned:
+        writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.bytes(), tensor.type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+
+
+def write_tensors(path, planned):
+    """Appends every tensor, aligned; returns the SHA-256 of their bytes."""
+    digest = hashlib.sha256()
+    with open(path, "ab") as f, tqdm(total=sum(t.bytes() for t in planned), desc="export", unit="B", unit_scale=True,
+                                     disable=None) as bar:
+        f.write(bytes(-f.tell() % ALIGNMENT))
+        for tensor in planned:
+            for data in tensor.slices():
+                digest.update(data)
+                f.write(data)
+                bar.update(data.nbytes)
+            f.write(bytes(-f.tell() % ALIGNMENT))
+    return digest.hexdigest()
+
+
+def fill_digest(path, digest):
+    """Puts the tensors' digest, known only now, where the header keeps room for it."""
+    with open(path, "r+b") as f:
+        head = f.read(1 << 16)
+        at = head.index(NO_DIGEST.encode(), head.index(DIGEST_KEY.encode()))
+        f.seek(at)
+        f.write(digest.encode())
