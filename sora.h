@@ -20,16 +20,27 @@
 
 #define SORA_VERSION "0.1.0"
 
-/* ---------------------------------------------------------------- tokenizer.c: prompt -> ids */
+/* ---------------------------------------------------------------- prompt.c: what was typed -> clean text */
+
+/* diffusers' prompt_clean without ftfy's guesses: HTML entities, curly quotes, Unicode white space. The result is
+ * valid UTF-8 (U+FFFD stands for what was not); free() its data. */
+Bytes prompt_clean(Bytes prompt);
+
+/* Bytes that grow; free() the data. */
+typedef struct {
+    uint8_t *data;
+    size_t size, room;
+} Text;
+void text_append(Text *text, const void *bytes, size_t size);
+
+/* ---------------------------------------------------------------- tokenizer.c: clean text -> ids */
 
 typedef struct Tokenizer Tokenizer;
+/* NULL, or why the file's tokenizer cannot be used. Reads the file's bytes where they lie. */
 const char *tokenizer_load(const WeightFile *file, Tokenizer **out);
 void tokenizer_free(Tokenizer *tokenizer);
-/* diffusers' prompt_clean without ftfy: HTML entities, curly quotes, Unicode white space. Returns a new string;
- * invalid UTF-8 in text becomes U+FFFD. */
-char *prompt_clean(const char *text, size_t bytes);
-/* ids [n], n <= limit, the last one </s>; text as given (clean it first). Returns n. */
-int tokenizer_encode(const Tokenizer *tokenizer, const char *text, int32_t *ids, int limit);
+/* ids [n], n <= limit, the last one </s>, of a text as it is (clean it first). Returns n. */
+int tokenizer_encode(const Tokenizer *tokenizer, Bytes text, int32_t *ids, int limit);
 /* The piece of an id, for --tokenize; empty if out of range. */
 Bytes tokenizer_piece(const Tokenizer *tokenizer, int32_t id);
 
@@ -170,7 +181,7 @@ typedef struct {
 
 Vae vae_load(const WeightFile *file);
 void vae_free(Vae *vae);
-size_t vae_decode_memory(const Vae *vae, int H, int W);
+size_t vae_decode_memory(Vae *vae, int H, int W); /* not once it has started */
 double vae_decode_flops(const Vae *vae, int T, int H, int W);
 
 typedef void FrameSink(void *to, const float *frame); /* frame [3,Y,X] in [-1,1] */
@@ -199,5 +210,40 @@ const char *y4m_open(Bytes bytes, Y4mReader **out, VideoFormat *format); /* byte
 /* Next frame as floats [3,Y,X] in [-1,1]; *end is set after the last one. */
 const char *y4m_next(Y4mReader *reader, float *frame, bool *end);
 void y4m_close(Y4mReader *reader);
+
+/* ---------------------------------------------------------------- pipeline.c: the stages on one string */
+
+/* What one run is asked to do. The command line fills in what was given; settings_complete() takes the rest from the
+ * model's own defaults. */
+typedef struct {
+    const char *prompt, *negative, *output, *noise;
+    int width, height, frames, fps_num, fps_den, steps, chroma; /* 0: not given */
+    double seconds, guidance, shift;                            /* negative: not given */
+    Sampler sampler;                                            /* SAMPLERS: not given */
+    uint64_t seed;
+    bool quiet, record, record_prompt;
+    const char *precision;
+} Settings;
+
+typedef struct {
+    WeightFile *file;
+    const char *path;
+    Tokenizer *tokenizer;
+    TextEncoder text_encoder;
+    Transformer transformer;
+    Vae vae;
+} Model;
+
+Model model_load(const char *path);
+void model_free(Model *model);
+void settings_complete(Settings *settings, const Model *model);
+/* Cleaned, at most text_len ids with the closing </s>. Returns their number. */
+int prompt_ids(const Model *model, const char *prompt, int32_t *ids);
+void generate(Model *model, const Settings *settings);
+
+/* ---------------------------------------------------------------- record.c: what made the file, beside it */
+
+/* Writes OUTPUT.json: settings that make the same file again, and hashes of what went in and came out. */
+void record_write(const Model *model, const Settings *settings, const char *y4m_sha256);
 
 #endif

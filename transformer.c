@@ -13,7 +13,7 @@
  *
  * Pitfalls. Queries and keys are normalised over all heads at once, before they are cut into heads. The text is
  * padded with zeros to 512 positions and no mask hides them: the padding takes part in cross attention. Angles
- * (RoPE, time embedding) are computed in double. */
+ * of RoPE are computed in double. */
 #include "sora.h"
 
 #include <math.h>
@@ -23,12 +23,12 @@
 static AttentionLayers bind_attention(const WeightFile *file, const Transformer *t, int block, const char *name) {
     int D = t->dim;
     return (AttentionLayers){
-        .q = linear_bind(file, D, D, BIAS, "blocks.%d.%s.q", block, name),
-        .k = linear_bind(file, D, D, BIAS, "blocks.%d.%s.k", block, name),
-        .v = linear_bind(file, D, D, BIAS, "blocks.%d.%s.v", block, name),
-        .o = linear_bind(file, D, D, BIAS, "blocks.%d.%s.o", block, name),
-        .norm_q = weights_floats(file, D, "blocks.%d.%s.norm_q.weight", block, name),
-        .norm_k = weights_floats(file, D, "blocks.%d.%s.norm_k.weight", block, name),
+        .q = linear_bind(file, D, D, BIAS, "transformer.blocks.%d.%s.q", block, name),
+        .k = linear_bind(file, D, D, BIAS, "transformer.blocks.%d.%s.k", block, name),
+        .v = linear_bind(file, D, D, BIAS, "transformer.blocks.%d.%s.v", block, name),
+        .o = linear_bind(file, D, D, BIAS, "transformer.blocks.%d.%s.o", block, name),
+        .norm_q = weights_floats(file, D, "transformer.blocks.%d.%s.norm_q.weight", block, name),
+        .norm_k = weights_floats(file, D, "transformer.blocks.%d.%s.norm_k.weight", block, name),
     };
 }
 
@@ -36,13 +36,13 @@ static TransformerBlock bind_block(const WeightFile *file, const Transformer *t,
     TransformerBlock block = {
         .self_attn = bind_attention(file, t, i, "self_attn"),
         .cross_attn = bind_attention(file, t, i, "cross_attn"),
-        .ffn_0 = linear_bind(file, t->ffn_dim, t->dim, BIAS, "blocks.%d.ffn.0", i),
-        .ffn_2 = linear_bind(file, t->dim, t->ffn_dim, BIAS, "blocks.%d.ffn.2", i),
-        .modulation = weights_floats(file, 6 * t->dim, "blocks.%d.modulation", i),
+        .ffn_0 = linear_bind(file, t->ffn_dim, t->dim, BIAS, "transformer.blocks.%d.ffn.0", i),
+        .ffn_2 = linear_bind(file, t->dim, t->ffn_dim, BIAS, "transformer.blocks.%d.ffn.2", i),
+        .modulation = weights_floats(file, 6 * t->dim, "transformer.blocks.%d.modulation", i),
     };
     if (cross_attn_norm) {
-        block.norm3_weight = weights_floats(file, t->dim, "blocks.%d.norm3.weight", i);
-        block.norm3_bias = weights_floats(file, t->dim, "blocks.%d.norm3.bias", i);
+        block.norm3_weight = weights_floats(file, t->dim, "transformer.blocks.%d.norm3.weight", i);
+        block.norm3_bias = weights_floats(file, t->dim, "transformer.blocks.%d.norm3.bias", i);
     }
     return block;
 }
@@ -75,16 +75,16 @@ Transformer transformer_load(const WeightFile *file) {
     read_config(file, &t);
     int D = t.dim, patch = patch_volume(&t);
     bool cross_attn_norm = weights_bool_or(file, "wan.cross_attn_norm", true);
-    t.patch_embedding = linear_bind(file, D, t.in_dim * patch, BIAS, "patch_embedding");
-    t.text_embedding_0 = linear_bind(file, D, t.text_dim, BIAS, "text_embedding.0");
-    t.text_embedding_2 = linear_bind(file, D, D, BIAS, "text_embedding.2");
-    t.time_embedding_0 = linear_bind(file, D, t.freq_dim, BIAS, "time_embedding.0");
-    t.time_embedding_2 = linear_bind(file, D, D, BIAS, "time_embedding.2");
-    t.time_projection_1 = linear_bind(file, 6 * D, D, BIAS, "time_projection.1");
+    t.patch_embedding = linear_bind(file, D, t.in_dim * patch, BIAS, "transformer.patch_embedding");
+    t.text_embedding_0 = linear_bind(file, D, t.text_dim, BIAS, "transformer.text_embedding.0");
+    t.text_embedding_2 = linear_bind(file, D, D, BIAS, "transformer.text_embedding.2");
+    t.time_embedding_0 = linear_bind(file, D, t.freq_dim, BIAS, "transformer.time_embedding.0");
+    t.time_embedding_2 = linear_bind(file, D, D, BIAS, "transformer.time_embedding.2");
+    t.time_projection_1 = linear_bind(file, 6 * D, D, BIAS, "transformer.time_projection.1");
     t.blocks = allocate(sizeof *t.blocks * (size_t)t.num_layers);
     for (int i = 0; i < t.num_layers; i++) t.blocks[i] = bind_block(file, &t, i, cross_attn_norm);
-    t.head = linear_bind(file, t.out_dim * patch, D, BIAS, "head.head");
-    t.head_modulation = weights_floats(file, 2 * D, "head.modulation");
+    t.head = linear_bind(file, t.out_dim * patch, D, BIAS, "transformer.head.head");
+    t.head_modulation = weights_floats(file, 2 * D, "transformer.head.modulation");
     return t;
 }
 
@@ -168,12 +168,15 @@ TransformerState transformer_state_take(Arena *arena, const Transformer *t, int 
     return s;
 }
 
-/* time (D) and modulation (6,D) from a timestep: sinusoids, an MLP, and its projection. */
+/* time (D) and modulation (6,D) from a timestep: sinusoids, an MLP, and its projection. The angles are rounded to
+ * float32 as in diffusers' get_timestep_embedding; the original release computes them in double, which at t = 1000
+ * differs by 3e-5 and shows in the velocity as 1e-5 of its range. */
 static void embed_time(const Transformer *t, TransformerState *s, float timestep) {
     int half = t->freq_dim / 2, D = t->dim;
     float *sinusoid = s->wide, *hidden = s->y;
     for (int i = 0; i < half; i++) {
-        double angle = timestep * pow(10000.0, -(double)i / half);
+        float frequency = (float)exp(-(float)log(10000.0) * (float)i / (float)half);
+        float angle = timestep * frequency;
         sinusoid[i] = (float)cos(angle);
         sinusoid[half + i] = (float)sin(angle);
     }
@@ -186,20 +189,34 @@ static void embed_time(const Transformer *t, TransformerState *s, float timestep
 
 /* ---------------------------------------------------------------- the forward pass */
 
-/* Token (t,h,w) of patches (L, C*pt*ph*pw), channels outermost, to or from latents [C,T,H,W]. */
-static void embed_patches(const Transformer *t, TransformerState *s, const float *latents) {
+/* Offset in latents [1,T,H,W] of element (i,j,k) of token l's patch, in the order in which patches are stored:
+ * (pt,ph,pw,C), channels innermost. */
+static size_t patch_offset(const Transformer *t, const TransformerState *s, int l, int element) {
     const int *p = t->patch_size;
     int rows = s->H / p[1], columns = s->W / p[2];
+    int frame = l / (rows * columns) * p[0] + element / (p[1] * p[2]);
+    int row = l / columns % rows * p[1] + element / p[2] % p[1];
+    return ((size_t)frame * s->H + row) * s->W + l % columns * p[2] + element % p[2];
+}
+
+static void embed_patches(const Transformer *t, TransformerState *s, const float *latents) {
+    size_t channel = (size_t)s->T * s->H * s->W;
     float *out = s->wide;
-    for (int l = 0; l < s->L; l++) {
-        int t0 = l / (rows * columns) * p[0], h0 = l / columns % rows * p[1], w0 = l % columns * p[2];
-        for (int c = 0; c < t->in_dim; c++)
-            for (int i = 0; i < p[0]; i++)
-                for (int j = 0; j < p[1]; j++)
-                    for (int k = 0; k < p[2]; k++)
-                        *out++ = latents[(((size_t)c * s->T + t0 + i) * s->H + h0 + j) * s->W + w0 + k];
-    }
+    for (int l = 0; l < s->L; l++)
+        for (int i = 0; i < patch_volume(t); i++) {
+            const float *in = latents + patch_offset(t, s, l, i);
+            for (int c = 0; c < t->in_dim; c++) *out++ = in[c * channel];
+        }
     linear(s->x, s->wide, s->L, &t->patch_embedding);
+}
+
+static void unpatch(const Transformer *t, const TransformerState *s, const float *patches, float *velocity) {
+    size_t channel = (size_t)s->T * s->H * s->W;
+    for (int l = 0; l < s->L; l++)
+        for (int i = 0; i < patch_volume(t); i++) {
+            float *out = velocity + patch_offset(t, s, l, i);
+            for (int c = 0; c < t->out_dim; c++) out[c * channel] = *patches++;
+        }
 }
 
 static void self_attention(const Transformer *t, TransformerState *s, const AttentionLayers *attn) {
@@ -255,20 +272,6 @@ static void forward_block(const Transformer *t, TransformerState *s, const TextC
     gelu(s->wide, s->wide, (size_t)L * t->ffn_dim);
     linear(s->y, s->wide, L, &block->ffn_2);
     add_gated(s->x, s->y, L, D, e + 5 * D);
-}
-
-/* The head's patches are (pt,ph,pw,C), channels innermost, unlike those of the embedding. */
-static void unpatch(const Transformer *t, const TransformerState *s, const float *patches, float *velocity) {
-    const int *p = t->patch_size;
-    int rows = s->H / p[1], columns = s->W / p[2];
-    for (int l = 0; l < s->L; l++) {
-        int t0 = l / (rows * columns) * p[0], h0 = l / columns % rows * p[1], w0 = l % columns * p[2];
-        for (int i = 0; i < p[0]; i++)
-            for (int j = 0; j < p[1]; j++)
-                for (int k = 0; k < p[2]; k++)
-                    for (int c = 0; c < t->out_dim; c++)
-                        velocity[(((size_t)c * s->T + t0 + i) * s->H + h0 + j) * s->W + w0 + k] = *patches++;
-    }
 }
 
 void transformer_forward(const Transformer *t, TransformerState *s, const TextContext *context,

@@ -58,29 +58,24 @@ static const float *config_floats(const WeightFile *file, const char *key, int c
 }
 
 /* The original release numbers residual blocks and upsamplings of all levels in one list. */
-static void bind_levels(const WeightFile *file, Vae *vae, int base, int blocks) {
-    WeightArray mult = config_array(file, "vae.dim_mult", 1);
-    WeightArray temporal = config_array(file, "vae.temperal_downsample", mult.count - 1);
+static void bind_levels(const WeightFile *file, Vae *vae, const WeightArray *dims, int blocks) {
+    WeightArray temporal = config_array(file, "wan.vae.temperal_downsample", dims->count - 1);
     char path[64];
-    int in = base * (int)array_int(&mult, mult.count - 1), index = 0;
-    vae->num_levels = (int)mult.count;
-    vae->levels = allocate(sizeof *vae->levels * mult.count);
-    vae->temporal_stride = 1;
-    vae->spatial_stride = vae->patch_size;
-    for (int i = 0; i < vae->num_levels; i++) {
+    int last = (int)dims->count - 1, in = (int)array_int(dims, (size_t)last), index = 0;
+    for (int i = 0; i <= last; i++) { /* the file lists the finest level first */
         VaeLevel *level = &vae->levels[i];
-        int out = base * (int)array_int(&mult, mult.count - 1 - (size_t)i);
+        int out = (int)array_int(dims, (size_t)(last - i));
         level->num_blocks = blocks + 1;
         level->blocks = allocate(sizeof *level->blocks * (size_t)level->num_blocks);
         for (int j = 0; j < level->num_blocks; j++, in = out) {
             snprintf(path, sizeof path, "decoder.upsamples.%d", index++);
             level->blocks[j] = bind_residual(file, in, out, path);
         }
-        if (i == vae->num_levels - 1) break;
+        if (i == last) break;
         snprintf(path, sizeof path, "decoder.upsamples.%d.resample.1", index);
         level->resample = bind_conv(file, in = out / 2, out, 1, 3, path);
         vae->spatial_stride *= 2;
-        if (array_int(&temporal, mult.count - 2 - (size_t)i)) {
+        if (array_int(&temporal, (size_t)(last - 1 - i))) {
             snprintf(path, sizeof path, "decoder.upsamples.%d.time_conv", index);
             level->time_conv = bind_conv(file, 2 * out, out, 3, 1, path);
             vae->temporal_stride *= 2;
@@ -89,28 +84,31 @@ static void bind_levels(const WeightFile *file, Vae *vae, int base, int blocks) 
     }
 }
 
+static void bind_middle(const WeightFile *file, Vae *vae, int top) {
+    vae->conv2 = bind_conv(file, vae->z_dim, vae->z_dim, 1, 1, "conv2");
+    vae->conv1 = bind_conv(file, top, vae->z_dim, 3, 3, "decoder.conv1");
+    vae->middle_0 = bind_residual(file, top, top, "decoder.middle.0");
+    vae->middle_norm = weights_floats(file, top, "vae.decoder.middle.1.norm.gamma");
+    vae->qkv = bind_conv(file, 3 * top, top, 1, 1, "decoder.middle.1.to_qkv");
+    vae->proj = bind_conv(file, top, top, 1, 1, "decoder.middle.1.proj");
+    vae->middle_2 = bind_residual(file, top, top, "decoder.middle.2");
+}
+
 Vae vae_load(const WeightFile *file) {
-    Vae vae = {.z_dim = (int)weights_int(file, "vae.z_dim"),
-               .out_channels = (int)weights_int_or(file, "vae.out_channels", 3),
-               .patch_size = (int)weights_int_or(file, "vae.patch_size", 1)};
-    int base = (int)weights_int_or(file, "vae.decoder_base_dim", weights_int(file, "vae.base_dim"));
-    WeightArray mult = config_array(file, "vae.dim_mult", 1);
-    int top = base * (int)array_int(&mult, mult.count - 1), last = base * (int)array_int(&mult, 0);
-    if (vae.out_channels != 3 * vae.patch_size * vae.patch_size)
-        die(STATUS_USAGE, "weight file: vae.out_channels %d is not 3 colours in patches of %d", vae.out_channels,
-            vae.patch_size);
-    vae.latents_mean = config_floats(file, "vae.latents_mean", vae.z_dim);
-    vae.latents_std = config_floats(file, "vae.latents_std", vae.z_dim);
-    vae.conv2 = bind_conv(file, vae.z_dim, vae.z_dim, 1, 1, "conv2");
-    vae.conv1 = bind_conv(file, top, vae.z_dim, 3, 3, "decoder.conv1");
-    vae.middle_0 = bind_residual(file, top, top, "decoder.middle.0");
-    vae.middle_norm = weights_floats(file, top, "vae.decoder.middle.1.norm.gamma");
-    vae.qkv = bind_conv(file, 3 * top, top, 1, 1, "decoder.middle.1.to_qkv");
-    vae.proj = bind_conv(file, top, top, 1, 1, "decoder.middle.1.proj");
-    vae.middle_2 = bind_residual(file, top, top, "decoder.middle.2");
-    bind_levels(file, &vae, base, (int)weights_int(file, "vae.num_res_blocks"));
-    vae.head_norm = weights_floats(file, last, "vae.decoder.head.0.gamma");
-    vae.head = bind_conv(file, vae.out_channels, last, 3, 3, "decoder.head.2");
+    WeightArray dims = config_array(file, "wan.vae.decoder_dims", 1);
+    Vae vae = {.z_dim = (int)weights_int(file, "wan.vae.z_dim"),
+               .patch_size = (int)weights_int(file, "wan.vae.patch_size"),
+               .num_levels = (int)dims.count, .temporal_stride = 1};
+    int finest = (int)array_int(&dims, 0), coarsest = (int)array_int(&dims, dims.count - 1);
+    vae.out_channels = 3 * vae.patch_size * vae.patch_size;
+    vae.spatial_stride = vae.patch_size;
+    vae.levels = allocate(sizeof *vae.levels * dims.count);
+    vae.latents_mean = config_floats(file, "wan.vae.latents_mean", vae.z_dim);
+    vae.latents_std = config_floats(file, "wan.vae.latents_std", vae.z_dim);
+    bind_middle(file, &vae, coarsest);
+    bind_levels(file, &vae, &dims, (int)weights_int(file, "wan.vae.num_res_blocks"));
+    vae.head_norm = weights_floats(file, finest, "vae.decoder.head.0.gamma");
+    vae.head = bind_conv(file, vae.out_channels, finest, 3, 3, "decoder.head.2");
     return vae;
 }
 
@@ -324,10 +322,9 @@ void vae_decode_start(Vae *vae, Arena *arena, int H, int W) {
     vae->frame = arena_floats(arena, 3 * (size_t)last->height * last->width * vae->patch_size * vae->patch_size);
 }
 
-size_t vae_decode_memory(const Vae *vae, int H, int W) {
+size_t vae_decode_memory(Vae *vae, int H, int W) {
     Arena count = {0};
-    Vae copy = *vae;
-    vae_decode_start(&copy, &count, H, W);
+    vae_decode_start(vae, &count, H, W);
     return count.used;
 }
 

@@ -23,8 +23,8 @@ static int round_up(int a, int b) { return (a + b - 1) / b * b; }
 typedef struct {
     const Attention *a;
     float *packed;
-    int C, width;                    /* columns of a panel; d rounded up to panels */
-    size_t keys_size, values_size;
+    int C, width; /* columns of a panel; d rounded up to panels */
+    size_t keys_size, values_size, packed_size, block_size;
 } Plan;
 
 static void pack_keys(const Plan *plan, int head) {
@@ -119,23 +119,38 @@ static void attend(const Plan *plan, int head, int query, int rows, float *memor
     }
 }
 
-void attention(const Attention *a) {
-    int C = kernels->tile_cols, block = BLOCK_ROWS * kernels->tile_rows;
+/* Floats: packed keys and values of all heads, then a block's memory for each thread. */
+static Plan make_plan(const Attention *a) {
+    int C = kernels->tile_cols;
     Plan plan = {.a = a, .C = C, .width = round_up(a->d, C)};
     plan.keys_size = (size_t)round_up(a->keys, C) * a->d;
     plan.values_size = (size_t)plan.width * a->keys;
-    size_t packed = (plan.keys_size + plan.values_size) * a->heads;
-    size_t memory = (size_t)block * (TILE_KEYS + plan.width + LANES);
-    int blocks = round_up(a->queries, block) / block, tasks = blocks * a->heads;
-    plan.packed = scratch((packed + memory * (size_t)threads_count()) * sizeof(float));
+    plan.packed_size = (plan.keys_size + plan.values_size) * a->heads;
+    plan.block_size = (size_t)BLOCK_ROWS * kernels->tile_rows * (TILE_KEYS + plan.width + LANES);
+    return plan;
+}
+
+static size_t plan_bytes(const Plan *plan) {
+    return sizeof(float) * (plan->packed_size + plan->block_size * (size_t)threads_count());
+}
+
+size_t attention_memory(int keys, int heads, int d) {
+    Plan plan = make_plan(&(Attention){.keys = keys, .heads = heads, .d = d});
+    return plan_bytes(&plan);
+}
+
+void attention(const Attention *a) {
+    Plan plan = make_plan(a);
+    int block = BLOCK_ROWS * kernels->tile_rows, blocks = round_up(a->queries, block) / block;
+    plan.packed = scratch(plan_bytes(&plan));
     PARALLEL_FOR for (int head = 0; head < a->heads; head++) {
         pack_keys(&plan, head);
         pack_values(&plan, head);
     }
-    PARALLEL_FOR for (int task = 0; task < tasks; task++) {
+    PARALLEL_FOR for (int task = 0; task < blocks * a->heads; task++) {
         int query = task % blocks * block;
         attend(&plan, task / blocks, query, smaller(block, a->queries - query),
-               plan.packed + packed + memory * (size_t)thread_index());
+               plan.packed + plan.packed_size + plan.block_size * (size_t)thread_index());
     }
     profile_flops(4.0 * a->queries * a->keys * a->heads * a->d);
 }

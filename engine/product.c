@@ -26,7 +26,6 @@ enum {
     BLOCK_TILES = 8,        /* row tiles a task takes at once */
     CHUNK = 512,            /* of k, about */
     MAX_SEGMENTS = 27,      /* taps of a 3x3x3 convolution */
-    GROUP_BYTES = 16 << 20, /* of packed panels */
 };
 
 void *scratch(size_t bytes) {
@@ -126,7 +125,7 @@ void product(float *y, Rows x, const Linear *layer) {
     Weight w = layer->weight;
     int C = kernels->tile_cols, blocks = ceiling(x.rows, BLOCK_TILES * kernels->tile_rows);
     size_t panel_size = (size_t)w.cols * C;
-    int group = (int)(GROUP_BYTES / (panel_size * sizeof(float)));
+    int group = (int)(PRODUCT_MEMORY / (panel_size * sizeof(float)));
     group = smaller(group < 1 ? 1 : group, ceiling(w.rows, C));
     float *panels = scratch(group * panel_size * sizeof(float));
     for (int first = 0; first < w.rows; first += group * C) {

@@ -1,0 +1,50 @@
+/* progress.c - one line on a terminal: the stage, its piece, time elapsed and time left; nothing anywhere else.
+ *
+ * The time left is the time that the pieces of this stage took, times the pieces that remain. */
+#include "engine/engine.h"
+
+#include <stdarg.h>
+#include <string.h>
+#include <unistd.h>
+
+static bool enabled;
+static const char *current;
+static double started, stage_started;
+
+void progress_enable(bool wanted) {
+    enabled = wanted && isatty(STDERR_FILENO);
+    started = seconds();
+}
+
+static void print_time(double t) {
+    int s = (int)(t + 0.5);
+    if (s >= 3600) fprintf(stderr, "  %d:%02d:%02d", s / 3600, s / 60 % 60, s % 60);
+    else fprintf(stderr, "  %d:%02d", s / 60, s % 60);
+}
+
+void progress(const char *stage, int done, int total) {
+    if (!enabled) return;
+    fprintf(stderr, "\r\033[K");
+    if (stage) {
+        double now = seconds();
+        if (!current || strcmp(stage, current)) stage_started = now;
+        fprintf(stderr, "%s %d/%d", stage, done, total);
+        print_time(now - started);
+        if (done > 0) {
+            print_time((now - stage_started) / done * (total - done));
+            fprintf(stderr, " left");
+        }
+    }
+    current = stage;
+    fflush(stderr);
+}
+
+void progress_note(const char *format, ...) {
+    if (!enabled) return;
+    va_list arguments;
+    va_start(arguments, format);
+    fprintf(stderr, "\r\033[K");
+    vfprintf(stderr, format, arguments);
+    fputc('\n', stderr);
+    va_end(arguments);
+}

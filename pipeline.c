@@ -1,0 +1,355 @@
+/* pipeline.c - strings the stages together: settings, prompt, noise, the denoising loop, frames, file.
+ *
+ * Follows diffusers' WanPipeline. The order is the order of memory, too: the text encoder's buffers are gone before
+ * the transformer's are taken, and those before the decoder's, so a run needs the largest of the three, not their
+ * sum; the weights lie in the mapped file and are paged in as they are read. What a run will need is added up before
+ * it starts, by the same functions that lay the buffers out. */
+#include "sora.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* ---------------------------------------------------------------- the model */
+
+static void check_parts(const Model *m) {
+    if (m->transformer.text_dim != m->text_encoder.dim)
+        die(STATUS_USAGE, "%s: the text encoder is %d wide, the transformer expects %d", m->path, m->text_encoder.dim,
+            m->transformer.text_dim);
+    if (m->transformer.in_dim != m->vae.z_dim || m->transformer.out_dim != m->vae.z_dim)
+        die(STATUS_USAGE, "%s: the transformer maps %d channels to %d, the VAE has %d: not a text-to-video model",
+            m->path, m->transformer.in_dim, m->transformer.out_dim, m->vae.z_dim);
+}
+
+Model model_load(const char *path) {
+    Model m = {.path = path};
+    const char *why = weights_open(path, &m.file);
+    if (!why) why = tokenizer_load(m.file, &m.tokenizer);
+    if (why) die(STATUS_USAGE, "%s: %s", path, why);
+    m.text_encoder = text_encoder_load(m.file);
+    m.transformer = transformer_load(m.file);
+    m.vae = vae_load(m.file);
+    check_parts(&m);
+    return m;
+}
+
+void model_free(Model *m) {
+    vae_free(&m->vae);
+    transformer_free(&m->transformer);
+    text_encoder_free(&m->text_encoder);
+    tokenizer_free(m->tokenizer);
+    weights_close(m->file);
+}
+
+/* ---------------------------------------------------------------- settings */
+
+static void take_default(int *setting, const Model *m, const char *key, int otherwise) {
+    if (*setting == 0) *setting = (int)weights_int_or(m->file, key, otherwise);
+}
+
+static void check_size(const char *option, int pixels, int multiple) {
+    if (pixels <= 0 || pixels % multiple)
+        die(STATUS_USAGE, "--size: %s %d is not a multiple of %d", option, pixels, multiple);
+}
+
+void settings_complete(Settings *s, const Model *m) {
+    const Vae *vae = &m->vae;
+    const int *patch = m->transformer.patch_size;
+    take_default(&s->width, m, "sora.width", 832);
+    take_default(&s->height, m, "sora.height", 480);
+    take_default(&s->fps_num, m, "sora.fps_num", 16);
+    take_default(&s->fps_den, m, "sora.fps_den", 1);
+    take_default(&s->steps, m, "sora.steps", 50);
+    if (s->seconds >= 0) {
+        double chunks = s->seconds * s->fps_num / s->fps_den / vae->temporal_stride;
+        if (chunks > 1e6) die(STATUS_USAGE, "--seconds: %g is more than can be counted in frames", s->seconds);
+        s->frames = (int)floor(chunks + 0.5) * vae->temporal_stride + 1;
+    }
+    take_default(&s->frames, m, "sora.frames", 81);
+    if (s->guidance < 0) s->guidance = weights_double_or(m->file, "sora.guidance", 5.0);
+    if (s->shift < 0) s->shift = weights_double_or(m->file, "sora.shift", 3.0);
+    if (s->sampler == SAMPLERS && !sampler_parse(weights_string_or(m->file, "sora.sampler", "unipc"), &s->sampler))
+        die(STATUS_USAGE, "%s: sora.sampler '%s' is unknown; give --sampler", m->path,
+            weights_string_or(m->file, "sora.sampler", ""));
+    if (!s->negative) s->negative = weights_string_or(m->file, "sora.negative_prompt", "");
+    check_size("width", s->width, vae->spatial_stride * patch[2]);
+    check_size("height", s->height, vae->spatial_stride * patch[1]);
+    if (s->frames < 1 || (s->frames - 1) % (vae->temporal_stride * patch[0]))
+        die(STATUS_USAGE, "--frames: %d is not %dk+1", s->frames, vae->temporal_stride * patch[0]);
+}
+
+/* ---------------------------------------------------------------- the run */
+
+/* One run: what was asked, and the sizes that follow from it. */
+typedef struct {
+    Model *model;
+    const Settings *settings;
+    bool guided;            /* guidance 1 is the conditional velocity itself */
+    int C, T, H, W;         /* of the latents */
+    size_t elements;        /* C*T*H*W */
+} Run;
+
+static Run run_plan(Model *m, const Settings *s) {
+    Run run = {.model = m, .settings = s, .guided = s->guidance > 1.0, .C = m->transformer.in_dim};
+    run.T = (s->frames - 1) / m->vae.temporal_stride + 1;
+    run.H = s->height / m->vae.spatial_stride;
+    run.W = s->width / m->vae.spatial_stride;
+    run.elements = (size_t)run.C * run.T * run.H * run.W;
+    return run;
+}
+
+static Shape latent_shape(const Run *run) { return SHAPE(run->C, run->T, run->H, run->W); }
+
+int prompt_ids(const Model *m, const char *prompt, int32_t *ids) {
+    Bytes clean = prompt_clean((Bytes){(const uint8_t *)prompt, strlen(prompt)});
+    int n = tokenizer_encode(m->tokenizer, clean, ids, m->transformer.text_len);
+    free((void *)clean.data);
+    return n;
+}
+
+/* A prompt, from text to what the transformer reads. */
+typedef struct {
+    int n;
+    int32_t *ids;
+    float *embeds; /* (n, text_dim) */
+} Prompt;
+
+static Prompt encode_prompt(const Run *run, const char *text, const char *name) {
+    const Model *m = run->model;
+    Prompt p = {.ids = allocate(sizeof(int32_t) * (size_t)m->transformer.text_len)};
+    p.n = prompt_ids(m, text, p.ids);
+    if (taps_on) tap_ids(p.ids, p.n, "%s.ids", name);
+    p.embeds = allocate(sizeof(float) * (size_t)p.n * m->text_encoder.dim);
+    progress("text encoder", 0, 1);
+    profile_begin(TEXT_ENCODER);
+    text_encode(&m->text_encoder, p.ids, p.n, p.embeds);
+    profile_end(TEXT_ENCODER);
+    tap(p.embeds, SHAPE(p.n, m->text_encoder.dim), "%s.embeds", name);
+    return p;
+}
+
+static void prompt_free(Prompt *p) {
+    free(p->ids);
+    free(p->embeds);
+}
+
+static void read_noise(const Run *run, float *noise) {
+    Npy file;
+    Shape shape = latent_shape(run);
+    char found[64], expected[64];
+    const char *why = npy_read(run->settings->noise, &file);
+    if (why) die(STATUS_USAGE, "--noise %s: %s", run->settings->noise, why);
+    if (file.kind != 'f' || !shape_equal(&file.shape, &shape))
+        die(STATUS_USAGE, "--noise %s: found %s of %s, expected float32 of %s", run->settings->noise,
+            file.kind == 'f' ? "float32" : "int32", shape_string(&file.shape, found), shape_string(&shape, expected));
+    memcpy(noise, file.values, sizeof(float) * run->elements);
+    npy_free(&file);
+}
+
+static void make_noise(const Run *run, float *noise) {
+    Generator generator;
+    if (run->settings->noise) {
+        read_noise(run, noise);
+    } else {
+        generator_seed(&generator, run->settings->seed);
+        generator_randn(&generator, noise, run->elements);
+    }
+    tap(noise, latent_shape(run), "noise");
+}
+
+/* Everything that the denoising loop holds, in one arena. */
+typedef struct {
+    TransformerState state;
+    TextContext cond, uncond;
+    History history;
+    float *velocity, *unconditional;
+} Denoiser;
+
+static Denoiser denoiser_take(Arena *arena, const Run *run, int n, int n_negative) {
+    const Transformer *t = &run->model->transformer;
+    Denoiser d = {.cond = text_context_take(arena, t, n)};
+    if (run->guided) d.uncond = text_context_take(arena, t, n_negative);
+    d.state = transformer_state_take(arena, t, run->T, run->H, run->W);
+    d.history = history_take(arena, run->elements);
+    d.velocity = arena_floats(arena, run->elements);
+    d.unconditional = arena_floats(arena, run->guided ? run->elements : 0);
+    return d;
+}
+
+static void predict(const Run *run, Denoiser *d, const char *name, const TextContext *context, int step,
+                    float timestep, const float *latents, float *velocity) {
+    tap_scope("step%03d.%s.", step, name);
+    profile_begin(TRANSFORMER);
+    transformer_forward(&run->model->transformer, &d->state, context, latents, timestep, velocity);
+    profile_end(TRANSFORMER);
+    tap_scope("step%03d.", step);
+}
+
+/* The loop: velocity at the present noise level, with and without the prompt; guidance; a step of the sampler. */
+static void denoise(const Run *run, Denoiser *d, float *latents) {
+    const Settings *s = run->settings;
+    float guidance = (float)s->guidance;
+    Schedule schedule = schedule_make(s->sampler, s->steps, s->shift,
+                                      (int)weights_int_or(run->model->file, "sora.num_train_timesteps", 1000));
+    tap(schedule.timesteps, SHAPE(s->steps), "timesteps");
+    tap(schedule.sigmas, SHAPE(s->steps + 1), "sigmas");
+    for (int step = 0; step < s->steps; step++) {
+        float timestep = schedule.timesteps[step], *v = d->velocity, *u = d->unconditional;
+        progress("step", step, s->steps);
+        predict(run, d, "cond", &d->cond, step, timestep, latents, v);
+        if (run->guided) {
+            predict(run, d, "uncond", &d->uncond, step, timestep, latents, u);
+            for (size_t i = 0; i < run->elements; i++) v[i] = u[i] + guidance * (v[i] - u[i]);
+        }
+        tap(v, latent_shape(run), "velocity");
+        profile_begin(SAMPLER);
+        sampler_step(&schedule, step, v, latents, &d->history);
+        profile_end(SAMPLER);
+        tap(latents, latent_shape(run), "latents");
+    }
+    tap_scope("%s", "");
+    schedule_free(&schedule);
+}
+
+/* From prompts to final latents. */
+static void make_latents(const Run *run, float *latents) {
+    const Settings *s = run->settings;
+    const Transformer *t = &run->model->transformer;
+    Prompt prompt = encode_prompt(run, s->prompt, "prompt"), negative = {0};
+    if (run->guided) negative = encode_prompt(run, s->negative, "negative");
+    Arena count = {0};
+    denoiser_take(&count, run, prompt.n, negative.n);
+    Arena arena = arena_open(count.used);
+    Denoiser denoiser = denoiser_take(&arena, run, prompt.n, negative.n);
+    make_noise(run, latents);
+    profile_begin(TRANSFORMER);
+    transformer_read(t, prompt.embeds, prompt.n, &denoiser.cond);
+    if (run->guided) transformer_read(t, negative.embeds, negative.n, &denoiser.uncond);
+    profile_end(TRANSFORMER);
+    denoise(run, &denoiser, latents);
+    tap(latents, latent_shape(run), "latents");
+    arena_close(&arena);
+    prompt_free(&prompt);
+    prompt_free(&negative);
+}
+
+/* ---------------------------------------------------------------- frames */
+
+typedef struct {
+    const Run *run;
+    VideoFormat format;
+    OutputFile file;
+    uint8_t *planes;
+    Sha256 sha;
+    int index;
+} Video;
+
+static void write_bytes(Video *video, const void *data, size_t bytes) {
+    output_write(&video->file, data, bytes);
+    sha256_add(&video->sha, data, bytes);
+}
+
+/* The sink of the decoder: a frame is converted, written and flushed before the next is decoded. */
+static void write_frame(void *to, const float *frame) {
+    Video *video = to;
+    const Settings *s = video->run->settings;
+    profile_end(VAE_DECODE);
+    profile_begin(OUTPUT);
+    tap_frame(frame, SHAPE(3, s->frames, s->height, s->width), video->index, "video");
+    y4m_convert(&video->format, frame, video->planes);
+    write_bytes(video, "FRAME\n", 6);
+    write_bytes(video, video->planes, y4m_frame_bytes(&video->format));
+    output_flush(&video->file);
+    progress("frame", ++video->index, s->frames);
+    profile_end(OUTPUT);
+    profile_begin(VAE_DECODE);
+}
+
+static Video video_open(const Run *run) {
+    const Settings *s = run->settings;
+    Video video = {.run = run, .format = {s->width, s->height, s->fps_num, s->fps_den, s->chroma}};
+    video.file = output_open(s->output);
+    video.planes = allocate(y4m_frame_bytes(&video.format));
+    sha256_start(&video.sha);
+    return video;
+}
+
+static void decode(const Run *run, Video *video, const float *latents) {
+    Vae *vae = &run->model->vae;
+    Arena arena = arena_open(vae_decode_memory(vae, run->H, run->W));
+    char header[80];
+    write_bytes(video, header, y4m_header(&video->format, header));
+    progress("frame", 0, run->settings->frames);
+    vae_decode_start(vae, &arena, run->H, run->W);
+    for (int t = 0; t < run->T; t++) {
+        profile_begin(VAE_DECODE);
+        vae_decode_frame(vae, latents, run->T, t, write_frame, video);
+        profile_end(VAE_DECODE);
+    }
+    arena_close(&arena);
+}
+
+static void video_close(Video *video) {
+    const Run *run = video->run;
+    char sha[65];
+    sha256_finish(&video->sha, sha);
+    output_commit(&video->file);
+    if (run->settings->record && strcmp(run->settings->output, "-")) record_write(run->model, run->settings, sha);
+    free(video->planes);
+}
+
+/* ---------------------------------------------------------------- what it will take */
+
+static size_t largest(size_t a, size_t b) { return a > b ? a : b; }
+
+/* Bytes of private memory at the highest point, the packing of products and attention included. */
+static size_t run_memory(const Run *run, int n, int n_negative) {
+    Model *m = run->model;
+    const Transformer *t = &m->transformer;
+    int longer = n > n_negative ? n : n_negative;
+    Arena denoiser = {0};
+    denoiser_take(&denoiser, run, n, n_negative);
+    int L = run->T * run->H * run->W / (t->patch_size[0] * t->patch_size[1] * t->patch_size[2]);
+    size_t text = text_encoder_memory(&m->text_encoder, longer);
+    size_t denoising = denoiser.used + attention_memory(L, t->num_heads, t->dim / t->num_heads);
+    size_t decoding = vae_decode_memory(&m->vae, run->H, run->W) + attention_memory(run->H * run->W, 1, m->vae.proj.in);
+    return largest(text, largest(denoising, decoding)) + run->elements * sizeof(float) + PRODUCT_MEMORY;
+}
+
+static double run_flops(const Run *run, int n, int n_negative) {
+    const Model *m = run->model;
+    const Transformer *t = &m->transformer;
+    int L = run->T * run->H * run->W / (t->patch_size[0] * t->patch_size[1] * t->patch_size[2]);
+    double flops = text_encoder_flops(&m->text_encoder, n) + run->settings->steps * transformer_flops(t, L, n + 1);
+    if (run->guided)
+        flops += text_encoder_flops(&m->text_encoder, n_negative) +
+                 run->settings->steps * transformer_flops(t, L, n_negative + 1);
+    return flops + vae_decode_flops(&m->vae, run->T, run->H, run->W);
+}
+
+static void estimate(const Run *run) {
+    const Settings *s = run->settings;
+    int32_t *ids = allocate(sizeof(int32_t) * (size_t)run->model->transformer.text_len);
+    int n = prompt_ids(run->model, s->prompt, ids), negative = run->guided ? prompt_ids(run->model, s->negative, ids) : 0;
+    free(ids);
+    size_t bytes = run_memory(run, n, negative), available = memory_available();
+    if (bytes > available)
+        die(STATUS_RESOURCE, "%dx%d with %d frames needs %.1f GiB of memory and %.1f GiB can be had", s->width,
+            s->height, s->frames, bytes / 0x1p30, available / 0x1p30);
+    if (!s->quiet)
+        progress_note("%dx%d, %d frames, %d steps, seed %llu: %.4g TFLOP, %.2f GiB of memory beside the weights",
+                      s->width, s->height, s->frames, s->steps, (unsigned long long)s->seed,
+                      run_flops(run, n, negative) * 1e-12, bytes / 0x1p30);
+}
+
+void generate(Model *model, const Settings *settings) {
+    Run run = run_plan(model, settings);
+    estimate(&run);
+    Video video = video_open(&run);
+    float *latents = allocate(sizeof(float) * run.elements);
+    make_latents(&run, latents);
+    decode(&run, &video, latents);
+    free(latents);
+    progress(NULL, 0, 0);
+    video_close(&video);
+}

@@ -1,0 +1,79 @@
+/* record.c - OUTPUT.json beside the video: that it was generated, by what, and all that makes the same file again.
+ *
+ * A prompt can be private, so it stands there only on request; otherwise its SHA-256 does, by which whoever knows the
+ * prompt can confirm it. The model is named by the hash that export.py took of its tensors. Threads and instruction
+ * set are left out: in float32 they change nothing. */
+#include "sora.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static void hash_of(const void *data, size_t bytes, char hex[65]) {
+    Sha256 sha;
+    sha256_start(&sha);
+    sha256_add(&sha, data, bytes);
+    sha256_finish(&sha, hex);
+}
+
+/* "prompt": text, or "prompt_sha256": its hash. */
+static void write_text(Json *json, const char *key, const char *text, bool in_full) {
+    if (in_full) {
+        json_string(json, key, text);
+        return;
+    }
+    char hex[65], *name = format_string("%s_sha256", key);
+    hash_of(text, strlen(text), hex);
+    json_string(json, name, hex);
+    free(name);
+}
+
+static void write_noise(Json *json, const Settings *s) {
+    Bytes file;
+    char hex[65];
+    if (!s->noise) {
+        json_int(json, "seed", (int64_t)s->seed);
+    } else if (!map_file(s->noise, &file)) {
+        hash_of(file.data, file.size, hex);
+        json_string(json, "noise_sha256", hex);
+        unmap_file(file);
+    }
+}
+
+static void write_settings(Json *json, const Settings *s) {
+    json_open(json, "settings");
+    json_int(json, "width", s->width);
+    json_int(json, "height", s->height);
+    json_int(json, "frames", s->frames);
+    json_int(json, "fps_num", s->fps_num);
+    json_int(json, "fps_den", s->fps_den);
+    json_string(json, "sampler", sampler_name(s->sampler));
+    json_int(json, "steps", s->steps);
+    json_double(json, "guidance", s->guidance);
+    json_double(json, "shift", s->shift);
+    write_noise(json, s);
+    json_string(json, "precision", s->precision);
+    json_int(json, "chroma", s->chroma);
+    json_close(json);
+}
+
+void record_write(const Model *model, const Settings *s, const char *y4m_sha256) {
+    Json json = {0};
+    json_open(&json, NULL);
+    json_bool(&json, "generated", true);
+    json_string(&json, "digital_source_type", "trainedAlgorithmicMedia"); /* IPTC's word for it */
+    json_string(&json, "tool", "sora.c");
+    json_string(&json, "version", SORA_VERSION);
+    json_string(&json, "model", weights_string_or(model->file, "general.name", ""));
+    json_string(&json, "model_tensors_sha256", weights_string_or(model->file, "sora.tensors_sha256", ""));
+    write_text(&json, "prompt", s->prompt, s->record_prompt);
+    write_text(&json, "negative_prompt", s->negative, s->record_prompt);
+    write_settings(&json, s);
+    json_string(&json, "y4m_sha256", y4m_sha256);
+    json_close(&json);
+    char *path = format_string("%s.json", s->output);
+    OutputFile file = output_open(path);
+    output_write(&file, json.text, json.size);
+    output_commit(&file);
+    free(path);
+    json_free(&json);
+}

@@ -1,0 +1,295 @@
+/* sora.c - the command line: options in, one run out. `./sora --help` is its documentation; README says more. */
+#include "sora.h"
+
+#include <errno.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+#include <unistd.h>
+
+/* ---------------------------------------------------------------- the options */
+
+typedef enum {
+    MODEL, PROMPT, PROMPT_FILE, NEGATIVE, OUTPUT_FILE, SIZE, FRAMES, SECONDS, FPS, STEPS, GUIDANCE, SHIFT, SAMPLER_NAME,
+    SEED, THREADS, PRECISION, ISA, NOISE, DUMP, DUMP_ONLY, CHECK, TOLERANCE, CHROMA, RECORD_PROMPT, NO_RECORD, PROFILE,
+    INFO, TOKENIZE, QUIET, HELP, VERSION, OPTIONS
+} Option;
+
+static const struct {
+    const char *name;
+    char letter;
+    const char *argument; /* NULL: a switch */
+    const char *help;
+} options[OPTIONS] = {
+    [MODEL] = {"model", 'm', "FILE", "weight file made by export.py (default: the bundled demo model)"},
+    [PROMPT] = {"prompt", 'p', "TEXT", "the prompt, instead of as an argument"},
+    [PROMPT_FILE] = {"prompt-file", 0, "FILE", "read the prompt from a file; - is standard input"},
+    [NEGATIVE] = {"negative", 'n', "TEXT", "negative prompt"},
+    [OUTPUT_FILE] = {"output", 'o', "FILE", "Y4M file (default: out.y4m); - is standard output"},
+    [SIZE] = {"size", 's', "WxH", "width and height in pixels"},
+    [FRAMES] = {"frames", 'f', "N", "number of frames, 4k+1"},
+    [SECONDS] = {"seconds", 0, "S", "length, instead of --frames"},
+    [FPS] = {"fps", 0, "N[:D]", "frame rate written in the file"},
+    [STEPS] = {"steps", 0, "N", "denoising steps"},
+    [GUIDANCE] = {"guidance", 'g', "G", "classifier-free guidance; 1 is off"},
+    [SHIFT] = {"shift", 0, "S", "time shift of the noise schedule"},
+    [SAMPLER_NAME] = {"sampler", 0, "NAME", "unipc, euler or dpm++"},
+    [SEED] = {"seed", 0, "N", "initial noise as torch's CPU generator makes it (default: random, printed)"},
+    [THREADS] = {"threads", 't', "N", "threads (default: all cores)"},
+    [PRECISION] = {"precision", 0, "TYPE", "arithmetic of the large products: f32"},
+    [ISA] = {"isa", 0, "NAME", "kernels: auto, generic, avx2, avx512 or neon"},
+    [NOISE] = {"noise", 0, "FILE", "initial noise [C,T,H,W] from a .npy file"},
+    [DUMP] = {"dump", 0, "DIR", "write every named tensor as .npy"},
+    [DUMP_ONLY] = {"dump-only", 0, "GLOB", "only those whose name matches"},
+    [CHECK] = {"check", 0, "DIR", "compare with the .npy files in DIR; exit 1 if any differs"},
+    [TOLERANCE] = {"tolerance", 0, "X", "largest relative difference that --check accepts (default: 1e-4)"},
+    [CHROMA] = {"chroma", 0, "420|444", "chroma planes of the Y4M (default: 420)"},
+    [RECORD_PROMPT] = {"record-prompt", 0, NULL, "write the prompt itself, not its SHA-256, into the record"},
+    [NO_RECORD] = {"no-record", 0, NULL, "no record (.json) beside the output"},
+    [PROFILE] = {"profile", 0, NULL, "print time and operations of each stage"},
+    [INFO] = {"info", 0, NULL, "print the model's configuration and tensors, and stop"},
+    [TOKENIZE] = {"tokenize", 0, NULL, "print the prompt's token ids, and stop"},
+    [QUIET] = {"quiet", 'q', NULL, "no progress, no notes"},
+    [HELP] = {"help", 'h', NULL, "this text"},
+    [VERSION] = {"version", 0, NULL, "version, and the kernels chosen on this machine"},
+};
+
+static void print_help(void) {
+    puts("Usage: sora [options] \"prompt\"\n"
+         "Makes a video from a sentence, on the CPU. What is not given comes from the model.\n");
+    for (int i = 0; i < OPTIONS; i++) {
+        char left[64];
+        snprintf(left, sizeof left, "%c%c%c --%s %s", options[i].letter ? '-' : ' ',
+                 options[i].letter ? options[i].letter : ' ', options[i].letter ? ',' : ' ', options[i].name,
+                 options[i].argument ? options[i].argument : "");
+        printf("  %-26s %s\n", left, options[i].help);
+    }
+    puts("\nExit status: 0 done; 1 a check failed; 2 bad usage or input; 3 out of memory, disk or other resources;\n"
+         "130 interrupted.");
+}
+
+static void print_version(void) {
+#ifdef _OPENMP
+    printf("sora %s, %s kernels, %d threads\n", SORA_VERSION, kernels->name, threads_count());
+#else
+    printf("sora %s, %s kernels, built without OpenMP\n", SORA_VERSION, kernels->name);
+#endif
+}
+
+/* ---------------------------------------------------------------- values */
+
+static long long parse_integer(Option option, const char *text, long long least, long long most) {
+    char *end;
+    errno = 0;
+    long long value = strtoll(text, &end, 10);
+    if (!*text || *end || errno || value < least || value > most)
+        die(STATUS_USAGE, "--%s: '%s' is not a whole number from %lld to %lld", options[option].name, text, least, most);
+    return value;
+}
+
+static double parse_number(Option option, const char *text, double least, double most) {
+    char *end;
+    double value = strtod(text, &end);
+    if (!*text || *end || !(value >= least && value <= most))
+        die(STATUS_USAGE, "--%s: '%s' is not a number from %g to %g", options[option].name, text, least, most);
+    return value;
+}
+
+/* "A" or "A<separator>B". */
+static void parse_pair(Option option, const char *text, char separator, int most, int *a, int *b) {
+    const char *middle = strchr(text, separator);
+    char first[32];
+    size_t length = middle ? (size_t)(middle - text) : strlen(text);
+    if (length >= sizeof first)
+        die(STATUS_USAGE, "--%s: '%s' is not %s", options[option].name, text, options[option].argument);
+    memcpy(first, text, length);
+    first[length] = 0;
+    *a = (int)parse_integer(option, first, 1, most);
+    if (middle) *b = (int)parse_integer(option, middle + 1, 1, most);
+}
+
+static char *read_prompt(const char *path) {
+    Bytes bytes;
+    const char *why = read_file(path, 1 << 20, &bytes);
+    if (why) die(STATUS_USAGE, "--prompt-file %s: %s", path, why);
+    char *text = allocate(bytes.size + 1);
+    memcpy(text, bytes.data, bytes.size);
+    for (size_t i = 0; i < bytes.size; i++)
+        if (!text[i]) text[i] = ' ';
+    free((void *)bytes.data);
+    return text;
+}
+
+/* ---------------------------------------------------------------- the command line */
+
+typedef struct {
+    Settings settings;
+    const char *model, *isa, *dump, *dump_only, *check;
+    double tolerance;
+    bool profile, info, tokenize, seeded, help, version;
+} Command;
+
+static void set_prompt(Command *c, const char *text) {
+    if (c->settings.prompt) die(STATUS_USAGE, "two prompts: '%s' and '%s'", c->settings.prompt, text);
+    c->settings.prompt = text;
+}
+
+static void apply(Command *c, Option option, const char *value) {
+    Settings *s = &c->settings;
+    switch (option) {
+    case MODEL: c->model = value; break;
+    case PROMPT: set_prompt(c, value); break;
+    case PROMPT_FILE: set_prompt(c, read_prompt(value)); break;
+    case NEGATIVE: s->negative = value; break;
+    case OUTPUT_FILE: s->output = value; break;
+    case SIZE:
+        if (!strchr(value, 'x')) die(STATUS_USAGE, "--size: '%s' is not WxH", value);
+        parse_pair(SIZE, value, 'x', 16384, &s->width, &s->height);
+        break;
+    case FRAMES: s->frames = (int)parse_integer(FRAMES, value, 1, 1000001); break;
+    case SECONDS: s->seconds = parse_number(SECONDS, value, 0, 1e5); break;
+    case FPS: s->fps_den = 1; parse_pair(FPS, value, ':', 1000000, &s->fps_num, &s->fps_den); break;
+    case STEPS: s->steps = (int)parse_integer(STEPS, value, 1, 1000); break;
+    case GUIDANCE: s->guidance = parse_number(GUIDANCE, value, 0, 1000); break;
+    case SHIFT: s->shift = parse_number(SHIFT, value, 1e-3, 1000); break;
+    case SAMPLER_NAME:
+        if (!sampler_parse(value, &s->sampler))
+            die(STATUS_USAGE, "--sampler: '%s' is not unipc, euler or dpm++", value);
+        break;
+    case SEED: s->seed = (uint64_t)parse_integer(SEED, value, 0, INT64_MAX); c->seeded = true; break;
+    case THREADS: threads_set((int)parse_integer(THREADS, value, 1, 4096)); break;
+    case PRECISION:
+        if (strcmp(value, "f32")) die(STATUS_USAGE, "--precision: '%s' is not f32, all that this version has", value);
+        s->precision = value;
+        break;
+    case ISA: c->isa = value; break;
+    case NOISE: s->noise = value; break;
+    case DUMP: c->dump = value; break;
+    case DUMP_ONLY: c->dump_only = value; break;
+    case CHECK: c->check = value; break;
+    case TOLERANCE: c->tolerance = parse_number(TOLERANCE, value, 0, 1e9); break;
+    case CHROMA:
+        s->chroma = (int)parse_integer(CHROMA, value, 420, 444);
+        if (s->chroma != 420 && s->chroma != 444) die(STATUS_USAGE, "--chroma: '%s' is not 420 or 444", value);
+        break;
+    case RECORD_PROMPT: s->record_prompt = true; break;
+    case NO_RECORD: s->record = false; break;
+    case PROFILE: c->profile = true; break;
+    case INFO: c->info = true; break;
+    case TOKENIZE: c->tokenize = true; break;
+    case QUIET: s->quiet = true; break;
+    case HELP: c->help = true; break;
+    case VERSION: c->version = true; break;
+    case OPTIONS: break;
+    }
+}
+
+/* "--name", "--name=value" or "-x"; the value may follow as the next argument. */
+static Option find_option(const char *text, const char **value) {
+    *value = NULL;
+    for (int i = 0; i < OPTIONS; i++) {
+        size_t length = strlen(options[i].name);
+        if (text[1] != '-' && text[1] == options[i].letter && !text[2]) return (Option)i;
+        if (text[1] != '-' || strncmp(text + 2, options[i].name, length)) continue;
+        if (text[2 + length] == '=') *value = text + 3 + length;
+        if (*value || !text[2 + length]) return (Option)i;
+    }
+    die(STATUS_USAGE, "unknown option '%s'; --help lists them", text);
+}
+
+static Command parse(int argc, char **argv) {
+    Command c = {.settings = {.output = "out.y4m", .chroma = 420, .seconds = -1, .guidance = -1, .shift = -1,
+                              .sampler = SAMPLERS, .record = true, .precision = "f32"},
+                 .isa = "auto", .tolerance = 1e-4};
+    bool only_prompts = false;
+    for (int i = 1; i < argc; i++) {
+        if (only_prompts || argv[i][0] != '-' || !argv[i][1]) {
+            set_prompt(&c, argv[i]);
+        } else if (!strcmp(argv[i], "--")) {
+            only_prompts = true;
+        } else {
+            const char *value;
+            Option option = find_option(argv[i], &value);
+            if (value && !options[option].argument) die(STATUS_USAGE, "--%s takes no value", options[option].name);
+            if (!value && options[option].argument) value = argv[++i];
+            if (!value && options[option].argument)
+                die(STATUS_USAGE, "--%s: %s is missing", options[option].name, options[option].argument);
+            apply(&c, option, value);
+        }
+    }
+    return c;
+}
+
+/* ---------------------------------------------------------------- the bundled model, the seed */
+
+/* Beside the program (a checkout) or in PREFIX/share/sora (installed). */
+static const char *bundled_model(void) {
+    static char path[4096];
+    static const char *const places[] = {"models/demo.gguf", "../share/sora/demo.gguf"};
+    char program[2048];
+    ssize_t length = readlink("/proc/self/exe", program, sizeof program - 1);
+    program[length < 0 ? 0 : length] = 0;
+    char *slash = strrchr(program, '/');
+    int folder = slash ? (int)(slash - program) : 1;
+    if (!slash) strcpy(program, ".");
+    for (int i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "%.*s/%s", folder, program, places[i]);
+        if (access(path, R_OK) == 0) return path;
+    }
+    die(STATUS_USAGE, "no model: give one with --model (the bundled models/demo.gguf is not there)");
+}
+
+static uint64_t random_seed(void) {
+    uint32_t seed = (uint32_t)time(NULL) * 2654435761u ^ (uint32_t)getpid();
+    FILE *source = fopen("/dev/urandom", "rb");
+    if (source) {
+        if (fread(&seed, sizeof seed, 1, source) != 1) seed ^= 0x5eed;
+        fclose(source);
+    }
+    return seed;
+}
+
+/* ---------------------------------------------------------------- what is asked for */
+
+static void print_ids(const Model *model, const char *prompt) {
+    int limit = model->transformer.text_len;
+    int32_t *ids = allocate(sizeof *ids * (size_t)limit);
+    int n = prompt_ids(model, prompt, ids);
+    for (int i = 0; i < n; i++) printf("%d%c", (int)ids[i], i + 1 < n ? ' ' : '\n');
+    free(ids);
+}
+
+static int run(Command *c) {
+    Settings *s = &c->settings;
+    if (!c->info && !s->prompt) die(STATUS_USAGE, "no prompt; --help lists the options");
+    profile_begin(LOAD);
+    Model model = model_load(c->model ? c->model : bundled_model());
+    profile_end(LOAD);
+    if (c->info) {
+        weights_print(model.file, stdout);
+    } else if (c->tokenize) {
+        print_ids(&model, s->prompt);
+    } else {
+        settings_complete(s, &model);
+        if (!c->seeded) s->seed = random_seed();
+        if (!c->seeded && !s->noise && !s->quiet) fprintf(stderr, "seed %llu\n", (unsigned long long)s->seed);
+        taps_open(c->dump, c->dump_only, c->check, c->tolerance);
+        generate(&model, s);
+    }
+    model_free(&model);
+    if (c->profile) profile_print();
+    return taps_report() ? STATUS_OK : STATUS_CHECK;
+}
+
+int main(int argc, char **argv) {
+    interrupts_catch();
+    Command command = parse(argc, argv);
+    const char *why = kernels_choose(command.isa);
+    if (why) die(STATUS_USAGE, "--isa: %s", why);
+    progress_enable(!command.settings.quiet);
+    if (command.help) print_help();
+    else if (command.version) print_version();
+    else return run(&command);
+    return STATUS_OK;
+}
