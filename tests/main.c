@@ -4,10 +4,13 @@
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 /* One line a suite, in the order of data flow; each is the function test_NAME in test_NAME.c. */
-#define SUITES(X) X(sampler)
+#define SUITES(X) X(util) X(weights) X(kernels) X(noise) X(sampler) X(y4m) X(npy) X(tap) X(sha256) X(json)
 
 #define DECLARE(name) void test_##name(void);
 SUITES(DECLARE)
@@ -46,7 +49,48 @@ const char *test_path(const char *name) {
     return path;
 }
 
+int run_apart(void (*run)(void *), void *argument, char output[4096]) {
+    int ends[2], status = 0;
+    size_t size = 0;
+    if (pipe(ends)) abort();
+    fflush(NULL);
+    pid_t child = fork();
+    if (!child) {
+        dup2(ends[1], STDERR_FILENO);
+        close(ends[0]);
+        run(argument);
+        fflush(NULL);
+        _exit(0);
+    }
+    close(ends[1]);
+    for (ssize_t got = 1; got > 0; size += (size_t)got) {
+        got = read(ends[0], output + size, 4095 - size);
+        if (got < 0) break;
+    }
+    output[size] = 0;
+    close(ends[0]);
+    waitpid(child, &status, 0);
+    return WIFEXITED(status) ? WEXITSTATUS(status) : 1000 + WTERMSIG(status);
+}
+
+static char temporary[] = "/tmp/sora-tests-XXXXXX";
+
+char *temporary_path(const char *name) {
+    size_t size = sizeof temporary + strlen(name) + 1;
+    char *path = malloc(size);
+    if (!path) abort();
+    snprintf(path, size, "%s/%s", temporary, name);
+    return path;
+}
+
+static void remove_temporary(void) {
+    char command[sizeof temporary + 16];
+    snprintf(command, sizeof command, "rm -rf '%s'", temporary);
+    if (system(command)) fprintf(stderr, "%s could not be removed\n", temporary);
+}
+
 int main(int argc, char **argv) {
+    if (!mkdtemp(temporary)) abort();
     for (int s = 0; suites[s].name; s++) {
         bool chosen = argc < 2;
         for (int i = 1; i < argc; i++) chosen |= !strcmp(argv[i], suites[s].name);
@@ -56,6 +100,7 @@ int main(int argc, char **argv) {
         printf("%-14s %5d passed, %d failed\n", suites[s].name, passed - before, failed - failures);
         fflush(stdout);
     }
+    remove_temporary();
     printf("%d passed, %d failed\n", passed, failed);
     return failed != 0;
 }
