@@ -55,23 +55,23 @@ static void check_size(const char *option, int pixels, int multiple) {
 void settings_complete(Settings *s, const Model *m) {
     const Vae *vae = &m->vae;
     const int *patch = m->transformer.patch_size;
-    take_default(&s->width, m, "sora.width", 832);
-    take_default(&s->height, m, "sora.height", 480);
-    take_default(&s->fps_num, m, "sora.fps_num", 16);
-    take_default(&s->fps_den, m, "sora.fps_den", 1);
-    take_default(&s->steps, m, "sora.steps", 50);
+    take_default(&s->width, m, "default.width", 832);
+    take_default(&s->height, m, "default.height", 480);
+    take_default(&s->fps_num, m, "default.fps_num", 16);
+    take_default(&s->fps_den, m, "default.fps_den", 1);
+    take_default(&s->steps, m, "default.steps", 50);
     if (s->seconds >= 0) {
         double chunks = s->seconds * s->fps_num / s->fps_den / vae->temporal_stride;
         if (chunks > 1e6) die(STATUS_USAGE, "--seconds: %g is more than can be counted in frames", s->seconds);
         s->frames = (int)floor(chunks + 0.5) * vae->temporal_stride + 1;
     }
-    take_default(&s->frames, m, "sora.frames", 81);
-    if (s->guidance < 0) s->guidance = weights_double_or(m->file, "sora.guidance", 5.0);
-    if (s->shift < 0) s->shift = weights_double_or(m->file, "sora.shift", 3.0);
-    if (s->sampler == SAMPLERS && !sampler_parse(weights_string_or(m->file, "sora.sampler", "unipc"), &s->sampler))
+    take_default(&s->frames, m, "default.frames", 81);
+    if (s->guidance < 0) s->guidance = weights_double_or(m->file, "default.guidance", 5.0);
+    if (s->shift < 0) s->shift = weights_double_or(m->file, "scheduler.shift", 3.0);
+    if (s->sampler == SAMPLERS && !sampler_parse(weights_string_or(m->file, "scheduler.sampler", "unipc"), &s->sampler))
         die(STATUS_USAGE, "%s: sora.sampler '%s' is unknown; give --sampler", m->path,
-            weights_string_or(m->file, "sora.sampler", ""));
-    if (!s->negative) s->negative = weights_string_or(m->file, "sora.negative_prompt", "");
+            weights_string_or(m->file, "scheduler.sampler", ""));
+    if (!s->negative) s->negative = weights_string_or(m->file, "default.negative_prompt", "");
     check_size("width", s->width, vae->spatial_stride * patch[2]);
     check_size("height", s->height, vae->spatial_stride * patch[1]);
     if (s->frames < 1 || (s->frames - 1) % (vae->temporal_stride * patch[0]))
@@ -190,7 +190,7 @@ static void denoise(const Run *run, Denoiser *d, float *latents) {
     const Settings *s = run->settings;
     float guidance = (float)s->guidance;
     Schedule schedule = schedule_make(s->sampler, s->steps, s->shift,
-                                      (int)weights_int_or(run->model->file, "sora.num_train_timesteps", 1000));
+                                      (int)weights_int_or(run->model->file, "scheduler.num_train_timesteps", 1000));
     tap(schedule.timesteps, SHAPE(s->steps), "timesteps");
     tap(schedule.sigmas, SHAPE(s->steps + 1), "sigmas");
     for (int step = 0; step < s->steps; step++) {

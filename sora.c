@@ -260,15 +260,25 @@ static void print_ids(const Model *model, const char *prompt) {
     free(ids);
 }
 
+/* Of any weight file, a model that cannot run included. */
+static int print_info(const char *path) {
+    WeightFile *file;
+    const char *why = weights_open(path, &file);
+    if (why) die(STATUS_USAGE, "%s: %s", path, why);
+    weights_print(file, stdout);
+    weights_close(file);
+    return STATUS_OK;
+}
+
 static int run(Command *c) {
     Settings *s = &c->settings;
-    if (!c->info && !s->prompt) die(STATUS_USAGE, "no prompt; --help lists the options");
+    const char *path = c->model ? c->model : bundled_model();
+    if (c->info) return print_info(path);
+    if (!s->prompt) die(STATUS_USAGE, "no prompt; --help lists the options");
     profile_begin(LOAD);
-    Model model = model_load(c->model ? c->model : bundled_model());
+    Model model = model_load(path);
     profile_end(LOAD);
-    if (c->info) {
-        weights_print(model.file, stdout);
-    } else if (c->tokenize) {
+    if (c->tokenize) {
         print_ids(&model, s->prompt);
     } else {
         settings_complete(s, &model);

@@ -28,22 +28,22 @@ TextEncoder text_encoder_load(const WeightFile *file) {
         .eps = (float)weights_double_or(file, "t5encoder.attention.layer_norm_rms_epsilon", 1e-6),
     };
     int inner = e.num_heads * e.head_dim;
-    e.token_embedding = weights_bind(file, e.vocab_size, e.dim, "text_encoder.token_embedding.weight");
+    e.token_embedding = weights_bind(file, e.vocab_size, e.dim, "token_embd.weight");
     e.blocks = allocate(sizeof *e.blocks * (size_t)e.num_layers);
     for (int i = 0; i < e.num_layers; i++)
         e.blocks[i] = (TextBlock){
-            .norm1 = weights_floats(file, e.dim, "text_encoder.blocks.%d.norm1.weight", i),
-            .q = linear_bind(file, inner, e.dim, NO_BIAS, "text_encoder.blocks.%d.attn.q", i),
-            .k = linear_bind(file, inner, e.dim, NO_BIAS, "text_encoder.blocks.%d.attn.k", i),
-            .v = linear_bind(file, inner, e.dim, NO_BIAS, "text_encoder.blocks.%d.attn.v", i),
-            .o = linear_bind(file, e.dim, inner, NO_BIAS, "text_encoder.blocks.%d.attn.o", i),
-            .pos_embedding = weights_floats(file, e.num_buckets * e.num_heads, "text_encoder.blocks.%d.pos_embedding.embedding.weight", i),
-            .norm2 = weights_floats(file, e.dim, "text_encoder.blocks.%d.norm2.weight", i),
-            .gate = linear_bind(file, e.ffn_dim, e.dim, NO_BIAS, "text_encoder.blocks.%d.ffn.gate.0", i),
-            .fc1 = linear_bind(file, e.ffn_dim, e.dim, NO_BIAS, "text_encoder.blocks.%d.ffn.fc1", i),
-            .fc2 = linear_bind(file, e.dim, e.ffn_dim, NO_BIAS, "text_encoder.blocks.%d.ffn.fc2", i),
+            .norm1 = weights_floats(file, e.dim, "enc.blk.%d.attn_norm.weight", i),
+            .q = linear_bind(file, inner, e.dim, NO_BIAS, "enc.blk.%d.attn_q", i),
+            .k = linear_bind(file, inner, e.dim, NO_BIAS, "enc.blk.%d.attn_k", i),
+            .v = linear_bind(file, inner, e.dim, NO_BIAS, "enc.blk.%d.attn_v", i),
+            .o = linear_bind(file, e.dim, inner, NO_BIAS, "enc.blk.%d.attn_o", i),
+            .pos_embedding = weights_floats(file, e.num_buckets * e.num_heads, "enc.blk.%d.attn_rel_b.weight", i),
+            .norm2 = weights_floats(file, e.dim, "enc.blk.%d.ffn_norm.weight", i),
+            .gate = linear_bind(file, e.ffn_dim, e.dim, NO_BIAS, "enc.blk.%d.ffn_gate", i),
+            .fc1 = linear_bind(file, e.ffn_dim, e.dim, NO_BIAS, "enc.blk.%d.ffn_up", i),
+            .fc2 = linear_bind(file, e.dim, e.ffn_dim, NO_BIAS, "enc.blk.%d.ffn_down", i),
         };
-    e.norm = weights_floats(file, e.dim, "text_encoder.norm.weight");
+    e.norm = weights_floats(file, e.dim, "enc.output_norm.weight");
     return e;
 }
 

@@ -23,12 +23,12 @@
 static AttentionLayers bind_attention(const WeightFile *file, const Transformer *t, int block, const char *name) {
     int D = t->dim;
     return (AttentionLayers){
-        .q = linear_bind(file, D, D, BIAS, "transformer.blocks.%d.%s.q", block, name),
-        .k = linear_bind(file, D, D, BIAS, "transformer.blocks.%d.%s.k", block, name),
-        .v = linear_bind(file, D, D, BIAS, "transformer.blocks.%d.%s.v", block, name),
-        .o = linear_bind(file, D, D, BIAS, "transformer.blocks.%d.%s.o", block, name),
-        .norm_q = weights_floats(file, D, "transformer.blocks.%d.%s.norm_q.weight", block, name),
-        .norm_k = weights_floats(file, D, "transformer.blocks.%d.%s.norm_k.weight", block, name),
+        .q = linear_bind(file, D, D, BIAS, "blocks.%d.%s.q", block, name),
+        .k = linear_bind(file, D, D, BIAS, "blocks.%d.%s.k", block, name),
+        .v = linear_bind(file, D, D, BIAS, "blocks.%d.%s.v", block, name),
+        .o = linear_bind(file, D, D, BIAS, "blocks.%d.%s.o", block, name),
+        .norm_q = weights_floats(file, D, "blocks.%d.%s.norm_q.weight", block, name),
+        .norm_k = weights_floats(file, D, "blocks.%d.%s.norm_k.weight", block, name),
     };
 }
 
@@ -36,13 +36,13 @@ static TransformerBlock bind_block(const WeightFile *file, const Transformer *t,
     TransformerBlock block = {
         .self_attn = bind_attention(file, t, i, "self_attn"),
         .cross_attn = bind_attention(file, t, i, "cross_attn"),
-        .ffn_0 = linear_bind(file, t->ffn_dim, t->dim, BIAS, "transformer.blocks.%d.ffn.0", i),
-        .ffn_2 = linear_bind(file, t->dim, t->ffn_dim, BIAS, "transformer.blocks.%d.ffn.2", i),
-        .modulation = weights_floats(file, 6 * t->dim, "transformer.blocks.%d.modulation", i),
+        .ffn_0 = linear_bind(file, t->ffn_dim, t->dim, BIAS, "blocks.%d.ffn.0", i),
+        .ffn_2 = linear_bind(file, t->dim, t->ffn_dim, BIAS, "blocks.%d.ffn.2", i),
+        .modulation = weights_floats(file, 6 * t->dim, "blocks.%d.modulation", i),
     };
     if (cross_attn_norm) {
-        block.norm3_weight = weights_floats(file, t->dim, "transformer.blocks.%d.norm3.weight", i);
-        block.norm3_bias = weights_floats(file, t->dim, "transformer.blocks.%d.norm3.bias", i);
+        block.norm3_weight = weights_floats(file, t->dim, "blocks.%d.norm3.weight", i);
+        block.norm3_bias = weights_floats(file, t->dim, "blocks.%d.norm3.bias", i);
     }
     return block;
 }
@@ -75,16 +75,16 @@ Transformer transformer_load(const WeightFile *file) {
     read_config(file, &t);
     int D = t.dim, patch = patch_volume(&t);
     bool cross_attn_norm = weights_bool_or(file, "wan.cross_attn_norm", true);
-    t.patch_embedding = linear_bind(file, D, t.in_dim * patch, BIAS, "transformer.patch_embedding");
-    t.text_embedding_0 = linear_bind(file, D, t.text_dim, BIAS, "transformer.text_embedding.0");
-    t.text_embedding_2 = linear_bind(file, D, D, BIAS, "transformer.text_embedding.2");
-    t.time_embedding_0 = linear_bind(file, D, t.freq_dim, BIAS, "transformer.time_embedding.0");
-    t.time_embedding_2 = linear_bind(file, D, D, BIAS, "transformer.time_embedding.2");
-    t.time_projection_1 = linear_bind(file, 6 * D, D, BIAS, "transformer.time_projection.1");
+    t.patch_embedding = linear_bind(file, D, t.in_dim * patch, BIAS, "patch_embedding");
+    t.text_embedding_0 = linear_bind(file, D, t.text_dim, BIAS, "text_embedding.0");
+    t.text_embedding_2 = linear_bind(file, D, D, BIAS, "text_embedding.2");
+    t.time_embedding_0 = linear_bind(file, D, t.freq_dim, BIAS, "time_embedding.0");
+    t.time_embedding_2 = linear_bind(file, D, D, BIAS, "time_embedding.2");
+    t.time_projection_1 = linear_bind(file, 6 * D, D, BIAS, "time_projection.1");
     t.blocks = allocate(sizeof *t.blocks * (size_t)t.num_layers);
     for (int i = 0; i < t.num_layers; i++) t.blocks[i] = bind_block(file, &t, i, cross_attn_norm);
-    t.head = linear_bind(file, t.out_dim * patch, D, BIAS, "transformer.head.head");
-    t.head_modulation = weights_floats(file, 2 * D, "transformer.head.modulation");
+    t.head = linear_bind(file, t.out_dim * patch, D, BIAS, "head.head");
+    t.head_modulation = weights_floats(file, 2 * D, "head.modulation");
     return t;
 }
 
@@ -189,8 +189,7 @@ static void embed_time(const Transformer *t, TransformerState *s, float timestep
 
 /* ---------------------------------------------------------------- the forward pass */
 
-/* Offset in latents [1,T,H,W] of element (i,j,k) of token l's patch, in the order in which patches are stored:
- * (pt,ph,pw,C), channels innermost. */
+/* Offset in one channel [T,H,W] of the latents of an element (pt,ph,pw) of token l's patch. */
 static size_t patch_offset(const Transformer *t, const TransformerState *s, int l, int element) {
     const int *p = t->patch_size;
     int rows = s->H / p[1], columns = s->W / p[2];
@@ -199,24 +198,22 @@ static size_t patch_offset(const Transformer *t, const TransformerState *s, int 
     return ((size_t)frame * s->H + row) * s->W + l % columns * p[2] + element % p[2];
 }
 
+/* Patches are embedded as a convolution's rows, (C,pt,ph,pw), ... */
 static void embed_patches(const Transformer *t, TransformerState *s, const float *latents) {
     size_t channel = (size_t)s->T * s->H * s->W;
     float *out = s->wide;
     for (int l = 0; l < s->L; l++)
-        for (int i = 0; i < patch_volume(t); i++) {
-            const float *in = latents + patch_offset(t, s, l, i);
-            for (int c = 0; c < t->in_dim; c++) *out++ = in[c * channel];
-        }
+        for (int c = 0; c < t->in_dim; c++)
+            for (int i = 0; i < patch_volume(t); i++) *out++ = latents[c * channel + patch_offset(t, s, l, i)];
     linear(s->x, s->wide, s->L, &t->patch_embedding);
 }
 
+/* ... and come out of the head as (pt,ph,pw,C), channels innermost. */
 static void unpatch(const Transformer *t, const TransformerState *s, const float *patches, float *velocity) {
     size_t channel = (size_t)s->T * s->H * s->W;
     for (int l = 0; l < s->L; l++)
-        for (int i = 0; i < patch_volume(t); i++) {
-            float *out = velocity + patch_offset(t, s, l, i);
-            for (int c = 0; c < t->out_dim; c++) out[c * channel] = *patches++;
-        }
+        for (int i = 0; i < patch_volume(t); i++)
+            for (int c = 0; c < t->out_dim; c++) velocity[c * channel + patch_offset(t, s, l, i)] = *patches++;
 }
 
 static void self_attention(const Transformer *t, TransformerState *s, const AttentionLayers *attn) {

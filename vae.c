@@ -58,13 +58,13 @@ static const float *config_floats(const WeightFile *file, const char *key, int c
 }
 
 /* The original release numbers residual blocks and upsamplings of all levels in one list. */
-static void bind_levels(const WeightFile *file, Vae *vae, const WeightArray *dims, int blocks) {
-    WeightArray temporal = config_array(file, "wan.vae.temperal_downsample", dims->count - 1);
+static void bind_levels(const WeightFile *file, Vae *vae, const WeightArray *mult, int base, int blocks) {
+    WeightArray temporal = config_array(file, "vae.temperal_downsample", mult->count - 1);
     char path[64];
-    int last = (int)dims->count - 1, in = (int)array_int(dims, (size_t)last), index = 0;
+    int last = (int)mult->count - 1, in = base * (int)array_int(mult, (size_t)last), index = 0;
     for (int i = 0; i <= last; i++) { /* the file lists the finest level first */
         VaeLevel *level = &vae->levels[i];
-        int out = (int)array_int(dims, (size_t)(last - i));
+        int out = base * (int)array_int(mult, (size_t)(last - i));
         level->num_blocks = blocks + 1;
         level->blocks = allocate(sizeof *level->blocks * (size_t)level->num_blocks);
         for (int j = 0; j < level->num_blocks; j++, in = out) {
@@ -95,18 +95,19 @@ static void bind_middle(const WeightFile *file, Vae *vae, int top) {
 }
 
 Vae vae_load(const WeightFile *file) {
-    WeightArray dims = config_array(file, "wan.vae.decoder_dims", 1);
-    Vae vae = {.z_dim = (int)weights_int(file, "wan.vae.z_dim"),
-               .patch_size = (int)weights_int(file, "wan.vae.patch_size"),
-               .num_levels = (int)dims.count, .temporal_stride = 1};
-    int finest = (int)array_int(&dims, 0), coarsest = (int)array_int(&dims, dims.count - 1);
+    WeightArray mult = config_array(file, "vae.dim_mult", 1);
+    int base = (int)weights_int_or(file, "vae.decoder_base_dim", weights_int(file, "vae.base_dim"));
+    int finest = base * (int)array_int(&mult, 0), coarsest = base * (int)array_int(&mult, mult.count - 1);
+    Vae vae = {.z_dim = (int)weights_int(file, "vae.z_dim"),
+               .patch_size = (int)weights_int_or(file, "vae.patch_size", 1),
+               .num_levels = (int)mult.count, .temporal_stride = 1};
     vae.out_channels = 3 * vae.patch_size * vae.patch_size;
     vae.spatial_stride = vae.patch_size;
-    vae.levels = allocate(sizeof *vae.levels * dims.count);
-    vae.latents_mean = config_floats(file, "wan.vae.latents_mean", vae.z_dim);
-    vae.latents_std = config_floats(file, "wan.vae.latents_std", vae.z_dim);
+    vae.levels = allocate(sizeof *vae.levels * mult.count);
+    vae.latents_mean = config_floats(file, "vae.latents_mean", vae.z_dim);
+    vae.latents_std = config_floats(file, "vae.latents_std", vae.z_dim);
     bind_middle(file, &vae, coarsest);
-    bind_levels(file, &vae, &dims, (int)weights_int(file, "wan.vae.num_res_blocks"));
+    bind_levels(file, &vae, &mult, base, (int)weights_int(file, "vae.num_res_blocks"));
     vae.head_norm = weights_floats(file, finest, "vae.decoder.head.0.gamma");
     vae.head = bind_conv(file, vae.out_channels, finest, 3, 3, "decoder.head.2");
     return vae;
