@@ -1,0 +1,285 @@
+#!/usr/bin/env python3
+"""Makes a Wan checkpoint with random weights, in the layouts of the released ones.
+
+    python tests/make_checkpoint.py small FOLDER [--layout diffusers|original] [--dtype f32|f16|bf16] [--seed N]
+    python tests/make_checkpoint.py wan2.1-t2v-1.3b FOLDER --dtype bf16
+
+Shapes are those of diffusers' and transformers' own classes, built without memory (on the meta device). Weights are
+drawn tensor by tensor, scaled so that activations neither vanish nor explode, and written at once: memory stays at the
+size of the largest tensor. The tokenizer is a small sentencepiece model trained here, unless --tokenizer names one.
+"""
+
+import argparse
+import io
+import json
+import math
+import re
+import shutil
+import struct
+import sys
+from pathlib import Path
+
+import sentencepiece
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.serialization import skip_data
+from transformers import UMT5Config, UMT5EncoderModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from export.names import count_upsamples, our_name  # noqa: E402
+
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+# What differs from the defaults of UMT5Config, WanTransformer3DModel and AutoencoderKLWan.
+PRESETS = {
+    "small": {
+        "text_encoder": {"d_model": 40, "d_kv": 16, "num_heads": 3, "d_ff": 72, "num_layers": 2},
+        "transformer": {"num_attention_heads": 2, "attention_head_dim": 24, "ffn_dim": 104, "num_layers": 2},
+        "vae": {"base_dim": 8},
+    },
+    "wan2.1-t2v-1.3b": {
+        "text_encoder": {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "num_heads": 64, "d_ff": 10240, "num_layers": 24},
+        "transformer": {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
+        "vae": {},
+    },
+}
+
+# transformers' UMT5EncoderModel to the names of models_t5_umt5-xxl-enc-bf16.pth (wan/modules/t5.py).
+ORIGINAL_T5 = [
+    (r"^shared\.", "token_embedding."),
+    (r"^encoder\.block\.", "blocks."),
+    (r"^encoder\.final_layer_norm\.", "norm."),
+    (r"layer\.0\.SelfAttention\.relative_attention_bias\.", "pos_embedding.embedding."),
+    (r"layer\.0\.SelfAttention\.", "attn."),
+    (r"layer\.0\.layer_norm\.", "norm1."),
+    (r"layer\.1\.layer_norm\.", "norm2."),
+    (r"layer\.1\.DenseReluDense\.wi_0\.", "ffn.gate.0."),
+    (r"layer\.1\.DenseReluDense\.wi_1\.", "ffn.fc1."),
+    (r"layer\.1\.DenseReluDense\.wo\.", "ffn.fc2."),
+]
+
+CORPUS = ("a red fox jumps over the lazy dog", "a cat walks on the grass, realistic style", "waves roll onto the beach at dusk",
+          "two boxers fight on a spotlighted stage", "blurry, static, low quality", "the camera pans slowly to the left")
+
+
+# ---------------------------------------------------------------- models: names and shapes, without memory
+
+def meta_models(text_encoder, transformer, vae, seed, rows):
+    """The three models on the meta device. rows: of the embedding, where nothing is said."""
+    text = UMT5Config(**{"vocab_size": rows, "feed_forward_proj": "gated-gelu", **text_encoder})
+    vae = dict(vae)
+    channels = vae.get("z_dim", 16)
+    if channels != 16:  # the defaults are the released VAE's
+        generator = torch.Generator().manual_seed(seed)
+        vae.setdefault("latents_mean", torch.randn(channels, generator=generator).tolist())
+        vae.setdefault("latents_std", (1 + torch.rand(channels, generator=generator)).tolist())
+    with torch.device("meta"):
+        return (UMT5EncoderModel(text), WanTransformer3DModel(**{"text_dim": text.d_model, **transformer}),
+                AutoencoderKLWan(**vae))
+
+
+def shapes(model):
+    """{name: shape} of a model's tensors, in order, a tied one once."""
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def draw(name, shape, config, generator):
+    """One tensor: scales around 1, biases small, matrices and convolutions such that the variance of what passes stays."""
+    values = torch.randn(shape, generator=generator)
+    if re.search(r"(norm\w*\.weight|norm\.weight|gamma)$", name):
+        return 1 + 0.1 * values
+    if name.endswith("bias"):
+        return 0.1 * values
+    if "scale_shift_table" in name:
+        return values / math.sqrt(shape[-1])
+    if name.startswith("shared.") or "relative_attention_bias" in name:
+        return values
+    if "SelfAttention.q" in name:  # T5 does not divide its scores
+        return values / math.sqrt(shape[1] * config["d_kv"])
+    return values / math.sqrt(math.prod(shape[1:]))
+
+
+# ---------------------------------------------------------------- files, written tensor by tensor
+
+def write_safetensors(path, tensors, dtype, values):
+    """A .safetensors file: length of the header, header as JSON, bytes. values(name) gives each tensor when its turn comes."""
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in tensors.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        for name in tensors:
+            f.write(as_bytes(values(name), dtype))
+
+
+def write_pth(path, tensors, dtype, values):
+    """A .pth file: torch lays it out with the tensors' bytes left empty, which are then filled in."""
+    with FakeTensorMode():
+        empty = {name: torch.empty(shape, dtype=dtype) for name, shape in tensors.items()}
+    with skip_data(materialize_fake_tensors=True):
+        torch.save(empty, path)
+    with FakeTensorMode():
+        offsets = {name: t.untyped_storage()._checkpoint_offset for name, t in torch.load(path).items()}
+    with open(path, "r+b") as f:
+        for name in tensors:
+            f.seek(offsets[name])
+            f.write(as_bytes(values(name), dtype))
+
+
+def as_bytes(values, dtype):
+    return values.to(dtype).contiguous().view(torch.uint8).numpy()
+
+
+def write_shards(folder, stem, tensors, dtype, values, limit):
+    """One .safetensors file, or shards of at most limit bytes with their index, named as the hub names them."""
+    shards, size = [{}], 0
+    for name, shape in tensors.items():
+        size += math.prod(shape) * dtype.itemsize
+        if shards[-1] and size > limit:
+            shards.append({})
+            size = math.prod(shape) * dtype.itemsize
+        shards[-1][name] = shape
+    if len(shards) == 1:
+        write_safetensors(folder / f"{stem}.safetensors", tensors, dtype, values)
+        return
+    files = [f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    for file, shard in zip(files, shards):
+        write_safetensors(folder / file, shard, dtype, values)
+    total = sum(math.prod(shape) for shape in tensors.values()) * dtype.itemsize
+    index = {"metadata": {"total_size": total},
+             "weight_map": {name: file for file, shard in zip(files, shards) for name in shard}}
+    write_json(folder / f"{stem}.safetensors.index.json", index)
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+# ---------------------------------------------------------------- tokenizer
+
+def train_tokenizer():
+    """The bytes of a small spiece.model, laid out as umT5's: <pad>, </s>, <unk>, bytes, pieces."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS * 20), model_writer=model, vocab_size=380, model_type="unigram", byte_fallback=True,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, num_threads=1, minloglevel=2)
+    return model.getvalue()
+
+
+def write_tokenizer(folder, source):
+    """Copies a tokenizer file, or trains one; returns how many pieces it has (0 where a tokenizer.json says)."""
+    folder.mkdir(parents=True)
+    write_json(folder / "tokenizer_config.json", {
+        "tokenizer_class": "T5Tokenizer", "model_max_length": 512, "pad_token": "<pad>", "eos_token": "</s>",
+        "unk_token": "<unk>"})
+    if source:
+        shutil.copy(source, folder / ("spiece.model" if source.suffix == ".model" else "tokenizer.json"))
+        return 0
+    model = train_tokenizer()
+    (folder / "spiece.model").write_bytes(model)
+    return sentencepiece.SentencePieceProcessor(model_proto=model).get_piece_size()
+
+
+# ---------------------------------------------------------------- layouts
+
+def make(folder, seed=0, layout="diffusers", dtype="f32", text_encoder=None, transformer=None, vae=None, shard="2GB",
+         tokenizer=None):
+    """Makes FOLDER. text_encoder, transformer, vae: arguments of the models' classes, beyond those of the preset small.
+    shard: largest file of a sharded part, e.g. "500KB"."""
+    folder, small = Path(folder), PRESETS["small"]
+    folder.mkdir(parents=True)
+    pieces = write_tokenizer(folder / ("tokenizer" if layout == "diffusers" else "google/umt5-xxl"),
+                             Path(tokenizer) if tokenizer else None)
+    models = meta_models({**small["text_encoder"], **(text_encoder or {})}, {**small["transformer"], **(transformer or {})},
+                         {**small["vae"], **(vae or {})}, seed, (pieces or 256300) + 20)
+    write = write_diffusers if layout == "diffusers" else write_original
+    write(folder, models, DTYPES[dtype], parse_size(shard), seed)
+
+
+def parse_size(text):
+    number, unit = re.fullmatch(r"(\d+)(KB|MB|GB)", text).groups()
+    return int(number) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[unit]
+
+
+def drawer(model, seed, part):
+    """name -> tensor. Each has its own seed, so that a tensor does not depend on the file or the order it is written in."""
+    config, tensors = dict(model.config.to_dict() if part == 0 else model.config), shapes(model)
+    order = {name: i for i, name in enumerate(tensors)}
+
+    def values(name):
+        generator = torch.Generator().manual_seed(seed * 3000003 + part * 1000003 + order[name])
+        return draw(name, tensors[name], config, generator)
+
+    return values
+
+
+def write_diffusers(folder, models, dtype, limit, seed):
+    stems = ("model", "diffusion_pytorch_model", "diffusion_pytorch_model")
+    for part, (name, stem, model) in enumerate(zip(("text_encoder", "transformer", "vae"), stems, models)):
+        (folder / name).mkdir()
+        write_shards(folder / name, stem, shapes(model), dtype, drawer(model, seed, part), limit)
+        save_config = model.config.save_pretrained if name == "text_encoder" else model.save_config
+        save_config(folder / name)
+    UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000,
+                            flow_shift=3.0).save_pretrained(folder / "scheduler")
+    write_json(folder / "model_index.json", {
+        "_class_name": "WanPipeline", "_diffusers_version": "0.42.1",
+        "scheduler": ["diffusers", "UniPCMultistepScheduler"], "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "T5TokenizerFast"], "transformer": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"]})
+
+
+def original_names(models):
+    """For each model {original name: diffusers' or transformers' name}. Those of transformer and VAE come from the
+    exporter's tables; test_export.py holds them against diffusers' own converters."""
+    def t5(name):
+        for pattern, replacement in ORIGINAL_T5:
+            name = re.sub(pattern, replacement, name)
+        return name
+
+    text, transformer, vae = (list(shapes(model)) for model in models)
+    return ({t5(n): n for n in text}, {our_name("transformer", n): n for n in transformer},
+            {our_name("vae", c): n for c, n in zip(count_upsamples(vae), vae)})
+
+
+def write_original(folder, models, dtype, limit, seed):
+    names = original_names(models)
+
+    def part(index):
+        draws, tensors = drawer(models[index], seed, index), shapes(models[index])
+        return ({ours: tensors[theirs] for ours, theirs in names[index].items()}, dtype,
+                lambda ours: draws(names[index][ours]))
+
+    config = models[1].config
+    write_pth(folder / "models_t5_umt5-xxl-enc-bf16.pth", *part(0))
+    write_shards(folder, "diffusion_pytorch_model", *part(1), max(limit, 10**10))
+    write_pth(folder / "Wan2.1_VAE.pth", *part(2))
+    write_json(folder / "config.json", {
+        "_class_name": "WanModel", "_diffusers_version": "0.30.0",
+        "dim": config.num_attention_heads * config.attention_head_dim, "eps": config.eps, "ffn_dim": config.ffn_dim,
+        "freq_dim": config.freq_dim, "in_dim": config.in_channels, "model_type": "t2v",
+        "num_heads": config.num_attention_heads, "num_layers": config.num_layers, "out_dim": config.out_channels,
+        "text_len": 512})
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("preset", choices=PRESETS)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layout", choices=("diffusers", "original"), default="diffusers")
+    parser.add_argument("--dtype", choices=DTYPES, default="f32")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--shard", default="5GB", help="largest file of a sharded part")
+    parser.add_argument("--tokenizer", type=Path, help="spiece.model or tokenizer.json to use")
+    args = parser.parse_args()
+    make(args.folder, args.seed, args.layout, args.dtype, **PRESETS[args.preset], shard=args.shard, tokenizer=args.tokenizer)
+
+
+if __name__ == "__main__":
+    main()
