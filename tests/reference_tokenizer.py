@@ -1,0 +1,438 @@
+#!/usr/bin/env python3
+"""Compares prompt.c and tokenizer.c with the libraries whose rules they follow, id by id: part of `make test-reference`.
+
+- tokenizers: a tokenizer.json (umT5's real one with --umt5 FILE), and small ones made here with the options that
+  umT5's does not use: prepend schemes, byte fallback, no squeezing, added tokens outside the vocabulary.
+- sentencepiece: models trained here, with each normaliser and each option that changes how text is read.
+- transformers: what its T5 tokenizers do around that (closing `</s>`, truncation).
+- ftfy and html: clean-up, as in diffusers' prompt_clean with ftfy's two repairs that prompt.c has.
+
+The C code is built into a shared object and called through ctypes; the weight files come from export's own tables, so
+the exporter's reading of both formats is compared too. `--goldens` writes what `make test` reads.
+
+    python tests/reference_tokenizer.py [--umt5 tokenizer.json[.gz]] [--count 4000] [--goldens tests/goldens/tokenizer]
+"""
+
+import argparse
+import ctypes
+import gzip
+import html
+import io
+import json
+import platform
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import ftfy
+import gguf
+import sentencepiece
+import tokenizers
+from sentencepiece import sentencepiece_model_pb2
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from export.tokenizer import tokenizer_keys  # noqa: E402
+
+LIMIT = 512
+SPACE = "\u2581"
+
+# ---------------------------------------------------------------- the C code
+
+
+class Bytes(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_char_p), ("size", ctypes.c_size_t)]
+
+
+class RawBytes(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("size", ctypes.c_size_t)]
+
+
+def build(folder):
+    """prompt.c, tokenizer.c and what they stand on, as a shared object."""
+    library = folder / "libtokenizer.so"
+    engine = sorted(str(f) for f in (ROOT / "engine").glob("*.c"))
+    subprocess.run(["cc", "-std=c11", "-O2", "-D_POSIX_C_SOURCE=200809L", "-D_DEFAULT_SOURCE", "-ffp-contract=off",
+                    "-fPIC", "-shared", "-Wno-unknown-pragmas", "-I.", "-o", str(library), "prompt.c", "tokenizer.c",
+                    *engine, "-lm"], cwd=ROOT, check=True)
+    c = ctypes.CDLL(str(library))
+    for name in ("weights_open", "tokenizer_load"):
+        getattr(c, name).restype = ctypes.c_char_p
+    c.prompt_clean.restype, c.prompt_clean.argtypes = RawBytes, [Bytes]
+    c.tokenizer_encode.argtypes = [ctypes.c_void_p, Bytes, ctypes.c_void_p, ctypes.c_int]
+    c.free = ctypes.CDLL(None).free
+    c.free.argtypes = [ctypes.c_void_p]
+    return c
+
+
+class Tokenizer:
+    """One weight file's tokenizer in C."""
+
+    def __init__(self, c, path):
+        self.c, file, self.pointer = c, ctypes.c_void_p(), ctypes.c_void_p()
+        why = c.weights_open(str(path).encode(), ctypes.byref(file)) \
+            or c.tokenizer_load(file, ctypes.byref(self.pointer))
+        if why:
+            raise RuntimeError(why.decode())
+
+    def encode(self, text, limit=LIMIT):
+        data = text.encode()
+        ids = (ctypes.c_int32 * limit)()
+        return ids[:self.c.tokenizer_encode(self.pointer, Bytes(data, len(data)), ids, limit)]
+
+
+def clean_in_c(c, data):
+    out = c.prompt_clean(Bytes(data, len(data)))
+    text = ctypes.string_at(out.data, out.size) if out.data else b""
+    c.free(out.data)
+    return text.decode()
+
+
+def write_weights(path, keys):
+    """A weight file that holds a tokenizer and nothing else."""
+    writer = gguf.GGUFWriter(str(path), "wan")
+    kinds = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
+    for key, value in keys.items():
+        if type(value) in kinds:
+            kinds[type(value)](key, value)
+        elif key.endswith("scores"):
+            writer.add_key_value(key, value, gguf.GGUFValueType.ARRAY, sub_type=score_type(value))
+        elif len(value):
+            writer.add_array(key, value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+def score_type(scores):
+    """f32, or f64 where f32 would round."""
+    exact = all(ctypes.c_float(s).value == s for s in scores)
+    return gguf.GGUFValueType.FLOAT32 if exact else gguf.GGUFValueType.FLOAT64
+
+
+# ---------------------------------------------------------------- strings
+
+SCRIPTS = [(0x20, 0x7E), (0xA0, 0x17F), (0x250, 0x2FF), (0x300, 0x36F), (0x370, 0x3FF), (0x400, 0x4FF), (0x530, 0x58F),
+           (0x590, 0x5FF), (0x600, 0x6FF), (0x900, 0x97F), (0x980, 0x9FF), (0xB80, 0xBFF), (0xE00, 0xE7F), (0xF00, 0xFFF),
+           (0x1000, 0x109F), (0x10A0, 0x10FF), (0x1100, 0x11FF), (0x1200, 0x137F), (0x1780, 0x17FF), (0x1E00, 0x1EFF),
+           (0x1F00, 0x1FFF), (0x2000, 0x206F), (0x2070, 0x209F), (0x20A0, 0x20CF), (0x2100, 0x214F), (0x2190, 0x21FF),
+           (0x2200, 0x22FF), (0x2460, 0x24FF), (0x2500, 0x259F), (0x2E80, 0x2EFF), (0x3000, 0x303F), (0x3040, 0x30FF),
+           (0x3130, 0x318F), (0x3200, 0x33FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0xE000, 0xE0FF), (0xF900, 0xFAFF),
+           (0xFB00, 0xFB4F), (0xFE00, 0xFE0F), (0xFE20, 0xFE6F), (0xFF00, 0xFFEF), (0xFFF0, 0xFFFD), (0x10000, 0x1007F),
+           (0x1D400, 0x1D7FF), (0x1F300, 0x1FAFF), (0x20000, 0x2A6DF), (0xE0000, 0xE007F), (0x100000, 0x1000FF)]
+
+WORDS = """a the red fox jumps over lazy dogs cinematic shot of woman walking down street at night neon rain 4k masterpiece
+best quality blurry static worst low JPEG compression residue ugly incomplete extra fingers supercalifragilistic
+une renarde rousse saute ein Fuchs springt über faule Hunde лиса прыгает через ленивых собак η αλεπού πηδάει الثعلب
+يقفز שועל קופץ लोमड़ी कूदती है สุนัขจิ้งจอก กระโดด con cáo nhảy qua 狐狸跳过懒狗 色调艳丽 过曝 静态 细节模糊不清 きつねが
+走る キツネ ｷﾂﾈ 여우가 뛴다 ＦＵＬＬｗｉｄｔｈ １２３ ﬁne ﬂow ǅ ß İ ı Å Å e\u0301te\u0301 e\u0323\u0307 Z\u0351\u036b\u0343a\u0328l\u0321
+👩\u200d👩\u200d👧\u200d👦 👍🏽 🏳️\u200d🌈 🇩🇪 1️⃣ ½ ² ™ … “quoted” ‘it’s’ don't 3.14 1,000 $5 50% #tag @name http://a.b/c?d=e&f
+""".split()
+
+SPECIALS = ["<pad>", "</s>", "<s>", "<unk>", "<extra_id_0>", "<extra_id_1>", "<extra_id_10>", "<extra_id_299>", "<extra_id_2",
+            "[eod]", "<0x41>", "<0x0A>", "<0xFF>", "<0xff>", "<sep>", "<sepia>", "<", ">", SPACE, SPACE * 2, SPACE + "a",
+            "a" + SPACE, "|x y|", "|x", "<new>", "<new>er"]
+SPACES = [" ", " ", " ", " ", "  ", "   ", "", "\t", "\n", "\u00a0", "\u3000", "\u2003", "\u200b", "\u200d", "\ufeff", "\u0085"]
+
+
+def random_character(rng):
+    return chr(rng.randint(*rng.choice(SCRIPTS)))
+
+
+def random_part(rng):
+    kind = rng.random()
+    if kind < 0.6:
+        return rng.choice(WORDS)
+    if kind < 0.75:
+        return rng.choice(SPECIALS)
+    if kind < 0.9:
+        block = rng.choice(SCRIPTS)
+        return "".join(chr(rng.randint(*block)) for _ in range(rng.randint(1, 8)))
+    return "".join(random_character(rng) for _ in range(rng.randint(1, 6)))
+
+
+def random_text(rng):
+    """Words, special tokens and characters of all scripts, with all kinds of white space around them."""
+    parts = [random_part(rng) + rng.choice(SPACES) for _ in range(rng.choice([1, 2, 3, 5, 8, 13, 30]))]
+    return rng.choice(["", "", "", " ", "  ", SPACE]) + "".join(parts)
+
+
+def fixed_texts():
+    """What random text would miss: nothing, white space alone, very long words, texts beyond the limit."""
+    yield from ["", " ", "  ", "\t", "\u3000", SPACE, SPACE * 3, "a", " a", "a ", "  a  b  ", "a\u0000b", "\u0000", "\uffff"]
+    yield from SPECIALS + WORDS
+    yield from [a + b + c for a in ("", " ", "x") for b in SPECIALS for c in ("", " ", "  y", "y")]
+    yield from ["a" * n for n in (100, 1000, 20000)] + ["ab" * 300, "supercalifragilistic" * 200, "狐" * 2000, "\u0301" * 700]
+    yield from [" ".join(WORDS) * n for n in (1, 2, 3, 30)] + ["\U0001f98a " * 600, "\U00020000" * 600, "x \U00020000 " * 9000]
+    yield from ["red " * n for n in (509, 510, 511, 512, 513)] + ["red " * 511 + "</s>", "<extra_id_0>" * 600]
+    for first, last in SCRIPTS:
+        for start in range(first, min(last, first + 2048), 64):
+            yield "".join(map(chr, range(start, min(start + 64, last + 1))))
+
+
+def texts(count, seed):
+    rng = random.Random(seed)
+    return [*fixed_texts(), *(random_text(rng) for _ in range(count))]
+
+
+# ---------------------------------------------------------------- comparisons
+
+def compare(name, expected, actual, inputs):
+    """Counts and shows differences; returns how many there were."""
+    wrong = 0
+    for text in inputs:
+        e, a = expected(text), actual(text)
+        if e != a:
+            wrong += 1
+            if wrong <= 3:
+                at = next((i for i, (x, y) in enumerate(zip(e, a)) if x != y), min(len(e), len(a)))
+                print(f"  {text[:100]!r}: at {at} expected {e[at:at + 12]!r}, got {a[at:at + 12]!r}")
+    print(f"{'ok  ' if not wrong else 'FAIL'} {name:58s} {len(inputs):6d} strings, {wrong} differ", flush=True)
+    return wrong
+
+
+def library_of_json(path):
+    """Ids as transformers makes them from tokenizer.json: `</s>` closes, truncation keeps it."""
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    library = tokenizers.Tokenizer.from_str(data.decode())
+    library.enable_truncation(LIMIT)
+    return lambda text: library.encode(text).ids
+
+
+def library_of_model(data):
+    model = sentencepiece.SentencePieceProcessor(model_proto=data)
+    return lambda text: model.encode(text)[:LIMIT - 1] + [model.piece_to_id("</s>")]
+
+
+JSON_VARIANTS = {
+    "as umT5": {},
+    "prepend first": {"prepend": "first"},
+    "prepend never": {"prepend": "never"},
+    "no squeezing": {"squeeze": False},
+    "byte fallback": {"byte_fallback": True},
+    "byte fallback, a byte missing": {"byte_fallback": True, "drop": ["<0xF0>"]},
+    "scores that f32 rounds": {"noise": 1e-9},
+    "scores above 0": {"shift": 30.0},
+    "equal scores": {"flat": True},
+    "a piece twice": {"twice": True},
+}
+
+
+def json_variant(vocab, prepend="always", squeeze=True, byte_fallback=False, drop=(), noise=0.0, shift=0.0, flat=False,
+                 twice=False):
+    """A tokenizer.json of umT5's form over [(piece, score)], with added tokens inside and outside the vocabulary."""
+    pieces = [(p, -10.0 if flat and s else s + (shift if s else 0) + noise * i) for i, (p, s) in enumerate(vocab)
+              if p not in drop]
+    if twice:
+        pieces += [(p, s - 1.5) for p, s in pieces[300:400]] + [("", 0.0)]
+    ids = {p: i for i, (p, _) in enumerate(pieces)}
+    added = [p for p in ("<pad>", "</s>", "<s>", "<unk>", "[eod]") if p in ids]
+    tokens = [(ids[p], p) for p in added]
+    tokens += [(len(pieces) + i, p) for i, p in enumerate(["<extra_id_1>", "<extra_id_0>", "<extra_id_10>", "<new>",
+                                                            "<new>er", "|x y|", "|x"])]
+    return {
+        "version": "1.0", "truncation": None, "padding": None,
+        "added_tokens": [{"id": i, "content": p, "single_word": False, "lstrip": False, "rstrip": False,
+                          "normalized": False, "special": i % 2 == 0} for i, p in tokens],
+        "normalizer": {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "} if squeeze else None,
+        "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": prepend, "split": True},
+        "post_processor": {"type": "TemplateProcessing",
+                           "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+                           "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+                           "special_tokens": {"</s>": {"id": "</s>", "ids": [ids["</s>"]], "tokens": ["</s>"]}}},
+        "decoder": {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": prepend, "split": True},
+        "model": {"type": "Unigram", "unk_id": ids["<unk>"], "vocab": pieces, "byte_fallback": byte_fallback},
+    }
+
+
+TRAINING = {
+    "nmt_nfkc": {},
+    "identity": {"normalization_rule_name": "identity"},
+    "nfkc_cf": {"normalization_rule_name": "nfkc_cf"},
+    "byte fallback": {"byte_fallback": True, "vocab_size": 900},
+    "identity, byte fallback": {"byte_fallback": True, "normalization_rule_name": "identity", "vocab_size": 900},
+    "user-defined symbols": {"user_defined_symbols": ["<sep>", "<sepia>", "ox", "fox j", "  ", "ＦＵ", SPACE + "a", "＜"]},
+    "control symbols": {"control_symbols": ["<extra_id_0>", "[eod]", "red"]},
+    "no dummy prefix": {"add_dummy_prefix": False},
+    "extra white space kept": {"remove_extra_whitespaces": False},
+    "extra white space kept, identity": {"remove_extra_whitespaces": False, "normalization_rule_name": "identity"},
+    "no dummy prefix, white space kept": {"add_dummy_prefix": False, "remove_extra_whitespaces": False,
+                                          "byte_fallback": True, "vocab_size": 900},
+    "pieces across words": {"split_by_whitespace": False, "user_defined_symbols": ["ox"]},
+}
+
+
+def train(options, corpus):
+    """A sentencepiece model as bytes, laid out like umT5's: pad, </s>, <s>, <unk>."""
+    out = io.BytesIO()
+    settings = {"vocab_size": 640, "character_coverage": 0.98, "hard_vocab_limit": False} | options
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(corpus), model_writer=out, model_type="unigram",
+                                             pad_id=0, eos_id=1, bos_id=2, unk_id=3, minloglevel=2, num_threads=2,
+                                             **settings)
+    return out.getvalue()
+
+
+def changed_model(data, change):
+    model = sentencepiece_model_pb2.ModelProto.FromString(data)
+    change(model)
+    return model.SerializeToString()
+
+
+def unuse_some(model):
+    """Makes every fifth normal piece unused, single characters among them."""
+    for piece in [p for p in model.pieces if p.type == p.NORMAL][::5]:
+        piece.type = piece.UNUSED
+
+
+def equal_scores(model):
+    for piece in model.pieces:
+        piece.score = -10.0
+
+
+def keep_spaces_plain(model):
+    """No U+2581: pieces and text hold spaces."""
+    model.normalizer_spec.escape_whitespaces = False
+    for piece in model.pieces:
+        piece.piece = piece.piece.replace(SPACE, " ")
+
+
+CHANGES = {"unused pieces": unuse_some, "equal scores": equal_scores, "white space not escaped": keep_spaces_plain}
+
+
+def corpus(seed):
+    rng = random.Random(seed)
+    return [" ".join(rng.choice(WORDS) for _ in range(12)) for _ in range(1500)]
+
+
+# ---------------------------------------------------------------- clean-up
+
+FTFY = ftfy.TextFixerConfig(
+    unescape_html="auto", uncurl_quotes=True, remove_terminal_escapes=False, fix_encoding=False, restore_byte_a0=False,
+    replace_lossy_sequences=False, decode_inconsistent_utf8=False, fix_c1_controls=False, fix_latin_ligatures=False,
+    fix_character_width=False, fix_line_breaks=False, fix_surrogates=False, remove_control_chars=False,
+    normalization=None, explain=False)
+
+
+def clean(data):
+    """diffusers' prompt_clean (pipelines/wan/pipeline_wan.py) with ftfy's two repairs that prompt.c has."""
+    text = ftfy.fix_text(data.decode(errors="replace"), FTFY)
+    text = html.unescape(html.unescape(text)).strip()
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def random_prompt(rng):
+    names = [n for n in html.entities.html5]
+    parts = []
+    for _ in range(rng.randint(1, 12)):
+        kind = rng.randrange(12)
+        name = rng.choice(names)
+        number = rng.choice([rng.randrange(0x120), rng.randrange(0x30000), rng.randrange(0xD700, 0xE100),
+                             rng.choice([0xFDD0, 0xFFFE, 0xFFFF, 0x1FFFE, 0x10FFFF, 0x110000, 10 ** 12, 59, 38, 8217])])
+        parts.append([
+            lambda: "&" + name, lambda: "&" + name.upper(), lambda: "&" + name.rstrip(";") + rng.choice("x1; _é&<"),
+            lambda: "&amp;" * rng.randint(1, 3) + name, lambda: "&" + "amp;" * rng.randint(1, 5) + name,
+            lambda: f"&#{number}" + rng.choice([";", "", "x", "1;"]),
+            lambda: f"&#{rng.choice('xX')}{number:x}" + rng.choice([";", "", "g", "0;"]),
+            lambda: rng.choice(["&", "&#", "&#x", "&#;", "&#x;", "&;", "&a;", "<b>", "\n", "\r\n", "<", "&lt;", "&lt"]),
+            lambda: rng.choice("‘’‚‛“”„‟ʼ'\"«»"), lambda: random_part(rng), lambda: rng.choice(SPACES) * 2,
+            lambda: chr(rng.choice([*range(0x20), 0x85, 0xA0, 0x1680, *range(0x2000, 0x2030), 0x205F, 0x3000, 0xFEFF]))][kind]())
+    data = "".join(parts).encode(errors="replace")
+    if rng.random() < 0.3:
+        for _ in range(rng.randint(1, 4)):
+            at = rng.randint(0, len(data))
+            data = data[:at] + bytes(rng.choice([0, 0x80, 0xBF, 0xC0, 0xC3, 0xE0, 0xE2, 0xED, 0xA0, 0xF0, 0xF4, 0x90, 0xF8, 0xFF])
+                                     for _ in range(rng.randint(1, 4))) + data[at + rng.randint(0, 2):]
+    return data
+
+
+def prompts(count, seed):
+    """Every entity in every form, every white space and control character, all short byte strings that are no UTF-8."""
+    rng = random.Random(seed)
+    for name in html.entities.html5:
+        bare = name.rstrip(";")
+        yield from (s.encode() for s in (f"a&{name}b", f"&{bare};", f"&{bare}", f"&{bare.upper()};", f"&{bare}z;"))
+    yield from (f"a{chr(c)}b&#{c};c&#x{c:x}".encode() for c in range(0x3100) if not 0xD800 <= c < 0xE000)
+    yield from (bytes([lead, second, third, 0x41]) for lead in range(0x80, 0x100) for second in (0x41, *range(0x7F, 0xC1, 5))
+                for third in (0x20, 0x80, 0xBF, 0xF0))
+    yield from (b"\xf0\x9f\xa6\x8a"[:n] for n in range(5))
+    yield from (random_prompt(rng) for _ in range(count))
+
+
+# ---------------------------------------------------------------- goldens
+
+def write_goldens(folder, texts_for, models):
+    """Weight files and, for each, lines `<text> TAB <ids>`; text with \\xNN for what is no printable ASCII."""
+    def escape(data):
+        return "".join(chr(b) if 0x20 <= b < 0x7F and b != 0x5C else f"\\x{b:02x}" for b in data)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, keys, library in models:
+        write_weights(folder / f"{name}.gguf", keys)
+        lines = [f"{escape(t.encode())}\t{' '.join(map(str, library(t)))}\n" for t in texts_for(name)]
+        (folder / f"{name}.txt").write_text("".join(lines))
+    rng = random.Random(5)
+    data = [d for i, d in enumerate(prompts(200, 5)) if i % 61 == 0] + [random_prompt(rng) for _ in range(200)]
+    (folder / "clean.txt").write_text("".join(f"{escape(d)}\t{escape(clean(d).encode())}\n" for d in data))
+    (folder / "VERSIONS").write_text(
+        f"python {platform.python_version()}, tokenizers {tokenizers.__version__}, sentencepiece {sentencepiece.__version__}, "
+        f"ftfy {ftfy.__version__}, gguf 0.19.0\npython tests/reference_tokenizer.py --goldens tests/goldens/tokenizer\n")
+
+
+def golden_texts(name):
+    """A few hundred short strings, other ones for each file, and one beyond the limit."""
+    chosen = [t for i, t in enumerate(fixed_texts()) if len(t) < 300 and i % 3 == 0]
+    rng = random.Random(name)
+    return chosen + [t for t in (random_text(rng) for _ in range(200)) if len(t) < 150] + ["red " * 513]
+
+
+# ---------------------------------------------------------------- all of it
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--umt5", type=Path, help="umT5's own tokenizer.json")
+    parser.add_argument("--count", type=int, default=4000, help="random strings per tokenizer")
+    parser.add_argument("--goldens", type=Path, help="also write the goldens into this folder")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        sys.exit(run(Path(folder), args))
+
+
+def run(folder, args):
+    c, wrong, golden = build(folder), 0, []
+    inputs = list(prompts(args.count, 1))
+    wrong += compare("clean-up as ftfy and html.unescape", clean, lambda d: clean_in_c(c, d), inputs)
+
+    def check(name, path, library, seed):
+        keys = tokenizer_keys(path)
+        tokenizer = Tokenizer(c, write_weights(folder / "model.gguf", keys))
+        if name in ("tokenizers, byte fallback", "sentencepiece, nmt_nfkc", "sentencepiece, no dummy prefix, white space kept",
+                    "tokenizers, as umT5"):
+            golden.append((re.sub("[^a-z0-9]+", "_", name.lower()), keys, library))
+        return compare(name, library, tokenizer.encode, texts(args.count, seed))
+
+    if args.umt5:
+        wrong += check("tokenizers, umT5 itself", args.umt5, library_of_json(args.umt5), 2)
+    sentences = corpus(3)
+    for seed, (name, options) in enumerate(TRAINING.items()):
+        data = train(options, sentences)
+        for change, data in [("", data), *((f", {k}", changed_model(data, f)) for k, f in CHANGES.items() if seed in (0, 5))]:
+            path = folder / "spiece.model"
+            path.write_bytes(data)
+            wrong += check(f"sentencepiece, {name}{change}", path, library_of_model(data), 10 + seed)
+    bytes_model = sentencepiece_model_pb2.ModelProto.FromString(train(TRAINING["identity, byte fallback"], sentences))
+    vocab = [(p.piece, p.score) for p in bytes_model.pieces] + [("[eod]", 0.0)]
+    for seed, (name, options) in enumerate(JSON_VARIANTS.items()):
+        path = folder / "tokenizer.json"
+        path.write_text(json.dumps(json_variant(vocab, **options)))
+        wrong += check(f"tokenizers, {name}", path, library_of_json(path), 100 + seed)
+    if args.goldens:
+        write_goldens(args.goldens, golden_texts, golden)
+    return wrong > 0
+
+
+if __name__ == "__main__":
+    main()
