@@ -37,6 +37,7 @@ static void print_line(const char *prefix, const char *format, va_list arguments
     char text[1024];
     vsnprintf(text, sizeof text, format, arguments);
     replace_controls(text);
+    progress(NULL, 0, 0); /* clears its line */
     fprintf(stderr, "%s%s\n", prefix, text);
 }
 
@@ -255,11 +256,14 @@ void output_commit(OutputFile *out) {
 
 /* ---------------------------------------------------------------- interrupts */
 
+static volatile sig_atomic_t on_terminal; /* where a progress line may have to be ended */
+
 static void interrupted(int signal_number) {
     (void)signal_number;
     static const char message[] = "\nsora: interrupted\n";
     outputs_discard();
-    ssize_t written = write(STDERR_FILENO, message, sizeof message - 1);
+    const char *start = on_terminal ? message : message + 1;
+    ssize_t written = write(STDERR_FILENO, start, strlen(start));
     (void)written; /* nothing is left to do about a failure */
     _exit(STATUS_INTERRUPTED);
 }
@@ -268,6 +272,7 @@ void interrupts_catch(void) {
     static const int signals[] = {SIGINT, SIGTERM, SIGHUP};
     struct sigaction action = {.sa_handler = interrupted}, before;
     sigfillset(&action.sa_mask);
+    on_terminal = isatty(STDERR_FILENO);
     for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) {
         /* What the caller ignores stays ignored: nohup, and a shell's background jobs. */
         if (!sigaction(signals[i], NULL, &before) && before.sa_handler != SIG_IGN)

@@ -1,15 +1,17 @@
 #!/usr/bin/env python3
 """Writes tests/goldens/ from the reference packages: what `make test` compares with.
 
-    python tests/make_goldens.py            (all parts; name some to make only those: sampler)
+    python tests/make_goldens.py            (all parts; name some to make only those: weights noise sampler npy)
 
 Each part leaves a VERSIONS beside its files: this command, the packages' versions and the seed.
 """
 
 import argparse
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
+import gguf
 import numpy as np
 import torch
 
@@ -21,7 +23,7 @@ SEED = 20250707
 
 def write_versions(folder: Path, part: str) -> None:
     """VERSIONS: how the files beside it were made."""
-    packages = ["torch", "diffusers", "transformers", "numpy"]
+    packages = ["torch", "diffusers", "transformers", "numpy", "gguf"]
     lines = [f"python tests/make_goldens.py {part}", f"seed {SEED}"]
     lines += [f"{name} {version(name)}" for name in packages]
     (folder / "VERSIONS").write_text("\n".join(lines) + "\n")
@@ -51,7 +53,74 @@ def make_sampler(folder: Path) -> None:
             np.array([np.stack([s.timesteps, s.sigmas[:-1]], axis=1) for s in schedules], np.float32))
 
 
-PARTS = {"sampler": make_sampler}
+def make_weights(folder: Path) -> None:
+    """tiny.gguf, keys and tensors of every type that the reader knows, as the gguf package writes them, and
+    NAME.npy [rows, cols]: the tensors as that package dequantises them."""
+    writer = gguf.GGUFWriter(folder / "tiny.gguf", "wan")
+    writer.add_uint8("test.u8", 200)
+    writer.add_int8("test.i8", -100)
+    writer.add_uint16("test.u16", 60000)
+    writer.add_int16("test.i16", -30000)
+    writer.add_uint32("test.u32", 4000000000)
+    writer.add_int32("test.i32", -2000000000)
+    writer.add_key_value("test.i64", -(2**63), gguf.GGUFValueType.INT64)
+    writer.add_float32("test.f32", 0.1)
+    writer.add_float64("test.f64", 0.1)
+    writer.add_bool("test.bool", True)
+    writer.add_string("test.string", "na\u00efve")
+    writer.add_array("test.words", ["", "\u2581the", "</s>"])
+    writer.add_array("test.scores", [-1.5, -0.1])
+    writer.add_array("test.numbers", [-1, 0, 70000])
+    rng = np.random.default_rng(SEED)
+    for name in ("f32", "f16", "bf16", "q8_0"):
+        kind = gguf.GGMLQuantizationType[name.upper()]
+        values = rng.standard_normal((3, 64), np.float32) * np.float32([[1], [1e-3], [1e-6]])
+        packed = gguf.quants.quantize(values, kind)
+        writer.add_tensor(name, packed, raw_dtype=kind)
+        np.save(folder / f"{name}.npy", gguf.quants.dequantize(packed, kind))
+    writer.add_tensor("conv.weight", rng.standard_normal((2, 3, 3, 3), np.float32))
+    writer.add_tensor("vector", rng.standard_normal(5, np.float32))
+    writer.add_tensor("last", rng.standard_normal(3, np.float32).astype(np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def make_noise(folder: Path) -> None:
+    """integers.npy, randn_N.npy, randn_mixed.npy, randn_clip.npy: a row a seed, [len(seeds), n]; the seeds, and
+    the sizes of the mixed draws, are those of test_noise.c. They hold for torch on a processor with AVX2."""
+    seeds = [0, 7, 2**32 + 7, 2**64 - 1]
+
+    def save(name: str, draw: Callable[[torch.Generator], torch.Tensor]) -> None:
+        rows = [draw(torch.Generator().manual_seed(seed)) for seed in seeds]
+        np.save(folder / f"{name}.npy", torch.stack(rows).numpy())
+
+    save("integers", lambda g: torch.empty(1300, dtype=torch.int32).random_(generator=g))
+    for n in (1, 2, 15, 16, 17, 31, 33, 4099):
+        save(f"randn_{n}", lambda g: torch.randn(n, generator=g))
+    save("randn_mixed", lambda g: torch.cat([torch.randn(n, generator=g) for n in (3, 5, 16, 1, 17, 2, 40)]))
+    save("randn_clip", lambda g: torch.randn(1, 16, 2, 4, 6, generator=g).flatten())
+
+
+def make_npy(folder: Path) -> None:
+    """Arrays of 0, 1, 2, ... as numpy writes them: TYPE_SIZES.npy in what the reader takes, bad_*.npy in what it
+    refuses; v2.npy has a header of format version 2."""
+    for kind in ("f4", "f8", "i4", "i8"):
+        for shape in ((), (3,), (0, 2), (2, 1, 3), (1, 2, 3, 2, 1)):
+            name = "x".join(map(str, shape)) or "scalar"
+            values = np.arange(np.prod(shape, dtype=int), dtype=kind)
+            np.save(folder / f"{kind}_{name}.npy", values.reshape(shape))
+    with open(folder / "v2.npy", "wb") as file:
+        np.lib.format.write_array(file, np.arange(6, dtype=np.float32).reshape(2, 3), version=(2, 0))
+    np.save(folder / "bad_fortran.npy", np.asfortranarray(np.zeros((2, 3), np.float32)))
+    np.save(folder / "bad_type.npy", np.zeros(3, np.float16))
+    np.save(folder / "bad_endian.npy", np.zeros(3, ">f4"))
+    np.save(folder / "bad_dimensions.npy", np.zeros((1,) * 6, np.float32))
+    np.save(folder / "bad_range.npy", np.array([0, 2**31]))
+
+
+PARTS = {"weights": make_weights, "noise": make_noise, "sampler": make_sampler, "npy": make_npy}
 
 
 def main() -> None:

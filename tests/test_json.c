@@ -1,0 +1,57 @@
+/* test_json.c - json.c: the text, byte for byte. */
+#include "tests/test.h"
+#include "engine/engine.h"
+
+#include <math.h>
+#include <string.h>
+
+static void test_object(void) {
+    Json json = {0};
+    json_open(&json, NULL);
+    json_string(&json, "tool", "sora");
+    json_int(&json, "seed", -9223372036854775807);
+    json_open(&json, "empty");
+    json_close(&json);
+    json_open(&json, "size");
+    json_double(&json, "shift", 3);
+    json_double(&json, "third", 1.0 / 3);
+    json_double(&json, "tenth", 0.1);
+    json_double(&json, "none", INFINITY);
+    json_close(&json);
+    json_bool(&json, "ok", true);
+    json_close(&json);
+    static const char expected[] =
+        "{\n  \"tool\": \"sora\",\n  \"seed\": -9223372036854775807,\n  \"empty\": {},\n"
+        "  \"size\": {\n    \"shift\": 3,\n    \"third\": 0.3333333333333333,\n"
+        "    \"tenth\": 0.1,\n    \"none\": null\n  },\n  \"ok\": true\n}\n";
+    CHECK(!strcmp(json.text, expected), "the object is\n%s", json.text);
+    json_free(&json);
+}
+
+static void expect_string(const char *value, const char *expected) {
+    Json json = {0};
+    json_string(&json, NULL, value);
+    CHECK(!strcmp(json.text, expected), "the string is %s, expected %s", json.text, expected);
+    json_free(&json);
+}
+
+#define REPLACED "\xef\xbf\xbd"
+
+static void test_strings(void) {
+    expect_string("", "\"\"");
+    expect_string("a \"fox\" \\ /", "\"a \\\"fox\\\" \\\\ /\"");
+    expect_string("\n\t\x01\x7f", "\"\\u000a\\u0009\\u0001\\u007f\"");
+    expect_string("\xc3\xa9\xe4\xbd\xa0\xf0\x9f\xa6\x8a", "\"\xc3\xa9\xe4\xbd\xa0\xf0\x9f\xa6\x8a\"");
+    expect_string("\xff|\x80|\xc3|\xe4\xbd|",
+                  "\"" REPLACED "|" REPLACED "|" REPLACED "|" REPLACED REPLACED "|\"");
+    expect_string("\xc0\x80", "\"" REPLACED REPLACED "\"");              /* not the shortest form */
+    expect_string("\xed\xa0\x80", "\"" REPLACED REPLACED REPLACED "\""); /* half of a surrogate pair */
+    expect_string("\xf4\x90\x80\x80", "\"" REPLACED REPLACED REPLACED REPLACED "\""); /* beyond U+10FFFF */
+    expect_string("\xf4\x8f\xbf\xbf", "\"\xf4\x8f\xbf\xbf\"");
+    expect_string("\xed\x9f\xbf\xee\x80\x80", "\"\xed\x9f\xbf\xee\x80\x80\"");
+}
+
+void test_json(void) {
+    test_object();
+    test_strings();
+}

@@ -1,0 +1,324 @@
+/* test_weights.c - weights.c against a file that gguf wrote, and against files that nobody should write. */
+#include "tests/gguf_builder.h"
+#include "tests/test.h"
+#include "engine/engine.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* ---------------------------------------------------------------- helpers */
+
+/* Parses a copy of exactly that size, so that a sanitizer sees every byte read beyond it. */
+static const char *parse_copy(const uint8_t *data, size_t size) {
+    uint8_t *copy = malloc(size ? size : 1);
+    if (!copy) abort();
+    memcpy(copy, data, size);
+    WeightFile *file;
+    const char *why = weights_parse((Bytes){copy, size}, "file", &file);
+    weights_close(file);
+    free(copy);
+    return why;
+}
+
+static void expect_refused(const Builder *b, const char *what) {
+    const char *why = parse_copy(b->data, b->size);
+    CHECK(why && strstr(why, what), "expected \"%s\", the reason is \"%s\"", what, why ? why : "none");
+}
+
+/* A small file that is right. */
+static void build_good(Builder *b) {
+    put_header(b, 2, 3);
+    put_key(b, "a", 4, 7, 4);
+    put_array(b, "words", 8, 2);
+    put_string(b, "one");
+    put_string(b, "two");
+    put_key(b, "flag", 7, 1, 1);
+    put_tensor(b, "x", 4, 3, TYPE_F32, 0);
+    put_tensor(b, "y", 4, 1, TYPE_F32, 64);
+    put_padding(b);
+    for (uint32_t i = 0; i < 20; i++) put_u32(b, 0x3f800000);
+}
+
+/* ---------------------------------------------------------------- a file from gguf */
+
+static void test_keys(const WeightFile *file) {
+    CHECK(weights_int(file, "test.u8") == 200, "u8");
+    CHECK(weights_int(file, "test.i8") == -100, "i8");
+    CHECK(weights_int(file, "test.u16") == 60000, "u16");
+    CHECK(weights_int(file, "test.i16") == -30000, "i16");
+    CHECK(weights_int(file, "test.u32") == 4000000000, "u32");
+    CHECK(weights_int(file, "test.i32") == -2000000000, "i32");
+    CHECK(weights_int(file, "test.i64") == INT64_MIN, "i64");
+    CHECK(weights_double(file, "test.f32") == (double)0.1f, "f32");
+    CHECK(weights_double(file, "test.f64") == 0.1, "f64");
+    CHECK(weights_double(file, "test.i8") == -100, "an integer as a number");
+    CHECK(weights_bool_or(file, "test.bool", false), "bool");
+    CHECK(!strcmp(weights_string_or(file, "test.string", ""), "na\xc3\xafve"), "string");
+    CHECK(weights_int_or(file, "test.none", 5) == 5 && weights_int_or(file, "test.f64", 5) == 5,
+          "no such integer");
+    CHECK(weights_double_or(file, "test.string", 2.5) == 2.5, "no such number");
+    CHECK(weights_bool_or(file, "test.u8", true), "no such boolean");
+    CHECK(!strcmp(weights_string_or(file, "test.u8", "none"), "none"), "no such string");
+}
+
+static void test_arrays(const WeightFile *file) {
+    static const char *const expected[] = {"", "\xe2\x96\x81the", "</s>"};
+    WeightArray array;
+    CHECK(!weights_array(file, "test.u8", &array), "a plain value as an array");
+    CHECK(weights_array(file, "test.words", &array) && array.count == 3, "array of strings");
+    const uint8_t *cursor = array.data;
+    for (int i = 0; i < 3; i++) {
+        Bytes word = array_next_string(&array, &cursor);
+        CHECK(word.size == strlen(expected[i]) && !memcmp(word.data, expected[i], word.size), "word %d", i);
+    }
+    CHECK(weights_array(file, "test.scores", &array) && array.count == 2, "array of floats");
+    CHECK(array_double(&array, 0) == -1.5 && array_double(&array, 1) == (double)-0.1f, "its elements");
+    CHECK(weights_array(file, "test.numbers", &array) && array.count == 3, "array of integers");
+    CHECK(array_int(&array, 0) == -1 && array_int(&array, 2) == 70000, "its elements");
+}
+
+/* Every row of every tensor is what gguf's own dequantisation gives. */
+static void test_tensor(const WeightFile *file, const char *name, Type type) {
+    Npy expected;
+    char path[64];
+    float row[64];
+    snprintf(path, sizeof path, "goldens/weights/%s.npy", name);
+    const char *why = npy_read(test_path(path), &expected);
+    CHECK(!why, "%s", why);
+    if (why) return;
+    int rows = expected.shape.d[0], cols = expected.shape.d[1];
+    Weight weight = weights_bind(file, rows, cols, "%s", name);
+    const float *all = weights_floats(file, rows * cols, "%s", name);
+    CHECK(weight.type == type, "%s is of type %s", name, type_name(weight.type));
+    CHECK(!memcmp(all, expected.values, (size_t)(rows * cols) * sizeof *all), "%s as floats differs", name);
+    for (int r = 0; r < rows; r++) {
+        weight_row(&weight, r, row);
+        CHECK(!memcmp(row, all + r * cols, (size_t)cols * sizeof *row), "row %d of %s differs", r, name);
+    }
+    npy_free(&expected);
+}
+
+static void test_shapes(const WeightFile *file) {
+    int rows, cols;
+    weights_shape(file, &rows, &cols, "conv.%s", "weight");
+    CHECK(rows == 2 && cols == 27, "a convolution (2,3,3,3) is a matrix (%d,%d)", rows, cols);
+    weights_shape(file, &rows, &cols, "vector");
+    CHECK(rows == 1 && cols == 5, "a vector (5) is a matrix (%d,%d)", rows, cols);
+    Weight weight = weights_bind(file, 6, 9, "conv.weight");
+    CHECK(weight.rows == 6 && weight.cols == 9, "conv as (6,9)");
+    weights_bind(file, 1, 54, "conv.weight");
+    CHECK(weights_has(file, "vector") && !weights_has(file, "vecto") && !weights_has(file, "vectors"),
+          "names");
+    const float *vector = weights_floats(file, 5, "vector");
+    CHECK((const void *)vector == weights_bind(file, 1, 5, "vector").data, "floats are not used in place");
+}
+
+static void bind_wrong_shape(void *file) {
+    weights_bind(file, 9, 6, "%s", "conv.weight");
+}
+
+static void bind_across_rows(void *file) {
+    weights_bind(file, 3, 18, "conv.weight");
+}
+
+static void bind_missing(void *file) {
+    weights_bind(file, 1, 1, "blocks.%d.q", 3);
+}
+
+static void count_wrong(void *file) {
+    weights_floats(file, 6, "vector");
+}
+
+static void key_missing(void *file) {
+    weights_int(file, "test.none");
+}
+
+static void key_wrong_type(void *file) {
+    weights_int(file, "test.string");
+}
+
+static void test_deaths(WeightFile *file) {
+    static const struct {
+        void (*run)(void *);
+        const char *expected;
+    } cases[] = {
+        {bind_wrong_shape, "tensor \"conv.weight\" has shape [2, 3, 3, 3], expected [9, 6]"},
+        {bind_across_rows, "tensor \"conv.weight\" has shape [2, 3, 3, 3], expected [3, 18]"},
+        {bind_missing, "tensor \"blocks.3.q\" is missing"},
+        {count_wrong, "tensor \"vector\" has shape [5], expected 6 elements"},
+        {key_missing, "key \"test.none\" is missing"},
+        {key_wrong_type, "key \"test.string\" is not an integer"},
+    };
+    char output[4096];
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        int status = run_apart(cases[i].run, file, output);
+        CHECK(status == STATUS_USAGE && strstr(output, cases[i].expected),
+              "expected \"%s\": status %d, \"%s\"", cases[i].expected, status, output);
+        CHECK(strstr(output, "tiny.gguf"), "the file is not named in \"%s\"", output);
+    }
+}
+
+static void print_info(void *file) {
+    weights_print(file, stderr);
+}
+
+static void test_info(WeightFile *file) {
+    static const char *const expected[] = {"test.i8",       "-100",
+                                           "na\xc3\xafve",  "3: \"\", \"\xe2\x96\x81the\", \"</s>\"",
+                                           "q8_0  [3, 64]", "f32   [2, 3, 3, 3]",
+                                           "7 tensors"};
+    char output[4096];
+    run_apart(print_info, file, output);
+    for (size_t i = 0; i < sizeof expected / sizeof *expected; i++)
+        CHECK(strstr(output, expected[i]), "--info lacks \"%s\":\n%s", expected[i], output);
+}
+
+/* ---------------------------------------------------------------- files that are wrong */
+
+static void test_every_prefix(void) {
+    Builder b;
+    build_good(&b);
+    CHECK(!parse_copy(b.data, b.size), "a good file is refused: %s", parse_copy(b.data, b.size));
+    for (size_t size = 0; size < b.size; size++)
+        CHECK(parse_copy(b.data, size), "a file cut off at %zu of %zu bytes is accepted", size, b.size);
+}
+
+static void test_headers(void) {
+    Builder b;
+    put_header(&b, 0, 0);
+    CHECK(!parse_copy(b.data, b.size), "an empty file is refused");
+    b.data[0] = 'g';
+    expect_refused(&b, "not a GGUF file");
+    put_header(&b, 0, 0);
+    b.data[4] = 2;
+    expect_refused(&b, "version 2, expected 3");
+    put_header(&b, UINT64_MAX, 0);
+    expect_refused(&b, "do not fit into the file");
+    put_header(&b, 0, UINT64_MAX / 14);
+    expect_refused(&b, "do not fit into the file");
+}
+
+static void key_refused(uint32_t type, uint64_t bits, size_t bytes, const char *what) {
+    Builder b;
+    put_header(&b, 0, 1);
+    put_key(&b, "key", type, bits, bytes);
+    put_padding(&b);
+    expect_refused(&b, what);
+}
+
+static void array_refused(uint32_t type, uint64_t count, const char *what) {
+    Builder b;
+    put_header(&b, 0, 1);
+    put_array(&b, "key", type, count);
+    put_string(&b, "only");
+    expect_refused(&b, what);
+}
+
+static void test_bad_keys(void) {
+    key_refused(7, 2, 1, "boolean other than 0 and 1");
+    key_refused(13, 0, 8, "\"key\" is of an unknown type");
+    key_refused(8, UINT64_MAX, 8, "longer than the file");
+    key_refused(8, 1000, 8, "longer than the file");
+    array_refused(9, 1, "unknown type");
+    array_refused(8, 2, "longer than the file");
+    array_refused(10, UINT64_MAX / 8 + 1, "more elements than the file");
+    array_refused(10, 2, "is longer than the file");
+    array_refused(0, 13, "more elements than the file");
+    Builder b;
+    put_header(&b, 0, 2);
+    put_key(&b, "twice", 4, 1, 4);
+    put_key(&b, "twice", 4, 2, 4);
+    expect_refused(&b, "key \"twice\" appears twice");
+    put_header(&b, 0, 1);
+    put_key(&b, "", 4, 1, 4);
+    expect_refused(&b, "no usable name");
+    put_header(&b, 0, 1);
+    put_key(&b, "general.alignment", 4, 24, 4);
+    expect_refused(&b, "power of two");
+}
+
+static void tensor_refused(uint64_t cols, uint64_t rows, uint32_t type, uint64_t offset, const char *what) {
+    Builder b;
+    put_header(&b, 1, 0);
+    put_tensor(&b, "x", cols, rows, type, offset);
+    put_padding(&b);
+    b.size += 64;
+    expect_refused(&b, what);
+}
+
+static void test_bad_tensors(void) {
+    tensor_refused(0, 1, TYPE_F32, 0, "size of 0");
+    tensor_refused(1, (uint64_t)1 << 31, TYPE_F32, 0, "beyond 2147483647");
+    tensor_refused(INT32_MAX, INT32_MAX, TYPE_F32, 0, "more elements than a file can hold");
+    tensor_refused(17, 1, TYPE_F32, 0, "needs 68 bytes, and 64 are left");
+    tensor_refused(16, 1, 12, 0, "type other than f32, f16, bf16 and q8_0");
+    tensor_refused(16, 2, TYPE_Q8_0, 0, "no multiple of 32");
+    tensor_refused(8, 1, TYPE_F32, 32, "at offset 32, expected at 0");
+    tensor_refused(8, 1, TYPE_F32, UINT64_MAX, "expected at 0");
+    Builder b;
+    put_header(&b, 2, 0);
+    put_tensor(&b, "x", 1, 1, TYPE_F32, 0);
+    put_tensor(&b, "x", 1, 1, TYPE_F32, 32);
+    put_padding(&b);
+    b.size += 64;
+    expect_refused(&b, "tensor \"x\" appears twice");
+    put_header(&b, 2, 0);
+    put_tensor(&b, "x", 1, 1, TYPE_F32, 0);
+    put_tensor(&b, "y", 1, 1, TYPE_F32, 0);
+    put_padding(&b);
+    b.size += 64;
+    expect_refused(&b, "tensor \"y\" is at offset 0, expected at 32");
+    put_header(&b, 1, 0);
+    put_string(&b, "x");
+    put_u32(&b, 5);
+    b.size += 64;
+    expect_refused(&b, "more than 4");
+}
+
+/* Lookups go through a table with collisions: every one of many names is found, and no other. */
+static void test_many_names(void) {
+    enum { COUNT = 300 };
+    Builder b;
+    char name[16];
+    int right = 0;
+    put_header(&b, 0, COUNT);
+    for (int i = 0; i < COUNT; i++) {
+        snprintf(name, sizeof name, "n%d", i);
+        put_key(&b, name, 5, (uint64_t)i, 4);
+    }
+    WeightFile *file;
+    const char *why = weights_parse((Bytes){b.data, b.size}, "many", &file);
+    CHECK(!why, "%s", why);
+    if (why) return;
+    for (int i = 0; i < 2 * COUNT; i++) {
+        snprintf(name, sizeof name, "n%d", i);
+        right += weights_int_or(file, name, -1) == (i < COUNT ? i : -1);
+    }
+    CHECK(right == 2 * COUNT, "%d of %d lookups are right", right, 2 * COUNT);
+    weights_close(file);
+}
+
+void test_weights(void) {
+    WeightFile *file;
+    const char *why = weights_open(test_path("goldens/weights/tiny.gguf"), &file);
+    CHECK(!why, "%s", why);
+    if (!why) {
+        test_keys(file);
+        test_arrays(file);
+        test_tensor(file, "f32", TYPE_F32);
+        test_tensor(file, "f16", TYPE_F16);
+        test_tensor(file, "bf16", TYPE_BF16);
+        test_tensor(file, "q8_0", TYPE_Q8_0);
+        test_shapes(file);
+        test_deaths(file);
+        test_info(file);
+    }
+    weights_close(file);
+    why = weights_open("tests/no-such-file", &file);
+    CHECK(why && strstr(why, "no-such-file: No such file") && !file, "a missing file: %s", why);
+    test_every_prefix();
+    test_headers();
+    test_bad_keys();
+    test_bad_tensors();
+    test_many_names();
+}
