@@ -195,7 +195,7 @@ const char *npy_read(const char *path, Npy *out) {
     why = npy_parse(bytes, out);
     if (!why && !out->owned) out->mapping = bytes;
     else unmap_file(bytes);
-    return why ? reason("%s: %s", path, why) : NULL;
+    return why;
 }
 
 void npy_free(Npy *array) {

@@ -156,7 +156,7 @@ static Row *check_open(const char *name, const Shape *shape, char kind, Npy *ref
     char buffer[64], *path = format_string("%s/%s.npy", taps.check_dir, name);
     const char *why = npy_read(path, reference);
     free(path);
-    if (why) row->why = format_string("%s", why);
+    if (why) row->why = format_string("the reference: %s", why);
     else if (reference->kind != kind)
         row->why = format_string("the reference holds %s", kind == 'i' ? "floats" : "integers");
     else if (!shape_equal(shape, &reference->shape))

@@ -131,14 +131,14 @@ const char *map_file(const char *path, Bytes *out) {
     if (file < 0 || fstat(file, &status)) {
         int error = errno;
         if (file >= 0) close(file);
-        return reason("%s: %s", path, strerror(error));
+        return strerror(error);
     }
     void *data = MAP_FAILED;
     const char *why = NULL;
-    if (!S_ISREG(status.st_mode)) why = reason("%s: not a regular file", path);
-    else if (status.st_size == 0) why = reason("%s: the file is empty", path);
+    if (!S_ISREG(status.st_mode)) why = "not a regular file";
+    else if (status.st_size == 0) why = "the file is empty";
     else if ((data = mmap(NULL, (size_t)status.st_size, PROT_READ, MAP_SHARED, file, 0)) == MAP_FAILED)
-        why = reason("%s: cannot be mapped into memory: %s", path, strerror(errno));
+        why = reason("cannot be mapped into memory: %s", strerror(errno));
     close(file);
     *out = why ? (Bytes){NULL, 0} : (Bytes){data, (size_t)status.st_size};
     return why;
@@ -164,7 +164,7 @@ const char *read_file(const char *path, size_t limit, Bytes *out) {
     bool standard = !strcmp(path, "-");
     *out = (Bytes){NULL, 0};
     FILE *stream = standard ? stdin : fopen(path, "rbe");
-    if (!stream) return reason("%s: %s", path, strerror(errno));
+    if (!stream) return strerror(errno);
     uint8_t *data;
     size_t size = read_all(stream, limit, &data);
     int error = ferror(stream) ? errno : 0;
@@ -174,8 +174,7 @@ const char *read_file(const char *path, size_t limit, Bytes *out) {
         return NULL;
     }
     free(data);
-    const char *name = standard ? "standard input" : path;
-    return error ? reason("%s: %s", name, strerror(error)) : reason("%s: longer than %zu bytes", name, limit);
+    return error ? strerror(error) : reason("longer than %zu bytes", limit);
 }
 
 /* ---------------------------------------------------------------- output files */

@@ -320,9 +320,8 @@ const char *weights_parse(Bytes bytes, const char *path, WeightFile **out) {
     file->path = format_string("%s", path);
     const char *why = parse(file, bytes);
     *out = why ? NULL : file;
-    if (!why) return NULL;
-    weights_close(file);
-    return reason("%s: %s", path, why);
+    if (why) weights_close(file);
+    return why;
 }
 
 const char *weights_open(const char *path, WeightFile **out) {

@@ -13,7 +13,7 @@ static bool load(const char *name, char kind, Npy *out) {
     char path[64];
     snprintf(path, sizeof path, "goldens/noise/%s.npy", name);
     const char *why = npy_read(test_path(path), out);
-    CHECK(!why, "%s", why);
+    CHECK(!why, "%s: %s", path, why);
     if (!why)
         CHECK(out->kind == kind && out->shape.n == 2 && out->shape.d[0] == SEEDS, "%s: another shape", path);
     return !why;

@@ -37,7 +37,7 @@ static void test_reading(const char *type) {
         char *path = golden(type, shapes[s].name), text[64];
         Npy array;
         const char *why = npy_read(path, &array);
-        CHECK(!why, "%s", why);
+        CHECK(!why, "%s: %s", path, why);
         if (!why) {
             CHECK(array.kind == type[0], "%s is of kind %c", path, array.kind);
             CHECK(shape_equal(&array.shape, &shapes[s].shape), "%s has shape %s", path,

@@ -159,7 +159,7 @@ static void test_damaged(const char *folder) {
     char output[4096], *path = format_string("%s/latents.npy", folder);
     CHECK(!truncate(path, 200), "latents.npy could not be cut off");
     int status = run_apart(run_small, &(Run){.check = folder}, output);
-    CHECK(status == STATUS_CHECK && strstr(output, "latents.npy: 72 bytes of values, expected 1440"),
+    CHECK(status == STATUS_CHECK && strstr(output, "the reference: 72 bytes of values, expected 1440"),
           "a damaged reference: status %d,\n%s", status, output);
     free(path);
 }
