@@ -4,8 +4,8 @@
  * npy, tap, record. Nothing here knows what a video model is.
  *
  * Two regimes for errors. Functions that read bytes from outside return NULL, or a one-line reason (a static
- * string that the next reason() overwrites; the caller adds the file's name). Everything else that cannot go on calls die(), which prints one line
- * and ends the program. */
+ * string that the next reason() overwrites), to which the caller adds the file's name. Everything else that
+ * cannot go on calls die(), which prints one line and ends the program. */
 #ifndef ENGINE_H
 #define ENGINE_H
 

@@ -149,8 +149,6 @@ static void test_commit(void) {
     struct stat status;
     CHECK(file_is(path, "two") && !lstat(link, &status) && S_ISLNK(status.st_mode),
           "a link was not followed");
-    write_text("/dev/null", "three");
-    CHECK(!stat("/dev/null", &status) && S_ISCHR(status.st_mode), "/dev/null was replaced by a file");
     out = output_open(path);
     output_write(&out, "......", 6);
     output_write_at(&out, 2, "ab", 2);
@@ -158,6 +156,19 @@ static void test_commit(void) {
     CHECK(file_is(path, "..ab.."), "output_write_at wrote elsewhere");
     free(path);
     free(link);
+}
+
+/* A FIFO is written to, and not replaced by a file. Code that would replace a device is not let near one. */
+static bool keeps_special_files(void) {
+    char *path = temporary_path("fifo"), got[5] = "";
+    struct stat status;
+    int reader = mkfifo(path, 0600) ? -1 : open(path, O_RDONLY | O_NONBLOCK);
+    write_text(path, "three");
+    bool kept = !stat(path, &status) && S_ISFIFO(status.st_mode);
+    CHECK(kept && read(reader, got, 5) == 5 && !memcmp(got, "three", 5), "a FIFO was replaced by a file");
+    close(reader);
+    free(path);
+    return kept;
 }
 
 static void die_while_writing(void *path) {
@@ -202,7 +213,7 @@ static void test_failures(void) {
     status = run_apart(fill_disk, nowhere, output);
     CHECK(status == STATUS_RESOURCE && strstr(output, "no-folder/file: cannot write: No such file"),
           "no folder: status %d, \"%s\"", status, output);
-    if (!access("/dev/full", W_OK)) {
+    if (keeps_special_files() && !access("/dev/full", W_OK)) {
         status = run_apart(fill_disk, "/dev/full", output);
         CHECK(status == STATUS_RESOURCE && strstr(output, "/dev/full: cannot write: No space left"),
               "full disk: status %d, \"%s\"", status, output);
