@@ -10,8 +10,8 @@
     export/lora.py      LoRA files              -> changes of the transformer's tensors
     export/writer.py    all of it               -> model.gguf, a slice of rows at a time
 
-Nothing is skipped silently: a tensor, key or setting that is missing, misshapen or unknown ends the export with one line
-that names it, exit status 2, and no file.
+Nothing is skipped silently: a tensor, key or setting that is missing, misshapen or unknown ends the export with one
+line that names it, exit status 2, and no file.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 from gguf import GGMLQuantizationType as Type
 from tqdm import tqdm
 
-from export.files import ExportError
+from export.files import ExportError, reading
 from export.lora import open_lora
 from export.names import open_part
 from export.sizes import text_encoder_sizes, transformer_sizes, vae_sizes
@@ -55,7 +55,8 @@ def model_keys(transformer, text, vae):
         "t5encoder.attention.relative_max_distance": text["max_distance"],
         "t5encoder.attention.layer_norm_rms_epsilon": text["eps"],
         **{f"vae.{key}": vae[key] for key in ("z_dim", "base_dim", "decoder_base_dim", "dim_mult", "num_res_blocks",
-                                              "in_channels", "out_channels", "patch_size", "latents_mean", "latents_std")},
+                                              "in_channels", "out_channels", "patch_size", "latents_mean",
+                                              "latents_std")},
         "vae.temperal_downsample": [int(t) for t in vae["temperal_downsample"]],
         "vae.conv_layout": "O,T,Y,X,I",
     }
@@ -64,7 +65,8 @@ def model_keys(transformer, text, vae):
 def check_parts_fit(transformer, text, vae, tokenizer):
     """The parts must have been made for each other."""
     if transformer["text_dim"] != text["dim"]:
-        raise ExportError(f"the transformer takes text of width {transformer['text_dim']}, the text encoder gives {text['dim']}")
+        raise ExportError(f"the transformer takes text of width {transformer['text_dim']}, the text encoder gives "
+                          f"{text['dim']}")
     if transformer["in_dim"] != vae["z_dim"]:
         raise ExportError(f"the transformer has {transformer['in_dim']} latent channels, the VAE {vae['z_dim']}")
     if len(tokenizer["tokenizer.ggml.tokens"]) > text["vocab_size"]:
@@ -84,9 +86,10 @@ def sha256_of(path, bar):
 def source_keys(root, files):
     """Names, relative to the checkpoint where they lie in it, and SHA-256 of all files that were read."""
     files = list(dict.fromkeys(files))
-    inside = [f.relative_to(root).as_posix() if root and f.is_relative_to(root) and f != root else f.name for f in files]
-    with tqdm(total=sum(f.stat().st_size for f in files), desc="sha256", unit="B", unit_scale=True, disable=None) as bar:
-        return {"sora.source.names": inside, "sora.source.sha256": [sha256_of(f, bar) for f in files]}
+    names = [f.relative_to(root).as_posix() if root in f.parents else f.name for f in files]
+    total = sum(f.stat().st_size for f in files)
+    with tqdm(total=total, desc="sha256", unit="B", unit_scale=True, disable=None) as bar:
+        return {"sora.source.names": names, "sora.source.sha256": [sha256_of(f, bar) for f in files]}
 
 
 def export(args):
@@ -97,7 +100,10 @@ def export(args):
     vae = open_part("vae", sources.vae)
     tokenizer_path = find_tokenizer(sources.tokenizer)
     tokenizer = tokenizer_keys(tokenizer_path)
-    sizes = transformer_sizes(transformer), text_encoder_sizes(text), vae_sizes(vae)
+    sizes = []
+    for part, measure in (transformer, transformer_sizes), (text, text_encoder_sizes), (vae, vae_sizes):
+        with reading(part.path):
+            sizes.append(measure(part))
     check_parts_fit(*sizes, tokenizer)
 
     rows = list(block_rows(TRANSFORMER, sizes[0]))
@@ -127,7 +133,7 @@ def export(args):
 
 
 def arguments(argv):
-    parser = argparse.ArgumentParser(description="Convert a Wan 2.1 text-to-video checkpoint to one GGUF file for sora.")
+    parser = argparse.ArgumentParser(description="Converts a Wan 2.1 text-to-video checkpoint to one GGUF file.")
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT",
                         help="a diffusers folder, an original release folder, or the transformer's file")
     parser.add_argument("-o", "--output", required=True, help="the GGUF file to write")
@@ -136,10 +142,9 @@ def arguments(argv):
     for part in ("transformer", "text-encoder", "vae", "tokenizer"):
         parser.add_argument(f"--{part}", metavar="PATH", help="file or folder to take this part from")
     defaults = parser.add_argument_group("defaults that the file gives to sora")
-    for key, kind in (("width", int), ("height", int), ("frames", int), ("fps", str), ("steps", int), ("guidance", float),
-                      ("shift", float), ("sampler", str), ("name", str)):
-        defaults.add_argument(f"--{key}", type=kind)
-    defaults.add_argument("--negative", dest="negative_prompt")
+    for key, value in DEFAULTS.items():
+        option = "--negative" if key == "negative_prompt" else f"--{key}"
+        defaults.add_argument(option, dest=key, type=type(value), metavar=type(value).__name__.upper())
     return parser.parse_args(argv)
 
 

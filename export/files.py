@@ -1,12 +1,14 @@
 """Files of weights, opened without being read: each tensor's name, shape and type, and a way to its rows.
 
-Three containers are in use: safetensors, torch's pickles (unpickled as data only) and GGUF. A reader maps or seeks; it
-never holds more of a file than the rows that were asked for, which is why a 14B model passes through little memory.
+Three containers are in use: safetensors, torch's pickles (unpickled as data only) and GGUF. A reader maps or seeks
+and never holds more of a file than the rows that were asked for, so a 14B model passes through little memory.
+
 Pitfall: pages of a mapping that lives on count as the process's memory until it is given up, so mappings are short.
 """
 
 import gzip
 import json
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -49,7 +51,7 @@ class Stored:
             values = self.file.read(self.key, first, last).float()
         if self.scale is None:
             return values
-        scale = self.scale.rows().flatten()
+        scale = self.scale.rows().flatten()  # one value, or one a row
         return values * (scale if len(scale) == 1 else scale[first:last].view(-1, *[1] * (values.dim() - 1)))
 
 
@@ -71,13 +73,16 @@ class Safetensors:
 class Pickle:
     """A torch checkpoint (.pth, .pt, .bin, .ckpt), unpickled as data only and mapped where its format allows it."""
 
-    CONTAINERS = ("generator_ema", "generator", "model", "module", "state_dict")
+    CONTAINERS = ("generator_ema", "generator", "model", "module", "state_dict")  # the first one found counts
     DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8",
               torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float64: "F64"}
 
     def __init__(self, path):
-        self.path, self.metadata = path, {}
+        self.path, self.metadata, self.containers = path, {}, []
         self.open()
+        if "generator_ema" in self.containers or "generator" in self.containers:
+            print(f"{path}: weights of a distilled generator, which are only as good as the steps, shift and guidance "
+                  "that it was trained for; causal ones run as if they were not", file=sys.stderr)
         other = [k for k, v in self.values.items() if not torch.is_tensor(v)]
         if other:
             raise ExportError(f"{path}: {other[0]!r} is not a tensor")
@@ -91,8 +96,10 @@ class Pickle:
             if "mmap" not in str(error):
                 raise
             values = torch.load(self.path, map_location="cpu", weights_only=True)
+        self.containers = []
         while isinstance(values, dict) and (found := [c for c in self.CONTAINERS if isinstance(values.get(c), dict)]):
             values = values[found[0]]
+            self.containers.append(found[0])
         if not isinstance(values, dict):
             raise ExportError(f"{self.path}: holds a {type(values).__name__}, expected a dictionary of tensors")
         self.values, self.bytes_read = values, 0
@@ -157,7 +164,8 @@ def weight_files(path, pattern="*"):
         raise ExportError(f"{path}: no such file or folder")
     indices = sorted(path.glob(pattern + ".safetensors.index.json"))
     if indices:
-        names = sorted(set(read_json(indices[0])["weight_map"].values()))
+        with reading(indices[0]):
+            names = sorted(set(read_json(indices[0])["weight_map"].values()))
         missing = [n for n in names if not (path / n).is_file()]
         if missing:
             raise ExportError(f"{path / missing[0]}: named by {indices[0].name}, but not there")

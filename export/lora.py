@@ -2,8 +2,8 @@
 
     W += scale * (alpha / rank) * up @ down        b += scale * diff_b        W += scale * diff
 
-in float32, on the weights as torch lays them out. Three styles of keys are in use (ComfyUI's, kohya's, diffusers'); all
-are renamed as the checkpoint's own keys are. Every key must find its tensor: one that matches nothing is an error.
+in float32, on the weights as torch lays them out. Three styles of keys are in use (ComfyUI's, kohya's, diffusers');
+all are renamed as the checkpoint's own keys are. A key that matches no tensor is an error.
 """
 
 import json
@@ -18,7 +18,8 @@ from export.names import our_name, plain_name
 LORA_PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.")
 LORA_SUFFIXES = {".lora_A.weight": "down", ".lora_down.weight": "down", ".lora_A.default.weight": "down",
                  ".lora_B.weight": "up", ".lora_up.weight": "up", ".lora_B.default.weight": "up",
-                 ".lora_B.bias": "diff_b", ".alpha": "alpha", ".diff": "diff", ".diff_b": "diff_b", ".diff_m": "diff_m"}
+                 ".lora_B.bias": "diff_b", ".alpha": "alpha",
+                 ".diff": "diff", ".diff_b": "diff_b", ".diff_m": "diff_m"}
 
 
 @dataclass
@@ -74,14 +75,15 @@ def open_lora(text, rows):
     lora = Lora(Path(path), scale, {})
     for module, keys in modules.items():
         add_changes(lora, module, keys, default_alpha, rows)
-    print(f"{path}: {len(file.tensors)} of {len(file.tensors)} keys applied to {len(lora.changes)} tensors, scale {scale:g}",
+    print(f"{path}: {len(file.tensors)} keys applied to {len(lora.changes)} tensors, scale {scale:g}",
           file=sys.stderr)
     return lora
 
 
 def peft_alpha(file):
-    """lora_alpha as diffusers keeps it in the file's metadata; None when the file says nothing: alpha is then the rank."""
-    config = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
+    """lora_alpha as diffusers keeps it in the file's metadata; None where it says nothing: alpha is then the rank."""
+    with reading(file.path):
+        config = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
     for key in ("use_dora", "use_rslora", "alpha_pattern"):
         if config.get(f"transformer.{key}", config.get(key)):
             raise ExportError(f"{file.path}: {key} is not supported")
@@ -109,7 +111,8 @@ def add_changes(lora, module, keys, default_alpha, rows):
     if "down" in keys:
         down, up = keys["down"].rows().flatten(1), keys["up"].rows().flatten(1)
         if up.shape[1] != down.shape[0]:
-            raise ExportError(f"{lora.path}: {keys['up'].key} has rank {up.shape[1]}, {keys['down'].key} {down.shape[0]}")
+            raise ExportError(f"{lora.path}: {keys['up'].key} has rank {up.shape[1]}, {keys['down'].key} has "
+                              f"{down.shape[0]}")
         alpha = keys["alpha"].rows().item() if "alpha" in keys else default_alpha
         factor = lora.scale * (1.0 if alpha is None else alpha / down.shape[0])
         add(f"{module}.weight", (up.shape[0], down.shape[1]),

@@ -1,10 +1,11 @@
 """Names: the keys of every layout that users have on disk, renamed to the ones that sora knows.
 
-Those are the original release's for the transformer and the VAE, and llama.cpp's t5encoder for the text encoder. A
-layout is a list of (pattern, replacement), the inverse of the converter that made it. What sora cannot run is
-recognised here, by the keys that give it away, and refused by name; an fp8 weight is tied to its scale.
-Pitfalls: diffusers swaps norm2 and norm3 of the transformer's blocks, and counts the decoder's blocks by level where the
-original counts them through; fp8 without its scale loads as well as with it, and gives a white picture.
+Those are the original release's for the transformer and the VAE, and llama.cpp's t5encoder for the text encoder. Each
+part has a list of (pattern, replacement), the inverse of the converter that made the other layouts. What sora cannot
+run is recognised here, by the keys that give it away, and refused by name; an fp8 weight is tied to its scale.
+
+Pitfalls: diffusers swaps norm2 and norm3 of the transformer's blocks, and counts the decoder's blocks by level where
+the original counts them through; fp8 without its scale loads as well as with it, and gives a white picture.
 """
 
 import math
@@ -63,10 +64,11 @@ RENAMES = {
     ],
 }
 
-# Keys that carry no weight of the model: a tied copy, ComfyUI's markers, activation scales of fp8 products.
+# Keys that carry no weight of the model: ComfyUI's markers, and scales of activations in fp8 products.
 IGNORED = re.compile(r"(^|\.)(scaled_fp8|spiece_model|comfy_quant|scale_input|input_scale)$")
+TIED, ORIGINAL = "encoder.embed_tokens.weight", "shared.weight"  # two names that transformers has for one tensor
 SCALES = (".scale_weight", ".weight_scale")
-PLAIN = ("F64", "F32", "F16", "BF16")
+FLOATS = ("F64", "F32", "F16", "BF16")
 
 # What sora cannot run yet, by the keys that give it away.
 UNSUPPORTED = [
@@ -77,7 +79,6 @@ UNSUPPORTED = [
     (r"avg_shortcut|samples\.\d+\.(down|up)samples\.|down_blocks\.\d+\.resnets|\.(down|up)sampler\.",
      "Wan 2.2's residual VAE (TI2V-5B)"),
 ]
-
 
 # A key that the part's own config.json always has.
 CONFIG_MARKS = {"transformer": "ffn_dim", "text_encoder": "d_model", "vae": "z_dim"}
@@ -129,54 +130,62 @@ class Part:
 def open_part(name, path, pattern="*"):
     """Opens the files of one part and renames their tensors; refuses what sora cannot run, by name."""
     paths = weight_files(path, pattern)
-    config = paths[0].parent / "config.json"
     stored = {}
     for file in map(open_file, paths):
         for key, tensor in file.tensors.items():
             if key in stored:
                 raise ExportError(f"{file.path}: {key} is also in {stored[key].file.path}")
+            refuse_unsupported(file.path, key)
             stored[key] = tensor
-    for key, tensor in stored.items():
-        for pattern, what in UNSUPPORTED:
-            if re.search(pattern, plain_name(key)):
-                raise ExportError(f"{tensor.file.path}: {what} cannot be run yet ({key})")
-    stated = read_json(config) if config.is_file() else {}
-    if CONFIG_MARKS[name] not in stated:  # an original release folder has one config.json, the transformer's
-        stated = {}
-    return Part(name, path, rename(name, attach_scales(stored)), stated, paths + ([config] if stated else []))
+    config_path = paths[0].parent / "config.json"
+    config = read_json(config_path) if config_path.is_file() else {}
+    if CONFIG_MARKS[name] not in config:  # an original release folder has one config.json, the transformer's
+        config = {}
+    return Part(name, path, rename(name, weights_in(stored)), config, paths + ([config_path] if config else []))
 
 
-def attach_scales(stored):
-    """Ties each fp8 tensor to its scale and drops what is no weight; an fp8 tensor without a scale is an error."""
-    weights = {k: t for k, t in stored.items() if not k.endswith(SCALES) and not IGNORED.search(k)}
+def refuse_unsupported(path, key):
+    for pattern, what in UNSUPPORTED:
+        if re.search(pattern, plain_name(key)):
+            raise ExportError(f"{path}: {what} cannot be run yet ({key})")
+
+
+def weights_in(stored):
+    """The tensors that are weights, each fp8 one tied to its scale: without it, it is an error."""
     scales = {k: t for k, t in stored.items() if k.endswith(SCALES)}
+    weights = {k: t for k, t in stored.items() if k not in scales and not IGNORED.search(k)}
+    if ORIGINAL in weights:
+        weights.pop(TIED, None)
     for key, tensor in weights.items():
-        base = key.removesuffix(".weight")
-        found = [scales.pop(base + s) for s in SCALES if base + s in scales]
-        if not found and tensor.dtype in PLAIN or isinstance(tensor.file, Gguf):
-            continue
-        if not tensor.dtype.startswith("F8"):
-            raise ExportError(f"{tensor.file.path}: {key} is {tensor.dtype}, which is not a known way to store weights")
-        if not found:
-            raise ExportError(f"{tensor.file.path}: {key} is fp8 without its scale ({base}.scale_weight)")
-        if math.prod(found[0].shape) not in (1, tensor.shape[0]):
-            raise ExportError(f"{tensor.file.path}: {found[0].key} has shape {list(found[0].shape)}, "
-                              f"expected one value, or one for each of {tensor.shape[0]} rows")
-        tensor.scale = found[0]
+        module = key.removesuffix(".weight")
+        tensor.scale = next((scales.pop(module + s) for s in SCALES if module + s in scales), None)
+        check_stored(key, tensor, module)
     if scales:
-        raise ExportError(f"{next(iter(scales.values())).file.path}: {next(iter(scales))} scales no tensor")
+        key, tensor = next(iter(scales.items()))
+        raise ExportError(f"{tensor.file.path}: {key} scales no tensor")
     return weights
 
 
-def rename(part, stored):
-    """Tensors by our names. Two keys for one tensor are an error, but for umT5's tied copy of its embedding."""
-    tied = "encoder.embed_tokens.weight"
-    plain = [plain_name(key) for key in stored if not (key == tied and "shared.weight" in stored)]
-    counted = count_upsamples(plain) if part == "vae" else plain
+def check_stored(key, tensor, module):
+    """A tensor must be stored in a way that is known to be readable as numbers."""
+    fp8 = tensor.dtype.startswith("F8")
+    if fp8 and tensor.scale is None:
+        raise ExportError(f"{tensor.file.path}: {key} is fp8 without its scale ({module}.scale_weight)")
+    if not fp8 and (tensor.scale or tensor.dtype not in FLOATS and not isinstance(tensor.file, Gguf)):
+        raise ExportError(f"{tensor.file.path}: {key} is {tensor.dtype}{' with a scale' if tensor.scale else ''}, "
+                          "which is no known way to store weights")
+    if fp8 and math.prod(tensor.scale.shape) not in (1, tensor.shape[0]):
+        raise ExportError(f"{tensor.file.path}: {tensor.scale.key} has shape {list(tensor.scale.shape)}, expected one "
+                          f"value, or one for each of {tensor.shape[0]} rows")
+
+
+def rename(part, weights):
+    """Tensors by our names; two keys for one tensor are an error."""
+    plain = [plain_name(key) for key in weights]
     tensors = {}
-    for key, name in zip((k for k in stored if not (k == tied and "shared.weight" in stored)), counted):
-        name, tensor = our_name(part, name), stored[key]
+    for name, tensor in zip(count_upsamples(plain) if part == "vae" else plain, weights.values()):
+        name = our_name(part, name)
         if name in tensors:
-            raise ExportError(f"{tensor.file.path}: {key} and {tensors[name].key} are both {name}")
+            raise ExportError(f"{tensor.file.path}: {tensor.key} and {tensors[name].key} are both {name}")
         tensors[name] = tensor
     return tensors

@@ -9,6 +9,7 @@ import re
 
 from export.files import ExportError
 
+
 def shape_in(part, name, dims):
     """The shape of a tensor from which sizes are inferred."""
     if name not in part.tensors:
@@ -21,16 +22,16 @@ def shape_in(part, name, dims):
 
 def blocks_in(part):
     """How many blocks the names count."""
-    return 1 + max((int(m[1]) for m in map(re.compile(r"(?:blocks|enc\.blk)\.(\d+)\.").match, part.tensors) if m), default=-1)
+    found = map(re.compile(r"(?:blocks|enc\.blk)\.(\d+)\.").match, part.tensors)
+    return 1 + max((int(m[1]) for m in found if m), default=-1)
 
 
 def check_stated(part, sizes, stated):
-    """Sizes that config.json states must be those of the tensors. stated: (size, its names in a config)."""
-    for size, keys in stated:
-        for key in keys:
-            value = part.config.get(key)
-            if value is not None and value != sizes[size]:
-                raise ExportError(f"{part.path}: config.json: {key} is {value}, but the tensors say {sizes[size]}")
+    """Sizes that config.json states must be those of the tensors. stated: {key of a config: size}."""
+    for key, size in stated.items():
+        value = part.config.get(key)
+        if value is not None and value != sizes[size]:
+            raise ExportError(f"{part.path}: config.json: {key} is {value}, but the tensors say {sizes[size]}")
 
 
 def check_required(part, required):
@@ -48,22 +49,29 @@ def transformer_sizes(part):
         shape = (dim, patch.shape[0] // dim, *patch.shape[1:])
     else:
         shape = shape_in(part, "patch_embedding.weight", 5)
-    sizes = dict(zip(("dim", "in_dim", "patch_t", "patch_h", "patch_w"), shape))
-    sizes["patch_size"] = list(shape[2:])
-    sizes["text_dim"] = shape_in(part, "text_embedding.0.weight", 2)[1]
-    sizes["freq_dim"] = shape_in(part, "time_embedding.0.weight", 2)[1]
-    sizes["ffn_dim"] = shape_in(part, "blocks.0.ffn.0.weight", 2)[0]
-    sizes["out_dim"] = shape_in(part, "head.head.weight", 2)[0] // math.prod(shape[2:])
-    sizes["num_layers"] = blocks_in(part)
-    heads = part.config.get("num_heads", part.config.get("num_attention_heads", sizes["dim"] // 128))
-    if heads < 1 or sizes["dim"] % (2 * heads):
-        raise ExportError(f"{part.path}: a width of {sizes['dim']} is not {heads} heads of even width "
+    heads = part.config.get("num_heads", part.config.get("num_attention_heads", shape[0] // 128))
+    if heads < 1 or shape[0] % (2 * heads):
+        raise ExportError(f"{part.path}: a width of {shape[0]} is not {heads} heads of even width "
                           "(without a config.json that states num_heads, heads are 128 wide)")
-    sizes["num_heads"], sizes["head_dim"] = heads, sizes["dim"] // heads
-    sizes["eps"], sizes["text_len"] = part.config.get("eps", 1e-6), part.config.get("text_len", 512)
+    sizes = {
+        "dim": shape[0],
+        "in_dim": shape[1],
+        "out_dim": shape_in(part, "head.head.weight", 2)[0] // math.prod(shape[2:]),
+        "patch_size": list(shape[2:]),
+        "patch": math.prod(shape[2:]),
+        "text_dim": shape_in(part, "text_embedding.0.weight", 2)[1],
+        "text_len": part.config.get("text_len", 512),
+        "freq_dim": shape_in(part, "time_embedding.0.weight", 2)[1],
+        "ffn_dim": shape_in(part, "blocks.0.ffn.0.weight", 2)[0],
+        "num_layers": blocks_in(part),
+        "num_heads": heads,
+        "head_dim": shape[0] // heads,
+        "eps": part.config.get("eps", 1e-6),
+    }
+    sizes.update(zip(("patch_t", "patch_h", "patch_w"), shape[2:]))
     if sizes["in_dim"] != sizes["out_dim"]:
-        raise ExportError(f"{part.path}: {sizes['in_dim']} latent channels in, {sizes['out_dim']} out: a model conditioned "
-                          "on images or other latents cannot be run yet")
+        raise ExportError(f"{part.path}: {sizes['in_dim']} latent channels in, {sizes['out_dim']} out: a model "
+                          "conditioned on images or other latents cannot be run yet")
     check_required(part, [
         ("model_type", ("t2v",), "that kind of model"),
         ("qk_norm", (True, "rms_norm_across_heads"), "another norm of queries and keys"),
@@ -73,32 +81,40 @@ def transformer_sizes(part):
         ("pos_embed_seq_len", (None,), "a learned position embedding"),
         ("window_size", ([-1, -1],), "local attention"),
     ])
-    check_stated(part, sizes, [
-        ("dim", ("dim",)), ("in_dim", ("in_dim", "in_channels")), ("out_dim", ("out_dim", "out_channels")),
-        ("ffn_dim", ("ffn_dim",)), ("freq_dim", ("freq_dim",)), ("text_dim", ("text_dim",)),
-        ("num_layers", ("num_layers",)), ("head_dim", ("attention_head_dim",)), ("patch_size", ("patch_size",)),
-    ])
+    check_stated(part, sizes, {
+        "dim": "dim", "in_dim": "in_dim", "in_channels": "in_dim", "out_dim": "out_dim", "out_channels": "out_dim",
+        "ffn_dim": "ffn_dim", "freq_dim": "freq_dim", "text_dim": "text_dim", "num_layers": "num_layers",
+        "attention_head_dim": "head_dim", "patch_size": "patch_size",
+    })
     return sizes
 
 
 def text_encoder_sizes(part):
     """wan/modules/t5.py's arguments. The position table tells the heads; bucket distance and eps are umT5's."""
-    sizes = dict(zip(("vocab_size", "dim"), shape_in(part, "token_embd.weight", 2)))
-    sizes["inner"] = shape_in(part, "enc.blk.0.attn_q.weight", 2)[0]
-    sizes["ffn_dim"] = shape_in(part, "enc.blk.0.ffn_up.weight", 2)[0]
-    sizes["num_buckets"], sizes["num_heads"] = shape_in(part, "enc.blk.0.attn_rel_b.weight", 2)
-    sizes["num_layers"], sizes["max_distance"] = blocks_in(part), part.config.get("relative_attention_max_distance", 128)
-    sizes["head_dim"], sizes["eps"] = sizes["inner"] // sizes["num_heads"], part.config.get("layer_norm_epsilon", 1e-6)
+    vocab_size, dim = shape_in(part, "token_embd.weight", 2)
+    num_buckets, num_heads = shape_in(part, "enc.blk.0.attn_rel_b.weight", 2)
+    inner = shape_in(part, "enc.blk.0.attn_q.weight", 2)[0]
+    sizes = {
+        "vocab_size": vocab_size,
+        "dim": dim,
+        "inner": inner,
+        "ffn_dim": shape_in(part, "enc.blk.0.ffn_up.weight", 2)[0],
+        "num_layers": blocks_in(part),
+        "num_heads": num_heads,
+        "head_dim": inner // num_heads,
+        "num_buckets": num_buckets,
+        "max_distance": part.config.get("relative_attention_max_distance", 128),
+        "eps": part.config.get("layer_norm_epsilon", 1e-6),
+    }
     check_required(part, [
         ("model_type", ("umt5",), "another text encoder"),
         ("feed_forward_proj", ("gated-gelu",), "another feed-forward"),
         ("dense_act_fn", ("gelu_new",), "another activation"),
     ])
-    check_stated(part, sizes, [
-        ("vocab_size", ("vocab_size",)), ("dim", ("d_model",)), ("ffn_dim", ("d_ff",)), ("head_dim", ("d_kv",)),
-        ("num_heads", ("num_heads",)), ("num_layers", ("num_layers",)),
-        ("num_buckets", ("relative_attention_num_buckets",)),
-    ])
+    check_stated(part, sizes, {
+        "vocab_size": "vocab_size", "d_model": "dim", "d_ff": "ffn_dim", "d_kv": "head_dim", "num_heads": "num_heads",
+        "num_layers": "num_layers", "relative_attention_num_buckets": "num_buckets",
+    })
     return sizes
 
 
@@ -120,7 +136,8 @@ def vae_sizes(part):
         "in_channels": shape_in(part, "encoder.conv1.weight", 5)[1],
         "out_channels": shape_in(part, "decoder.head.2.weight", 5)[0],
         "num_res_blocks": blocks,
-        "temperal_downsample": [f"decoder.upsamples.{i}.time_conv.weight" in part.tensors for i in reversed(resamplers)],
+        "temperal_downsample": [f"decoder.upsamples.{i}.time_conv.weight" in part.tensors
+                                for i in reversed(resamplers)],
     }
     widths = [shape_in(part, f"encoder.downsamples.{level * (blocks + 1)}.residual.2.weight", 5)[0]
               for level in range(len(resamplers) + 1)]
@@ -133,9 +150,7 @@ def vae_sizes(part):
         ("is_residual", (False,), "Wan 2.2's residual VAE"),
         ("attn_scales", ([],), "attention inside the VAE's levels"),
     ])
-    check_stated(part, sizes, [(key, (key,)) for key in (
-        "z_dim", "base_dim", "decoder_base_dim", "dim_mult", "num_res_blocks", "temperal_downsample", "in_channels",
-        "out_channels", "patch_size")])
+    check_stated(part, sizes, {key: key for key in sizes if not key.startswith("latents_")})
     return sizes
 
 
@@ -144,6 +159,6 @@ def add_statistics(part, sizes):
     for key, released in (("latents_mean", LATENTS_MEAN), ("latents_std", LATENTS_STD)):
         values = part.config.get(key, released)
         if len(values) != sizes["z_dim"]:
-            raise ExportError(f"{part.path}: {key} is not known for {sizes['z_dim']} latent channels: a config.json that "
-                              "states it must lie beside the VAE")
+            raise ExportError(f"{part.path}: {key} is not known for {sizes['z_dim']} latent channels: a config.json "
+                              "that states it must lie beside the VAE")
         sizes[key] = [float(v) for v in values]

@@ -1,5 +1,4 @@
-"""Sources: which file holds which part in every layout, and what sora does with the model when no option says otherwise.
-"""
+"""Sources: which file holds which part in every layout, and what sora does when no option says otherwise."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -8,6 +7,9 @@ from pathlib import Path
 from export.files import ExportError, read_json
 
 # ---------------------------------------------------------------- parts
+
+PARTS = ("transformer", "text_encoder", "vae", "tokenizer")
+
 
 @dataclass
 class Sources:
@@ -36,14 +38,14 @@ def find_sources(args):
             sources = original_sources(root)
         if (root / "sora.json").is_file():
             sources.settings = root / "sora.json"
-    for part in ("transformer", "text_encoder", "vae", "tokenizer"):
+    for part in PARTS:
         if getattr(args, part):
             setattr(sources, part, Path(getattr(args, part)))
-            if part == "transformer":
-                sources.transformer_pattern = "*"
-    if sources.tokenizer is None:  # ComfyUI's and llama.cpp's text encoders carry it
-        sources.tokenizer = sources.text_encoder
-    for part in ("transformer", "text_encoder", "vae"):
+    if args.transformer:
+        sources.transformer_pattern = "*"
+    if not sources.tokenizer and sources.text_encoder and sources.text_encoder.suffix in (".gguf", ".safetensors"):
+        sources.tokenizer = sources.text_encoder  # ComfyUI's and llama.cpp's text encoders carry it
+    for part in PARTS:
         if getattr(sources, part) is None:
             raise ExportError(f"no {part.replace('_', ' ')}: name it with --{part.replace('_', '-')}")
     return sources
@@ -62,31 +64,29 @@ def diffusers_sources(root):
 
 
 def original_sources(root):
-    for name, what in (("high_noise_model", "Wan 2.2 A14B (two experts)"), ("low_noise_model", "Wan 2.2 A14B (two experts)"),
-                       ("Wan2.2_VAE.pth", "Wan 2.2 TI2V-5B (residual VAE)")):
-        if (root / name).exists():
-            raise ExportError(f"{root}: {what} cannot be run yet ({name})")
-    clip = sorted(root.glob("models_clip_*"))
-    if clip:
-        raise ExportError(f"{root}: an image-to-video model cannot be run yet ({clip[0].name})")
+    def first(pattern):
+        return next(iter(sorted(root.glob(pattern))), None)
 
-    def only(pattern):
-        found = sorted(root.glob(pattern))
-        return found[0] if found else None
-
-    return Sources(root, only("models_t5_*"), only("*VAE*.*"), only("google/*"), transformer_pattern="diffusion_pytorch_model*")
+    for pattern, what in (("*_noise_model", "Wan 2.2 A14B (two experts)"), ("Wan2.2_VAE.*", "Wan 2.2 TI2V-5B"),
+                          ("models_clip_*", "an image-to-video model (CLIP image encoder)")):
+        if found := first(pattern):
+            raise ExportError(f"{root}: {what} cannot be run yet ({found.name})")
+    return Sources(root, first("models_t5_*"), first("Wan*_VAE.*"), first("google/umt5-xxl"),
+                   transformer_pattern="diffusion_pytorch_model*")
 
 
 # ---------------------------------------------------------------- defaults of a run
 
-# Sizes, steps and guidance are those of diffusers' WanPipeline and the released folders' flow_shift; the original
-# repository's generate.py takes shift 5 and the sizes of its README, which options of sora reach.
+# Those of diffusers' WanPipeline, with the shift that its documentation gives for 480 lines: sora's samplers are
+# diffusers', and both layouts of a model must give one file. The original repository's generate.py takes shift 5; its
+# README recommends 8 to 12 for the 1.3B model, with guidance 6.
 DEFAULTS = {"width": 832, "height": 480, "frames": 81, "fps": "16", "steps": 50, "guidance": 5.0, "shift": 3.0,
             "sampler": "unipc", "negative_prompt": "", "name": "Wan"}
 
 # wan/configs/shared_config.py: sample_neg_prompt, part of the released models' configuration.
-NEGATIVE_PROMPT = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，"
-                   "画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
+NEGATIVE_PROMPT = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
+                   "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
+                   "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
 RELEASED = {  # (dim, num_layers): what the original configuration says of it
     (1536, 30): {"name": "Wan2.1-T2V-1.3B", "negative_prompt": NEGATIVE_PROMPT},
     (5120, 40): {"name": "Wan2.1-T2V-14B", "negative_prompt": NEGATIVE_PROMPT},
@@ -105,6 +105,9 @@ SCHEDULERS = {
 ALL_SCHEDULERS = {"num_train_timesteps": 1000, "use_dynamic_shifting": False, "shift_terminal": None,
                   "thresholding": False, "final_sigmas_type": "zero", "use_karras_sigmas": False,
                   "use_exponential_sigmas": False, "use_beta_sigmas": False}
+
+
+SAMPLERS = [sampler for sampler, _, _ in SCHEDULERS.values()]
 
 
 def scheduler_defaults(path):
@@ -126,15 +129,22 @@ def run_defaults(args, sources, sizes):
     if sources.scheduler:
         values.update(scheduler_defaults(sources.scheduler))
     if sources.settings:
-        stated = read_json(sources.settings)
-        unknown = [key for key in stated if key not in DEFAULTS]
-        if unknown:
-            raise ExportError(f"{sources.settings}: {unknown[0]} is none of {', '.join(DEFAULTS)}")
-        values.update(stated)
+        values.update(read_json(sources.settings))
     values.update({key: getattr(args, key) for key in DEFAULTS if getattr(args, key) is not None})
-    if values["sampler"] not in ("unipc", "euler", "dpm++"):
-        raise ExportError(f"sampler is {values['sampler']!r}, expected unipc, euler or dpm++")
+    for key, value in values.items():
+        check_default(key, value)
     return values
+
+
+def check_default(key, value):
+    """A value of sora.json or of an option must be of the kind that its default is."""
+    if key not in DEFAULTS:
+        raise ExportError(f"sora.json: {key!r} is none of {', '.join(DEFAULTS)}")
+    kinds = {int: (int,), float: (int, float), str: (str, int) if key == "fps" else (str,)}[type(DEFAULTS[key])]
+    if type(value) not in kinds or (type(value) is int and not 0 < value < 1 << 31):
+        raise ExportError(f"{key} is {value!r}, expected {'a positive number' if kinds[0] is not str else 'a text'}")
+    if key == "sampler" and value not in SAMPLERS:
+        raise ExportError(f"sampler is {value!r}, expected one of {', '.join(SAMPLERS)}")
 
 
 def default_keys(values):

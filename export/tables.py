@@ -1,17 +1,15 @@
 """Tables: what each of the three models consists of, tensor by tensor, and how each tensor is stored.
 
-A row is (name, shape, type rule). Shapes are written in the sizes of the model as upstream's configurations name them;
-# stands for a block's number. Rows come in order of use, which is the order of the file.
+A row is (name, shape, type rule). Shapes are written in the sizes of the model, as upstream's configurations name
+them; # stands for a block's number. Rows come in order of use, which is the order of the file.
 """
 
 import math
 
-# Type rules. EXACT stays f32: vectors, modulation, position biases. So does CONV, the VAE's convolutions, whose every
-# rounding shows in the picture and which are small beside the rest. WIDE is the way in and out of the transformer: never
-# below 16 bits. MATRIX is what --type says.
+# Type rules. EXACT stays f32: vectors, modulation, position biases. So does CONV, the VAE's convolutions, which are
+# small beside the rest. WIDE is the way in and out of the transformer: never below 16 bits. MATRIX is as --type says.
 EXACT, CONV, WIDE, MATRIX = "exact", "conv", "wide", "matrix"
 
-# (name, torch shape in sizes of the model, rule); # is a block's number. Each "linear" is a weight and a bias.
 TRANSFORMER = [
     ("patch_embedding.weight", "dim in_dim patch_t patch_h patch_w", WIDE),
     ("patch_embedding.bias", "dim", EXACT),
@@ -26,7 +24,7 @@ TRANSFORMER = [
     ("time_projection.1.weight", "6*dim dim", WIDE),
     ("time_projection.1.bias", "6*dim", EXACT),
     ("blocks.#.modulation", "6 dim", EXACT),
-    *((f"blocks.#.{attention}.{row}", shape, rule) for attention in ("self_attn", "cross_attn") for row, shape, rule in (
+    *((f"blocks.#.{attn}.{row}", shape, rule) for attn in ("self_attn", "cross_attn") for row, shape, rule in (
         ("q.weight", "dim dim", MATRIX),
         ("q.bias", "dim", EXACT),
         ("k.weight", "dim dim", MATRIX),
@@ -45,8 +43,8 @@ TRANSFORMER = [
     ("blocks.#.ffn.2.weight", "dim ffn_dim", MATRIX),
     ("blocks.#.ffn.2.bias", "dim", EXACT),
     ("head.modulation", "2 dim", EXACT),
-    ("head.head.weight", "patch_t*patch_h*patch_w*out_dim dim", WIDE),
-    ("head.head.bias", "patch_t*patch_h*patch_w*out_dim", EXACT),
+    ("head.head.weight", "patch*out_dim dim", WIDE),
+    ("head.head.bias", "patch*out_dim", EXACT),
 ]
 
 TEXT_ENCODER = [
@@ -83,8 +81,8 @@ ATTENTION = [
 ]
 RESAMPLE = [("resample.1.weight", "o i 3 3"), ("resample.1.bias", "o")]
 TIME_CONV = [("time_conv.weight", "t i 3 1 1"), ("time_conv.bias", "t")]
-CONV_3 = [("weight", "o i 3 3 3"), ("bias", "o")]
 HEAD = [("0.gamma", "i"), ("2.weight", "o i 3 3 3"), ("2.bias", "o")]
+CONV_3 = [("weight", "o i 3 3 3"), ("bias", "o")]
 CONV_1 = [("weight", "o i 1 1 1"), ("bias", "o")]
 
 
@@ -106,7 +104,7 @@ def block_rows(table, sizes):
 
 
 def vae_rows(sizes):
-    """(name, shape, rule) of every tensor of the VAE, walking its levels as Encoder3d and Decoder3d of wan/modules/vae.py."""
+    """(name, shape, rule) of every tensor of the VAE: its levels as Encoder3d and Decoder3d of wan/modules/vae.py."""
     z, blocks, temporal = sizes["z_dim"], sizes["num_res_blocks"], sizes["temperal_downsample"]
     encoder_dims = [sizes["base_dim"] * m for m in sizes["dim_mult"]]
     decoder_dims = [sizes["decoder_base_dim"] * m for m in sizes["dim_mult"]]

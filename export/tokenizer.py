@@ -1,9 +1,9 @@
 """Tokenizer: pieces, scores and types, and whose rules hold.
 
 Upstream loads umT5's tokenizer.json with the tokenizers library; a folder with spiece.model alone is read by the
-sentencepiece library. Though from one release, the two do not tokenize alike (normaliser, byte fallback, tokens that are
-cut out of the text first), so the file says whose rules hold. A feature that sora's tokenizer.c does not have is refused by
-name, never dropped. Keys are llama.cpp's tokenizer.ggml.*, and sora.tokenizer.* where those have no word.
+sentencepiece library. Though from one release, the two do not tokenize alike (normaliser, byte fallback, tokens that
+are cut out of the text first), so the file says whose rules hold. A feature that tokenizer.c does not have is refused
+by name, never dropped. Keys are llama.cpp's tokenizer.ggml.*, and sora.tokenizer.* where those have no word.
 """
 
 import json
@@ -37,7 +37,9 @@ def tokenizer_keys(path):
             return from_gguf(open_file(path))
         if path.suffix == ".safetensors":
             return from_embedded(open_file(path))
-        return from_sentencepiece(path, path.read_bytes())
+        if path.suffix == ".model":
+            return from_sentencepiece(path, path.read_bytes())
+    raise ExportError(f"{path}: unknown kind of tokenizer, expected .json, .model, .gguf or .safetensors")
 
 
 def from_embedded(file):
@@ -111,7 +113,7 @@ def from_gguf(file):
 
 
 def from_tokenizer_json(path, config):
-    """Keys of a tokenizer.json, which is used as the tokenizers library uses it. What sora does not model is refused."""
+    """Keys of a tokenizer.json, which is used as the tokenizers library uses it."""
     def refuse(what, found):
         raise ExportError(f"{path}: {what} {json.dumps(found, ensure_ascii=False)[:80]} is not supported")
 
@@ -148,7 +150,7 @@ def from_tokenizer_json(path, config):
 
 
 def add_tokens(pieces, scores, types, tokens, refuse):
-    """Ids of the added tokens. Those beyond the vocabulary are appended to it, as pieces that are never searched for."""
+    """Ids of the added tokens. Those beyond the vocabulary are appended to it, as pieces that no search finds."""
     for token in sorted(tokens, key=lambda t: t["id"]):
         if any(token.get(flag) for flag in ("single_word", "lstrip", "rstrip", "normalized")):
             refuse("added token", token)
@@ -165,7 +167,9 @@ def add_tokens(pieces, scores, types, tokens, refuse):
 
 def squeezes(normalizer, refuse):
     """Whether runs of spaces become one; any other normaliser is refused."""
-    steps = normalizer["normalizers"] if (normalizer or {}).get("type") == "Sequence" else [normalizer] if normalizer else []
+    steps = [normalizer] if normalizer else []
+    if steps and normalizer.get("type") == "Sequence":
+        steps = normalizer["normalizers"]
     for step in steps:
         if step != {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}:
             refuse("normalizer", step)
@@ -175,7 +179,8 @@ def squeezes(normalizer, refuse):
 def closing_token(processor, refuse):
     """The id that a post-processor of the form "text, then one token" appends."""
     single = processor.get("single") or []
-    if processor.get("type") != "TemplateProcessing" or [list(step) for step in single] != [["Sequence"], ["SpecialToken"]]:
+    kinds = [kind for step in single for kind in step]
+    if processor.get("type") != "TemplateProcessing" or kinds != ["Sequence", "SpecialToken"]:
         refuse("post_processor", processor)
     ids = processor["special_tokens"][single[1]["SpecialToken"]["id"]]["ids"]
     if len(ids) != 1:

@@ -1,5 +1,7 @@
 """Writer: every tensor's place and type is planned from the tables before any is read; then one pass reads, merges,
 converts and writes, some rows at a time. The file gets its name only when it is complete.
+
+Convolutions are folded to matrices, since ggml knows four dimensions: the VAE's with the input channel innermost.
 """
 
 import hashlib
@@ -61,13 +63,18 @@ class Planned:
             return gguf.quants.quantize(values.numpy(), Type.Q8_0)
         half = values.half()
         if not torch.isfinite(half).all():
-            raise ExportError(f"{self.source.file.path}: {self.source.key} holds {values.abs().max():g}, which f16 cannot: "
-                              "take --type bf16")
+            raise ExportError(f"{self.source.file.path}: {self.source.key} holds {values.abs().max():g}, which f16 "
+                              "cannot: take --type bf16")
         return half.numpy()
 
 
 def squeezed(shape):
     return tuple(n for n in shape if n != 1)
+
+
+def four_dimensions(shape):
+    """How ggml, which knows no more than four, holds five: the two outer ones folded."""
+    return (shape[0] * shape[1], *shape[2:]) if len(shape) == 5 else shape
 
 
 def folded_shape(shape):
@@ -95,9 +102,9 @@ def plan(part, rows, wanted, loras=()):
         source = left.pop(name, None)
         if source is None:
             raise ExportError(f"{part.path}: the {part.title}'s {name} is missing")
-        outer_folded = (math.prod(shape[:2]), *shape[2:])  # how four dimensions hold five
-        if squeezed(source.shape) not in (squeezed(shape), squeezed(outer_folded)):
-            raise ExportError(f"{source.file.path}: {source.key} has shape {list(source.shape)}, expected {list(shape)}")
+        if squeezed(source.shape) != squeezed(shape) and source.shape != four_dimensions(shape):
+            raise ExportError(f"{source.file.path}: {source.key} has shape {list(source.shape)}, "
+                              f"expected {list(shape)}")
         folded = folded_shape(shape)
         planned.append(Planned(PREFIX[part.name] + name, folded, shape, rule == CONV,
                                stored_type(rule, source, folded[-1], wanted), source,

@@ -5,8 +5,8 @@
     python tests/make_checkpoint.py wan2.1-t2v-1.3b FOLDER --dtype bf16
 
 Shapes are those of diffusers' and transformers' own classes, built without memory (on the meta device). Weights are
-drawn tensor by tensor, scaled so that activations neither vanish nor explode, and written at once: memory stays at the
-size of the largest tensor. The tokenizer is a small sentencepiece model trained here, unless --tokenizer names one.
+drawn tensor by tensor, scaled so that activations neither vanish nor explode, and written at once: memory stays at
+the size of the largest tensor. The tokenizer is a small sentencepiece model trained here, unless --tokenizer names one.
 """
 
 import argparse
@@ -40,7 +40,8 @@ PRESETS = {
         "vae": {"base_dim": 8},
     },
     "wan2.1-t2v-1.3b": {
-        "text_encoder": {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "num_heads": 64, "d_ff": 10240, "num_layers": 24},
+        "text_encoder": {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "num_heads": 64, "d_ff": 10240,
+                         "num_layers": 24},
         "transformer": {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
         "vae": {},
     },
@@ -60,8 +61,9 @@ ORIGINAL_T5 = [
     (r"layer\.1\.DenseReluDense\.wo\.", "ffn.fc2."),
 ]
 
-CORPUS = ("a red fox jumps over the lazy dog", "a cat walks on the grass, realistic style", "waves roll onto the beach at dusk",
-          "two boxers fight on a spotlighted stage", "blurry, static, low quality", "the camera pans slowly to the left")
+CORPUS = ("a red fox jumps over the lazy dog", "a cat walks on the grass, realistic style",
+          "waves roll onto the beach at dusk", "two boxers fight on a spotlighted stage",
+          "blurry, static, low quality", "the camera pans slowly to the left")
 
 
 # ---------------------------------------------------------------- models: names and shapes, without memory
@@ -86,7 +88,7 @@ def shapes(model):
 
 
 def draw(name, shape, config, generator):
-    """One tensor: scales around 1, biases small, matrices and convolutions such that the variance of what passes stays."""
+    """One tensor: scales around 1, biases small, matrices such that the variance of what passes stays."""
     values = torch.randn(shape, generator=generator)
     if re.search(r"(norm\w*\.weight|norm\.weight|gamma)$", name):
         return 1 + 0.1 * values
@@ -104,7 +106,7 @@ def draw(name, shape, config, generator):
 # ---------------------------------------------------------------- files, written tensor by tensor
 
 def write_safetensors(path, tensors, dtype, values):
-    """A .safetensors file: length of the header, header as JSON, bytes. values(name) gives each tensor when its turn comes."""
+    """A .safetensors file: length of the header, header as JSON, bytes. values(name) gives each tensor in its turn."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in tensors.items():
         size = math.prod(shape) * dtype.itemsize
@@ -167,8 +169,8 @@ def train_tokenizer():
     """The bytes of a small spiece.model, laid out as umT5's: <pad>, </s>, <unk>, bytes, pieces."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS * 20), model_writer=model, vocab_size=380, model_type="unigram", byte_fallback=True,
-        pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, num_threads=1, minloglevel=2)
+        sentence_iterator=iter(CORPUS * 20), model_writer=model, vocab_size=380, model_type="unigram",
+        byte_fallback=True, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, num_threads=1, minloglevel=2)
     return model.getvalue()
 
 
@@ -190,14 +192,15 @@ def write_tokenizer(folder, source):
 
 def make(folder, seed=0, layout="diffusers", dtype="f32", text_encoder=None, transformer=None, vae=None, shard="2GB",
          tokenizer=None):
-    """Makes FOLDER. text_encoder, transformer, vae: arguments of the models' classes, beyond those of the preset small.
+    """Makes FOLDER. text_encoder, transformer, vae: arguments of the models' classes, over those of the preset small.
     shard: largest file of a sharded part, e.g. "500KB"."""
     folder, small = Path(folder), PRESETS["small"]
     folder.mkdir(parents=True)
     pieces = write_tokenizer(folder / ("tokenizer" if layout == "diffusers" else "google/umt5-xxl"),
                              Path(tokenizer) if tokenizer else None)
-    models = meta_models({**small["text_encoder"], **(text_encoder or {})}, {**small["transformer"], **(transformer or {})},
-                         {**small["vae"], **(vae or {})}, seed, (pieces or 256300) + 20)
+    text_encoder = {**small["text_encoder"], **(text_encoder or {})}
+    models = meta_models(text_encoder, {**small["transformer"], **(transformer or {})}, {**small["vae"], **(vae or {})},
+                         seed, (pieces or 256300) + 20)
     write = write_diffusers if layout == "diffusers" else write_original
     write(folder, models, DTYPES[dtype], parse_size(shard), seed)
 
@@ -208,7 +211,7 @@ def parse_size(text):
 
 
 def drawer(model, seed, part):
-    """name -> tensor. Each has its own seed, so that a tensor does not depend on the file or the order it is written in."""
+    """name -> tensor. Each has its own seed: a tensor does not depend on the file or order that it is written in."""
     config, tensors = dict(model.config.to_dict() if part == 0 else model.config), shapes(model)
     order = {name: i for i, name in enumerate(tensors)}
 
@@ -278,7 +281,8 @@ def main():
     parser.add_argument("--shard", default="5GB", help="largest file of a sharded part")
     parser.add_argument("--tokenizer", type=Path, help="spiece.model or tokenizer.json to use")
     args = parser.parse_args()
-    make(args.folder, args.seed, args.layout, args.dtype, **PRESETS[args.preset], shard=args.shard, tokenizer=args.tokenizer)
+    make(args.folder, args.seed, args.layout, args.dtype, **PRESETS[args.preset], shard=args.shard,
+         tokenizer=args.tokenizer)
 
 
 if __name__ == "__main__":
