@@ -15,6 +15,7 @@ static const struct {
     {"0x2", {2, {0, 2}}},
     {"2x1x3", {3, {2, 1, 3}}},
     {"1x2x3x2x1", {5, {1, 2, 3, 2, 1}}},
+    {"long", {5, {0, 1234567890, 1234567890, 1234567890, 1234}}}, /* a header alone */
 };
 enum { SHAPES = sizeof shapes / sizeof *shapes };
 
@@ -33,7 +34,7 @@ static bool counts_up(const Npy *array) {
 }
 
 static void test_reading(const char *type) {
-    for (int s = 0; s < SHAPES; s++) {
+    for (int s = 0; s < SHAPES - 1; s++) {
         char *path = golden(type, shapes[s].name), text[64];
         Npy array;
         const char *why = npy_read(path, &array);
