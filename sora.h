@@ -22,8 +22,8 @@
 
 /* ---------------------------------------------------------------- prompt.c: what was typed -> clean text */
 
-/* diffusers' prompt_clean without ftfy's guesses: HTML entities, curly quotes, Unicode white space. The result is
- * valid UTF-8 (U+FFFD stands for what was not); free() its data. */
+/* diffusers' prompt_clean without ftfy's guesses: HTML entities, curly quotes, Unicode white space. The
+ * result is valid UTF-8 (U+FFFD stands for what was not); free() its data. */
 Bytes prompt_clean(Bytes prompt);
 
 /* Bytes that grow; free() the data. */
