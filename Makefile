@@ -38,8 +38,23 @@ $(BUILD)/run-tests: $(TESTS) $(OBJECTS)
 test: sora $(BUILD)/run-tests
 	$(BUILD)/run-tests
 
+# The tests, and mutated inputs for everything that reads a file, under ASan and UBSan.
+SANITIZE     = $(MAKE) BUILD=build/sanitize CFLAGS='-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all'
+FUZZ_SECONDS ?= 20
+
+$(BUILD)/fuzz: $(BUILD)/tests/fuzz.o $(OBJECTS)
+	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ -lm
+
+sanitize:
+	$(SANITIZE) build/sanitize/run-tests
+	ASAN_OPTIONS=allocator_may_return_null=1 build/sanitize/run-tests
+
+fuzz:
+	$(SANITIZE) build/sanitize/fuzz
+	build/sanitize/fuzz $(FUZZ_SECONDS)
+
 clean:
 	rm -rf build sora
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
-.PHONY: test clean
+.PHONY: test sanitize fuzz clean

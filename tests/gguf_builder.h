@@ -6,7 +6,7 @@
 #include <string.h>
 
 typedef struct {
-    uint8_t data[8192];
+    uint8_t data[16384];
     size_t size;
 } Builder;
 

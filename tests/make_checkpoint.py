@@ -165,12 +165,12 @@ def write_json(path, value):
 
 # ---------------------------------------------------------------- tokenizer
 
-def train_tokenizer():
-    """The bytes of a small spiece.model, laid out as umT5's: <pad>, </s>, <unk>, bytes, pieces."""
+def train_tokenizer(normalization="identity"):
+    """The bytes of a small spiece.model, laid out as umT5's: <pad>, </s>, <unk>, bytes, pieces; no normaliser map."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS * 20), model_writer=model, vocab_size=380, model_type="unigram",
-        byte_fallback=True, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, num_threads=1, minloglevel=2)
+        normalization_rule_name=normalization, byte_fallback=True, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, num_threads=1, minloglevel=2)
     return model.getvalue()
 
 

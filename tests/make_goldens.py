@@ -111,6 +111,10 @@ def make_npy(folder: Path) -> None:
             name = "x".join(map(str, shape)) or "scalar"
             values = np.arange(np.prod(shape, dtype=int), dtype=kind)
             np.save(folder / f"{kind}_{name}.npy", values.reshape(shape))
+    for kind in ("f4", "i4"):  # the room that numpy leaves for growth decides how long this header is
+        fields = {"descr": "<" + kind, "fortran_order": False, "shape": (0, 1234567890, 1234567890, 1234567890, 1234)}
+        with open(folder / f"{kind}_long.npy", "wb") as file:
+            np.lib.format.write_array_header_1_0(file, fields)
     with open(folder / "v2.npy", "wb") as file:
         np.lib.format.write_array(file, np.arange(6, dtype=np.float32).reshape(2, 3), version=(2, 0))
     np.save(folder / "bad_fortran.npy", np.asfortranarray(np.zeros((2, 3), np.float32)))

@@ -1,0 +1,417 @@
+/* fuzz.c - mutated files and texts against everything that reads them, under the sanitizers.
+ *
+ *   fuzz SECONDS          fuzzes each target for so long
+ *   fuzz TARGET FILE      runs one input, such as one that an earlier run has saved
+ *
+ * A parser has three ways to fail: a sanitizer stops it, it takes longer than any input of that size
+ * deserves, or it ends the program by die(), which is for callers only. In each case the input is saved as
+ * fuzz-TARGET.input. (Loading a model's parts may die(): that is how a wrong shape is reported. It therefore
+ * runs in a process of its own, where only a crash counts.)
+ *
+ * Inputs begin as good files. What a target accepts joins them, so that mutations accumulate. The largest
+ * block that may be allocated is limited, so that no length in a file can ask for more than the file could
+ * hold. */
+#include "tests/gguf_builder.h"
+#include "sora.h"
+
+#include <glob.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+const char *__asan_default_options(void);
+const char *__asan_default_options(void) {
+    return "abort_on_error=1:allocator_may_return_null=1:max_allocation_size_mb=256:quarantine_size_mb=16";
+}
+
+enum { MAX_CORPUS = 512, MAX_INPUT = 8 << 20, MAX_SECONDS_EACH = 20 };
+
+typedef struct {
+    uint8_t *data;
+    size_t size;
+} Input;
+
+/* ---------------------------------------------------------------- random numbers */
+
+static uint64_t state;
+
+static uint64_t draw(void) { /* xorshift64* */
+    state ^= state >> 12, state ^= state << 25, state ^= state >> 27;
+    return state * 2685821657736338717u;
+}
+
+static size_t below(size_t n) {
+    return n ? (size_t)(draw() >> 11) % n : 0;
+}
+
+/* Any place, but those at the start far more often: headers are there. */
+static size_t place(size_t n) {
+    return below((n >> below(16)) + 1);
+}
+
+/* ---------------------------------------------------------------- targets: whether the input was accepted */
+
+static WeightFile *tokenizer_files[2];
+static Tokenizer *tokenizers[2]; /* with the rules of tokenizers, and of sentencepiece */
+static FILE *nowhere;
+
+static void encode(const Tokenizer *tokenizer, Bytes text) {
+    int32_t ids[64];
+    int n = tokenizer_encode(tokenizer, text, ids, 64);
+    if (n < 1 || n > 64) abort();
+    for (int i = 0; i < n; i++)
+        if (!tokenizer_piece(tokenizer, ids[i]).data) abort();
+}
+
+static bool run_text(Bytes in) {
+    Bytes clean = prompt_clean(in);
+    for (int i = 0; i < 2; i++) encode(tokenizers[i], clean);
+    free((void *)clean.data);
+    return true;
+}
+
+static bool run_weights(Bytes in) {
+    static const char sample[] = "a \xe2\x96\x81 fox</s> \xff\xf0\x9f\xa6\x8a  <extra_id_0>";
+    WeightFile *file;
+    Tokenizer *tokenizer;
+    if (weights_parse(in, "fuzz", &file)) return false;
+    weights_print(file, nowhere);
+    if (!tokenizer_load(file, &tokenizer))
+        encode(tokenizer, (Bytes){(const uint8_t *)sample, sizeof sample - 1});
+    tokenizer_free(tokenizer);
+    weights_close(file);
+    return true;
+}
+
+static bool run_npy(Bytes in) {
+    Npy array;
+    if (npy_parse(in, &array)) return false;
+    double sum = 0;
+    for (size_t i = 0; i < shape_count(&array.shape); i++)
+        sum += array.kind == 'f' ? ((const float *)array.values)[i] : ((const int32_t *)array.values)[i];
+    fprintf(nowhere, "%g", sum);
+    npy_free(&array);
+    return true;
+}
+
+static bool run_y4m(Bytes in) {
+    Y4mReader *reader;
+    VideoFormat format;
+    if (y4m_open(in, &reader, &format)) return false;
+    float *frame = allocate(3 * sizeof(float) * (size_t)format.width * (size_t)format.height);
+    bool end = false;
+    const char *why = NULL;
+    while (!end && !why) why = y4m_next(reader, frame, &end);
+    free(frame);
+    y4m_close(reader);
+    return !why;
+}
+
+static bool run_model(Bytes in) {
+    Model model = {.path = "fuzz"};
+    Settings settings = {.prompt = "", .seconds = -1, .guidance = -1, .shift = -1, .sampler = SAMPLERS};
+    if (weights_parse(in, "fuzz", &model.file)) return false;
+    if (tokenizer_load(model.file, &model.tokenizer)) return false;
+    model.text_encoder = text_encoder_load(model.file);
+    model.transformer = transformer_load(model.file);
+    model.vae = vae_load(model.file);
+    settings_complete(&settings, &model);
+    return true;
+}
+
+typedef struct {
+    const char *name;
+    bool (*run)(Bytes in);
+    bool apart; /* may die(), in a process of its own */
+    Input corpus[MAX_CORPUS];
+    int count;
+} Target;
+
+static Target targets[] = {
+    {.name = "weights", .run = run_weights},
+    {.name = "npy", .run = run_npy},
+    {.name = "y4m", .run = run_y4m},
+    {.name = "text", .run = run_text},
+    {.name = "model", .run = run_model, .apart = true},
+};
+enum { WEIGHTS, NUMPY, VIDEO, WORDS, WHOLE_MODEL, TARGETS };
+
+/* ---------------------------------------------------------------- running one input */
+
+static const Target *running;
+static Input current;
+static bool replaying;
+
+/* Runs when something went wrong, so it does little. */
+static void save_current(const char *what) {
+    char path[64];
+    const Target *target = running;
+    running = NULL;
+    snprintf(path, sizeof path, "fuzz-%s.input", target->name);
+    FILE *file = fopen(path, "wb");
+    if (!file || fwrite(current.data, 1, current.size, file) != current.size || fclose(file)) perror(path);
+    fprintf(stderr, "fuzz: %s %s on %zu bytes, saved as %s\n", target->name, what, current.size, path);
+}
+
+static void on_signal(int number) {
+    if (running) save_current(number == SIGALRM ? "hangs" : "crashes");
+    signal(number, SIG_DFL);
+    raise(number == SIGALRM ? SIGKILL : number);
+}
+
+static void on_exit_inside(void) {
+    if (!running) return;
+    save_current("ends the program");
+    _exit(1);
+}
+
+/* In a child, where die() is an answer like any other. */
+static bool run_apart(const Target *target, Bytes in) {
+    int status;
+    pid_t child = fork();
+    if (!child) {
+        running = NULL;
+        if (!replaying && !freopen("/dev/null", "w", stderr)) _exit(STATUS_RESOURCE);
+        signal(SIGABRT, SIG_DFL);
+        signal(SIGALRM, SIG_DFL);
+        alarm(MAX_SECONDS_EACH);
+        _exit(target->run(in) ? STATUS_OK : STATUS_USAGE);
+    }
+    if (child < 0 || waitpid(child, &status, 0) != child)
+        die(STATUS_RESOURCE, "no process for %s", target->name);
+    if (WIFSIGNALED(status)) abort();
+    return WEXITSTATUS(status) == STATUS_OK;
+}
+
+static bool run(const Target *target, Input input) {
+    running = target;
+    current = input;
+    Bytes in = {input.data, input.size};
+    alarm(MAX_SECONDS_EACH);
+    bool accepted = target->apart ? run_apart(target, in) : target->run(in);
+    alarm(0);
+    running = NULL;
+    return accepted;
+}
+
+/* ---------------------------------------------------------------- inputs */
+
+/* Takes the input over. Once there is no room, a random one but the first makes way. */
+static void corpus_add(Target *target, Input input) {
+    int at = target->count < MAX_CORPUS ? target->count++ : 1 + (int)below(MAX_CORPUS - 1);
+    free(target->corpus[at].data);
+    target->corpus[at] = input;
+}
+
+static Input input_copy(const void *data, size_t size) {
+    Input input = {malloc(size ? size : 1), size};
+    if (!input.data) abort();
+    memcpy(input.data, data, size);
+    return input;
+}
+
+static void seed_files(Target *target, const char *pattern) {
+    glob_t found;
+    if (glob(pattern, 0, NULL, &found)) return;
+    for (size_t i = 0; i < found.gl_pathc; i++) {
+        Bytes bytes;
+        if (read_file(found.gl_pathv[i], MAX_INPUT, &bytes)) continue;
+        corpus_add(target, (Input){(uint8_t *)bytes.data, bytes.size});
+    }
+    globfree(&found);
+}
+
+/* A tokenizer with little more than bytes, and a map that changes nothing. */
+static void build_tokenizer(Builder *b, bool sentencepiece) {
+    static const char *const words[] = {"<pad>",
+                                        "</s>",
+                                        "<unk>",
+                                        "\xe2\x96\x81",
+                                        "\xe2\x96\x81"
+                                        "a",
+                                        "fox",
+                                        "<extra_id_0>"};
+    enum { WORD_COUNT = sizeof words / sizeof *words, COUNT = WORD_COUNT + 256 };
+    static const uint8_t map[4 + 1024 + 1] = {0, 4};
+    char byte[8];
+    put_header(b, 1, 8);
+    put_array(b, "tokenizer.ggml.tokens", 8, COUNT);
+    for (int i = 0; i < WORD_COUNT; i++) put_string(b, words[i]);
+    for (int i = 0; i < 256; i++) {
+        snprintf(byte, sizeof byte, "<0x%02X>", (unsigned)i);
+        put_string(b, byte);
+    }
+    put_array(b, "tokenizer.ggml.scores", 6, COUNT);
+    for (int i = 0; i < COUNT; i++) put(b, &(float){-(float)i}, 4);
+    put_array(b, "tokenizer.ggml.token_type", 5, COUNT);
+    for (uint32_t i = 0; i < COUNT; i++)
+        put_u32(b, i >= WORD_COUNT ? 6 : i == 2 ? 2 : i < 2 ? 3 : i == 6 ? 4 : 1);
+    put_key(b, "tokenizer.ggml.unknown_token_id", 4, 2, 4);
+    put_key(b, "tokenizer.ggml.eos_token_id", 4, 1, 4);
+    put_string(b, "sora.tokenizer.rules"), put_u32(b, 8);
+    put_string(b, sentencepiece ? "sentencepiece" : "tokenizers");
+    put_string(b, "sora.tokenizer.prepend_scheme"), put_u32(b, 8), put_string(b, "always");
+    if (sentencepiece) {
+        put_array(b, "tokenizer.ggml.precompiled_charsmap", 0, sizeof map);
+        put(b, map, sizeof map);
+    } else {
+        put_array(b, "sora.tokenizer.added_ids", 5, 2);
+        put_u32(b, 1), put_u32(b, 6);
+    }
+    put_tensor(b, "x", 32, 2, TYPE_Q8_0, 0);
+    put_padding(b);
+    b->size += 68;
+}
+
+/* Twice in memory: as seeds, and as what the texts are encoded with. */
+static void seed_tokenizers(void) {
+    static Builder builders[2];
+    for (int i = 0; i < 2; i++) {
+        Builder *b = &builders[i];
+        build_tokenizer(b, i);
+        const char *why = weights_parse((Bytes){b->data, b->size}, "fuzz", &tokenizer_files[i]);
+        if (!why) why = tokenizer_load(tokenizer_files[i], &tokenizers[i]);
+        if (why) die(STATUS_CHECK, "the tokenizer to fuzz with: %s", why);
+        corpus_add(&targets[WEIGHTS], input_copy(b->data, b->size));
+    }
+}
+
+static void seed_videos(void) {
+    static const char *const chromas[] = {"420jpeg", "422", "444", "mono"};
+    for (int i = 0; i < 4; i++) {
+        uint8_t file[256] = {0};
+        int size = snprintf((char *)file, sizeof file,
+                            "YUV4MPEG2 W5 H3 F30000:1001 Ip A1:1 C%s XFUZZ\nFRAME\n", chromas[i]);
+        VideoFormat format = {5, 3, 25, 1, i == 0 ? 420 : i == 1 ? 422 : i == 2 ? 444 : 400};
+        size += (int)y4m_frame_bytes(&format);
+        memcpy(file + size, "FRAME\n", 6), size += 6 + (int)y4m_frame_bytes(&format);
+        corpus_add(&targets[VIDEO], input_copy(file, (size_t)size));
+    }
+}
+
+static void seed_texts(void) {
+    static const char *const texts[] = {
+        "",
+        "A red fox jumps over 12 lazy dogs.",
+        "  \t\xc2\xa0\xe3\x80\x80 spaces\r\n\xe2\x80\xa8",
+        "&amp;amp; &lt;b&gt; &#233;&#x1F98A; &nbsp;&notin;&no;&#0;&#x110000;&;&&amp",
+        "\xe2\x80\x9c"
+        "curly\xe2\x80\x9d \xe2\x80\x98quotes\xe2\x80\x99",
+        "\xe4\xbd\xa0\xe5\xa5\xbd \xd8\xb3\xd9\x84\xd8\xa7\xd9\x85 e\xcc\x81",
+        "\xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x91\xa7",
+        "\xff\xc0\x80\xed\xa0\x80\xf4\x90\x80\x80\xe2\x82",
+        "a</s>b<extra_id_0> <pad><unk>",
+        "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    };
+    for (size_t i = 0; i < sizeof texts / sizeof *texts; i++)
+        corpus_add(&targets[WORDS], input_copy(texts[i], strlen(texts[i])));
+}
+
+static void seed_all(void) {
+    seed_tokenizers();
+    seed_videos();
+    seed_texts();
+    seed_files(&targets[WEIGHTS], "tests/goldens/weights/*.gguf");
+    seed_files(&targets[NUMPY], "tests/goldens/npy/*.npy");
+    seed_files(&targets[WHOLE_MODEL], "tests/goldens/model/*.gguf");
+}
+
+/* ---------------------------------------------------------------- mutations */
+
+/* Replaces `cut` bytes at `at` by `size` others. */
+static void splice(Input *input, size_t at, size_t cut, const uint8_t *data, size_t size) {
+    size_t total = input->size - cut + size;
+    uint8_t *copy = malloc(total ? total : 1);
+    if (!copy) abort();
+    memcpy(copy, input->data, at);
+    if (size) memcpy(copy + at, data, size);
+    memcpy(copy + at + size, input->data + at + cut, input->size - at - cut);
+    free(input->data);
+    *input = (Input){copy, total};
+}
+
+static void put_number(Input *input) {
+    static const uint64_t numbers[] = {0,
+                                       1,
+                                       2,
+                                       31,
+                                       32,
+                                       33,
+                                       255,
+                                       256,
+                                       65535,
+                                       65536,
+                                       0x7fffffff,
+                                       0x80000000,
+                                       0xffffffff,
+                                       0x100000000,
+                                       0x7fffffffffffffff,
+                                       0x8000000000000000,
+                                       0xffffffffffffffff};
+    uint64_t number = numbers[below(sizeof numbers / sizeof *numbers)] + below(3) - 1;
+    size_t width = (size_t)1 << below(4), at = place(input->size);
+    if (at + width <= input->size) memcpy(input->data + at, &number, width);
+}
+
+static void mutate(Input *input, const Input *other) {
+    size_t at = place(input->size), length = place(input->size - at), from;
+    uint8_t bytes[16];
+    for (size_t i = 0; i < sizeof bytes; i++) bytes[i] = (uint8_t)draw();
+    switch (below(8)) {
+    case 0:
+        if (at < input->size) input->data[at] ^= (uint8_t)(1u << below(8));
+        break;
+    case 1:
+        if (at < input->size) input->data[at] = bytes[0];
+        break;
+    case 2: put_number(input); break;
+    case 3: splice(input, at, length, NULL, 0); break;
+    case 4: splice(input, at, 0, bytes, below(sizeof bytes)); break;
+    case 5: input->size = input->size - place(input->size); break;
+    case 6:
+        if (at < input->size) input->data[at] = (uint8_t)("0123456789 \n&;<>xCFWH"[below(21)]);
+        break;
+    case 7:
+        from = place(other->size);
+        splice(input, at, below(2) ? length : 0, other->data + from, place(other->size - from));
+        break;
+    }
+}
+
+static void fuzz(Target *target, double duration) {
+    long runs = 0, accepted = 0;
+    for (double end = seconds() + duration; target->count && seconds() < end; runs++) {
+        const Input *seed = &target->corpus[below((size_t)target->count)];
+        Input input = input_copy(seed->data, seed->size);
+        for (size_t i = 0; i <= below(6); i++) mutate(&input, &target->corpus[below((size_t)target->count)]);
+        input.data = realloc(input.data, input.size ? input.size : 1); /* so that its end is the end */
+        bool good = input.size <= MAX_INPUT && run(target, input);
+        accepted += good;
+        if (good && below(8) == 0) corpus_add(target, input);
+        else free(input.data);
+    }
+    printf("%-8s %9ld inputs, %ld accepted\n", target->name, runs, accepted);
+    fflush(stdout);
+}
+
+int main(int argc, char **argv) {
+    state = (uint64_t)time(NULL) * 0x9e3779b97f4a7c15 + (uint64_t)getpid();
+    nowhere = fopen("/dev/null", "w");
+    kernels_choose("auto");
+    atexit(on_exit_inside);
+    signal(SIGABRT, on_signal);
+    signal(SIGALRM, on_signal);
+    seed_all();
+    replaying = argc > 2;
+    for (int t = 0; t < TARGETS; t++) {
+        Bytes bytes;
+        if (!replaying) fuzz(&targets[t], argc > 1 ? atof(argv[1]) : 20);
+        else if (!strcmp(argv[1], targets[t].name) && !read_file(argv[2], MAX_INPUT, &bytes))
+            printf("%s\n",
+                   run(&targets[t], (Input){(uint8_t *)bytes.data, bytes.size}) ? "accepted" : "refused");
+    }
+    return 0;
+}
