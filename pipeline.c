@@ -21,14 +21,25 @@ static void check_parts(const Model *m) {
             m->path, m->transformer.in_dim, m->transformer.out_dim, m->vae.z_dim);
 }
 
-Model model_load(const char *path) {
+/* The arithmetic that suits the weights of the transformer's large products. */
+static Precision suited(const WeightFile *file) {
+    int dim = (int)weights_int(file, "wan.dim");
+    switch (weights_bind(file, dim, dim, "blocks.0.self_attn.q.weight").type) {
+    case TYPE_F32: return F32;
+    case TYPE_Q8_0: return kernels->fast[INT8] ? INT8 : F32;
+    default: return kernels->fast[BF16] ? BF16 : F32;
+    }
+}
+
+Model model_load(const char *path, Precision precision) {
     Model m = {.path = path};
     const char *why = weights_open(path, &m.file);
     if (!why) why = tokenizer_load(m.file, &m.tokenizer);
     if (why) die(STATUS_USAGE, "%s: %s", path, why);
-    m.text_encoder = text_encoder_load(m.file);
-    m.transformer = transformer_load(m.file);
-    m.vae = vae_load(m.file);
+    m.precision = precision == AUTOMATIC ? suited(m.file) : precision;
+    m.text_encoder = text_encoder_load(m.file, m.precision);
+    m.transformer = transformer_load(m.file, m.precision);
+    m.vae = vae_load(m.file, m.precision);
     check_parts(&m);
     return m;
 }
@@ -311,8 +322,8 @@ static size_t run_memory(const Run *run, int n, int n_negative) {
     denoiser_take(&denoiser, run, n, n_negative);
     int L = run->T * run->H * run->W / (t->patch_size[0] * t->patch_size[1] * t->patch_size[2]);
     size_t text = text_encoder_memory(&m->text_encoder, longer);
-    size_t denoising = denoiser.used + attention_memory(L, t->num_heads, t->dim / t->num_heads);
-    size_t decoding = vae_decode_memory(&m->vae, run->H, run->W) + attention_memory(run->H * run->W, 1, m->vae.proj.in);
+    size_t denoising = denoiser.used + attention_memory(m->precision, L, t->num_heads, t->dim / t->num_heads);
+    size_t decoding = vae_decode_memory(&m->vae, run->H, run->W) + attention_memory(m->precision, run->H * run->W, 1, m->vae.proj.in);
     return largest(text, largest(denoising, decoding)) + run->elements * sizeof(float) + PRODUCT_MEMORY;
 }
 

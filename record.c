@@ -39,7 +39,7 @@ static void write_noise(Json *json, const Settings *s) {
     }
 }
 
-static void write_settings(Json *json, const Settings *s) {
+static void write_settings(Json *json, const Model *model, const Settings *s) {
     json_open(json, "settings");
     json_int(json, "width", s->width);
     json_int(json, "height", s->height);
@@ -51,7 +51,7 @@ static void write_settings(Json *json, const Settings *s) {
     json_double(json, "guidance", s->guidance);
     json_double(json, "shift", s->shift);
     write_noise(json, s);
-    json_string(json, "precision", s->precision);
+    json_string(json, "precision", precision_name(model->precision));
     json_int(json, "chroma", s->chroma);
     json_close(json);
 }
@@ -67,7 +67,7 @@ void record_write(const Model *model, const Settings *s, const char *y4m_sha256)
     json_string(&json, "model_tensors_sha256", weights_string_or(model->file, "sora.tensors_sha256", ""));
     write_text(&json, "prompt", s->prompt, s->record_prompt);
     write_text(&json, "negative_prompt", s->negative, s->record_prompt);
-    write_settings(&json, s);
+    write_settings(&json, model, s);
     json_string(&json, "y4m_sha256", y4m_sha256);
     json_close(&json);
     char *path = format_string("%s.json", s->output);

@@ -37,7 +37,7 @@ static const struct {
     [SAMPLER_NAME] = {"sampler", 0, "NAME", "unipc, euler or dpm++"},
     [SEED] = {"seed", 0, "N", "initial noise as torch's CPU generator makes it (default: random, printed)"},
     [THREADS] = {"threads", 't', "N", "threads (default: all cores)"},
-    [PRECISION] = {"precision", 0, "TYPE", "arithmetic of the large products: f32"},
+    [PRECISION] = {"precision", 0, "TYPE", "arithmetic of the large products: f32, bf16 or int8 (default: what suits the weights)"},
     [ISA] = {"isa", 0, "NAME", "kernels: auto, generic, avx2, avx512 or neon"},
     [NOISE] = {"noise", 0, "FILE", "initial noise [C,T,H,W] from a .npy file"},
     [DUMP] = {"dump", 0, "DIR", "write every named tensor as .npy"},
@@ -127,6 +127,7 @@ typedef struct {
     Settings settings;
     const char *model, *isa, *dump, *dump_only, *check;
     double tolerance;
+    Precision precision;
     bool profile, info, tokenize, seeded, help, version;
 } Command;
 
@@ -160,8 +161,8 @@ static void apply(Command *c, Option option, const char *value) {
     case SEED: s->seed = (uint64_t)parse_integer(SEED, value, 0, INT64_MAX); c->seeded = true; break;
     case THREADS: threads_set((int)parse_integer(THREADS, value, 1, 4096)); break;
     case PRECISION:
-        if (strcmp(value, "f32")) die(STATUS_USAGE, "--precision: '%s' is not f32, all that this version has", value);
-        s->precision = value;
+        if (!precision_parse(value, &c->precision))
+            die(STATUS_USAGE, "--precision: '%s' is not f32, bf16 or int8", value);
         break;
     case ISA: c->isa = value; break;
     case NOISE: s->noise = value; break;
@@ -200,8 +201,8 @@ static Option find_option(const char *text, const char **value) {
 
 static Command parse(int argc, char **argv) {
     Command c = {.settings = {.output = "out.y4m", .chroma = 420, .seconds = -1, .guidance = -1, .shift = -1,
-                              .sampler = SAMPLERS, .record = true, .precision = "f32"},
-                 .isa = "auto", .tolerance = 1e-4};
+                              .sampler = SAMPLERS, .record = true},
+                 .isa = "auto", .tolerance = 1e-4, .precision = AUTOMATIC};
     bool only_prompts = false;
     for (int i = 1; i < argc; i++) {
         if (only_prompts || argv[i][0] != '-' || !argv[i][1]) {
@@ -276,7 +277,7 @@ static int run(Command *c) {
     if (c->info) return print_info(path);
     if (!s->prompt) die(STATUS_USAGE, "no prompt; --help lists the options");
     profile_begin(LOAD);
-    Model model = model_load(path);
+    Model model = model_load(path, c->precision);
     profile_end(LOAD);
     if (c->tokenize) {
         print_ids(&model, s->prompt);

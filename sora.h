@@ -56,12 +56,13 @@ typedef struct {
 typedef struct {
     int vocab_size, dim, ffn_dim, num_heads, head_dim, num_layers, num_buckets, max_distance;
     float eps;
+    Precision precision; /* of its products */
     Weight token_embedding; /* (vocab_size, E) */
     TextBlock *blocks;
     const float *norm; /* (E) */
 } TextEncoder;
 
-TextEncoder text_encoder_load(const WeightFile *file);
+TextEncoder text_encoder_load(const WeightFile *file, Precision precision);
 void text_encoder_free(TextEncoder *encoder);
 size_t text_encoder_memory(const TextEncoder *encoder, int n); /* bytes while it runs */
 double text_encoder_flops(const TextEncoder *encoder, int n);
@@ -84,13 +85,14 @@ typedef struct {
 typedef struct {
     int dim, ffn_dim, freq_dim, in_dim, out_dim, num_heads, num_layers, text_len, text_dim, patch_size[3];
     float eps;
+    Precision precision; /* of the blocks' products */
     Linear patch_embedding, text_embedding_0, text_embedding_2, time_embedding_0, time_embedding_2, time_projection_1;
     TransformerBlock *blocks;
     Linear head;
     const float *head_modulation; /* (2,D) */
 } Transformer;
 
-Transformer transformer_load(const WeightFile *file);
+Transformer transformer_load(const WeightFile *file, Precision precision);
 void transformer_free(Transformer *transformer);
 
 /* What a prompt is to the transformer: the keys and values of every block's cross attention. The zero padding up to
@@ -151,7 +153,7 @@ void sampler_step(const Schedule *schedule, int step, const float *velocity, flo
 typedef struct {
     Linear layer; /* (O, kt*kh*kw*I), taps outermost */
     int kt, kh, kw, in, out;
-    float *past[2]; /* frames (Y*X, level's channels), older first; zeros at the start */
+    char *past[2]; /* frames of row operands, older first; zeros at the start */
 } Conv;
 
 typedef struct {
@@ -166,7 +168,8 @@ typedef struct {
     Conv time_conv, resample; /* out == 0: none */
     bool started;             /* time_conv lets the clip's first frame pass */
     int height, width, channels, wide_channels;
-    float *x, *h, *t, *wide;  /* (height*width, channels) thrice, and wide_channels */
+    float *x, *t, *wide;      /* (height*width, channels) twice, and wide_channels */
+    char *h;                  /* what a convolution reads: a row operand for each pixel */
 } VaeLevel;
 
 typedef struct {
@@ -176,10 +179,12 @@ typedef struct {
     ResidualBlock middle_0, middle_2;
     const float *middle_norm, *head_norm; /* middle.1.norm.gamma, head.0.gamma */
     VaeLevel *levels;
-    float *zeros, *frame; /* a pixel outside the image; the decoded frame [3,Y,X] */
+    Precision precision;  /* F32 or BF16 */
+    char *zeros;          /* a pixel outside the image */
+    float *frame;         /* the decoded frame [3,Y,X] */
 } Vae;
 
-Vae vae_load(const WeightFile *file);
+Vae vae_load(const WeightFile *file, Precision precision);
 void vae_free(Vae *vae);
 size_t vae_decode_memory(Vae *vae, int H, int W); /* not once it has started */
 double vae_decode_flops(const Vae *vae, int T, int H, int W);
@@ -222,19 +227,20 @@ typedef struct {
     Sampler sampler;                                            /* SAMPLERS: not given */
     uint64_t seed;
     bool quiet, record, record_prompt;
-    const char *precision;
 } Settings;
 
 typedef struct {
     WeightFile *file;
     const char *path;
+    Precision precision;
     Tokenizer *tokenizer;
     TextEncoder text_encoder;
     Transformer transformer;
     Vae vae;
 } Model;
 
-Model model_load(const char *path);
+/* AUTOMATIC is F32 for float32 weights, and for narrower ones the fastest that the processor has. */
+Model model_load(const char *path, Precision precision);
 void model_free(Model *model);
 void settings_complete(Settings *settings, const Model *model);
 /* Cleaned, at most text_len ids with the closing </s>. Returns their number. */

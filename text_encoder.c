@@ -9,14 +9,18 @@
  * sqrt(d), and positions enter as a bias on the scores that depends on the distance key - query alone. T5 has one
  * such table for all layers; umT5 has one in each.
  *
+ * Without that division scores are large, and rounding them is felt: attention stays in float32, and bytes are too
+ * coarse for the products.
+ *
  * The reference pads prompts to 512 and masks the padding; computing the real tokens alone gives the same. */
 #include "sora.h"
 
 #include <math.h>
 #include <stdlib.h>
 
-TextEncoder text_encoder_load(const WeightFile *file) {
+TextEncoder text_encoder_load(const WeightFile *file, Precision precision) {
     TextEncoder e = {
+        .precision = precision == F32 ? F32 : BF16,
         .vocab_size = (int)weights_int(file, "t5encoder.vocab_size"),
         .dim = (int)weights_int(file, "t5encoder.embedding_length"),
         .ffn_dim = (int)weights_int(file, "t5encoder.feed_forward_length"),
@@ -33,15 +37,15 @@ TextEncoder text_encoder_load(const WeightFile *file) {
     for (int i = 0; i < e.num_layers; i++)
         e.blocks[i] = (TextBlock){
             .norm1 = weights_floats(file, e.dim, "enc.blk.%d.attn_norm.weight", i),
-            .q = linear_bind(file, inner, e.dim, NO_BIAS, "enc.blk.%d.attn_q", i),
-            .k = linear_bind(file, inner, e.dim, NO_BIAS, "enc.blk.%d.attn_k", i),
-            .v = linear_bind(file, inner, e.dim, NO_BIAS, "enc.blk.%d.attn_v", i),
-            .o = linear_bind(file, e.dim, inner, NO_BIAS, "enc.blk.%d.attn_o", i),
+            .q = linear_bind(file, e.precision, inner, e.dim, NO_BIAS, "enc.blk.%d.attn_q", i),
+            .k = linear_bind(file, e.precision, inner, e.dim, NO_BIAS, "enc.blk.%d.attn_k", i),
+            .v = linear_bind(file, e.precision, inner, e.dim, NO_BIAS, "enc.blk.%d.attn_v", i),
+            .o = linear_bind(file, e.precision, e.dim, inner, NO_BIAS, "enc.blk.%d.attn_o", i),
             .pos_embedding = weights_floats(file, e.num_buckets * e.num_heads, "enc.blk.%d.attn_rel_b.weight", i),
             .norm2 = weights_floats(file, e.dim, "enc.blk.%d.ffn_norm.weight", i),
-            .gate = linear_bind(file, e.ffn_dim, e.dim, NO_BIAS, "enc.blk.%d.ffn_gate", i),
-            .fc1 = linear_bind(file, e.ffn_dim, e.dim, NO_BIAS, "enc.blk.%d.ffn_up", i),
-            .fc2 = linear_bind(file, e.dim, e.ffn_dim, NO_BIAS, "enc.blk.%d.ffn_down", i),
+            .gate = linear_bind(file, e.precision, e.ffn_dim, e.dim, NO_BIAS, "enc.blk.%d.ffn_gate", i),
+            .fc1 = linear_bind(file, e.precision, e.ffn_dim, e.dim, NO_BIAS, "enc.blk.%d.ffn_up", i),
+            .fc2 = linear_bind(file, e.precision, e.dim, e.ffn_dim, NO_BIAS, "enc.blk.%d.ffn_down", i),
         };
     e.norm = weights_floats(file, e.dim, "enc.output_norm.weight");
     return e;
@@ -99,7 +103,7 @@ static void attend(const TextEncoder *e, const TextBlock *block, Buffers *b, int
     linear(b->k, b->y, n, &block->k);
     linear(b->v, b->y, n, &block->v);
     size_t stride = (size_t)e->num_heads * e->head_dim;
-    attention(&(Attention){.q = b->q, .k = b->k, .v = b->v, .out = b->mixed, .queries = n, .keys = n,
+    attention(&(Attention){.precision = F32, .q = b->q, .k = b->k, .v = b->v, .out = b->mixed, .queries = n, .keys = n,
                            .heads = e->num_heads, .d = e->head_dim, .q_stride = stride, .kv_stride = stride,
                            .out_stride = stride, .scale = 1.0f,
                            .bias = b->bias + n - 1, .bias_head = 2 * n - 1, .bias_query = -1});

@@ -23,10 +23,10 @@
 static AttentionLayers bind_attention(const WeightFile *file, const Transformer *t, int block, const char *name) {
     int D = t->dim;
     return (AttentionLayers){
-        .q = linear_bind(file, D, D, BIAS, "blocks.%d.%s.q", block, name),
-        .k = linear_bind(file, D, D, BIAS, "blocks.%d.%s.k", block, name),
-        .v = linear_bind(file, D, D, BIAS, "blocks.%d.%s.v", block, name),
-        .o = linear_bind(file, D, D, BIAS, "blocks.%d.%s.o", block, name),
+        .q = linear_bind(file, t->precision, D, D, BIAS, "blocks.%d.%s.q", block, name),
+        .k = linear_bind(file, t->precision, D, D, BIAS, "blocks.%d.%s.k", block, name),
+        .v = linear_bind(file, t->precision, D, D, BIAS, "blocks.%d.%s.v", block, name),
+        .o = linear_bind(file, t->precision, D, D, BIAS, "blocks.%d.%s.o", block, name),
         .norm_q = weights_floats(file, D, "blocks.%d.%s.norm_q.weight", block, name),
         .norm_k = weights_floats(file, D, "blocks.%d.%s.norm_k.weight", block, name),
     };
@@ -36,8 +36,8 @@ static TransformerBlock bind_block(const WeightFile *file, const Transformer *t,
     TransformerBlock block = {
         .self_attn = bind_attention(file, t, i, "self_attn"),
         .cross_attn = bind_attention(file, t, i, "cross_attn"),
-        .ffn_0 = linear_bind(file, t->ffn_dim, t->dim, BIAS, "blocks.%d.ffn.0", i),
-        .ffn_2 = linear_bind(file, t->dim, t->ffn_dim, BIAS, "blocks.%d.ffn.2", i),
+        .ffn_0 = linear_bind(file, t->precision, t->ffn_dim, t->dim, BIAS, "blocks.%d.ffn.0", i),
+        .ffn_2 = linear_bind(file, t->precision, t->dim, t->ffn_dim, BIAS, "blocks.%d.ffn.2", i),
         .modulation = weights_floats(file, 6 * t->dim, "blocks.%d.modulation", i),
     };
     if (cross_attn_norm) {
@@ -70,20 +70,21 @@ static void read_config(const WeightFile *file, Transformer *t) {
         die(STATUS_USAGE, "weight file: wan.dim %d is not wan.num_heads %d heads of even width", t->dim, t->num_heads);
 }
 
-Transformer transformer_load(const WeightFile *file) {
-    Transformer t = {0};
+/* What is small next to the blocks stays in float32 whatever the precision: both ends, and what they are told. */
+Transformer transformer_load(const WeightFile *file, Precision precision) {
+    Transformer t = {.precision = precision};
     read_config(file, &t);
     int D = t.dim, patch = patch_volume(&t);
     bool cross_attn_norm = weights_bool_or(file, "wan.cross_attn_norm", true);
-    t.patch_embedding = linear_bind(file, D, t.in_dim * patch, BIAS, "patch_embedding");
-    t.text_embedding_0 = linear_bind(file, D, t.text_dim, BIAS, "text_embedding.0");
-    t.text_embedding_2 = linear_bind(file, D, D, BIAS, "text_embedding.2");
-    t.time_embedding_0 = linear_bind(file, D, t.freq_dim, BIAS, "time_embedding.0");
-    t.time_embedding_2 = linear_bind(file, D, D, BIAS, "time_embedding.2");
-    t.time_projection_1 = linear_bind(file, 6 * D, D, BIAS, "time_projection.1");
+    t.patch_embedding = linear_bind(file, F32, D, t.in_dim * patch, BIAS, "patch_embedding");
+    t.text_embedding_0 = linear_bind(file, F32, D, t.text_dim, BIAS, "text_embedding.0");
+    t.text_embedding_2 = linear_bind(file, F32, D, D, BIAS, "text_embedding.2");
+    t.time_embedding_0 = linear_bind(file, F32, D, t.freq_dim, BIAS, "time_embedding.0");
+    t.time_embedding_2 = linear_bind(file, F32, D, D, BIAS, "time_embedding.2");
+    t.time_projection_1 = linear_bind(file, F32, 6 * D, D, BIAS, "time_projection.1");
     t.blocks = allocate(sizeof *t.blocks * (size_t)t.num_layers);
     for (int i = 0; i < t.num_layers; i++) t.blocks[i] = bind_block(file, &t, i, cross_attn_norm);
-    t.head = linear_bind(file, t.out_dim * patch, D, BIAS, "head.head");
+    t.head = linear_bind(file, F32, t.out_dim * patch, D, BIAS, "head.head");
     t.head_modulation = weights_floats(file, 2 * D, "head.modulation");
     return t;
 }
@@ -226,7 +227,7 @@ static void self_attention(const Transformer *t, TransformerState *s, const Atte
     rms_norm(k, k, L, D, attn->norm_k, t->eps);
     rope(q, L, t->num_heads, d, s->cosine, s->sine);
     rope(k, L, t->num_heads, d, s->cosine, s->sine);
-    attention(&(Attention){.q = q, .k = k, .v = v, .out = s->y, .queries = L, .keys = L, .heads = t->num_heads,
+    attention(&(Attention){.precision = t->precision, .q = q, .k = k, .v = v, .out = s->y, .queries = L, .keys = L, .heads = t->num_heads,
                            .d = d, .q_stride = D, .kv_stride = D, .out_stride = D, .scale = 1.0f / sqrtf((float)d)});
     linear(q, s->y, L, &attn->o); /* into wide, where queries were */
 }
@@ -238,7 +239,7 @@ static void cross_attention(const Transformer *t, TransformerState *s, const Att
     float *q = s->wide;
     linear(q, s->y, L, &attn->q);
     rms_norm(q, q, L, D, attn->norm_q, t->eps);
-    attention(&(Attention){.q = q, .k = context->keys + at, .v = context->values + at, .out = s->y, .queries = L,
+    attention(&(Attention){.precision = t->precision, .q = q, .k = context->keys + at, .v = context->values + at, .out = s->y, .queries = L,
                            .keys = context->positions, .heads = t->num_heads, .d = d, .q_stride = D,
                            .kv_stride = D, .out_stride = D, .scale = 1.0f / sqrtf((float)d),
                            .bias = context->bias});

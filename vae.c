@@ -24,21 +24,22 @@
 
 /* ---------------------------------------------------------------- weights */
 
-static Conv bind_conv(const WeightFile *file, int O, int I, int kt, int k, const char *name) {
+static Conv bind_conv(const WeightFile *file, Precision precision, int O, int I, int kt, int k, const char *name) {
     Conv conv = {.kt = kt, .kh = k, .kw = k, .in = I, .out = O};
-    conv.layer = linear_bind(file, O, kt * k * k * I, BIAS, "vae.%s", name);
+    if (I > MAX_CHANNELS) die(STATUS_USAGE, "weight file: vae.%s reads %d channels, more than %d", name, I, MAX_CHANNELS);
+    conv.layer = linear_bind(file, precision, O, kt * k * k * I, BIAS, "vae.%s", name);
     return conv;
 }
 
-static ResidualBlock bind_residual(const WeightFile *file, int I, int O, const char *name) {
+static ResidualBlock bind_residual(const WeightFile *file, Precision precision, int I, int O, const char *name) {
     char path[64];
 #define PATH(part) (snprintf(path, sizeof path, "%s." part, name), path)
     ResidualBlock block = {0};
     block.norm1 = weights_floats(file, I, "vae.%s.residual.0.gamma", name);
-    block.conv1 = bind_conv(file, O, I, 3, 3, PATH("residual.2"));
+    block.conv1 = bind_conv(file, precision, O, I, 3, 3, PATH("residual.2"));
     block.norm2 = weights_floats(file, O, "vae.%s.residual.3.gamma", name);
-    block.conv2 = bind_conv(file, O, O, 3, 3, PATH("residual.6"));
-    if (I != O) block.shortcut = bind_conv(file, O, I, 1, 1, PATH("shortcut"));
+    block.conv2 = bind_conv(file, precision, O, O, 3, 3, PATH("residual.6"));
+    if (I != O) block.shortcut = bind_conv(file, precision, O, I, 1, 1, PATH("shortcut"));
 #undef PATH
     return block;
 }
@@ -69,15 +70,15 @@ static void bind_levels(const WeightFile *file, Vae *vae, const WeightArray *mul
         level->blocks = allocate(sizeof *level->blocks * (size_t)level->num_blocks);
         for (int j = 0; j < level->num_blocks; j++, in = out) {
             snprintf(path, sizeof path, "decoder.upsamples.%d", index++);
-            level->blocks[j] = bind_residual(file, in, out, path);
+            level->blocks[j] = bind_residual(file, vae->precision, in, out, path);
         }
         if (i == last) break;
         snprintf(path, sizeof path, "decoder.upsamples.%d.resample.1", index);
-        level->resample = bind_conv(file, in = out / 2, out, 1, 3, path);
+        level->resample = bind_conv(file, vae->precision, in = out / 2, out, 1, 3, path);
         vae->spatial_stride *= 2;
         if (array_int(&temporal, (size_t)(last - 1 - i))) {
             snprintf(path, sizeof path, "decoder.upsamples.%d.time_conv", index);
-            level->time_conv = bind_conv(file, 2 * out, out, 3, 1, path);
+            level->time_conv = bind_conv(file, vae->precision, 2 * out, out, 3, 1, path);
             vae->temporal_stride *= 2;
         }
         index++;
@@ -85,22 +86,22 @@ static void bind_levels(const WeightFile *file, Vae *vae, const WeightArray *mul
 }
 
 static void bind_middle(const WeightFile *file, Vae *vae, int top) {
-    vae->conv2 = bind_conv(file, vae->z_dim, vae->z_dim, 1, 1, "conv2");
-    vae->conv1 = bind_conv(file, top, vae->z_dim, 3, 3, "decoder.conv1");
-    vae->middle_0 = bind_residual(file, top, top, "decoder.middle.0");
+    vae->conv2 = bind_conv(file, vae->precision, vae->z_dim, vae->z_dim, 1, 1, "conv2");
+    vae->conv1 = bind_conv(file, vae->precision, top, vae->z_dim, 3, 3, "decoder.conv1");
+    vae->middle_0 = bind_residual(file, vae->precision, top, top, "decoder.middle.0");
     vae->middle_norm = weights_floats(file, top, "vae.decoder.middle.1.norm.gamma");
-    vae->qkv = bind_conv(file, 3 * top, top, 1, 1, "decoder.middle.1.to_qkv");
-    vae->proj = bind_conv(file, top, top, 1, 1, "decoder.middle.1.proj");
-    vae->middle_2 = bind_residual(file, top, top, "decoder.middle.2");
+    vae->qkv = bind_conv(file, vae->precision, 3 * top, top, 1, 1, "decoder.middle.1.to_qkv");
+    vae->proj = bind_conv(file, vae->precision, top, top, 1, 1, "decoder.middle.1.proj");
+    vae->middle_2 = bind_residual(file, vae->precision, top, top, "decoder.middle.2");
 }
 
-Vae vae_load(const WeightFile *file) {
+Vae vae_load(const WeightFile *file, Precision precision) {
     WeightArray mult = config_array(file, "vae.dim_mult", 1);
     int base = (int)weights_int_or(file, "vae.decoder_base_dim", weights_int(file, "vae.base_dim"));
     int finest = base * (int)array_int(&mult, 0), coarsest = base * (int)array_int(&mult, mult.count - 1);
     Vae vae = {.z_dim = (int)weights_int(file, "vae.z_dim"),
                .patch_size = (int)weights_int_or(file, "vae.patch_size", 1),
-               .num_levels = (int)mult.count, .temporal_stride = 1};
+               .num_levels = (int)mult.count, .temporal_stride = 1, .precision = precision == F32 ? F32 : BF16};
     vae.out_channels = 3 * vae.patch_size * vae.patch_size;
     vae.spatial_stride = vae.patch_size;
     vae.levels = allocate(sizeof *vae.levels * mult.count);
@@ -109,7 +110,7 @@ Vae vae_load(const WeightFile *file) {
     bind_middle(file, &vae, coarsest);
     bind_levels(file, &vae, &mult, base, (int)weights_int(file, "vae.num_res_blocks"));
     vae.head_norm = weights_floats(file, finest, "vae.decoder.head.0.gamma");
-    vae.head = bind_conv(file, vae.out_channels, finest, 3, 3, "decoder.head.2");
+    vae.head = bind_conv(file, vae.precision, vae.out_channels, finest, 3, 3, "decoder.head.2");
     return vae;
 }
 
@@ -122,88 +123,87 @@ void vae_free(Vae *vae) {
 
 /* ---------------------------------------------------------------- convolutions */
 
-/* Where the rows of a convolution lie: up to three frames of an image of channels, doubled on the way if asked. */
+/* Where the rows of a convolution lie: up to three frames of pixels, doubled on the way if asked. */
 typedef struct {
     const Conv *conv;
-    const float *frames[3]; /* oldest first */
-    const float *zeros;
-    size_t stride;     /* floats from pixel to pixel */
+    const char *frames[3]; /* oldest first */
+    const char *zeros;
+    size_t pixel;      /* bytes of a row operand */
     int height, width; /* of the output */
     int doubled;       /* 1: the input is half as high and wide */
 } View;
 
-static const float *locate_pixel(const void *of, int row, int tap) {
+static const void *locate_pixel(const void *of, int row, int tap) {
     const View *view = of;
     const Conv *conv = view->conv;
     int x = row % view->width + tap % conv->kw - conv->kw / 2;
     int y = row / view->width + tap / conv->kw % conv->kh - conv->kh / 2;
     if (x < 0 || x >= view->width || y < 0 || y >= view->height) return view->zeros;
     size_t pixel = (size_t)(y >> view->doubled) * (view->width >> view->doubled) + (x >> view->doubled);
-    return view->frames[tap / (conv->kh * conv->kw)] + pixel * view->stride;
+    return view->frames[tap / (conv->kh * conv->kw)] + pixel * view->pixel;
 }
 
-static void run(const View *view, float *out) {
+static void run(const View *view, float *out, int mode) {
     const Conv *conv = view->conv;
     Rows rows = {view->height * view->width, conv->kt * conv->kh * conv->kw, conv->in, locate_pixel, view};
-    product(out, rows, &conv->layer);
+    product(out, rows, &conv->layer, mode);
 }
 
 /* A convolution within one frame. */
-static void spatial_conv(const Vae *vae, const VaeLevel *level, const Conv *conv, const float *in, float *out) {
-    View view = {conv, {in}, vae->zeros, (size_t)conv->in, level->height, level->width, 0};
-    run(&view, out);
+static void spatial_conv(const Vae *vae, const VaeLevel *level, const Conv *conv, const char *in, float *out, int mode) {
+    View view = {conv, {in}, vae->zeros, row_bytes(vae->precision, conv->in), level->height, level->width, 0};
+    run(&view, out, mode);
 }
 
-/* Reads the frame *in and its past; then *in has become the past, and the oldest frame's memory is what *in names. */
-static void causal_conv(const Vae *vae, const VaeLevel *level, Conv *conv, float **in, float *out) {
-    View view = {conv, {conv->past[0], conv->past[1], *in}, vae->zeros, (size_t)conv->in, level->height,
-                 level->width, 0};
-    run(&view, out);
-    float *oldest = conv->past[0];
+/* Reads the frame in level->h and its past; then that frame is the past, and level->h the memory of the oldest. */
+static void causal_conv(const Vae *vae, VaeLevel *level, Conv *conv, float *out, int mode) {
+    View view = {conv, {conv->past[0], conv->past[1], level->h}, vae->zeros, row_bytes(vae->precision, conv->in),
+                 level->height, level->width, 0};
+    run(&view, out, mode);
+    char *oldest = conv->past[0];
     conv->past[0] = conv->past[1];
-    conv->past[1] = *in;
-    *in = oldest;
+    conv->past[1] = level->h;
+    level->h = oldest;
 }
 
 /* ---------------------------------------------------------------- blocks */
 
-static void norm_silu(float *y, const float *x, const VaeLevel *level, int channels, const float *gamma) {
-    int pixels = level->height * level->width;
-    l2_norm(y, x, pixels, channels, gamma);
-    silu(y, y, (size_t)pixels * channels);
+static int pixels_of(const VaeLevel *level) { return level->height * level->width; }
+
+/* level->h from channels [0,n) of pixels that are `stride` floats apart. */
+static void narrow(const Vae *vae, VaeLevel *level, const float *x, int stride, int n) {
+    narrow_rows(vae->precision, level->h, x, (size_t)stride, pixels_of(level), n);
 }
 
-static void swap(float **a, float **b) {
-    float *c = *a;
-    *a = *b;
-    *b = c;
+static void norm_silu(const Vae *vae, VaeLevel *level, const float *x, int n, const float *gamma) {
+    l2_norm_silu(vae->precision, level->h, x, pixels_of(level), n, gamma);
 }
 
 /* level->x becomes the block's output. */
 static void residual(const Vae *vae, VaeLevel *level, ResidualBlock *block) {
-    size_t out = (size_t)level->height * level->width * block->conv1.out;
-    norm_silu(level->h, level->x, level, block->conv1.in, block->norm1);
-    causal_conv(vae, level, &block->conv1, &level->h, level->t);
-    norm_silu(level->t, level->t, level, block->conv1.out, block->norm2);
-    causal_conv(vae, level, &block->conv2, &level->t, level->h);
+    int in = block->conv1.in;
+    norm_silu(vae, level, level->x, in, block->norm1);
+    causal_conv(vae, level, &block->conv1, level->t, REPLACE);
     if (block->shortcut.out) {
-        spatial_conv(vae, level, &block->shortcut, level->x, level->t);
-        swap(&level->x, &level->t);
+        narrow(vae, level, level->x, in, in);
+        spatial_conv(vae, level, &block->shortcut, level->h, level->x, REPLACE);
     }
-    add(level->x, level->h, out);
+    norm_silu(vae, level, level->t, block->conv1.out, block->norm2);
+    causal_conv(vae, level, &block->conv2, level->x, ACCUMULATE);
 }
 
 /* One head over the pixels of one frame. */
 static void middle_attention(const Vae *vae, VaeLevel *level) {
-    int C = vae->proj.in, pixels = level->height * level->width;
+    int C = vae->proj.in, pixels = pixels_of(level);
     float *qkv = level->wide;
-    l2_norm(level->h, level->x, pixels, C, vae->middle_norm);
-    spatial_conv(vae, level, &vae->qkv, level->h, qkv);
-    attention(&(Attention){.q = qkv, .k = qkv + C, .v = qkv + 2 * C, .out = level->h, .queries = pixels,
-                           .keys = pixels, .heads = 1, .d = C, .q_stride = 3 * (size_t)C,
+    l2_norm(level->t, level->x, pixels, C, vae->middle_norm);
+    narrow(vae, level, level->t, C, C);
+    spatial_conv(vae, level, &vae->qkv, level->h, qkv, REPLACE);
+    attention(&(Attention){.precision = vae->precision, .q = qkv, .k = qkv + C, .v = qkv + 2 * C, .out = level->t,
+                           .queries = pixels, .keys = pixels, .heads = 1, .d = C, .q_stride = 3 * (size_t)C,
                            .kv_stride = 3 * (size_t)C, .out_stride = C, .scale = 1.0f / sqrtf((float)C)});
-    spatial_conv(vae, level, &vae->proj, level->h, level->t);
-    add(level->x, level->t, (size_t)pixels * C);
+    narrow(vae, level, level->t, C, C);
+    spatial_conv(vae, level, &vae->proj, level->h, level->x, ACCUMULATE);
 }
 
 /* ---------------------------------------------------------------- the stream */
@@ -213,12 +213,12 @@ typedef struct {
     void *to;
 } Output;
 
-/* The last level's x -> pixels: channel (c*p + b)*p + a of a pixel is colour c, row a.. of its patch, as upstream's
- * unpatchify has it (column before row). */
+/* The last level's x -> pixels: channel (c*p + b)*p + a of a pixel is colour c, row a, column b of its patch, as in
+ * upstream's unpatchify. */
 static void emit(Vae *vae, VaeLevel *level, Output output) {
     int p = vae->patch_size, H = level->height, W = level->width;
-    norm_silu(level->h, level->x, level, vae->head.in, vae->head_norm);
-    causal_conv(vae, level, &vae->head, &level->h, level->t);
+    norm_silu(vae, level, level->x, vae->head.in, vae->head_norm);
+    causal_conv(vae, level, &vae->head, level->t, REPLACE);
     for (int c = 0; c < 3; c++)
         for (int y = 0; y < H * p; y++)
             for (int x = 0; x < W * p; x++) {
@@ -231,40 +231,45 @@ static void emit(Vae *vae, VaeLevel *level, Output output) {
 
 static void push(Vae *vae, int index, Output output);
 
-/* From `in`, channels at a stride, doubled, to the next level, and on to the end. */
-static void upsample(Vae *vae, int index, const float *in, size_t stride, Output output) {
+/* From channels of this level, `stride` floats apart, doubled, to the next level, and on to the end. */
+static void upsample(Vae *vae, int index, const float *x, int stride, Output output) {
     VaeLevel *level = &vae->levels[index], *next = level + 1;
-    View view = {&level->resample, {in}, vae->zeros, stride, next->height, next->width, 1};
-    run(&view, next->x);
+    int C = level->resample.in;
+    narrow(vae, level, x, stride, C);
+    View view = {&level->resample, {level->h}, vae->zeros, row_bytes(vae->precision, C), next->height, next->width, 1};
+    run(&view, next->x, REPLACE);
     push(vae, index + 1, output);
 }
 
 /* A frame lies in x of level `index`. */
 static void push(Vae *vae, int index, Output output) {
     VaeLevel *level = &vae->levels[index];
+    int C = level->resample.in;
     for (int i = 0; i < level->num_blocks; i++) residual(vae, level, &level->blocks[i]);
     if (!level->resample.out) {
         emit(vae, level, output);
     } else if (level->time_conv.out && level->started) {
-        int C = level->time_conv.in; /* two frames, side by side in each pixel */
-        causal_conv(vae, level, &level->time_conv, &level->x, level->wide);
-        upsample(vae, index, level->wide, 2 * (size_t)C, output);
-        upsample(vae, index, level->wide + C, 2 * (size_t)C, output);
+        narrow(vae, level, level->x, C, C);
+        causal_conv(vae, level, &level->time_conv, level->wide, REPLACE); /* two frames, side by side in each pixel */
+        upsample(vae, index, level->wide, 2 * C, output);
+        upsample(vae, index, level->wide + C, 2 * C, output);
     } else {
         level->started = true;
-        upsample(vae, index, level->x, (size_t)level->resample.in, output);
+        upsample(vae, index, level->x, C, output);
     }
 }
 
 void vae_decode_frame(Vae *vae, const float *latents, int T, int t, FrameSink *sink, void *to) {
     VaeLevel *level = &vae->levels[0];
-    size_t pixels = (size_t)level->height * level->width;
-    for (int c = 0; c < vae->z_dim; c++)
+    int z = vae->z_dim;
+    size_t pixels = (size_t)pixels_of(level);
+    for (int c = 0; c < z; c++)
         for (size_t i = 0; i < pixels; i++)
-            level->t[i * vae->z_dim + c] =
-                latents[((size_t)c * T + t) * pixels + i] * vae->latents_std[c] + vae->latents_mean[c];
-    spatial_conv(vae, level, &vae->conv2, level->t, level->h);
-    causal_conv(vae, level, &vae->conv1, &level->h, level->x);
+            level->t[i * z + c] = latents[((size_t)c * T + t) * pixels + i] * vae->latents_std[c] + vae->latents_mean[c];
+    narrow(vae, level, level->t, z, z);
+    spatial_conv(vae, level, &vae->conv2, level->h, level->t, REPLACE);
+    narrow(vae, level, level->t, z, z);
+    causal_conv(vae, level, &vae->conv1, level->x, REPLACE);
     residual(vae, level, &vae->middle_0);
     middle_attention(vae, level);
     residual(vae, level, &vae->middle_2);
@@ -275,9 +280,12 @@ void vae_decode_frame(Vae *vae, const float *latents, int T, int t, FrameSink *s
 
 static int larger(int a, int b) { return a > b ? a : b; }
 
-static void take_past(Arena *arena, Conv *conv, const VaeLevel *level) {
-    size_t size = (size_t)level->height * level->width * level->channels;
-    for (int i = 0; i < 2; i++) conv->past[i] = arena_floats(arena, size);
+static char *take_operands(const Vae *vae, Arena *arena, const VaeLevel *level) {
+    return arena_take(arena, (size_t)pixels_of(level) * row_bytes(vae->precision, level->channels));
+}
+
+static void take_past(const Vae *vae, Arena *arena, Conv *conv, const VaeLevel *level) {
+    for (int i = 0; i < 2; i++) conv->past[i] = take_operands(vae, arena, level);
 }
 
 /* All frames of a level have one size, so that a convolution's input and its oldest past can trade places. */
@@ -293,14 +301,14 @@ static void lay_out_level(Vae *vae, Arena *arena, int index, int in) {
     if (!level->resample.out) level->channels = larger(level->channels, vae->out_channels);
     size_t pixels = (size_t)level->height * level->width;
     level->x = arena_floats(arena, pixels * level->channels);
-    level->h = arena_floats(arena, pixels * level->channels);
+    level->h = take_operands(vae, arena, level);
     level->t = arena_floats(arena, pixels * level->channels);
     level->wide = arena_floats(arena, pixels * level->wide_channels);
     for (int i = 0; i < level->num_blocks; i++) {
-        take_past(arena, &level->blocks[i].conv1, level);
-        take_past(arena, &level->blocks[i].conv2, level);
+        take_past(vae, arena, &level->blocks[i].conv1, level);
+        take_past(vae, arena, &level->blocks[i].conv2, level);
     }
-    if (level->time_conv.out) take_past(arena, &level->time_conv, level);
+    if (level->time_conv.out) take_past(vae, arena, &level->time_conv, level);
     level->started = false;
 }
 
@@ -317,9 +325,9 @@ void vae_decode_start(Vae *vae, Arena *arena, int H, int W) {
     VaeLevel *first = &vae->levels[0], *last = &vae->levels[vae->num_levels - 1];
     Conv *early[] = {&vae->conv1, &vae->middle_0.conv1, &vae->middle_0.conv2, &vae->middle_2.conv1,
                      &vae->middle_2.conv2};
-    for (size_t i = 0; i < sizeof early / sizeof *early; i++) take_past(arena, early[i], first);
-    take_past(arena, &vae->head, last);
-    vae->zeros = arena_floats(arena, channels);
+    for (size_t i = 0; i < sizeof early / sizeof *early; i++) take_past(vae, arena, early[i], first);
+    take_past(vae, arena, &vae->head, last);
+    vae->zeros = arena_take(arena, row_bytes(vae->precision, channels));
     vae->frame = arena_floats(arena, 3 * (size_t)last->height * last->width * vae->patch_size * vae->patch_size);
 }
 

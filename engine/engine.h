@@ -151,13 +151,36 @@ int thread_index(void); /* of the thread that runs this iteration */
 enum { LANES = 16 }; /* virtual lanes of every row reduction, whatever the width of a register */
 enum { MAX_TILE_ROWS = 14, MAX_TILE_COLS = 32 };
 
+/* Arithmetic of the large products. What is multiplied is float32, bfloat16, or bytes with a scale for each 256;
+ * what is summed is float32 (for bytes: exact integers, then float32). */
+typedef enum { F32, BF16, INT8, PRECISIONS, AUTOMATIC } Precision;
+bool precision_parse(const char *name, Precision *out); /* "f32", "bf16" or "int8"; false for any other */
+const char *precision_name(Precision precision);
+
+/* 32 bits of a panel, whatever they were written as: a float, a pair of bfloat16, four bytes. */
+#if defined(__GNUC__)
+typedef uint32_t __attribute__((may_alias)) Word;
+#else
+typedef uint32_t Word;
+#endif
+
 /* The functions that have a body per instruction set (kernel_body.h). Every table gives the same bits. */
 typedef struct {
     const char *name;         /* generic, avx2, avx512, neon */
+    bool fast[PRECISIONS];    /* faster than float32 */
+    int byte_offset;          /* what INT8 row operands carry added to each byte: 128 where the dot product wants them
+                                 unsigned, else 0 */
     int tile_rows, tile_cols; /* R and C below; C divides MAX_TILE_COLS */
-    /* acc (R, C), rows ld apart, += sum over segments s and k of  a[s*R + i][from + k] * b[(s*n + k)*C + j]:
-     * one chain of fused multiply-adds per element, in the order of s, then k. */
-    void (*product_tile)(float *acc, int ld, const float *const *a, int from, const float *b, int segments, int n);
+    /* acc (R, C), rows ld apart, += the sum over segments s and k < n of row operands times a panel (panel.c). Row i
+     * of segment s starts at a[s*R + i] + from (bytes). An element of F32 is one chain of fused multiply-adds in the
+     * order of s, then k. INT8 takes one segment of at most INT8_CHUNK. */
+    void (*tile[PRECISIONS])(float *acc, int ld, const void *const *a, size_t from, const void *panel, int segments,
+                             int n);
+    void (*to_bf16)(uint16_t *y, const float *x, size_t n); /* to nearest, ties to even */
+    int (*to_int8)(uint8_t *y, const float *x, int n, float factor); /* x * factor, plus byte_offset; returns the sum
+                                                                        of the bytes without it */
+    float (*largest)(const float *x, int n);                         /* magnitude */
+    void (*transpose)(Word *out, size_t stride_out, const Word *in, size_t stride_in, int rows, int n);
     /* One row of one tile of an online softmax: scores [n], room for n rounded up to LANES, become
      * exp(scale*scores + bias - m), m the new running maximum, which is returned; sums [LANES] and *rescale follow
      * (what was summed under the old maximum is to be multiplied by *rescale). bias may be NULL. */
@@ -178,37 +201,58 @@ void convert_to_floats(float *out, const void *in, Type type, size_t n);
 size_t type_bytes(Type type, size_t n); /* of n elements */
 const char *type_name(Type type);       /* "f32", "f16", "bf16", "q8_0"; NULL for others */
 
+/* ---------------------------------------------------------------- panel.c: what the tiles multiply */
+
+enum { INT8_CHUNK = 256 }; /* elements under one scale */
+
+/* A row operand of n elements: floats; bfloat16, an even number; or chunks of a scale and bytes. */
+size_t row_bytes(Precision precision, int n);
+size_t row_offset(Precision precision, int k); /* of element k; for INT8 where a chunk starts */
+void narrow_row(Precision precision, void *row, const float *x, int n);
+/* L rows, `stride` floats apart, to row operands side by side. */
+void narrow_rows(Precision precision, void *rows, const float *x, size_t stride, int L, int n);
+
+/* A panel: `cols` columns of n elements, the elements of one k (bfloat16: pair of k; INT8: four k) side by side. */
+size_t panel_bytes(Precision precision, int n);
+void pack_rows(Precision precision, void *panel, const float *w, size_t stride, int cols, int n);
+void pack_columns(Precision precision, void *panel, const float *w, size_t stride, int cols, int n);
+
 /* ---------------------------------------------------------------- product.c: the large products */
 
 /* One region that a product or an attention uses while it runs, and nobody keeps. Grows, never shrinks. */
 void *scratch(size_t bytes);
-enum { PRODUCT_MEMORY = 16 << 20 }; /* bytes of it that a product takes, but for very long rows */
+enum { PRODUCT_MEMORY = 16 << 20 }; /* bytes of it that a product takes for packed weights, but for very long rows */
 
-/* A layer as checkpoints hold it: NAME.weight and NAME.bias. */
+/* A layer as checkpoints hold it, NAME.weight and NAME.bias, and the arithmetic to use on it. */
 typedef struct {
     Weight weight;     /* (O,I) */
     const float *bias; /* (O), or NULL */
+    Precision precision;
 } Linear;
 enum { NO_BIAS, BIAS };
-Linear linear_bind(const WeightFile *file, int O, int I, int with_bias, const char *name, ...) PRINTF_LIKE(5, 6);
+Linear linear_bind(const WeightFile *file, Precision precision, int O, int I, int with_bias, const char *name, ...)
+    PRINTF_LIKE(6, 7);
 
 /* y (L,O) = x (L,I) @ weight^T + bias */
 void linear(float *y, const float *x, int L, const Linear *layer);
 
-/* Rows that a product reads where they lie: row r of x is `segments` runs of n floats, run s at locate(of, r, s).
- * A linear layer has one segment; a convolution has one per tap (Dukhan, The Indirect Convolution Algorithm, 2019). */
+/* Row operands that a product reads where they lie: row r of x is `segments` runs of n elements, run s at
+ * locate(of, r, s), narrowed to the layer's precision. A linear layer has one segment; a convolution has one per tap
+ * (Dukhan, The Indirect Convolution Algorithm, 2019). */
 typedef struct {
     int rows, segments, n;
-    const float *(*locate)(const void *of, int row, int segment);
+    const void *(*locate)(const void *of, int row, int segment);
     const void *of;
 } Rows;
-void product(float *y, Rows x, const Linear *layer); /* weight (O, segments*n) */
+enum { REPLACE, ACCUMULATE };
+void product(float *y, Rows x, const Linear *layer, int mode); /* y = or += x @ weight (O, segments*n) + bias */
 
 /* ---------------------------------------------------------------- attention.c */
 
 /* out (Lq, heads*d) = softmax(scale * q k^T + bias) v per head, with a memory that does not grow with Lq*Lk.
  * Row strides are in floats. bias, if any, is bias[head*bias_head + query*bias_query + key]. */
 typedef struct {
+    Precision precision; /* F32 or BF16; INT8 counts as BF16 */
     const float *q, *k, *v;
     float *out;
     int queries, keys, heads, d;
@@ -218,13 +262,16 @@ typedef struct {
     ptrdiff_t bias_head, bias_query;
 } Attention;
 void attention(const Attention *attention);
-size_t attention_memory(int keys, int heads, int d); /* bytes of scratch that it takes */
+size_t attention_memory(Precision precision, int keys, int heads, int d); /* bytes of scratch that it takes */
 
 /* ---------------------------------------------------------------- rows.c: what is done row by row */
 
 /* All work on L rows of n floats; y may be x. */
 void rms_norm(float *y, const float *x, int L, int n, const float *gain, float eps);
 void l2_norm(float *y, const float *x, int L, int n, const float *gain); /* x / |x| * sqrt(n) * gain (the VAE's) */
+/* silu(l2_norm(x)) as row operands; n <= MAX_CHANNELS. */
+enum { MAX_CHANNELS = 4096 };
+void l2_norm_silu(Precision precision, void *rows, const float *x, int L, int n, const float *gain);
 void layer_norm(float *y, const float *x, int L, int n, float eps, const float *scale, const float *shift);
 void silu(float *y, const float *x, size_t n);
 void gelu(float *y, const float *x, size_t n);

@@ -2,7 +2,11 @@
  *
  * The includer defines a vocabulary of vectors of VLEN floats and this file is written in nothing else:
  *   V, VLEN, TARGET, NAME(x), TILE_ROWS, TILE_VECTORS,
- *   V_LOAD V_STORE V_SET V_ADD V_SUB V_MUL V_DIV V_FMA(a,b,c)=a*b+c V_MAX V_MIN V_ROUND V_POW2 V_HMAX
+ *   V_LOAD V_STORE V_SET V_ADD V_SUB V_MUL V_DIV V_FMA(a,b,c)=a*b+c V_MAX V_MIN V_ABS V_ROUND V_POW2 V_HMAX
+ *   W, vectors of VLEN 32-bit words: W_LOAD W_STORE W_SET W_FLOAT (integers to floats) W_TRANSPOSE (of VLEN vectors)
+ *   the two dot products
+ *   DOT_BF16(sum, a, b): sum + two products of bfloat16;  DOT_INT8(sum, a, b): integers, four products of bytes
+ *   V_STORE_BF16(p, v): narrowed to nearest even
  * Scalar C is the same text with one lane.
  *
  * Why every instruction set gives the same bits: an element of a product is one chain of fused multiply-adds over k
@@ -27,26 +31,125 @@ static inline TARGET V NAME(v_exp)(V x) {
     return V_MUL(p, V_POW2(n));
 }
 
-/* The tile lives in registers while k runs: TILE_ROWS x TILE_VECTORS accumulators. */
-static TARGET void NAME(product_tile)(float *acc, int ld, const float *const *a, int from, const float *b,
-                                      int segments, int n) {
+/* A tile lives in registers while k runs: TILE_ROWS x TILE_VECTORS accumulators. */
+#define FOR_ROWS UNROLL for (int i = 0; i < TILE_ROWS; i++)
+#define FOR_VECTORS UNROLL for (int j = 0; j < TILE_VECTORS; j++)
+
+static TARGET void NAME(tile_f32)(float *acc, int ld, const void *const *a, size_t from, const void *panel,
+                                  int segments, int n) {
+    const float *b = panel;
     V sum[TILE_ROWS][TILE_VECTORS];
-    UNROLL for (int i = 0; i < TILE_ROWS; i++)
-        UNROLL for (int j = 0; j < TILE_VECTORS; j++) sum[i][j] = V_LOAD(acc + (size_t)i * ld + j * VLEN);
+    FOR_ROWS FOR_VECTORS sum[i][j] = V_LOAD(acc + (size_t)i * ld + j * VLEN);
     for (int s = 0; s < segments; s++, a += TILE_ROWS) {
         const float *row[TILE_ROWS];
-        UNROLL for (int i = 0; i < TILE_ROWS; i++) row[i] = a[i] + from;
+        FOR_ROWS row[i] = (const float *)((const char *)a[i] + from);
         for (int k = 0; k < n; k++, b += TILE_VECTORS * VLEN) {
             V column[TILE_VECTORS];
-            UNROLL for (int j = 0; j < TILE_VECTORS; j++) column[j] = V_LOAD(b + j * VLEN);
-            UNROLL for (int i = 0; i < TILE_ROWS; i++) {
+            FOR_VECTORS column[j] = V_LOAD(b + j * VLEN);
+            FOR_ROWS {
                 V x = V_SET(row[i][k]);
-                UNROLL for (int j = 0; j < TILE_VECTORS; j++) sum[i][j] = V_FMA(x, column[j], sum[i][j]);
+                FOR_VECTORS sum[i][j] = V_FMA(x, column[j], sum[i][j]);
             }
         }
     }
-    UNROLL for (int i = 0; i < TILE_ROWS; i++)
-        UNROLL for (int j = 0; j < TILE_VECTORS; j++) V_STORE(acc + (size_t)i * ld + j * VLEN, sum[i][j]);
+    FOR_ROWS FOR_VECTORS V_STORE(acc + (size_t)i * ld + j * VLEN, sum[i][j]);
+}
+
+/* The same, a pair of k at a time. */
+static TARGET void NAME(tile_bf16)(float *acc, int ld, const void *const *a, size_t from, const void *panel,
+                                   int segments, int n) {
+    const Word *b = panel;
+    V sum[TILE_ROWS][TILE_VECTORS];
+    FOR_ROWS FOR_VECTORS sum[i][j] = V_LOAD(acc + (size_t)i * ld + j * VLEN);
+    for (int s = 0; s < segments; s++, a += TILE_ROWS) {
+        const Word *row[TILE_ROWS];
+        FOR_ROWS row[i] = (const Word *)((const char *)a[i] + from);
+        for (int k = 0; k < (n + 1) / 2; k++, b += TILE_VECTORS * VLEN) {
+            W column[TILE_VECTORS];
+            FOR_VECTORS column[j] = W_LOAD(b + j * VLEN);
+            FOR_ROWS {
+                W x = W_SET(row[i][k]);
+                FOR_VECTORS sum[i][j] = DOT_BF16(sum[i][j], x, column[j]);
+            }
+        }
+    }
+    FOR_ROWS FOR_VECTORS V_STORE(acc + (size_t)i * ld + j * VLEN, sum[i][j]);
+}
+
+/* Exact integers over one chunk, then one step in float32: acc += sum * (scale of the row * scale of the column). The
+ * panel's second line, minus byte_offset times the sum of each column, takes the rows' offset out again. */
+static TARGET void NAME(tile_int8)(float *acc, int ld, const void *const *a, size_t from, const void *panel,
+                                   int segments, int n) {
+    const float *scales = panel;
+    const Word *b = (const Word *)panel + 2 * TILE_VECTORS * VLEN;
+    const Word *row[TILE_ROWS];
+    W sum[TILE_ROWS][TILE_VECTORS];
+    (void)segments;
+    FOR_ROWS row[i] = (const Word *)((const char *)a[i] + from) + 1;
+    FOR_ROWS FOR_VECTORS sum[i][j] = W_LOAD((const Word *)panel + (TILE_VECTORS + j) * VLEN);
+    for (int k = 0; k < (n + 3) / 4; k++, b += TILE_VECTORS * VLEN) {
+        W column[TILE_VECTORS];
+        FOR_VECTORS column[j] = W_LOAD(b + j * VLEN);
+        FOR_ROWS {
+            W x = W_SET(row[i][k]);
+            FOR_VECTORS sum[i][j] = DOT_INT8(sum[i][j], x, column[j]);
+        }
+    }
+    FOR_ROWS {
+        V scale = V_SET(*(const float *)(row[i] - 1));
+        FOR_VECTORS {
+            float *out = acc + (size_t)i * ld + j * VLEN;
+            V_STORE(out, V_FMA(W_FLOAT(sum[i][j]), V_MUL(scale, V_LOAD(scales + j * VLEN)), V_LOAD(out)));
+        }
+    }
+}
+
+static TARGET void NAME(to_bf16)(uint16_t *y, const float *x, size_t n) {
+    size_t i = 0;
+    for (; i + VLEN <= n; i += VLEN) V_STORE_BF16(y + i, V_LOAD(x + i));
+    for (; i < n; i++) y[i] = nearest_bf16(x[i]);
+}
+
+/* x * factor to nearest, as bytes plus BYTE_OFFSET; the sum of the bytes without it is returned. */
+static TARGET int NAME(to_int8)(uint8_t *y, const float *x, int n, float factor) {
+    float rounded[64];
+    int sum = 0;
+    V f = V_SET(factor);
+    for (int i = 0; i < n; i += 64) {
+        int count = n - i < 64 ? n - i : 64, j = 0;
+        for (; j + VLEN <= count; j += VLEN) V_STORE(rounded + j, V_ROUND(V_MUL(V_LOAD(x + i + j), f)));
+        for (; j < count; j++) rounded[j] = rintf(x[i + j] * factor);
+        for (j = 0; j < count; j++) {
+            int value = (int)rounded[j];
+            y[i + j] = (uint8_t)(value + BYTE_OFFSET);
+            sum += value;
+        }
+    }
+    return sum;
+}
+
+/* out [n][stride_out] = words of `rows` rows of n, transposed; rows is a multiple of VLEN. */
+static TARGET void NAME(transpose)(Word *out, size_t stride_out, const Word *in, size_t stride_in, int rows, int n) {
+    for (int j = 0; j < rows; j += VLEN) {
+        int k = 0;
+        for (; k + VLEN <= n; k += VLEN) {
+            W block[VLEN];
+            UNROLL for (int i = 0; i < VLEN; i++) block[i] = W_LOAD(in + (size_t)(j + i) * stride_in + k);
+            W_TRANSPOSE(block);
+            UNROLL for (int i = 0; i < VLEN; i++) W_STORE(out + (size_t)(k + i) * stride_out + j, block[i]);
+        }
+        for (; k < n; k++)
+            for (int i = 0; i < VLEN; i++) out[(size_t)k * stride_out + j + i] = in[(size_t)(j + i) * stride_in + k];
+    }
+}
+
+static TARGET float NAME(largest)(const float *x, int n) {
+    V m = V_SET(0.0f);
+    int i = 0;
+    for (; i + VLEN <= n; i += VLEN) m = V_MAX(m, V_ABS(V_LOAD(x + i)));
+    float most = V_HMAX(m);
+    for (; i < n; i++) most = fmaxf(most, fabsf(x[i]));
+    return most;
 }
 
 static TARGET float NAME(softmax_tile)(float *scores, int n, float scale, const float *bias, float maximum,
@@ -137,7 +240,13 @@ static const Kernels NAME(table) = {
     .name = ISA_NAME,
     .tile_rows = TILE_ROWS,
     .tile_cols = TILE_VECTORS * VLEN,
-    .product_tile = NAME(product_tile),
+    .fast = {true, FAST_BF16, FAST_INT8},
+    .byte_offset = BYTE_OFFSET,
+    .tile = {NAME(tile_f32), NAME(tile_bf16), NAME(tile_int8)},
+    .to_bf16 = NAME(to_bf16),
+    .to_int8 = NAME(to_int8),
+    .transpose = NAME(transpose),
+    .largest = NAME(largest),
     .softmax_tile = NAME(softmax_tile),
     .sum = NAME(sum),
     .sum_squares = NAME(sum_squares),
@@ -162,6 +271,27 @@ static const Kernels NAME(table) = {
 #undef V_FMA
 #undef V_MAX
 #undef V_MIN
+#undef V_ABS
 #undef V_ROUND
 #undef V_POW2
 #undef V_HMAX
+#undef V_STORE_BF16
+#undef W
+#undef W_LOAD
+#undef W_STORE
+#undef W_TRANSPOSE
+#undef W_SET
+#undef W_FLOAT
+#undef DOT_BF16
+#undef DOT_INT8
+#undef FAST_BF16
+#undef FAST_INT8
+#undef BYTE_OFFSET
+#undef HIGH
+#undef LOW
+#undef BYTES
+#undef AVX512_VNNI
+#undef AVX512_BF16
+#undef NEON_DOTPROD
+#undef FOR_ROWS
+#undef FOR_VECTORS

@@ -9,13 +9,14 @@
  * product's sum is one chain over k, and a chain may stop in memory and go on. The plan is that of BLIS (Van Zee and
  * van de Geijn, 2015):
  *
- *   - w is packed into panels of C outputs, transposed and widened to floats: panel[k][j] = w[o+j][k]. A group of
- *     panels that fits a budget is packed by all threads, then used by all threads.
+ *   - w is packed into panels of C outputs (panel.c), transposed: panel[k][j] = w[o+j][k]. A group of panels that fits
+ *     a budget is packed by all threads, then used by all threads.
  *   - a task is a block of rows against some panels of the group; its sums lie in a small buffer.
  *   - k runs in chunks whose part of a panel stays in the first-level cache, all row tiles of the block over it.
  *
- * x is never copied. A convolution differs from a linear layer only in where its rows lie: for each tap, the rows
- * of the product are runs of channels at shifted pixels. */
+ * In float32, x is never copied; for narrower arithmetic its rows are narrowed first. A convolution differs from a
+ * linear layer only in where its rows lie: for each tap, the rows of the product are runs of channels at shifted
+ * pixels. */
 #include "engine/engine.h"
 
 #include <stdarg.h>
@@ -42,58 +43,64 @@ void *scratch(size_t bytes) {
 static int smaller(int a, int b) { return a < b ? a : b; }
 static int ceiling(int a, int b) { return (a + b - 1) / b; }
 
-/* b (n, cols) = rows [0,rows) of w, transposed; columns past `rows` are zero. */
-static void transpose(float *b, int cols, const float *w, size_t stride, int rows, int n) {
-    for (int j = 0; j < cols; j++) {
-        const float *row = w + (size_t)j * stride;
-        for (int k = 0; k < n; k++) b[(size_t)k * cols + j] = j < rows ? row[k] : 0.0f;
-    }
-}
+/* The part of k that a tile takes at once: for INT8, what is under one scale. */
+static int chunk_of(Precision precision) { return precision == INT8 ? INT8_CHUNK : CHUNK; }
 
-/* panel (K, cols) from rows [first, first+cols) of w. Narrow types are widened a slice at a time. */
-static void pack_panel(float *panel, int cols, const Weight *w, int first) {
-    enum { SLICE = 256 };
+/* A panel from rows [first, first+C) of w, a slice at a time, which is widened if it is narrow. */
+static void pack_panel(char *panel, const Linear *layer, const Rows *x, int first) {
+    enum { SLICE = INT8_CHUNK };
     float slice[MAX_TILE_COLS * SLICE];
-    int rows = smaller(cols, w->rows - first), K = w->cols;
-    for (int k = 0; k < K; k += SLICE) {
-        int n = smaller(SLICE, K - k);
-        for (int j = 0; j < rows; j++) {
-            size_t at = (size_t)(first + j) * K + k;
-            convert_to_floats(slice + j * SLICE, (const char *)w->data + type_bytes(w->type, at), w->type, n);
+    const Weight *w = &layer->weight;
+    int cols = smaller(kernels->tile_cols, w->rows - first);
+    for (int s = 0; s < x->segments; s++)
+        for (int k = 0; k < x->n; k += SLICE) {
+            int n = smaller(SLICE, x->n - k);
+            for (int j = 0; j < cols; j++) {
+                size_t at = type_bytes(w->type, (size_t)(first + j) * w->cols + (size_t)s * x->n + k);
+                convert_to_floats(slice + j * SLICE, (const char *)w->data + at, w->type, n);
+            }
+            pack_rows(layer->precision, panel, slice, SLICE, cols, n);
+            panel += panel_bytes(layer->precision, n);
         }
-        transpose(panel + (size_t)k * cols, cols, slice, SLICE, rows, n);
-    }
 }
 
-/* One block of rows against panels [0,count) of a group; outputs start at column `first` of y. */
+/* A group of panels, and what is to become of their columns, the first of which is column `first` of y. */
 typedef struct {
     const Rows *x;
-    const float *panels, *bias;
+    const Linear *layer;
+    const char *panels;
+    size_t panel_size;
     float *y;
-    int O, first;
+    int first, mode;
 } Group;
 
 static void finish_tile(const Group *g, const float *acc, int row, int rows, int column) {
-    int cols = smaller(kernels->tile_cols, g->O - column);
+    int O = g->layer->weight.rows, cols = smaller(kernels->tile_cols, O - column);
+    const float *bias = g->layer->bias;
     for (int i = 0; i < rows; i++) {
-        float *y = g->y + (size_t)(row + i) * g->O + column;
+        float *y = g->y + (size_t)(row + i) * O + column;
         const float *sum = acc + i * kernels->tile_cols;
-        for (int j = 0; j < cols; j++) y[j] = g->bias ? sum[j] + g->bias[column + j] : sum[j];
+        for (int j = 0; j < cols; j++) {
+            float value = bias ? sum[j] + bias[column + j] : sum[j];
+            y[j] = g->mode == ACCUMULATE ? y[j] + value : value;
+        }
     }
 }
 
 /* acc (tiles*R, C) = all of k for one panel. Short segments go several at a time, long ones in parts. */
-static void multiply_panel(float *acc, const Rows *x, const float *const *rows, const float *panel, int tiles) {
-    int R = kernels->tile_rows, C = kernels->tile_cols;
-    int together = x->n < CHUNK ? smaller(CHUNK / x->n, x->segments) : 1;
+static void multiply_panel(float *acc, const Group *g, const void *const *rows, const char *panel, int tiles) {
+    Precision precision = g->layer->precision;
+    int R = kernels->tile_rows, C = kernels->tile_cols, chunk = chunk_of(precision), length = g->x->n;
+    int together = length < chunk && precision != INT8 ? smaller(chunk / length, g->x->segments) : 1;
     memset(acc, 0, sizeof(float) * (size_t)(tiles * R * C));
-    for (int s = 0; s < x->segments; s += together) {
-        int segments = smaller(together, x->segments - s);
-        for (int k = 0; k < x->n; k += CHUNK) {
-            int n = smaller(CHUNK, x->n - k);
-            const float *b = panel + ((size_t)s * x->n + k) * C;
+    for (int s = 0; s < g->x->segments; s += together) {
+        int segments = smaller(together, g->x->segments - s);
+        for (int k = 0; k < length; k += chunk) {
+            int n = smaller(chunk, length - k);
             for (int t = 0; t < tiles; t++)
-                kernels->product_tile(acc + t * R * C, C, rows + (t * x->segments + s) * R, k, b, segments, n);
+                kernels->tile[precision](acc + t * R * C, C, rows + (t * g->x->segments + s) * R,
+                                         row_offset(precision, k), panel, segments, n);
+            panel += segments * panel_bytes(precision, n);
         }
     }
 }
@@ -101,15 +108,14 @@ static void multiply_panel(float *acc, const Rows *x, const float *const *rows, 
 static void multiply_block(const Group *g, int row, int panel, int panels) {
     int R = kernels->tile_rows, C = kernels->tile_cols;
     int rows = smaller(BLOCK_TILES * R, g->x->rows - row), tiles = ceiling(rows, R), segments = g->x->segments;
-    const float *where[BLOCK_TILES * MAX_TILE_ROWS * MAX_SEGMENTS];
+    const void *where[BLOCK_TILES * MAX_TILE_ROWS * MAX_SEGMENTS];
     _Alignas(64) float acc[BLOCK_TILES * MAX_TILE_ROWS * MAX_TILE_COLS];
     for (int t = 0; t < tiles; t++) /* rows past the end read the last one, and are not written */
         for (int s = 0; s < segments; s++)
             for (int i = 0; i < R; i++)
                 where[(t * segments + s) * R + i] = g->x->locate(g->x->of, row + smaller(t * R + i, rows - 1), s);
-    size_t panel_size = (size_t)segments * g->x->n * C;
     for (int p = panel; p < panel + panels; p++) {
-        multiply_panel(acc, g->x, where, g->panels + p * panel_size, tiles);
+        multiply_panel(acc, g, where, g->panels + p * g->panel_size, tiles);
         for (int t = 0; t < tiles; t++)
             finish_tile(g, acc + t * R * C, row + t * R, smaller(R, rows - t * R), g->first + p * C);
     }
@@ -121,49 +127,69 @@ static int panels_per_task(int blocks, int panels) {
     return ceiling(panels, smaller(parts, panels));
 }
 
-void product(float *y, Rows x, const Linear *layer) {
-    Weight w = layer->weight;
-    int C = kernels->tile_cols, blocks = ceiling(x.rows, BLOCK_TILES * kernels->tile_rows);
-    size_t panel_size = (size_t)w.cols * C;
-    int group = (int)(PRODUCT_MEMORY / (panel_size * sizeof(float)));
-    group = smaller(group < 1 ? 1 : group, ceiling(w.rows, C));
-    float *panels = scratch(group * panel_size * sizeof(float));
-    for (int first = 0; first < w.rows; first += group * C) {
-        int count = smaller(group, ceiling(w.rows - first, C)), each = panels_per_task(blocks, count);
+/* Bytes of a panel over all of k, and of the memory in which a group of them is packed. */
+static size_t panel_size_of(const Rows *x, const Linear *layer) {
+    return x->segments * panel_bytes(layer->precision, x->n);
+}
+
+static size_t group_bytes(size_t panel_size) {
+    return panel_size > PRODUCT_MEMORY ? panel_size : PRODUCT_MEMORY / panel_size * panel_size;
+}
+
+static void run_product(float *y, const Rows *x, const Linear *layer, int mode, char *memory) {
+    int C = kernels->tile_cols, O = layer->weight.rows, block = BLOCK_TILES * kernels->tile_rows;
+    int blocks = ceiling(x->rows, block);
+    size_t panel_size = panel_size_of(x, layer);
+    int group = (int)(group_bytes(panel_size) / panel_size);
+    for (int first = 0; first < O; first += group * C) {
+        int count = smaller(group, ceiling(O - first, C)), each = panels_per_task(blocks, count);
         int parts = ceiling(count, each);
-        PARALLEL_FOR for (int p = 0; p < count; p++) pack_panel(panels + p * panel_size, C, &w, first + p * C);
-        Group g = {&x, panels, layer->bias, y, w.rows, first};
+        PARALLEL_FOR for (int p = 0; p < count; p++) pack_panel(memory + p * panel_size, layer, x, first + p * C);
+        Group g = {x, layer, memory, panel_size, y, first, mode};
         PARALLEL_FOR for (int task = 0; task < blocks * parts; task++) {
             int panel = task % parts * each;
-            multiply_block(&g, task / parts * BLOCK_TILES * kernels->tile_rows, panel, smaller(each, count - panel));
+            multiply_block(&g, task / parts * block, panel, smaller(each, count - panel));
         }
     }
-    profile_flops(2.0 * x.rows * w.rows * w.cols);
+    profile_flops(2.0 * x->rows * O * layer->weight.cols);
+}
+
+void product(float *y, Rows x, const Linear *layer, int mode) {
+    run_product(y, &x, layer, mode, scratch(group_bytes(panel_size_of(&x, layer))));
 }
 
 typedef struct {
-    const float *x;
-    size_t stride;
+    const char *x;
+    size_t stride; /* bytes */
 } Dense;
 
-static const float *locate_dense(const void *of, int row, int segment) {
+static const void *locate_dense(const void *of, int row, int segment) {
     const Dense *dense = of;
     (void)segment;
     return dense->x + (size_t)row * dense->stride;
 }
 
 void linear(float *y, const float *x, int L, const Linear *layer) {
-    Dense dense = {x, (size_t)layer->weight.cols};
-    product(y, (Rows){L, 1, layer->weight.cols, locate_dense, &dense}, layer);
+    int I = layer->weight.cols;
+    Dense dense = {(const char *)x, row_bytes(layer->precision, I)};
+    Rows rows = {L, 1, I, locate_dense, &dense};
+    size_t panels = group_bytes(panel_size_of(&rows, layer));
+    bool narrow = layer->precision != F32;
+    char *memory = scratch(panels + (narrow ? L * dense.stride : 0));
+    if (narrow) {
+        dense.x = memory + panels;
+        narrow_rows(layer->precision, memory + panels, x, I, L, I);
+    }
+    run_product(y, &rows, layer, REPLACE, memory);
 }
 
-Linear linear_bind(const WeightFile *file, int O, int I, int with_bias, const char *name, ...) {
+Linear linear_bind(const WeightFile *file, Precision precision, int O, int I, int with_bias, const char *name, ...) {
     char prefix[64];
     va_list arguments;
     va_start(arguments, name);
     vsnprintf(prefix, sizeof prefix, name, arguments);
     va_end(arguments);
-    Linear layer = {.weight = weights_bind(file, O, I, "%s.weight", prefix)};
+    Linear layer = {.weight = weights_bind(file, O, I, "%s.weight", prefix), .precision = precision};
     if (with_bias) layer.bias = weights_floats(file, O, "%s.bias", prefix);
     return layer;
 }

@@ -16,12 +16,22 @@ void rms_norm(float *y, const float *x, int L, int n, const float *gain, float e
 }
 
 /* torch's F.normalize divides by the norm, but by no less than 1e-12. */
+static void l2_norm_row(float *y, const float *x, int n, const float *gain) {
+    float factor = sqrtf((float)n) / fmaxf(sqrtf(kernels->sum_squares(x, n, 0.0f)), 1e-12f);
+    for (int i = 0; i < n; i++) y[i] = x[i] * factor * gain[i];
+}
+
 void l2_norm(float *y, const float *x, int L, int n, const float *gain) {
+    PARALLEL_FOR for (int l = 0; l < L; l++) l2_norm_row(y + (size_t)l * n, x + (size_t)l * n, n, gain);
+}
+
+void l2_norm_silu(Precision precision, void *rows, const float *x, int L, int n, const float *gain) {
+    size_t bytes = row_bytes(precision, n);
     PARALLEL_FOR for (int l = 0; l < L; l++) {
-        const float *row = x + (size_t)l * n;
-        float *out = y + (size_t)l * n;
-        float factor = sqrtf((float)n) / fmaxf(sqrtf(kernels->sum_squares(row, n, 0.0f)), 1e-12f);
-        for (int i = 0; i < n; i++) out[i] = row[i] * factor * gain[i];
+        float row[MAX_CHANNELS];
+        l2_norm_row(row, x + (size_t)l * n, n, gain);
+        kernels->silu(row, row, (size_t)n);
+        narrow_row(precision, (char *)rows + l * bytes, row, n);
     }
 }
 

@@ -27,7 +27,10 @@
 enum { VERSION = 3, MAX_SIZES = 4, DEFAULT_ALIGNMENT = 32, MAX_ALIGNMENT = 1 << 16, MAX_NAME = 256 };
 
 /* Value types of keys, as in gguf.h. */
-enum { U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64, VALUE_TYPES };
+enum {
+    VALUE_U8, VALUE_I8, VALUE_U16, VALUE_I16, VALUE_U32, VALUE_I32, VALUE_F32, VALUE_BOOL, VALUE_STRING, VALUE_ARRAY,
+    VALUE_U64, VALUE_I64, VALUE_F64, VALUE_TYPES
+};
 static const uint8_t value_bytes[VALUE_TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
 
 typedef struct {
@@ -168,7 +171,7 @@ static const char *take_elements(Reader *reader, WeightArray *out) {
         if (!take_string(reader, &string)) return "has a string that is longer than the file";
     }
     out->data = start;
-    for (size_t i = 0; out->type == BOOL && i < out->count; i++)
+    for (size_t i = 0; out->type == VALUE_BOOL && i < out->count; i++)
         if (start[i] > 1) return "is a boolean other than 0 and 1";
     return NULL;
 }
@@ -177,8 +180,8 @@ static const char *take_value(Reader *reader, Key *key) {
     uint64_t count = 1;
     if (!take_u32(reader, &key->type)) return "is cut off";
     uint32_t type = key->type;
-    if (type == ARRAY && (!take_u32(reader, &type) || !take_u64(reader, &count))) return "is cut off";
-    if (type >= VALUE_TYPES || type == ARRAY) return "is of an unknown type";
+    if (type == VALUE_ARRAY && (!take_u32(reader, &type) || !take_u64(reader, &count))) return "is cut off";
+    if (type >= VALUE_TYPES || type == VALUE_ARRAY) return "is of an unknown type";
     if (count > reader->left) return "has more elements than the file has bytes";
     key->value = (WeightArray){NULL, type, (size_t)count};
     return take_elements(reader, &key->value);
@@ -275,7 +278,7 @@ static const char *read_alignment(WeightFile *file) {
     const Key *key = find_key(file, "general.alignment");
     file->alignment = DEFAULT_ALIGNMENT;
     if (!key) return NULL;
-    uint64_t value = key->type == U32 ? little_endian(key->value.data, 4) : 0;
+    uint64_t value = key->type == VALUE_U32 ? little_endian(key->value.data, 4) : 0;
     if (value < 8 || value > MAX_ALIGNMENT || value & (value - 1))
         return "key \"general.alignment\" is no u32 that is a power of two from 8 to 65536";
     file->alignment = (size_t)value;
@@ -443,17 +446,17 @@ static const uint8_t *element(const WeightArray *array, size_t index) {
 }
 
 static bool is_integer(uint32_t type) {
-    return type <= I32 || type == U64 || type == I64;
+    return type <= VALUE_I32 || type == VALUE_U64 || type == VALUE_I64;
 }
 
 static bool is_number(uint32_t type) {
-    return is_integer(type) || type == F32 || type == F64;
+    return is_integer(type) || type == VALUE_F32 || type == VALUE_F64;
 }
 
 int64_t array_int(const WeightArray *array, size_t index) {
     int bytes = value_bytes[array->type];
     uint64_t value = little_endian(element(array, index), bytes);
-    bool is_signed = array->type == I8 || array->type == I16 || array->type == I32;
+    bool is_signed = array->type == VALUE_I8 || array->type == VALUE_I16 || array->type == VALUE_I32;
     uint64_t sign = (uint64_t)1 << (8 * bytes - 1);
     return (int64_t)(is_signed ? (value ^ sign) - sign : value);
 }
@@ -465,7 +468,7 @@ double array_double(const WeightArray *array, size_t index) {
     double value;
     memcpy(&single, &half, sizeof single);
     memcpy(&value, &bits, sizeof value);
-    return array->type == F32 ? single : array->type == F64 ? value : (double)array_int(array, index);
+    return array->type == VALUE_F32 ? single : array->type == VALUE_F64 ? value : (double)array_int(array, index);
 }
 
 Bytes array_next_string(const WeightArray *array, const uint8_t **cursor) {
@@ -503,12 +506,12 @@ double weights_double_or(const WeightFile *file, const char *name, double fallba
 
 bool weights_bool_or(const WeightFile *file, const char *name, bool fallback) {
     const Key *key = find_key(file, name);
-    return key && key->type == BOOL ? key->value.data[0] != 0 : fallback;
+    return key && key->type == VALUE_BOOL ? key->value.data[0] != 0 : fallback;
 }
 
 const char *weights_string_or(const WeightFile *file, const char *name, const char *fallback) {
     const Key *key = find_key(file, name);
-    if (!key || key->type != STRING) return fallback;
+    if (!key || key->type != VALUE_STRING) return fallback;
     const uint8_t *cursor = key->value.data;
     Bytes string = array_next_string(&key->value, &cursor);
     char *copy = keep_copy(file, allocate(string.size + 1));
@@ -518,7 +521,7 @@ const char *weights_string_or(const WeightFile *file, const char *name, const ch
 
 bool weights_array(const WeightFile *file, const char *name, WeightArray *out) {
     const Key *key = find_key(file, name);
-    if (!key || key->type != ARRAY) return false;
+    if (!key || key->type != VALUE_ARRAY) return false;
     *out = key->value;
     return true;
 }
@@ -535,8 +538,8 @@ static void print_text(Bytes text, FILE *out) {
 }
 
 static void print_element(const WeightArray *array, size_t index, const uint8_t **cursor, FILE *out) {
-    if (array->type == STRING) print_text(array_next_string(array, cursor), out);
-    else if (array->type == BOOL) fputs(array->data[index] ? "true" : "false", out);
+    if (array->type == VALUE_STRING) print_text(array_next_string(array, cursor), out);
+    else if (array->type == VALUE_BOOL) fputs(array->data[index] ? "true" : "false", out);
     else if (is_integer(array->type)) fprintf(out, "%" PRId64, array_int(array, index));
     else fprintf(out, "%.9g", array_double(array, index));
 }
@@ -545,7 +548,7 @@ static void print_key(const Key *key, FILE *out) {
     enum { SHOWN = 16 };
     const uint8_t *cursor = key->value.data;
     fprintf(out, "%-44.*s ", NAMED(key->name));
-    if (key->type == ARRAY) fprintf(out, "%zu: ", key->value.count);
+    if (key->type == VALUE_ARRAY) fprintf(out, "%zu: ", key->value.count);
     for (size_t i = 0; i < key->value.count && i < SHOWN; i++) {
         if (i) fputs(", ", out);
         print_element(&key->value, i, &cursor, out);

@@ -39,6 +39,9 @@ static void same_everywhere(const char *what, size_t n, void (*compute)(void *, 
     free(again);
 }
 
+/* What a precision may be off by, relative to the largest value, when random numbers are multiplied. */
+static const double allowed[PRECISIONS] = {0, 6e-3, 1.5e-2};
+
 /* ---------------------------------------------------------------- products */
 
 typedef struct {
@@ -62,16 +65,17 @@ static void specify_linear(const Product *p, const float *w, float *y) {
         }
 }
 
-static void check_linear(int L, int I, int O, bool bias) {
+static void check_linear(Precision precision, int L, int I, int O, bool bias) {
     size_t n = (size_t)L * O;
     float *x = random_floats((size_t)L * I, 1), *w = random_floats((size_t)O * I, 2), *b = random_floats(O, 3);
     float *y = allocate(n * sizeof *y), *expected = allocate(n * sizeof *y);
-    Product p = {L, I, O, x, {{w, TYPE_F32, O, I}, bias ? b : NULL}};
+    Product p = {L, I, O, x, {{w, TYPE_F32, O, I}, bias ? b : NULL, precision}};
     char what[64];
-    snprintf(what, sizeof what, "linear %dx%d @ %d", L, I, O);
+    snprintf(what, sizeof what, "%s linear %dx%d @ %d", precision_name(precision), L, I, O);
     same_everywhere(what, n, compute_linear, &p, y);
     specify_linear(&p, w, expected);
-    CHECK(!memcmp(y, expected, n * sizeof *y), "%s differs from its specification", what);
+    double error = relative_error(y, expected, n);
+    CHECK(error <= allowed[precision], "%s: relative error %.2e", what, error);
     free(x), free(w), free(b), free(y), free(expected);
 }
 
@@ -84,7 +88,7 @@ static void check_narrow(Type type) {
     generator_seed(&generator, 5);
     for (size_t i = 0; i < type_bytes(type, I * O); i++) bytes[i] = (uint8_t)(generator_next(&generator) >> 7 & 0xbf);
     convert_to_floats(w, bytes, type, I * O);
-    Product p = {L, I, O, x, {{bytes, type, O, I}, NULL}};
+    Product p = {L, I, O, x, {{bytes, type, O, I}, NULL, F32}};
     compute_linear(&p, y);
     specify_linear(&p, w, expected);
     CHECK(!memcmp(y, expected, sizeof y), "a product with %s weights differs from that with widened ones",
@@ -122,19 +126,20 @@ static void specify_attention(const Attention *a, float *out) {
     free(p);
 }
 
-static void check_attention(int queries, int keys, int heads, int d, bool bias) {
+static void check_attention(Precision precision, int queries, int keys, int heads, int d, bool bias) {
     size_t width = (size_t)heads * d, n = queries * width, longest = (size_t)queries + keys;
     float *q = random_floats(n, 6), *k = random_floats(keys * width, 7), *v = random_floats(keys * width, 8);
     float *b = random_floats(heads * longest, 9), *y = allocate(n * sizeof *y), *expected = allocate(n * sizeof *y);
-    Attention a = {.q = q, .k = k, .v = v, .queries = queries, .keys = keys, .heads = heads, .d = d,
+    Attention a = {.precision = precision, .q = q, .k = k, .v = v, .queries = queries, .keys = keys, .heads = heads, .d = d,
                    .q_stride = width, .kv_stride = width, .out_stride = width, .scale = 0.7f};
     if (bias) a.bias = b + queries - 1, a.bias_head = (ptrdiff_t)longest, a.bias_query = -1;
     char what[64];
-    snprintf(what, sizeof what, "attention %dx%d, %d heads of %d", queries, keys, heads, d);
+    snprintf(what, sizeof what, "%s attention %dx%d, %d heads of %d", precision_name(precision), queries, keys, heads,
+             d);
     same_everywhere(what, n, compute_attention, &a, y);
     specify_attention(&a, expected);
     double error = relative_error(y, expected, n);
-    CHECK(error < 2e-6, "%s: relative error %.2e", what, error);
+    CHECK(error < (precision == F32 ? 2e-6 : 2e-2), "%s: relative error %.2e", what, error);
     free(q), free(k), free(v), free(b), free(y), free(expected);
 }
 
@@ -177,14 +182,17 @@ static void check_extremes(void) {
 void test_kernels(void) {
     int sizes[][3] = {{1, 1, 1}, {1, 300, 7}, {13, 24, 33}, {14, 512, 32}, {113, 513, 65}, {40, 1030, 96}};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        check_linear(sizes[i][0], sizes[i][1], sizes[i][2], i % 2);
+        for (int p = 0; p < PRECISIONS; p++)
+            check_linear((Precision)p, sizes[i][0], sizes[i][1], sizes[i][2], i % 2);
     check_narrow(TYPE_F16);
     check_narrow(TYPE_BF16);
     check_narrow(TYPE_Q8_0);
-    check_attention(1, 1, 1, 2, false);
-    check_attention(17, 40, 3, 24, true);
-    check_attention(75, 129, 2, 40, false);
-    check_attention(3, 513, 1, 130, true);
+    for (int p = F32; p <= BF16; p++) {
+        check_attention((Precision)p, 1, 1, 1, 2, false);
+        check_attention((Precision)p, 17, 40, 3, 24, true);
+        check_attention((Precision)p, 75, 129, 2, 40, false);
+        check_attention((Precision)p, 3, 513, 1, 130, true);
+    }
     check_rows();
     check_extremes();
 }

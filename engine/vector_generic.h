@@ -1,0 +1,26 @@
+/* vector_generic.h - the vocabulary of kernel_body.h for one lane: what the other vocabularies mean. */
+#define V float
+#define W uint32_t
+#define VLEN 1
+#define V_LOAD(p) (*(p))
+#define V_STORE(p, v) (*(p) = (v))
+#define V_STORE_BF16(p, v) (*(p) = nearest_bf16(v))
+#define V_SET(x) (x)
+#define V_ADD(a, b) ((a) + (b))
+#define V_SUB(a, b) ((a) - (b))
+#define V_MUL(a, b) ((a) * (b))
+#define V_DIV(a, b) ((a) / (b))
+#define V_FMA(a, b, c) fmaf(a, b, c)
+#define V_MAX(a, b) ((a) > (b) ? (a) : (b))
+#define V_MIN(a, b) ((a) < (b) ? (a) : (b))
+#define V_ABS(x) fabsf(x)
+#define V_ROUND(x) rintf(x)
+#define V_POW2(n) power_of_two(n)
+#define V_HMAX(v) (v)
+#define W_LOAD(p) (*(p))
+#define W_STORE(p, w) (*(p) = (w))
+#define W_TRANSPOSE(block) ((void)(block))
+#define W_SET(x) (x)
+#define W_FLOAT(w) ((float)(int32_t)(w))
+#define DOT_BF16(sum, a, b) dot_bf16(sum, a, b)
+#define DOT_INT8(sum, a, b) dot_int8(sum, a, b)
