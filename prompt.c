@@ -40,10 +40,11 @@ static void become(Text *text, Text next) {
 
 /* ---------------------------------------------------------------- UTF-8 */
 
-/* Bytes of the character at p; if there is none, of the part that one U+FFFD stands for (Unicode, table 3-7). */
+/* Bytes of the character at p; if there is none, of the part that one U+FFFD stands for (Unicode, table
+ * 3-7). */
 static size_t character_bytes(const uint8_t *p, size_t left, bool *valid) {
     uint8_t lead = p[0];
-    size_t bytes = lead < 0x80 ? 1 : lead < 0xC2 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : lead < 0xF5 ? 4 : 0;
+    size_t bytes = lead < 0x80 ? 1 : lead < 0xC2 || lead > 0xF4 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
     uint8_t low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
     uint8_t high = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
     size_t at = 1;
@@ -110,6 +111,8 @@ static bool is_digit(uint8_t c) { return c >= '0' && c <= '9'; }
 
 static bool is_letter(uint8_t c) { return (c | 32) >= 'a' && (c | 32) <= 'z'; }
 
+static bool is_alphanumeric(uint8_t c) { return is_letter(c) || is_digit(c); }
+
 static int digit_value(uint8_t c, bool hex) {
     if (is_digit(c)) return c - '0';
     return hex && is_letter(c) && (c | 32) <= 'f' ? (c | 32) - 'a' + 10 : -1;
@@ -127,8 +130,9 @@ static void append_numbered(Text *out, uint32_t code) {
         0x20AC, 0x81,   0x201A, 0x192,  0x201E, 0x2026, 0x2020, 0x2021, 0x2C6, 0x2030, 0x160,
         0x2039, 0x152,  0x8D,   0x17D,  0x8F,   0x90,   0x2018, 0x2019, 0x201C, 0x201D, 0x2022,
         0x2013, 0x2014, 0x2DC,  0x2122, 0x161,  0x203A, 0x153,  0x9D,   0x17E, 0x178};
+    bool none = code == 0 || (code >= 0xD800 && code <= 0xDFFF) || code > 0x10FFFF;
     if (code >= 0x80 && code <= 0x9F) append_character(out, windows_1252[code - 0x80]);
-    else if (code == 0 || (code >= 0xD800 && code <= 0xDFFF) || code > 0x10FFFF) append_character(out, 0xFFFD);
+    else if (none) append_character(out, 0xFFFD);
     else if (!is_dropped(code)) append_character(out, code);
 }
 
@@ -145,12 +149,12 @@ static size_t numeric_reference(const uint8_t *text, size_t left, Text *out) {
     return at + (at < left && text[at] == ';');
 }
 
-/* html.unescape's: any name with its semicolon, else the longest that counts without ("&notit;" is "¬it;"). */
+/* html.unescape's: any name with its semicolon, else the longest that counts without: "&amplify" is
+ * "&lify". */
 static size_t html_reference(const uint8_t *text, size_t left, Text *out) {
     if (left > 1 && text[1] == '#') return numeric_reference(text, left, out);
     size_t size = 0;
-    while (size < LONGEST_ENTITY && size + 1 < left && (is_letter(text[1 + size]) || is_digit(text[1 + size])))
-        size++;
+    while (size < LONGEST_ENTITY && size + 1 < left && is_alphanumeric(text[1 + size])) size++;
     bool closed = size + 1 < left && text[1 + size] == ';';
     for (; size > 0; size--, closed = false) {
         const Entity *entity = find_entity(text + 1, size, false);
@@ -170,10 +174,10 @@ static const char *ftfy_entity(const uint8_t *name, size_t size) {
     return entity ? entity->capital : NULL;
 }
 
-/* ftfy's: only up to 24 letters and digits with their semicolon, and not "&#59;", whose text is a semicolon. */
+/* ftfy's: only up to 24 letters and digits with their semicolon, and not "&#59;", which is a semicolon. */
 static size_t ftfy_reference(const uint8_t *text, size_t left, Text *out) {
     size_t first = left > 1 && text[1] == '#' ? 2 : 1, end = first, before = out->size;
-    while (end < left && end - first <= 24 && (is_letter(text[end]) || is_digit(text[end]))) end++;
+    while (end < left && end - first <= 24 && is_alphanumeric(text[end])) end++;
     if (end == first || end - first > 24 || end == left || text[end] != ';') return 0;
     if (first == 1) {
         const char *entity = ftfy_entity(text + 1, end - 1);
@@ -215,8 +219,8 @@ static void uncurl_quotes(Text *text) {
     become(text, out);
 }
 
-/* ftfy.fix_text with no repair but unescape_html="auto" and uncurl_quotes. A line that holds a '<' is taken for
- * markup, whose entities mean something, and so is all that follows it. */
+/* ftfy.fix_text with no repair but unescape_html="auto" and uncurl_quotes. A line that holds a '<' is taken
+ * for markup, whose entities mean something, and so is all that follows it. */
 static void ftfy_repairs(Text *text) {
     Text out = {0};
     bool markup = false;

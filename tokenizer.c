@@ -1,29 +1,34 @@
 /* tokenizer.c - text to ids: a unigram model (Kudo 2018), by the rules of the library that made it.
  *
- * A vocabulary gives every piece a score, its log probability. Of all ways to write the text as a sequence of
- * pieces the one with the largest sum wins; where no piece spans a character, the unknown piece does, at the
- * smallest score less 10. One pass from left to right (Viterbi) keeps, for each byte position, the best way to
- * get there; pieces have a longest length, so the time is linear in the text.
+ * A vocabulary gives every piece a score, its log probability. Of all ways to write the text as a sequence
+ * of pieces the one with the largest sum wins; where no piece spans a character, the unknown piece does, at
+ * the smallest score less 10. One pass from left to right (Viterbi) keeps, for each byte position, the best
+ * way to get there; pieces have a longest length, so the time is linear in the text.
  *
  * Released checkpoints carry their tokenizer twice, and the two do not agree. The file says whose rules hold:
  *
- *   "tokenizers" (tokenizer.json, Hugging Face's tokenizers 0.23.3, what the released models were trained with):
- *     added tokens (`<extra_id_0>`, `</s>`, ...) are cut out of the raw text, leftmost and longest first; in what
- *     lies between, runs of spaces become one, a space becomes U+2581, one is put in front, and each word, from
- *     one U+2581 to the next, is segmented by itself in double precision. Every piece can match, `<0x41>` too.
+ *   "tokenizers" (tokenizer.json, as Hugging Face's tokenizers 0.23.3 reads it): added tokens such as
+ *     `<extra_id_0>` and `</s>` are cut out of the raw text, leftmost and longest first. In what lies
+ *     between, runs of spaces become one, a space becomes U+2581, one more is put in front, and each word,
+ *     from one U+2581 to the next, is segmented by itself in double precision. Every piece can match, `<0x41>`
+ *     too.
+ *     (transformers 5.23.0 rebuilds T5's tokenizer from the vocabulary alone; it differs in that an unknown
+ *     character is id 2 whatever the file says, and in that no U+2581 stands for a space before or after an
+ *     added token. transformers 4 uses the file as it is, and so does this program.)
  *
- *   "sentencepiece" (spiece.model alone, sentencepiece 0.2.3): the text runs through the model's own normaliser,
- *     a double-array trie from strings to strings, with user-defined symbols passed over; then it is segmented
- *     whole, in single precision. Control, byte and unused pieces never match. A user-defined symbol of n bytes
- *     scores 0.1 (n - 1) (versions before 0.2.1: n times the largest score, less 0.1).
+ *   "sentencepiece" (spiece.model alone, as sentencepiece 0.2.3 reads it): the text runs through the model's
+ *     own normaliser, a double-array trie from strings to strings, which passes over user-defined symbols;
+ *     then it is segmented whole, in single precision. Control, byte and unused pieces never match. A
+ *     user-defined symbol of n bytes scores 0.1 (n - 1). (transformers 5.23.0 turns such a model, too, into
+ *     one for tokenizers, without its byte fallback and with `<extra_id_N>` added at the end.)
  *
- * Both keep, of two equal sums, the path that was found first, which is the one whose last piece starts further
- * left; a run of unknown characters is one unknown id, or, with byte fallback, the ids of its bytes. As in
- * transformers, `</s>` closes the ids, and a text too long for the limit loses its end, not its `</s>`.
+ * Both keep, of two equal sums, the path that was found first, which is the one whose last piece starts
+ * further left; a run of unknown characters is one unknown id, or, with byte fallback, the ids of its bytes.
+ * As in transformers, `</s>` closes the ids, and a text beyond the limit loses its end, not its `</s>`.
  *
- * The vocabulary (256,300 pieces for umT5) has to be ready at once: pieces stay where they lie in the file, and
- * one open-addressing table finds them by a hash that grows byte by byte, so a walk over the prefixes at a
- * position costs one step each. */
+ * The vocabulary (256,300 pieces for umT5) has to be ready at once: pieces stay where they lie in the file,
+ * and one open-addressing table finds them by a hash that grows byte by byte, so a walk over the prefixes at
+ * a position costs one step each. */
 #include "sora.h"
 
 #include <float.h>
@@ -309,7 +314,7 @@ static size_t find_rule(const Tokenizer *t, Bytes text, Bytes *replacement) {
         *replacement = tail(t->replacements, value);
         longest = i + 1;
     }
-    if (longest) replacement->size = strlen((const char *)replacement->data); /* tokenizer_load saw the last 0 */
+    if (longest) replacement->size = strlen((const char *)replacement->data); /* one was seen at the end */
     return longest;
 }
 
@@ -381,7 +386,8 @@ Bytes tokenizer_piece(const Tokenizer *tokenizer, int32_t id) {
 static const char *load_arrays(Tokenizer *t, const WeightFile *file, WeightArray *tokens) {
     if (!weights_array(file, "tokenizer.ggml.tokens", tokens) || tokens->type != ARRAY_STRING)
         return "the file has no tokenizer (no array of strings \"tokenizer.ggml.tokens\")";
-    if (tokens->count == 0 || tokens->count > INT32_MAX / 4) return "the tokenizer has no pieces, or too many";
+    if (tokens->count == 0 || tokens->count > INT32_MAX / 4)
+        return "the tokenizer has no pieces, or too many";
     if (!weights_array(file, "tokenizer.ggml.scores", &t->scores) || t->scores.count != tokens->count ||
         (t->scores.type != ARRAY_F32 && t->scores.type != ARRAY_F64))
         return "\"tokenizer.ggml.scores\" is not one f32 or f64 for each piece";
@@ -401,7 +407,8 @@ static const char *load_rules(Tokenizer *t, const WeightFile *file) {
     if (!t->sentencepiece && strcmp(rules, "tokenizers"))
         return reason("\"sora.tokenizer.rules\" is \"%s\", expected tokenizers or sentencepiece", rules);
     if (strcmp(prepend, "always") && strcmp(prepend, "first") && strcmp(prepend, "never"))
-        return reason("\"sora.tokenizer.prepend_scheme\" is \"%s\", expected always, first or never", prepend);
+        return reason("\"sora.tokenizer.prepend_scheme\" is \"%s\", expected always, first or never",
+                      prepend);
     t->prepend = !strcmp(prepend, "always") ? ALWAYS : !strcmp(prepend, "first") ? FIRST : NEVER;
     t->byte_fallback = weights_bool_or(file, "sora.tokenizer.byte_fallback", false);
     t->escape_whitespaces = weights_bool_or(file, "sora.tokenizer.escape_whitespaces", true);
@@ -414,7 +421,7 @@ static const char *load_rules(Tokenizer *t, const WeightFile *file) {
 static const char *load_map(Tokenizer *t, const WeightFile *file) {
     WeightArray map;
     if (!weights_array(file, "tokenizer.ggml.precompiled_charsmap", &map) || map.count == 0) return NULL;
-    if (!t->sentencepiece) return "a tokenizer with the rules of tokenizers cannot have a precompiled_charsmap";
+    if (!t->sentencepiece) return "a precompiled_charsmap goes with the rules of sentencepiece only";
     if (map.type != ARRAY_U8 || map.count < 5) return "\"tokenizer.ggml.precompiled_charsmap\" is broken";
     t->trie = (Bytes){map.data, 4};
     size_t bytes = trie_unit(t, 0), left = map.count - 4;
@@ -441,7 +448,7 @@ static const char *load_piece(Tokenizer *t, int32_t id, double *smallest) {
     int byte = piece_byte(piece);
     if (type < NORMAL || type > BYTE) return reason("piece %d of the tokenizer is of no known type", id);
     if (!isfinite(score)) return reason("piece %d of the tokenizer has no finite score", id);
-    if (piece.size >= MAX_PIECE) return reason("piece %d of the tokenizer is longer than %d bytes", id, MAX_PIECE);
+    if (piece.size >= MAX_PIECE) return reason("piece %d of the tokenizer has %zu bytes", id, piece.size);
     if (t->sentencepiece && !piece.size) return reason("piece %d of the tokenizer is empty", id);
     if (type == UNUSED) return NULL;
     if (t->sentencepiece && type != NORMAL && type != USER_DEFINED) {

@@ -10,7 +10,8 @@
 #include <unistd.h>
 
 /* One line a suite, in the order of data flow; each is the function test_NAME in test_NAME.c. */
-#define SUITES(X) X(util) X(weights) X(kernels) X(noise) X(sampler) X(y4m) X(npy) X(tap) X(sha256) X(json)
+#define SUITES(X) \
+    X(util) X(weights) X(kernels) X(tokenizer) X(noise) X(sampler) X(y4m) X(npy) X(tap) X(sha256) X(json)
 
 #define DECLARE(name) void test_##name(void);
 SUITES(DECLARE)

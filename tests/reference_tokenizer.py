@@ -4,13 +4,13 @@
 - tokenizers: a tokenizer.json (umT5's real one with --umt5 FILE), and small ones made here with the options that
   umT5's does not use: prepend schemes, byte fallback, no squeezing, added tokens outside the vocabulary.
 - sentencepiece: models trained here, with each normaliser and each option that changes how text is read.
-- transformers: what its T5 tokenizers do around that (closing `</s>`, truncation).
+- transformers: what it does around that (closing `</s>`, padding to the limit, truncation).
 - ftfy and html: clean-up, as in diffusers' prompt_clean with ftfy's two repairs that prompt.c has.
 
 The C code is built into a shared object and called through ctypes; the weight files come from export's own tables, so
 the exporter's reading of both formats is compared too. `--goldens` writes what `make test` reads.
 
-    python tests/reference_tokenizer.py [--umt5 tokenizer.json[.gz]] [--count 4000] [--goldens tests/goldens/tokenizer]
+    python tests/reference_tokenizer.py [--umt5 tokenizer.json[.gz]] [--count 2000] [--goldens tests/goldens/tokenizer]
 """
 
 import argparse
@@ -18,6 +18,7 @@ import ctypes
 import gzip
 import html
 import io
+import itertools
 import json
 import platform
 import random
@@ -25,12 +26,14 @@ import re
 import subprocess
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 import ftfy
 import gguf
 import sentencepiece
 import tokenizers
+import transformers
 from sentencepiece import sentencepiece_model_pb2
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -135,8 +138,9 @@ une renarde rousse saute ein Fuchs springt über faule Hunde лиса прыга
 
 SPECIALS = ["<pad>", "</s>", "<s>", "<unk>", "<extra_id_0>", "<extra_id_1>", "<extra_id_10>", "<extra_id_299>", "<extra_id_2",
             "[eod]", "<0x41>", "<0x0A>", "<0xFF>", "<0xff>", "<sep>", "<sepia>", "<", ">", SPACE, SPACE * 2, SPACE + "a",
-            "a" + SPACE, "|x y|", "|x", "<new>", "<new>er"]
-SPACES = [" ", " ", " ", " ", "  ", "   ", "", "\t", "\n", "\u00a0", "\u3000", "\u2003", "\u200b", "\u200d", "\ufeff", "\u0085"]
+            "a" + SPACE, "|x y|", "|x", "<new>", "<new>er", " zz"]
+SPACES = [" ", " ", " ", " ", "  ", "   ", "", "\t", "\n", "\u00a0", "\u3000", "\u2003", "\u200b", "\u200d", "\ufeff", "\u0085",
+          " \u0001 ", " \u00ad "]
 
 
 def random_character(rng):
@@ -167,7 +171,7 @@ def fixed_texts():
     yield from SPECIALS + WORDS
     yield from [a + b + c for a in ("", " ", "x") for b in SPECIALS for c in ("", " ", "  y", "y")]
     yield from ["a" * n for n in (100, 1000, 20000)] + ["ab" * 300, "supercalifragilistic" * 200, "狐" * 2000, "\u0301" * 700]
-    yield from [" ".join(WORDS) * n for n in (1, 2, 3, 30)] + ["\U0001f98a " * 600, "\U00020000" * 600, "x \U00020000 " * 9000]
+    yield from [" ".join(WORDS) * n for n in (1, 2, 3, 30)] + ["\U0001f98a " * 600, "\U00020000" * 600]
     yield from ["red " * n for n in (509, 510, 511, 512, 513)] + ["red " * 511 + "</s>", "<extra_id_0>" * 600]
     for first, last in SCRIPTS:
         for start in range(first, min(last, first + 2048), 64):
@@ -177,6 +181,13 @@ def fixed_texts():
 def texts(count, seed):
     rng = random.Random(seed)
     return [*fixed_texts(), *(random_text(rng) for _ in range(count))]
+
+
+def dense_texts(count, seed):
+    """Over a few letters, of which the dense vocabularies hold almost every string; c and d are unknown."""
+    rng = random.Random(seed)
+    sizes = [rng.choice([1, 3, 10, 30, 100]) for _ in range(count)] + [2000] * 5
+    return ["".join(rng.choice("aaabbb  cd") for _ in range(size)) for size in sizes]
 
 
 # ---------------------------------------------------------------- comparisons
@@ -191,12 +202,23 @@ def compare(name, expected, actual, inputs):
             if wrong <= 3:
                 at = next((i for i, (x, y) in enumerate(zip(e, a)) if x != y), min(len(e), len(a)))
                 print(f"  {text[:100]!r}: at {at} expected {e[at:at + 12]!r}, got {a[at:at + 12]!r}")
-    print(f"{'ok  ' if not wrong else 'FAIL'} {name:58s} {len(inputs):6d} strings, {wrong} differ", flush=True)
+    print(f"{'FAIL' if wrong else 'ok  '} {name:70s} {len(inputs):6d} strings, {wrong} differ", flush=True)
     return wrong
 
 
+def library_of_transformers(path):
+    """What diffusers' WanPipeline calls, over a tokenizer.json that transformers takes as it is."""
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path), pad_token="<pad>", eos_token="</s>",
+                                                     unk_token="<unk>")
+
+    def encode(text):
+        out = tokenizer(text, padding="max_length", max_length=LIMIT, truncation=True, add_special_tokens=True)
+        return out["input_ids"][:sum(out["attention_mask"])]
+    return encode
+
+
 def library_of_json(path):
-    """Ids as transformers makes them from tokenizer.json: `</s>` closes, truncation keeps it."""
+    """Ids by tokenizers alone, with the truncation that transformers asks of it."""
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     library = tokenizers.Tokenizer.from_str(data.decode())
     library.enable_truncation(LIMIT)
@@ -222,6 +244,23 @@ JSON_VARIANTS = {
 }
 
 
+def dense_vocabulary(score):
+    """[(piece, score)]: every string of up to four of a, b and space; the score is that of the nth piece."""
+    strings = ["".join(letters) for n in range(1, 5) for letters in itertools.product("ab" + SPACE, repeat=n)] + ["cd"]
+    return [(string, score(n)) for n, string in enumerate(strings)]
+
+
+# Scores with which many sums are equal, or would be but for rounding; with which sums outgrow what float holds well;
+# and with which an unknown character is cheaper than a piece.
+DENSE_SCORES = {
+    "all equal": lambda n: -10.0,
+    "multiples of 0.1": lambda n: -0.1 * (n * 7 % 13 + 1),
+    "by length": lambda n: -0.1 * len("abcd"[:1 + (n > 2) + (n > 11) + (n > 38)]),
+    "large": lambda n: -4000.0 - 0.37 * (n % 5),
+    "positive": lambda n: 25.0 + n % 3,
+}
+
+
 def json_variant(vocab, prepend="always", squeeze=True, byte_fallback=False, drop=(), noise=0.0, shift=0.0, flat=False,
                  twice=False):
     """A tokenizer.json of umT5's form over [(piece, score)], with added tokens inside and outside the vocabulary."""
@@ -233,7 +272,7 @@ def json_variant(vocab, prepend="always", squeeze=True, byte_fallback=False, dro
     added = [p for p in ("<pad>", "</s>", "<s>", "<unk>", "[eod]") if p in ids]
     tokens = [(ids[p], p) for p in added]
     tokens += [(len(pieces) + i, p) for i, p in enumerate(["<extra_id_1>", "<extra_id_0>", "<extra_id_10>", "<new>",
-                                                            "<new>er", "|x y|", "|x"])]
+                                                            "<new>er", "|x y|", "|x", SPACE + "zz"])]
     return {
         "version": "1.0", "truncation": None, "padding": None,
         "added_tokens": [{"id": i, "content": p, "single_word": False, "lstrip": False, "rstrip": False,
@@ -300,6 +339,14 @@ def keep_spaces_plain(model):
         piece.piece = piece.piece.replace(SPACE, " ")
 
 
+def dense_model(model, score, symbols=()):
+    """The dense vocabulary in place of what was trained."""
+    del model.pieces[4:]
+    for string, value in dense_vocabulary(score):
+        kind = model.pieces[0].USER_DEFINED if string in symbols else model.pieces[0].NORMAL
+        model.pieces.add(piece=string, score=value, type=kind)
+
+
 CHANGES = {"unused pieces": unuse_some, "equal scores": equal_scores, "white space not escaped": keep_spaces_plain}
 
 
@@ -335,7 +382,7 @@ def random_prompt(rng):
         parts.append([
             lambda: "&" + name, lambda: "&" + name.upper(), lambda: "&" + name.rstrip(";") + rng.choice("x1; _é&<"),
             lambda: "&amp;" * rng.randint(1, 3) + name, lambda: "&" + "amp;" * rng.randint(1, 5) + name,
-            lambda: f"&#{number}" + rng.choice([";", "", "x", "1;"]),
+            lambda: f"&#{number:0{rng.choice([1, 1, 24, 25, 30])}}" + rng.choice([";", "", "x", "1;"]),
             lambda: f"&#{rng.choice('xX')}{number:x}" + rng.choice([";", "", "g", "0;"]),
             lambda: rng.choice(["&", "&#", "&#x", "&#;", "&#x;", "&;", "&a;", "<b>", "\n", "\r\n", "<", "&lt;", "&lt"]),
             lambda: rng.choice("‘’‚‛“”„‟ʼ'\"«»"), lambda: random_part(rng), lambda: rng.choice(SPACES) * 2,
@@ -364,74 +411,119 @@ def prompts(count, seed):
 
 # ---------------------------------------------------------------- goldens
 
-def write_goldens(folder, texts_for, models):
-    """Weight files and, for each, lines `<text> TAB <ids>`; text with \\xNN for what is no printable ASCII."""
-    def escape(data):
-        return "".join(chr(b) if 0x20 <= b < 0x7F and b != 0x5C else f"\\x{b:02x}" for b in data)
+GOLDENS = {
+    "sentencepiece, user-defined symbols": "nmt_nfkc",
+    "sentencepiece, identity, byte fallback": "byte_fallback",
+    "sentencepiece, extra white space kept, identity": "spaces_kept",
+    "sentencepiece, dense scores, multiples of 0.1, user-defined symbols": "dense_float",
+    "tokenizers, as umT5": "umt5_like",
+    "tokenizers, byte fallback": "json_bytes",
+    "tokenizers, dense scores, positive": "dense_double",
+}
 
+
+def escape(data):
+    """Printable ASCII as it is, other bytes as \\xNN."""
+    return "".join(chr(b) if 0x20 <= b < 0x7F and b != 0x5C else f"\\x{b:02x}" for b in data)
+
+
+def write_goldens(folder, models):
+    """For each model a weight file, and lines `text TAB ids`; for the clean-up lines `prompt TAB text`."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, keys, library in models:
-        write_weights(folder / f"{name}.gguf", keys)
-        lines = [f"{escape(t.encode())}\t{' '.join(map(str, library(t)))}\n" for t in texts_for(name)]
-        (folder / f"{name}.txt").write_text("".join(lines))
     rng = random.Random(5)
-    data = [d for i, d in enumerate(prompts(200, 5)) if i % 61 == 0] + [random_prompt(rng) for _ in range(200)]
-    (folder / "clean.txt").write_text("".join(f"{escape(d)}\t{escape(clean(d).encode())}\n" for d in data))
+    for name, keys, library, inputs in models:
+        chosen = rng.sample([t for t in inputs if len(t) < 100], 100) + ["", "red " * 513]
+        write_weights(folder / f"{name}.gguf", keys)
+        lines = [f"{escape(t.encode())}\t{' '.join(map(str, library(t)))}\n" for t in chosen]
+        (folder / f"{name}.txt").write_text("".join(lines))
+    chosen = rng.sample([p for p in prompts(1000, 5) if len(p) < 100], 600)
+    (folder / "clean.txt").write_text("".join(f"{escape(p)}\t{escape(clean(p).encode())}\n" for p in chosen))
     (folder / "VERSIONS").write_text(
-        f"python {platform.python_version()}, tokenizers {tokenizers.__version__}, sentencepiece {sentencepiece.__version__}, "
-        f"ftfy {ftfy.__version__}, gguf 0.19.0\npython tests/reference_tokenizer.py --goldens tests/goldens/tokenizer\n")
-
-
-def golden_texts(name):
-    """A few hundred short strings, other ones for each file, and one beyond the limit."""
-    chosen = [t for i, t in enumerate(fixed_texts()) if len(t) < 300 and i % 3 == 0]
-    rng = random.Random(name)
-    return chosen + [t for t in (random_text(rng) for _ in range(200)) if len(t) < 150] + ["red " * 513]
+        f"python {platform.python_version()}, tokenizers {tokenizers.__version__}, "
+        f"sentencepiece {sentencepiece.__version__}, ftfy {ftfy.__version__}, gguf {version('gguf')}\n"
+        "python tests/reference_tokenizer.py --goldens tests/goldens/tokenizer\n")
 
 
 # ---------------------------------------------------------------- all of it
 
+class Comparison:
+    """Holds the C code against the libraries, vocabulary by vocabulary; `wrong` counts the strings that differ."""
+
+    def __init__(self, folder, count):
+        self.c, self.folder, self.count, self.wrong, self.goldens = build(folder), folder, count, 0, []
+
+    def clean_up(self):
+        self.wrong += compare("clean-up as ftfy and html.unescape", clean, lambda p: clean_in_c(self.c, p),
+                              list(prompts(self.count, 1)))
+
+    def tokenizer(self, name, path, library, inputs):
+        """`library` maps a text to its ids by the tokenizer file at `path`."""
+        keys = tokenizer_keys(path)
+        tokenizer = Tokenizer(self.c, write_weights(self.folder / "model.gguf", keys))
+        self.wrong += compare(name, library, tokenizer.encode, inputs)
+        if name in GOLDENS:
+            self.goldens.append((GOLDENS[name], keys, library, inputs))
+
+    def model(self, name, data, inputs):
+        path = self.folder / "spiece.model"
+        path.write_bytes(data)
+        self.tokenizer(f"sentencepiece, {name}", path, library_of_model(data), inputs)
+
+    def json(self, name, config, inputs, library=library_of_json):
+        path = self.folder / "tokenizer.json"
+        path.write_text(json.dumps(config))
+        self.tokenizer(f"tokenizers, {name}", path, library(path), inputs)
+
+
+def compare_trained(comparison, sentences):
+    """sentencepiece models with every option; two of them changed in ways that no option leads to."""
+    for seed, (name, options) in enumerate(TRAINING.items()):
+        data = train(options, sentences)
+        comparison.model(name, data, texts(comparison.count, 10 + seed))
+        for change in CHANGES if name in ("nmt_nfkc", "user-defined symbols") else ():
+            changed = changed_model(data, CHANGES[change])
+            comparison.model(f"{name}, {change}", changed, texts(comparison.count, 50 + seed))
+
+
+def compare_json(comparison, sentences):
+    """tokenizer.json with every option that the exporter takes."""
+    trained = sentencepiece_model_pb2.ModelProto.FromString(train(TRAINING["identity, byte fallback"], sentences))
+    vocab = [(p.piece, p.score) for p in trained.pieces] + [("[eod]", 0.0)]
+    for seed, (name, options) in enumerate(JSON_VARIANTS.items()):
+        comparison.json(name, json_variant(vocab, **options), texts(comparison.count, 100 + seed))
+    comparison.json("through transformers", json_variant(vocab), texts(comparison.count, 99), library_of_transformers)
+
+
+def compare_dense(comparison, sentences):
+    """Vocabularies in which many paths are equal or nearly so, by both libraries' rules."""
+    plain = train(TRAINING["identity"], sentences)
+    for seed, (name, score) in enumerate(DENSE_SCORES.items()):
+        inputs = dense_texts(comparison.count, 200 + seed)
+        for symbols in ([], ["ab", "aba", "bab", "b" + SPACE]):
+            dense = changed_model(plain, lambda model: dense_model(model, score, symbols))
+            comparison.model(f"dense scores, {name}{', user-defined symbols' * bool(symbols)}", dense, inputs)
+        special = [(p, score(0)) for p in ("<pad>", "</s>", "<s>", "<unk>")]
+        comparison.json(f"dense scores, {name}", json_variant(special + dense_vocabulary(score)), inputs)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--umt5", type=Path, help="umT5's own tokenizer.json")
-    parser.add_argument("--count", type=int, default=4000, help="random strings per tokenizer")
+    parser.add_argument("--count", type=int, default=2000, help="random strings per vocabulary")
     parser.add_argument("--goldens", type=Path, help="also write the goldens into this folder")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        sys.exit(run(Path(folder), args))
-
-
-def run(folder, args):
-    c, wrong, golden = build(folder), 0, []
-    inputs = list(prompts(args.count, 1))
-    wrong += compare("clean-up as ftfy and html.unescape", clean, lambda d: clean_in_c(c, d), inputs)
-
-    def check(name, path, library, seed):
-        keys = tokenizer_keys(path)
-        tokenizer = Tokenizer(c, write_weights(folder / "model.gguf", keys))
-        if name in ("tokenizers, byte fallback", "sentencepiece, nmt_nfkc", "sentencepiece, no dummy prefix, white space kept",
-                    "tokenizers, as umT5"):
-            golden.append((re.sub("[^a-z0-9]+", "_", name.lower()), keys, library))
-        return compare(name, library, tokenizer.encode, texts(args.count, seed))
-
-    if args.umt5:
-        wrong += check("tokenizers, umT5 itself", args.umt5, library_of_json(args.umt5), 2)
-    sentences = corpus(3)
-    for seed, (name, options) in enumerate(TRAINING.items()):
-        data = train(options, sentences)
-        for change, data in [("", data), *((f", {k}", changed_model(data, f)) for k, f in CHANGES.items() if seed in (0, 5))]:
-            path = folder / "spiece.model"
-            path.write_bytes(data)
-            wrong += check(f"sentencepiece, {name}{change}", path, library_of_model(data), 10 + seed)
-    bytes_model = sentencepiece_model_pb2.ModelProto.FromString(train(TRAINING["identity, byte fallback"], sentences))
-    vocab = [(p.piece, p.score) for p in bytes_model.pieces] + [("[eod]", 0.0)]
-    for seed, (name, options) in enumerate(JSON_VARIANTS.items()):
-        path = folder / "tokenizer.json"
-        path.write_text(json.dumps(json_variant(vocab, **options)))
-        wrong += check(f"tokenizers, {name}", path, library_of_json(path), 100 + seed)
-    if args.goldens:
-        write_goldens(args.goldens, golden_texts, golden)
-    return wrong > 0
+        comparison = Comparison(Path(folder), args.count)
+        comparison.clean_up()
+        if args.umt5:
+            comparison.tokenizer("tokenizers, umT5 itself", args.umt5, library_of_json(args.umt5), texts(args.count, 2))
+        sentences = corpus(3)
+        compare_trained(comparison, sentences)
+        compare_json(comparison, sentences)
+        compare_dense(comparison, sentences)
+        if args.goldens:
+            write_goldens(args.goldens, comparison.goldens)
+    sys.exit(comparison.wrong > 0)
 
 
 if __name__ == "__main__":
