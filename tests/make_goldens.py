@@ -7,17 +7,23 @@ Each part leaves a VERSIONS beside its files: this command, the packages' versio
 """
 
 import argparse
+import subprocess
+import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import gguf
 import numpy as np
 import torch
 
+import make_checkpoint
 import schedulers
+from dump_reference import Settings, dump
 
-GOLDENS = Path(__file__).resolve().parent / "goldens"
+ROOT = Path(__file__).resolve().parent.parent
+GOLDENS = ROOT / "tests" / "goldens"
 SEED = 20250707
 
 
@@ -124,7 +130,25 @@ def make_npy(folder: Path) -> None:
     np.save(folder / "bad_range.npy", np.array([0, 2**31]))
 
 
-PARTS = {"weights": make_weights, "noise": make_noise, "sampler": make_sampler, "npy": make_npy}
+def make_model(folder: Path) -> None:
+    """model.gguf: a whole model, as small as it gets, with random weights; *.npy: the tensors of one generation by
+    diffusers, whose settings cli.sh repeats."""
+    text_encoder = {"d_model": 24, "d_kv": 8, "num_heads": 2, "d_ff": 40, "num_layers": 2}
+    transformer = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "num_layers": 2, "freq_dim": 32,
+                   "in_channels": 4, "out_channels": 4}
+    vae = {"base_dim": 6, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [True, True],
+           "scale_factor_spatial": 4}
+    settings = Settings(prompt="a red fox", negative="the lazy dog", size=(32, 16), frames=5, steps=2, guidance=3.0,
+                        shift=3.0, sampler="unipc", seed=7)
+    with TemporaryDirectory() as work:
+        checkpoint = Path(work) / "checkpoint"
+        make_checkpoint.make(checkpoint, SEED, text_encoder=text_encoder, transformer=transformer, vae=vae)
+        subprocess.run([sys.executable, ROOT / "export.py", checkpoint, "-o", folder / "model.gguf", "--type", "f32"],
+                       check=True)
+        dump(checkpoint, folder, settings)
+
+
+PARTS = {"weights": make_weights, "noise": make_noise, "sampler": make_sampler, "npy": make_npy, "model": make_model}
 
 
 def main() -> None:
