@@ -53,8 +53,17 @@ fuzz:
 	$(SANITIZE) build/sanitize/fuzz
 	build/sanitize/fuzz $(FUZZ_SECONDS)
 
+# The machine's own peak, and how near every kernel and stage comes to it.
+BENCH = $(patsubst %.c,$(BUILD)/%.o,$(wildcard bench/*.c))
+
+$(BUILD)/bench/bench: $(BENCH) $(OBJECTS)
+	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ -lm
+
+bench: $(BUILD)/bench/bench
+	$< build/bench.tsv peaks kernels stages
+
 clean:
 	rm -rf build sora
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
-.PHONY: test sanitize fuzz clean
+.PHONY: bench test sanitize fuzz clean

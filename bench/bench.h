@@ -1,0 +1,45 @@
+/* bench.h - what the parts of the measurement share. bench.c tells how time is taken and what is printed. */
+#ifndef BENCH_H
+#define BENCH_H
+
+#include "sora.h"
+
+/* ---------------------------------------------------------------- bench.c: taking the time */
+
+/* run(with) does `flop` operations and touches `bytes` of memory at least (each operand once). */
+typedef struct {
+    const char *kind, *name; /* "kernel", "linear 1536->8960" */
+    Precision precision;
+    int size;                /* tokens, pixels or frames */
+    int threads;             /* 0: all */
+    double flop, bytes;
+    void (*run)(void *with);
+    void *with;
+} Job;
+double measure(const Job *job); /* seconds of one run, the median; prints its line */
+
+/* Memory that release() frees, and random numbers of about unit variance in it. */
+void *hold(size_t bytes);
+float *random_floats(size_t n);
+Linear random_linear(Precision precision, int O, int I); /* as wide as the precision: float32, bfloat16, q8_0 */
+void release(void);
+
+/* ---------------------------------------------------------------- peak.c: what the machine can do */
+
+void bench_peaks(void);
+/* Operations a second of the instructions that multiply in this precision, from registers, over about `duration`
+ * seconds: the fastest that the processor has, 0 if it has none. A product in bfloat16 or bytes may widen them and
+ * use those of a wider precision, so its limit is the largest of them. */
+double peak_product(Precision precision, int threads, double duration);
+double peak_memory(int threads); /* bytes a second, reading */
+
+/* ---------------------------------------------------------------- kernels.c, stages.c, steps.c: what it does */
+
+void bench_kernels(void);
+void bench_stages(void);
+void bench_growth(void); /* the transformer against tokens, the decoder against frames, both against threads */
+void bench_steps(void);  /* from the naive loop to the tiled product, for docs/kernels.md */
+/* One stage: "transformer" (size: its side in pixels of 17 frames), "text_encoder" (tokens), "vae_decode" (side). */
+void bench_stage(const char *name, Precision precision, int size, int threads);
+
+#endif

@@ -1,0 +1,170 @@
+/* peak.c - what the machine can do: the yardstick for everything that bench measures.
+ *
+ * Arithmetic. A processor multiplies fastest when nothing but registers takes part: CHAINS independent sums, so many
+ * that a new instruction starts every cycle in every unit while earlier ones are under way, each one instruction over
+ * and over. There is a row for each such instruction: fused multiply-add of floats, dot products of bfloat16 pairs, of
+ * four bytes. No kernel can be faster; one that reaches nine tenths has nothing left to gain but that tenth.
+ *
+ * Memory. All threads read a region larger than the caches, each element once. */
+#include "bench/bench.h"
+
+#include <string.h>
+
+enum { CHAINS = 12, ROUNDS = 1 << 16 };
+
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+
+static volatile char sink; /* what is stored there has to be computed */
+
+/* A function that runs `sum = instruction` ROUNDS times in CHAINS chains. */
+#define PEAK(name, target, V, zero, instruction)                                                                     \
+    static target void name(void) {                                                                                  \
+        V sums[CHAINS], a = zero, b = zero;                                                                          \
+        UNROLL for (int i = 0; i < CHAINS; i++) sums[i] = zero;                                                      \
+        for (int round = 0; round < ROUNDS; round++) {                                                               \
+            UNROLL for (int i = 0; i < CHAINS; i++) {                                                                \
+                V sum = sums[i];                                                                                     \
+                sums[i] = instruction;                                                                               \
+            }                                                                                                        \
+            KEEP(a);                                                                                                 \
+        }                                                                                                            \
+        char bytes[sizeof sums];                                                                                     \
+        memcpy(bytes, sums, sizeof sums);                                                                            \
+        for (size_t i = 0; i < sizeof bytes; i++) sink = bytes[i];                                                   \
+    }
+/* Tells the compiler that a register changes, or it would see that nothing does. */
+#define KEEP(v) __asm__ volatile("" : "+" VECTOR(v))
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define VECTOR(v) "v"(v)
+#define TARGET(isa) __attribute__((target(isa)))
+PEAK(avx2_f32, TARGET("avx2,fma"), __m256, _mm256_setzero_ps(), _mm256_fmadd_ps(a, b, sum))
+PEAK(avx512_f32, TARGET("avx512f"), __m512, _mm512_setzero_ps(), _mm512_fmadd_ps(a, b, sum))
+PEAK(avx512_bf16, TARGET("avx512f,avx512bf16"), __m512, _mm512_setzero_ps(),
+     _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b))
+PEAK(avx512_int8, TARGET("avx512f,avx512vnni"), __m512i, _mm512_setzero_si512(), _mm512_dpbusd_epi32(sum, a, b))
+#define HAS(name, test) static bool has_##name(void) { return test; }
+HAS(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+HAS(avx512, __builtin_cpu_supports("avx512f"))
+HAS(avx512_bf16, __builtin_cpu_supports("avx512bf16"))
+HAS(avx512_vnni, __builtin_cpu_supports("avx512vnni"))
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#include <sys/auxv.h>
+#define VECTOR(v) "w"(v)
+PEAK(neon_f32, , float32x4_t, vdupq_n_f32(0), vfmaq_f32(sum, a, b))
+PEAK(neon_int8, __attribute__((target("arch=armv8.2-a+dotprod"))), int32x4_t, vdupq_n_s32(0),
+     vdotq_s32(sum, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b)))
+static bool has_neon(void) { return true; }
+static bool has_dotprod(void) { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
+#else
+#define VECTOR(v) "m"(v)
+PEAK(plain_f32, , float, 0.0f, sum * a + b)
+static bool has_plain(void) { return true; }
+#endif
+
+static const struct {
+    const char *name;
+    Precision precision;
+    double flop; /* of one instruction */
+    void (*run)(void);
+    bool (*runs_here)(void);
+} instructions[] = {
+#if defined(__x86_64__)
+    {"AVX2 FMA", F32, 16, avx2_f32, has_avx2},
+    {"AVX-512 FMA", F32, 32, avx512_f32, has_avx512},
+    {"AVX-512 VDPBF16PS", BF16, 64, avx512_bf16, has_avx512_bf16},
+    {"AVX-512 VPDPBUSD", INT8, 128, avx512_int8, has_avx512_vnni},
+#elif defined(__aarch64__)
+    {"NEON FMLA", F32, 8, neon_f32, has_neon},
+    {"NEON SDOT", INT8, 32, neon_int8, has_dotprod},
+#else
+    {"multiply and add", F32, 2, plain_f32, has_plain},
+#endif
+};
+enum { INSTRUCTIONS = sizeof instructions / sizeof *instructions };
+
+static double rate_of(int i, int threads, double duration) {
+    int before = threads_count(), pieces = 4 * threads;
+    double start = seconds(), flop = 0;
+    threads_set(threads);
+    do {
+        PARALLEL_FOR for (int piece = 0; piece < pieces; piece++) instructions[i].run();
+        flop += instructions[i].flop * CHAINS * ROUNDS * pieces;
+    } while (seconds() - start < duration);
+    threads_set(before);
+    return flop / (seconds() - start);
+}
+
+/* The best row up to a precision, found once. */
+static int best_for(Precision precision) {
+    static int best[PRECISIONS] = {-1, -1, -1};
+    double highest = 0;
+    if (best[precision] >= 0) return best[precision];
+    for (int i = 0; i < INSTRUCTIONS; i++) {
+        if (instructions[i].precision > precision || !instructions[i].runs_here()) continue;
+        double rate = rate_of(i, 1, 0.02);
+        if (rate > highest) highest = rate, best[precision] = i;
+    }
+    return best[precision];
+}
+
+double peak_product(Precision precision, int threads, double duration) {
+    int best = best_for(precision);
+    return best < 0 ? 0 : rate_of(best, threads, duration);
+}
+
+typedef struct {
+    int row;
+} Arithmetic;
+
+static void run_arithmetic(void *with) {
+    int pieces = 4 * threads_count();
+    for (int i = 0; i < 20; i++)
+        PARALLEL_FOR for (int piece = 0; piece < pieces; piece++) instructions[((Arithmetic *)with)->row].run();
+}
+
+typedef struct {
+    const uint64_t *words;
+    size_t count;
+} Region;
+
+static void run_reading(void *with) {
+    enum { PIECE = 1 << 16 };
+    const Region *region = with;
+    PARALLEL_FOR for (size_t start = 0; start < region->count; start += PIECE) {
+        uint64_t sum = 0;
+        for (size_t i = start; i < start + PIECE; i++) sum += region->words[i];
+        sink = (char)sum;
+    }
+}
+
+static void bench_arithmetic(int threads) {
+    for (int i = 0; i < INSTRUCTIONS; i++) {
+        if (!instructions[i].runs_here()) continue;
+        Arithmetic arithmetic = {i};
+        measure(&(Job){"peak", instructions[i].name, instructions[i].precision, 0, threads,
+                       instructions[i].flop * CHAINS * ROUNDS * 80.0 * threads, 0, run_arithmetic, &arithmetic});
+    }
+}
+
+static void bench_reading(int threads) {
+    size_t bytes = (size_t)1 << 30;
+    Region region = {hold(bytes), bytes / 8};
+    measure(&(Job){"peak", "memory, reading", F32, 0, threads, 0, (double)bytes, run_reading, &region});
+    release();
+}
+
+void bench_peaks(void) {
+    int all = threads_count();
+    for (int threads = 1;; threads = all) {
+        bench_arithmetic(threads);
+        bench_reading(threads);
+        if (threads == all) break;
+    }
+}

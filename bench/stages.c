@@ -1,0 +1,224 @@
+/* stages.c - whole stages of sora at the released models' shapes, on random weights made in memory.
+ *
+ * A model of 30 equal blocks costs what its ends cost and 30 times a block, so one block and none are measured and the
+ * rest is arithmetic. */
+#include "bench/bench.h"
+
+#include <string.h>
+
+enum { TEXT = 40 }; /* tokens of a prompt */
+
+/* ---------------------------------------------------------------- transformer */
+
+static AttentionLayers random_attention(Precision precision, int D) {
+    return (AttentionLayers){
+        .q = random_linear(precision, D, D), .k = random_linear(precision, D, D), .v = random_linear(precision, D, D),
+        .o = random_linear(precision, D, D), .norm_q = random_floats((size_t)D), .norm_k = random_floats((size_t)D)};
+}
+
+static TransformerBlock random_block(Precision precision, int D, int ffn_dim) {
+    return (TransformerBlock){
+        .self_attn = random_attention(precision, D), .cross_attn = random_attention(precision, D),
+        .norm3_weight = random_floats((size_t)D), .norm3_bias = random_floats((size_t)D),
+        .ffn_0 = random_linear(precision, ffn_dim, D), .ffn_2 = random_linear(precision, D, ffn_dim),
+        .modulation = random_floats(6 * (size_t)D)};
+}
+
+/* Wan 2.1 1.3B with `layers` blocks. */
+static Transformer random_transformer(Precision precision, int layers) {
+    enum { D = 1536, FFN = 8960, FREQ = 256, TEXT_DIM = 4096, CHANNELS = 16, PATCH = 4 };
+    Transformer t = {
+        .dim = D, .ffn_dim = FFN, .freq_dim = FREQ, .in_dim = CHANNELS, .out_dim = CHANNELS, .num_heads = 12,
+        .num_layers = layers, .text_len = 512, .text_dim = TEXT_DIM, .patch_size = {1, 2, 2}, .eps = 1e-6f,
+        .precision = precision,
+        .patch_embedding = random_linear(F32, D, CHANNELS * PATCH),
+        .text_embedding_0 = random_linear(F32, D, TEXT_DIM), .text_embedding_2 = random_linear(F32, D, D),
+        .time_embedding_0 = random_linear(F32, D, FREQ), .time_embedding_2 = random_linear(F32, D, D),
+        .time_projection_1 = random_linear(F32, 6 * D, D),
+        .blocks = hold(sizeof(TransformerBlock) * (size_t)(layers + 1)),
+        .head = random_linear(F32, CHANNELS * PATCH, D), .head_modulation = random_floats(2 * (size_t)D)};
+    for (int i = 0; i < layers; i++) t.blocks[i] = random_block(precision, D, FFN);
+    return t;
+}
+
+typedef struct {
+    Transformer t;
+    TransformerState state;
+    TextContext context;
+    const float *latents;
+    float *velocity;
+} Forward;
+
+static void lay_out(Forward *f, Arena *arena, int T, int H, int W) {
+    f->state = transformer_state_take(arena, &f->t, T, H, W);
+    f->context = text_context_take(arena, &f->t, TEXT);
+}
+
+static void run_forward(void *with) {
+    Forward *f = with;
+    transformer_forward(&f->t, &f->state, &f->context, f->latents, 500, f->velocity);
+}
+
+/* One forward pass through `layers` blocks on latents of T x H x W. */
+static void bench_transformer(Precision precision, int layers, int T, int H, int W, int threads) {
+    Forward f = {.t = random_transformer(precision, layers)};
+    size_t n = (size_t)f.t.in_dim * T * H * W;
+    Arena count = {0};
+    lay_out(&f, &count, T, H, W);
+    Arena arena = arena_open(count.used);
+    lay_out(&f, &arena, T, H, W);
+    transformer_read(&f.t, random_floats((size_t)TEXT * f.t.text_dim), TEXT, &f.context);
+    f.latents = random_floats(n);
+    f.velocity = hold(n * sizeof(float));
+    static const char *const names[] = {"transformer, no block", "transformer, 1 block", "transformer, 2 blocks"};
+    measure(&(Job){"stage", names[layers], precision, f.state.L, threads,
+                   transformer_flops(&f.t, f.state.L, f.context.positions), 0, run_forward, &f});
+    arena_close(&arena);
+    release();
+}
+
+/* ---------------------------------------------------------------- text encoder */
+
+/* umT5-XXL with one block and few tokens to choose from. */
+static TextEncoder random_text_encoder(Precision precision) {
+    enum { E = 4096, FFN = 10240, HEADS = 64, BUCKETS = 32, VOCABULARY = 1000 };
+    TextEncoder e = {.vocab_size = VOCABULARY, .dim = E, .ffn_dim = FFN, .num_heads = HEADS, .head_dim = E / HEADS,
+                     .num_layers = 1, .num_buckets = BUCKETS, .max_distance = 128, .eps = 1e-6f, .precision = precision,
+                     .token_embedding = random_linear(precision, VOCABULARY, E).weight,
+                     .blocks = hold(sizeof(TextBlock)), .norm = random_floats(E)};
+    e.blocks[0] = (TextBlock){
+        .norm1 = random_floats(E), .norm2 = random_floats(E),
+        .q = random_linear(precision, E, E), .k = random_linear(precision, E, E), .v = random_linear(precision, E, E),
+        .o = random_linear(precision, E, E), .pos_embedding = random_floats(BUCKETS * HEADS),
+        .gate = random_linear(precision, FFN, E), .fc1 = random_linear(precision, FFN, E),
+        .fc2 = random_linear(precision, E, FFN)};
+    return e;
+}
+
+typedef struct {
+    TextEncoder encoder;
+    int32_t *ids;
+    int n;
+    float *embeds;
+} Encoding;
+
+static void run_encoding(void *with) {
+    Encoding *e = with;
+    text_encode(&e->encoder, e->ids, e->n, e->embeds);
+}
+
+static void bench_text_encoder(Precision precision, int n, int threads) {
+    Encoding e = {.encoder = random_text_encoder(precision), .n = n};
+    e.ids = hold(sizeof(int32_t) * (size_t)n);
+    e.embeds = hold(sizeof(float) * (size_t)n * e.encoder.dim);
+    for (int i = 0; i < n; i++) e.ids[i] = i % e.encoder.vocab_size;
+    double parameters = (double)e.encoder.dim * (4.0 * e.encoder.dim + 3.0 * e.encoder.ffn_dim);
+    measure(&(Job){"stage", "text encoder, 1 block", precision, n, threads, text_encoder_flops(&e.encoder, n),
+                   parameters * (precision == F32 ? 4 : 2), run_encoding, &e});
+    release();
+}
+
+/* ---------------------------------------------------------------- VAE */
+
+static Conv random_conv(Precision precision, int O, int I, int kt, int k) {
+    return (Conv){.layer = random_linear(precision, O, kt * k * k * I), .kt = kt, .kh = k, .kw = k, .in = I, .out = O};
+}
+
+static ResidualBlock random_residual(Precision precision, int I, int O) {
+    ResidualBlock block = {.norm1 = random_floats((size_t)I), .norm2 = random_floats((size_t)O),
+                           .conv1 = random_conv(precision, O, I, 3, 3), .conv2 = random_conv(precision, O, O, 3, 3)};
+    if (I != O) block.shortcut = random_conv(precision, O, I, 1, 1);
+    return block;
+}
+
+/* The decoder of Wan 2.1: four levels of 384, 384, 192 and 96 channels; the first two double the frame rate. */
+static Vae random_vae(Precision precision) {
+    enum { LEVELS = 4, BLOCKS = 3, Z = 16, TOP = 384 };
+    static const int channels[LEVELS] = {384, 384, 192, 96};
+    Vae vae = {.z_dim = Z, .out_channels = 3, .patch_size = 1, .num_levels = LEVELS, .temporal_stride = 4,
+               .spatial_stride = 8, .latents_mean = random_floats(Z), .latents_std = random_floats(Z),
+               .conv2 = random_conv(precision, Z, Z, 1, 1), .conv1 = random_conv(precision, TOP, Z, 3, 3),
+               .qkv = random_conv(precision, 3 * TOP, TOP, 1, 1), .proj = random_conv(precision, TOP, TOP, 1, 1),
+               .middle_0 = random_residual(precision, TOP, TOP), .middle_2 = random_residual(precision, TOP, TOP),
+               .middle_norm = random_floats(TOP), .head = random_conv(precision, 3, channels[LEVELS - 1], 3, 3),
+               .head_norm = random_floats((size_t)channels[LEVELS - 1]),
+               .levels = hold(sizeof(VaeLevel) * LEVELS), .precision = precision};
+    for (int i = 0, in = TOP; i < LEVELS; i++) {
+        VaeLevel *level = &vae.levels[i];
+        int out = channels[i];
+        level->num_blocks = BLOCKS;
+        level->blocks = hold(sizeof(ResidualBlock) * BLOCKS);
+        for (int j = 0; j < BLOCKS; j++, in = out) level->blocks[j] = random_residual(precision, in, out);
+        if (i == LEVELS - 1) break;
+        level->resample = random_conv(precision, in = out / 2, out, 1, 3);
+        if (i < 2) level->time_conv = random_conv(precision, 2 * out, out, 3, 1);
+    }
+    return vae;
+}
+
+typedef struct {
+    Vae vae;
+    Arena arena;
+    const float *latents;
+    int T, side;
+} Decoding;
+
+static void forget(void *to, const float *frame) {
+    (void)to, (void)frame;
+}
+
+static void run_decoding(void *with) {
+    Decoding *d = with;
+    d->arena.used = 0;
+    vae_decode_start(&d->vae, &d->arena, d->side, d->side);
+    for (int t = 0; t < d->T; t++) vae_decode_frame(&d->vae, d->latents, d->T, t, forget, NULL);
+}
+
+/* T latent frames, 4T-3 frames of 8*side pixels squared. */
+static void bench_vae(Precision precision, int T, int side, int threads) {
+    Decoding d = {.vae = random_vae(precision), .T = T, .side = side};
+    d.latents = random_floats((size_t)d.vae.z_dim * T * side * side);
+    d.arena = arena_open(vae_decode_memory(&d.vae, side, side));
+    measure(&(Job){"stage", "VAE decode", precision, 4 * T - 3, threads, vae_decode_flops(&d.vae, T, side, side), 0,
+                   run_decoding, &d});
+    arena_close(&d.arena);
+    release();
+}
+
+/* ---------------------------------------------------------------- what is measured */
+
+static void bench_on(int threads) {
+    for (Precision p = F32; p < PRECISIONS; p++) {
+        bench_transformer(p, 0, 5, 32, 32, threads);
+        bench_transformer(p, 1, 5, 32, 32, threads);
+        if (p == INT8) break;
+        bench_text_encoder(p, TEXT, threads);
+        bench_vae(p, 2, 12, threads);
+    }
+}
+
+void bench_stages(void) {
+    bench_on(1);
+    if (threads_count() > 1) bench_on(threads_count());
+}
+
+/* Tokens double up to those of 81 frames at 480x832; frames of the decoder are 128x128 pixels. */
+void bench_growth(void) {
+    static const int sizes[][3] = {{1, 32, 32}, {2, 32, 32}, {4, 32, 32}, {5, 44, 44}, {5, 60, 104}, {10, 60, 104},
+                                   {21, 60, 104}};
+    for (Precision p = F32; p < PRECISIONS; p++)
+        for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+            for (int layers = 0; layers <= 1; layers++)
+                bench_transformer(p, layers, sizes[i][0], sizes[i][1], sizes[i][2], 0);
+    for (Precision p = F32; p <= BF16; p++)
+        for (int T = 1; T <= 5; T++) bench_vae(p, T, 16, 0);
+    for (int threads = 1; threads <= threads_count(); threads++)
+        for (Precision p = F32; p < PRECISIONS; p++) bench_transformer(p, 1, 5, 32, 32, threads);
+}
+
+void bench_stage(const char *name, Precision precision, int size, int threads) {
+    if (!strcmp(name, "transformer")) bench_transformer(precision, 2, 5, size / 8, size / 8, threads);
+    else if (!strcmp(name, "text_encoder")) bench_text_encoder(precision, size, threads);
+    else if (!strcmp(name, "vae_decode")) bench_vae(precision, 2, size / 8, threads);
+    else die(STATUS_USAGE, "'%s' is no stage", name);
+}

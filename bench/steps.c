@@ -1,0 +1,2 @@
+#include "bench/bench.h"
+void bench_steps(void) {}
