@@ -196,9 +196,16 @@ def test_without_a_type_tensors_stay_as_stored(tmp_path, folders):
     weights["blocks.1.ffn.net.2.weight"] = weights["blocks.1.ffn.net.2.weight"].half()
     weights["blocks.1.norm2.weight"] = weights["blocks.1.norm2.weight"].half()
     save_file(weights, path)
+    path = copy / "vae/diffusion_pytorch_model.safetensors"
+    save_file({k: v.half() for k, v in load_file(path).items()}, path)
+    names = ("blocks.0.ffn.0.weight", "blocks.0.ffn.2.weight", "blocks.1.ffn.2.weight", "blocks.1.norm3.weight",
+             "vae.decoder.conv1.weight", "vae.decoder.conv1.bias")
     file = tensors(export(copy, tmp_path / "out.gguf"))
-    assert [file[k][0] for k in ("blocks.0.ffn.0.weight", "blocks.0.ffn.2.weight", "blocks.1.ffn.2.weight",
-                                 "blocks.1.norm3.weight")] == [Type.F32, Type.BF16, Type.F16, Type.F32]
+    assert [file[k][0] for k in names] == [Type.F32, Type.BF16, Type.F16, Type.F32, Type.F16, Type.F32]
+    file = tensors(export(copy, tmp_path / "out.gguf", "--type", "bf16"))  # the VAE loses nothing to --type
+    assert [file[k][0] for k in names] == [Type.BF16, Type.BF16, Type.BF16, Type.F32, Type.F16, Type.F32]
+    file = tensors(export(copy, tmp_path / "out.gguf", "--type", "f32"))
+    assert {file[k][0] for k in names} == {Type.F32}
 
 
 def test_a_number_beyond_f16_is_refused(tmp_path, folders, capsys):
