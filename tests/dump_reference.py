@@ -147,10 +147,8 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
     for name, default in vars(Settings()).items():
-        if name == "size":
-            parser.add_argument("--size", type=lambda text: tuple(map(int, text.split("x"))), default=default, metavar="WxH")
-        else:
-            parser.add_argument(f"--{name}", type=type(default), default=default)
+        kind = (lambda text: tuple(map(int, text.split("x")))) if name == "size" else type(default)
+        parser.add_argument(f"--{name}", type=kind, default=default)
     parser.add_argument("--double", action="store_true", help="compute in float64")
     arguments = vars(parser.parse_args())
     dump(arguments.pop("checkpoint"), arguments.pop("folder"), double=arguments.pop("double"),

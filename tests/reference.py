@@ -140,12 +140,12 @@ class Tally:
             print(f"FAILED: {message}", flush=True)
 
     def measure(self, name: str, error: float, where: str) -> None:
-        group = re.sub(r"step\d+|block\d+|^(prompt|negative)(?=\.)", lambda m: m[0].rstrip("0123456789"), name)
+        group = re.sub(r"(?<=step)\d+|(?<=block)\d+", "", name)
         self.worst[group] = max(self.worst.get(group, (-1.0, "")), (error, where))
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference over largest magnitude; infinite if a shape or an integer differs or anything is not finite."""
+    """Largest difference over largest magnitude; infinite if a shape or an integer differs, or if not finite."""
     if actual.shape != expected.shape or not np.isfinite(actual).all():
         return np.inf
     if expected.dtype.kind == "i":
