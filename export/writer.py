@@ -131,6 +131,15 @@ def add_key(writer, key, value):
         writer.add_array(key, value)  # bytes become u8[]; ints i32[], floats f32[], strings string[]
 
 
+def check_output(path):
+    """What will be replaced at the end must be nothing, or a file."""
+    if path.exists() and not path.is_file():
+        raise ExportError(f"{path}: not a regular file")
+    if not path.parent.is_dir():
+        raise ExportError(f"{path.parent}: no such folder")
+    return path
+
+
 def write(path, keys, planned):
     """Writes the file under a temporary name and renames it when complete."""
     temporary = path.with_name(path.name + ".part")

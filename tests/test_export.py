@@ -436,6 +436,15 @@ def test_missing_parts_are_named(tmp_path, folders, capsys):
     assert "no such file" in refused(capsys, tmp_path / "out.gguf", tmp_path / "nothing")
 
 
+def test_outputs_that_cannot_be_written(tmp_path, folders, capsys):
+    (tmp_path / "folder").mkdir()
+    for output in (tmp_path / "folder", tmp_path / "nowhere/out.gguf", Path("/dev/null")):
+        assert command.main([str(folders / "diffusers"), "-o", str(output)]) == 2
+    assert [line.split(": ")[-1] for line in capsys.readouterr().err.splitlines()] == [
+        "not a regular file", "no such folder", "not a regular file"]
+    assert Path("/dev/null").is_char_device()
+
+
 def test_an_interrupted_export_leaves_the_old_file(tmp_path, folders, monkeypatch):
     output = tmp_path / "out.gguf"
     output.write_text("old")
