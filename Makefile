@@ -36,7 +36,7 @@ $(BUILD)/run-tests: $(TESTS) $(OBJECTS)
 	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ -lm
 
 test: sora $(BUILD)/run-tests
-	$(BUILD)/run-tests
+	SORA=$(BUILD)/sora $(BUILD)/run-tests
 
 # The tests, and mutated inputs for everything that reads a file, under ASan and UBSan.
 SANITIZE     = $(MAKE) BUILD=build/sanitize CFLAGS='-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all'
@@ -46,12 +46,26 @@ $(BUILD)/fuzz: $(BUILD)/tests/fuzz.o $(OBJECTS)
 	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ -lm
 
 sanitize:
-	$(SANITIZE) build/sanitize/run-tests
-	ASAN_OPTIONS=allocator_may_return_null=1 build/sanitize/run-tests
+	$(SANITIZE) build/sanitize/sora build/sanitize/run-tests
+	ASAN_OPTIONS=allocator_may_return_null=1 SORA=build/sanitize/sora build/sanitize/run-tests
 
 fuzz:
 	$(SANITIZE) build/sanitize/fuzz
 	build/sanitize/fuzz $(FUZZ_SECONDS)
+
+# Comparisons with the reference implementations, in an environment of their own (or PYTHON=... that has them).
+PYTHON ?= .venv/bin/python
+
+.venv/installed: requirements.txt tests/requirements.txt
+	python3 -m venv .venv
+	.venv/bin/pip install -q "$$(grep ^torch== requirements.txt)"
+	.venv/bin/pip install -q -r tests/requirements.txt
+	touch $@
+
+test-reference: sora $(if $(filter .venv/%,$(PYTHON)),.venv/installed)
+	$(PYTHON) -m pytest -q tests/test_export.py
+	$(PYTHON) tests/reference_tokenizer.py
+	$(PYTHON) tests/reference.py
 
 # The machine's own peak, and how near every kernel and stage comes to it.
 BENCH = $(patsubst %.c,$(BUILD)/%.o,$(wildcard bench/*.c))
@@ -66,4 +80,4 @@ clean:
 	rm -rf build sora
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
-.PHONY: bench test sanitize fuzz clean
+.PHONY: test sanitize fuzz test-reference bench clean

@@ -29,7 +29,7 @@ from export.sizes import text_encoder_sizes, transformer_sizes, vae_sizes
 from export.sources import DEFAULTS, default_keys, find_sources, run_defaults
 from export.tables import TEXT_ENCODER, TRANSFORMER, block_rows, vae_rows
 from export.tokenizer import find_tokenizer, tokenizer_keys
-from export.writer import DIGEST_KEY, NO_DIGEST, TYPES, plan, write
+from export.writer import DIGEST_KEY, NO_DIGEST, TYPES, check_output, plan, write
 
 FORMAT_VERSION = 1
 FILE_TYPES = {Type.F32: 0, Type.F16: 1, Type.Q8_0: 7, Type.BF16: 32}  # llama.cpp's LLAMA_FTYPE
@@ -94,6 +94,7 @@ def source_keys(root, files):
 
 def export(args):
     """From the arguments to the finished file."""
+    output = check_output(Path(args.output))
     sources, wanted = find_sources(args), TYPES.get(args.type)
     transformer = open_part("transformer", sources.transformer, sources.transformer_pattern)
     text = open_part("text_encoder", sources.text_encoder)
@@ -107,7 +108,7 @@ def export(args):
     check_parts_fit(*sizes, tokenizer)
 
     rows = list(block_rows(TRANSFORMER, sizes[0]))
-    loras = [open_lora(text, {name: shape for name, shape, _ in rows}) for text in args.lora]
+    loras = [open_lora(option, {name: shape for name, shape, _ in rows}) for option in args.lora]
     planned = [*plan(text, block_rows(TEXT_ENCODER, sizes[1]), wanted),
                *plan(transformer, rows, wanted, loras),
                *plan(vae, vae_rows(sizes[2]), wanted)]
@@ -115,7 +116,7 @@ def export(args):
     values = run_defaults(args, sources, sizes[0])
     files = [*text.files, *transformer.files, *vae.files, tokenizer_path, sources.scheduler, sources.settings,
              *(lora.path for lora in loras)]
-    write(Path(args.output), {
+    write(output, {
         "general.file_type": FILE_TYPES[matrix.type],
         "general.quantization_version": 2,
         "sora.format_version": FORMAT_VERSION,
@@ -129,7 +130,7 @@ def export(args):
         "tokenizer.ggml.add_bos_token": False,
         "tokenizer.ggml.add_eos_token": True,
     }, planned)
-    print(f"{args.output}: {len(planned)} tensors, {Path(args.output).stat().st_size:,} bytes", file=sys.stderr)
+    print(f"{output}: {len(planned)} tensors, {output.stat().st_size:,} bytes", file=sys.stderr)
 
 
 def arguments(argv):
@@ -149,14 +150,18 @@ def arguments(argv):
 
 
 def main(argv=None):
+    args = arguments(argv)
     try:
-        export(arguments(argv))
+        export(args)
     except ExportError as error:
         print(f"export.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"export.py: {error.filename or ''}: {error.strerror}", file=sys.stderr)
-        return 2 if isinstance(error, (FileNotFoundError, PermissionError, IsADirectoryError)) else 3
+        print(f"export.py: {error.filename or args.output}: {error.strerror}", file=sys.stderr)
+        return 2 if isinstance(error, (FileNotFoundError, PermissionError)) else 3
+    except MemoryError:
+        print("export.py: out of memory", file=sys.stderr)
+        return 3
     except KeyboardInterrupt:
         print("export.py: interrupted", file=sys.stderr)
         return 130

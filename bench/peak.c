@@ -18,36 +18,34 @@ enum { CHAINS = 12, ROUNDS = 1 << 16 };
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-static volatile char sink; /* what is stored there has to be computed */
-
-/* A function that runs `sum = instruction` ROUNDS times in CHAINS chains. */
-#define PEAK(name, target, V, zero, instruction)                                                                     \
+/* A function that runs `sum = instruction` ROUNDS times in CHAINS chains. Bytes of 0x3f are 0.75 in any of the types.
+ * OPAQUE tells the compiler that a register may hold anything, or it would see that all chains are equal. */
+#define OPAQUE(v) __asm__ volatile("" : "+" VECTOR(v))
+#define PEAK(name, target, V, instruction)                                                                           \
     static target void name(void) {                                                                                  \
-        V sums[CHAINS], a = zero, b = zero;                                                                          \
-        UNROLL for (int i = 0; i < CHAINS; i++) sums[i] = zero;                                                      \
-        for (int round = 0; round < ROUNDS; round++) {                                                               \
+        V sums[CHAINS], a;                                                                                           \
+        memset(&a, 0x3f, sizeof a);                                                                                  \
+        UNROLL for (int i = 0; i < CHAINS; i++) {                                                                    \
+            sums[i] = a;                                                                                             \
+            OPAQUE(sums[i]);                                                                                         \
+        }                                                                                                            \
+        for (int round = 0; round < ROUNDS; round++)                                                                 \
             UNROLL for (int i = 0; i < CHAINS; i++) {                                                                \
                 V sum = sums[i];                                                                                     \
                 sums[i] = instruction;                                                                               \
             }                                                                                                        \
-            KEEP(a);                                                                                                 \
-        }                                                                                                            \
-        char bytes[sizeof sums];                                                                                     \
-        memcpy(bytes, sums, sizeof sums);                                                                            \
-        for (size_t i = 0; i < sizeof bytes; i++) sink = bytes[i];                                                   \
+        UNROLL for (int i = 0; i < CHAINS; i++) OPAQUE(sums[i]);                                                     \
     }
-/* Tells the compiler that a register changes, or it would see that nothing does. */
-#define KEEP(v) __asm__ volatile("" : "+" VECTOR(v))
 
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define VECTOR(v) "v"(v)
 #define TARGET(isa) __attribute__((target(isa)))
-PEAK(avx2_f32, TARGET("avx2,fma"), __m256, _mm256_setzero_ps(), _mm256_fmadd_ps(a, b, sum))
-PEAK(avx512_f32, TARGET("avx512f"), __m512, _mm512_setzero_ps(), _mm512_fmadd_ps(a, b, sum))
-PEAK(avx512_bf16, TARGET("avx512f,avx512bf16"), __m512, _mm512_setzero_ps(),
-     _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b))
-PEAK(avx512_int8, TARGET("avx512f,avx512vnni"), __m512i, _mm512_setzero_si512(), _mm512_dpbusd_epi32(sum, a, b))
+PEAK(avx2_f32, TARGET("avx2,fma"), __m256, _mm256_fmadd_ps(a, a, sum))
+PEAK(avx512_f32, TARGET("avx512f"), __m512, _mm512_fmadd_ps(a, a, sum))
+PEAK(avx512_bf16, TARGET("avx512f,avx512bf16"), __m512,
+     _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)a))
+PEAK(avx512_int8, TARGET("avx512f,avx512vnni"), __m512i, _mm512_dpbusd_epi32(sum, a, a))
 #define HAS(name, test) static bool has_##name(void) { return test; }
 HAS(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
 HAS(avx512, __builtin_cpu_supports("avx512f"))
@@ -57,14 +55,14 @@ HAS(avx512_vnni, __builtin_cpu_supports("avx512vnni"))
 #include <arm_neon.h>
 #include <sys/auxv.h>
 #define VECTOR(v) "w"(v)
-PEAK(neon_f32, , float32x4_t, vdupq_n_f32(0), vfmaq_f32(sum, a, b))
-PEAK(neon_int8, __attribute__((target("arch=armv8.2-a+dotprod"))), int32x4_t, vdupq_n_s32(0),
-     vdotq_s32(sum, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(b)))
+PEAK(neon_f32, , float32x4_t, vfmaq_f32(sum, a, a))
+PEAK(neon_int8, __attribute__((target("arch=armv8.2-a+dotprod"))), int32x4_t,
+     vdotq_s32(sum, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(a)))
 static bool has_neon(void) { return true; }
 static bool has_dotprod(void) { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
 #else
 #define VECTOR(v) "m"(v)
-PEAK(plain_f32, , float, 0.0f, sum * a + b)
+PEAK(plain_f32, , float, sum * a + a)
 static bool has_plain(void) { return true; }
 #endif
 
@@ -136,11 +134,12 @@ typedef struct {
 
 static void run_reading(void *with) {
     enum { PIECE = 1 << 16 };
+    static volatile uint64_t sink; /* what is stored there has to be computed */
     const Region *region = with;
     PARALLEL_FOR for (size_t start = 0; start < region->count; start += PIECE) {
         uint64_t sum = 0;
         for (size_t i = start; i < start + PIECE; i++) sum += region->words[i];
-        sink = (char)sum;
+        sink = sum;
     }
 }
 

@@ -53,15 +53,15 @@ def lora_tensor(module, kind):
     return f"{module}.bias" if kind == "diff_b" else f"{module}.weight"
 
 
-def open_lora(text, rows):
+def open_lora(option, rows):
     """Reads FILE[:SCALE] and matches every key with a tensor of the transformer. rows: name -> torch shape."""
-    path, scale = text, 1.0
-    if not Path(text).is_file() and ":" in text:
-        path, _, number = text.rpartition(":")
+    path, scale = option, 1.0
+    if not Path(option).is_file() and ":" in option:
+        path, _, number = option.rpartition(":")
         try:
             scale = float(number)
         except ValueError:
-            raise ExportError(f"--lora {text}: {number!r} is not a scale") from None
+            raise ExportError(f"--lora {option}: {number!r} is not a scale") from None
     file = open_file(Path(path))
     modules = {}
     for key, tensor in file.tensors.items():

@@ -84,9 +84,9 @@ def folded_shape(shape):
 
 def stored_type(rule, source, columns, wanted):
     """The type of a tensor in the file: as --type wants it and its rule allows, without --type as it was stored."""
-    if rule in (EXACT, CONV):
+    if rule == EXACT or (rule == CONV and source.dtype not in ("F16", "BF16")):
         return Type.F32
-    if wanted is None:
+    if wanted is None or (rule == CONV and wanted != Type.F32):
         return {"F32": Type.F32, "F64": Type.F32, "F16": Type.F16}.get(source.dtype, Type.BF16)
     if wanted == Type.Q8_0 and rule == WIDE:
         return Type.BF16
@@ -129,6 +129,15 @@ def add_key(writer, key, value):
         writer.add_string(key, value)
     else:
         writer.add_array(key, value)  # bytes become u8[]; ints i32[], floats f32[], strings string[]
+
+
+def check_output(path):
+    """What will be replaced at the end must be nothing, or a file."""
+    if path.exists() and not path.is_file():
+        raise ExportError(f"{path}: not a regular file")
+    if not path.parent.is_dir():
+        raise ExportError(f"{path.parent}: no such folder")
+    return path
 
 
 def write(path, keys, planned):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import WanPipeline
+from transformers import PreTrainedTokenizerFast
 
 import schedulers
 
@@ -48,7 +49,8 @@ class Recorder:
         pipe.text_encoder.register_forward_hook(self.on_text)
         pipe.transformer.register_forward_pre_hook(self.on_noise, with_kwargs=True)
         for index, block in enumerate(pipe.transformer.blocks):
-            block.register_forward_hook(lambda _, args, out, index=index: self.save(self.branch(f"block{index:02d}"), out[0]))
+            block.register_forward_hook(
+                lambda _, args, out, name=f"block{index:02d}": self.save(self.branch(name), out[0]))
         pipe.transformer.register_forward_hook(self.on_velocity)
         pipe.scheduler.step = self.wrap(pipe.scheduler.step, self.on_step)
         pipe.vae.decode = self.wrap(pipe.vae.decode, lambda out, *_: self.save("video", out[0][0]))
@@ -105,25 +107,37 @@ def float64_arithmetic():
         torch.Tensor.float = to_float
 
 
+def load(checkpoint: Path) -> WanPipeline:
+    """The pipeline in float32. A tokenizer.json is taken as it is, which from transformers 5 on the class T5Tokenizer
+    does not: it keeps the pieces but builds rules of its own, and calls piece 2 the unknown one; umT5's is 3."""
+    rules = checkpoint / "tokenizer" / "tokenizer.json"
+    given = {}
+    if rules.exists():
+        given["tokenizer"] = PreTrainedTokenizerFast(tokenizer_file=str(rules), pad_token="<pad>", eos_token="</s>",
+                                                     unk_token="<unk>")
+    pipe = WanPipeline.from_pretrained(checkpoint, dtype=torch.float32, **given)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
 @torch.no_grad()
 def dump(checkpoint: Path, folder: Path, settings: Settings, double: bool = False) -> None:
     """Generates one clip with WanPipeline and writes its tensors into `folder`.
 
     checkpoint: a diffusers folder. double: computes in float64 and writes float64; from the same noise.
     """
-    pipe = WanPipeline.from_pretrained(checkpoint, dtype=torch.float32)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = load(checkpoint)
     pipe.scheduler = schedulers.configure(settings.sampler, settings.shift)
     Recorder(pipe, folder, settings.guidance > 1)
-    noise = pipe.prepare_latents(1, pipe.transformer.config.in_channels, settings.size[1], settings.size[0],
-                                 settings.frames, torch.float32, "cpu", torch.Generator().manual_seed(settings.seed))
+    width, height = settings.size
+    noise = pipe.prepare_latents(1, pipe.transformer.config.in_channels, height, width, settings.frames,
+                                 torch.float32, "cpu", torch.Generator().manual_seed(settings.seed))
     if double:
         for module in (pipe.text_encoder, pipe.transformer, pipe.vae):
             module.double()
     with float64_arithmetic() if double else contextlib.nullcontext():
-        pipe(settings.prompt, settings.negative, width=settings.size[0], height=settings.size[1],
-             num_frames=settings.frames, num_inference_steps=settings.steps, guidance_scale=settings.guidance,
-             latents=noise)
+        pipe(settings.prompt, settings.negative, width=width, height=height, num_frames=settings.frames,
+             num_inference_steps=settings.steps, guidance_scale=settings.guidance, latents=noise)
     np.save(folder / "timesteps.npy", pipe.scheduler.timesteps.numpy().astype(np.float32))
     np.save(folder / "sigmas.npy", pipe.scheduler.sigmas.numpy())
 
@@ -133,10 +147,8 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
     for name, default in vars(Settings()).items():
-        if name == "size":
-            parser.add_argument("--size", type=lambda text: tuple(map(int, text.split("x"))), default=default, metavar="WxH")
-        else:
-            parser.add_argument(f"--{name}", type=type(default), default=default)
+        kind = (lambda text: tuple(map(int, text.split("x")))) if name == "size" else type(default)
+        parser.add_argument(f"--{name}", type=kind, default=default)
     parser.add_argument("--double", action="store_true", help="compute in float64")
     arguments = vars(parser.parse_args())
     dump(arguments.pop("checkpoint"), arguments.pop("folder"), double=arguments.pop("double"),

@@ -196,9 +196,16 @@ def test_without_a_type_tensors_stay_as_stored(tmp_path, folders):
     weights["blocks.1.ffn.net.2.weight"] = weights["blocks.1.ffn.net.2.weight"].half()
     weights["blocks.1.norm2.weight"] = weights["blocks.1.norm2.weight"].half()
     save_file(weights, path)
+    path = copy / "vae/diffusion_pytorch_model.safetensors"
+    save_file({k: v.half() for k, v in load_file(path).items()}, path)
+    names = ("blocks.0.ffn.0.weight", "blocks.0.ffn.2.weight", "blocks.1.ffn.2.weight", "blocks.1.norm3.weight",
+             "vae.decoder.conv1.weight", "vae.decoder.conv1.bias")
     file = tensors(export(copy, tmp_path / "out.gguf"))
-    assert [file[k][0] for k in ("blocks.0.ffn.0.weight", "blocks.0.ffn.2.weight", "blocks.1.ffn.2.weight",
-                                 "blocks.1.norm3.weight")] == [Type.F32, Type.BF16, Type.F16, Type.F32]
+    assert [file[k][0] for k in names] == [Type.F32, Type.BF16, Type.F16, Type.F32, Type.F16, Type.F32]
+    file = tensors(export(copy, tmp_path / "out.gguf", "--type", "bf16"))  # the VAE loses nothing to --type
+    assert [file[k][0] for k in names] == [Type.BF16, Type.BF16, Type.BF16, Type.F32, Type.F16, Type.F32]
+    file = tensors(export(copy, tmp_path / "out.gguf", "--type", "f32"))
+    assert {file[k][0] for k in names} == {Type.F32}
 
 
 def test_a_number_beyond_f16_is_refused(tmp_path, folders, capsys):
@@ -427,6 +434,15 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, folders, capsys):
 def test_missing_parts_are_named(tmp_path, folders, capsys):
     assert "--text-encoder" in refused(capsys, tmp_path / "out.gguf", "--transformer", folders / "diffusers/transformer")
     assert "no such file" in refused(capsys, tmp_path / "out.gguf", tmp_path / "nothing")
+
+
+def test_outputs_that_cannot_be_written(tmp_path, folders, capsys):
+    (tmp_path / "folder").mkdir()
+    for output in (tmp_path / "folder", tmp_path / "nowhere/out.gguf", Path("/dev/null")):
+        assert command.main([str(folders / "diffusers"), "-o", str(output)]) == 2
+    assert [line.split(": ")[-1] for line in capsys.readouterr().err.splitlines()] == [
+        "not a regular file", "no such folder", "not a regular file"]
+    assert Path("/dev/null").is_char_device()
 
 
 def test_an_interrupted_export_leaves_the_old_file(tmp_path, folders, monkeypatch):

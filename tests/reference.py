@@ -1,0 +1,303 @@
+#!/usr/bin/env python3
+"""Compares sora with diffusers, tensor by tensor, on random checkpoints of many shapes: `make test-reference`.
+
+For every model of MODELS a diffusers folder is made and exported to float32 GGUF; for every case of CASES diffusers'
+WanPipeline writes its tensors (dump_reference.py), and sora runs the same settings with --dump and --check. The
+comparison is made twice: by numpy on what sora dumped, and by sora itself, whose verdict has to be the same.
+
+A tensor's error is its largest difference over the reference's largest magnitude. A float64 run of the reference in
+some cases shows how much of an error is the reference's own.
+
+Then single weights are changed: the check has to fail, and to name the tensor that the weight reaches first.
+
+    python tests/reference.py [--sora ./sora] [--work build/reference] [--only NAME]
+"""
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+
+import make_checkpoint
+from dump_reference import Settings, dump
+
+ROOT = Path(__file__).resolve().parent.parent
+TOLERANCE = 1e-5
+
+FOX = "A red fox jumps over 12 lazy dogs."
+KNOWN = "a red fox jumps over the lazy dog"  # of the corpus from which make_checkpoint trains its spiece.model
+WORDS = " ".join(f"{word} {n}" for n in range(60) for word in ("red", "über", "走る", "jumps,", "Ωmega"))
+
+# Arguments of make_checkpoint.make(): what differs from a small Wan 2.1. A model has umT5's kind of tokenizer.json,
+# or, where "spiece" is set, a spiece.model alone.
+MODELS = {
+    "wan": {},
+    "odd widths": {
+        "text_encoder": {"d_model": 37, "d_kv": 7, "num_heads": 5, "d_ff": 51, "num_layers": 3},
+        "transformer": {"num_attention_heads": 3, "attention_head_dim": 10, "ffn_dim": 77, "num_layers": 3,
+                        "freq_dim": 62},
+        "vae": {"base_dim": 5, "dim_mult": [1, 3, 2, 4], "num_res_blocks": 1,
+                "temperal_downsample": [True, False, True]},
+    },
+    "three levels with patches": {
+        "transformer": {"num_attention_heads": 1, "attention_head_dim": 40, "in_channels": 12, "out_channels": 12},
+        "vae": {"base_dim": 12, "z_dim": 12, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "patch_size": 2,
+                "in_channels": 12, "out_channels": 12, "temperal_downsample": [True, True]},
+    },
+    "three levels without patches": {
+        "transformer": {"num_attention_heads": 4, "attention_head_dim": 12, "in_channels": 6, "out_channels": 6},
+        "vae": {"base_dim": 7, "z_dim": 6, "dim_mult": [2, 1, 3], "num_res_blocks": 3,
+                "temperal_downsample": [True, True], "scale_factor_spatial": 4},
+    },
+    "four levels with patches": {
+        "transformer": {"num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 20, "out_channels": 20},
+        "vae": {"base_dim": 16, "z_dim": 20, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 2, "patch_size": 2,
+                "in_channels": 12, "out_channels": 12, "temperal_downsample": [True, True, False],
+                "scale_factor_spatial": 16},
+    },
+    "sharded": {
+        "transformer": {"num_attention_heads": 2, "attention_head_dim": 128, "ffn_dim": 600, "num_layers": 1},
+        "shard": "500KB",
+    },
+    "spiece.model": {"spiece": True},
+}
+
+
+@dataclass
+class Case:
+    model: str
+    settings: Settings
+    double: bool = False  # also run the reference in float64
+
+    @property
+    def name(self) -> str:
+        s = self.settings
+        words = "no prompt" if not s.prompt else "long prompt" if len(s.prompt) > 99 else "prompt"
+        return (f"{self.model}: {s.size[0]}x{s.size[1]} {s.frames}f {s.steps} steps {s.sampler} "
+                f"g{s.guidance:g} shift {s.shift:g}, {words}")
+
+
+def case(model, size, frames, sampler, steps=3, guidance=5.0, shift=3.0, prompt=FOX, negative="blurry, static",
+         seed=7, double=False) -> Case:
+    return Case(model, Settings(prompt, negative, size, frames, steps, guidance, shift, sampler, seed), double)
+
+
+CASES = [
+    case("wan", (48, 32), 5, "unipc", double=True),
+    case("wan", (32, 32), 1, "euler", guidance=1.0, prompt="", seed=0),
+    case("wan", (64, 48), 9, "dpm++", steps=4, shift=5.0, prompt=WORDS, negative="", seed=2**40 + 1),
+    case("wan", (32, 80), 17, "unipc", steps=2, shift=8.0, guidance=6.0),
+    case("wan", (32, 16), 5, "unipc", steps=20, shift=1.0, guidance=3.5, double=True),
+    case("odd widths", (48, 32), 9, "unipc", double=True),
+    case("odd widths", (16, 64), 5, "dpm++", steps=6, guidance=1.0, shift=12.0),
+    case("odd widths", (64, 64), 1, "euler", steps=1, prompt=WORDS, negative=WORDS),
+    case("three levels with patches", (64, 48), 17, "euler", shift=5.0, double=True),
+    case("three levels with patches", (32, 48), 5, "unipc", guidance=1.0, prompt=""),
+    case("three levels without patches", (32, 16), 5, "dpm++", steps=2, double=True),
+    case("three levels without patches", (16, 48), 13, "unipc", prompt="", negative=WORDS),
+    case("four levels with patches", (96, 64), 9, "unipc", double=True),
+    case("four levels with patches", (64, 32), 1, "dpm++", steps=5, guidance=2.0),
+    case("sharded", (80, 48), 5, "euler", steps=4, prompt="a\u00a0 &lt;b&gt;  “fox”\t\u3000走る\n"),
+    case("spiece.model", (48, 48), 5, "dpm++", prompt=KNOWN, negative=""),
+]
+
+# A weight's tensor, and the tensor of the run that it reaches first.
+PERTURBED = [
+    ("enc.blk.0.ffn_up.weight", "prompt.embeds"),
+    ("enc.output_norm.weight", "prompt.embeds"),
+    ("patch_embedding.weight", "step000.cond.block00"),
+    ("time_projection.1.bias", "step000.cond.block00"),
+    ("blocks.0.cross_attn.k.weight", "step000.cond.block00"),
+    ("blocks.1.self_attn.norm_q.weight", "step000.cond.block01"),
+    ("blocks.1.ffn.2.weight", "step000.cond.block01"),
+    ("head.head.weight", "step000.cond.velocity"),
+    ("head.modulation", "step000.cond.velocity"),
+    ("vae.conv2.weight", "video"),
+    ("vae.decoder.head.2.bias", "video"),
+]
+
+
+@dataclass
+class Tally:
+    """Claims so far, and the worst error of every group of tensors."""
+
+    passed: int = 0
+    failed: int = 0
+    worst: dict[str, tuple[float, str]] = field(default_factory=dict)
+
+    def claim(self, holds: bool, message: str) -> None:
+        self.passed += holds
+        self.failed += not holds
+        if not holds:
+            print(f"FAILED: {message}", flush=True)
+
+    def measure(self, name: str, error: float, where: str) -> None:
+        group = re.sub(r"(?<=step)\d+|(?<=block)\d+", "", name)
+        self.worst[group] = max(self.worst.get(group, (-1.0, "")), (error, where))
+
+
+def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Largest difference over largest magnitude; infinite if a shape or an integer differs, or if not finite."""
+    if actual.shape != expected.shape or not np.isfinite(actual).all():
+        return np.inf
+    if expected.dtype.kind == "i":
+        return 0.0 if np.array_equal(actual, expected) else np.inf
+    difference = np.abs(actual.astype(np.float64) - expected).max(initial=0)
+    return float(difference / max(np.abs(expected).max(initial=0), np.finfo(np.float64).tiny))
+
+
+def worst_of(errors: dict[str, float]) -> str:
+    """The largest of errors by tensor, as words."""
+    worst = max(errors, key=errors.get)
+    return f"worst {errors[worst]:.1e} ({worst})"
+
+
+def tensors(folder: Path) -> dict[str, np.ndarray]:
+    return {path.stem: np.load(path) for path in sorted(folder.glob("*.npy"))}
+
+
+def make_tokenizer(path: Path) -> int:
+    """Writes a tokenizer.json built as umT5's, with pieces of the cases' texts; returns how many."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(" {2,}"), " ")])
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    trainer = trainers.UnigramTrainer(vocab_size=200, unk_token="<unk>", show_progress=False,
+                                      special_tokens=["<pad>", "</s>", "<s>", "<unk>"])
+    tokenizer.train_from_iterator([FOX, KNOWN, WORDS] * 9, trainer)
+    tokenizer.save(str(path))
+    return tokenizer.get_vocab_size()
+
+
+def calm_decoder(folder: Path) -> None:
+    """Scales a random VAE's last convolution so that its pixels mostly lie inside [-1, 1], as a trained one's do. What
+    the clamp cuts off hides errors, and the rest is measured against 1 instead of against the largest."""
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if "decoder.conv_out.weight" in tensors:
+            tensors["decoder.conv_out.weight"] *= 0.4
+            save_file(tensors, path, {"format": "pt"})
+
+
+def make_model(folder: Path, seed: int, spiece: bool = False, text_encoder: dict | None = None, **sizes) -> None:
+    """A diffusers folder as MODELS describes it."""
+    tokenizer, text_encoder = None, text_encoder or {}
+    if not spiece:
+        tokenizer = folder.parent / "tokenizer.json"
+        text_encoder = {"vocab_size": make_tokenizer(tokenizer) + 7, **text_encoder}
+    make_checkpoint.make(folder, seed, text_encoder=text_encoder, tokenizer=tokenizer, **sizes)
+    calm_decoder(folder / "vae")
+
+
+def export(model: str, work: Path) -> tuple[Path, Path]:
+    """The diffusers folder of a model and its GGUF; made once."""
+    folder = work / model.replace(" ", "-")
+    checkpoint, weights = folder / "checkpoint", folder / "model.gguf"
+    if not weights.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        make_model(checkpoint, seed=len(model), **MODELS[model])
+        result = subprocess.run([sys.executable, ROOT / "export.py", checkpoint, "-o", weights, "--type", "f32"],
+                                capture_output=True, text=True)
+        if result.returncode:
+            sys.exit(f"export.py failed on {checkpoint}:\n{result.stderr}")
+    return checkpoint, weights
+
+
+def run_sora(sora: Path, weights: Path, s: Settings, reference: Path, dumped: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sora, "-m", weights, "-p", s.prompt, "-n", s.negative, "-s", f"{s.size[0]}x{s.size[1]}", "-f", str(s.frames),
+         "--steps", str(s.steps), "-g", repr(s.guidance), "--shift", repr(s.shift), "--sampler", s.sampler,
+         "--seed", str(s.seed), "--precision", "f32", "-q", "-o", dumped.parent / "out.y4m", "--dump", dumped,
+         "--check", reference, "--tolerance", repr(TOLERANCE)],
+        capture_output=True, text=True, errors="replace")
+
+
+def compare_case(case: Case, sora: Path, work: Path, tally: Tally) -> None:
+    checkpoint, weights = export(case.model, work)
+    reference, dumped = work / "reference", work / "dumped"
+    for folder in (reference, dumped):
+        shutil.rmtree(folder, ignore_errors=True)
+    dump(checkpoint, reference, case.settings)
+    result = run_sora(sora, weights, case.settings, reference, dumped)
+    if result.returncode not in (0, 1):
+        tally.claim(False, f"{case.name}: exit status {result.returncode}: {result.stderr.strip()}")
+        return
+    expected, actual = tensors(reference), tensors(dumped)
+    errors = {name: relative_error(actual[name], expected[name]) for name in expected if name in actual}
+    for name in expected:
+        error = errors.get(name, np.inf)
+        tally.claim(error <= TOLERANCE, f"{case.name}: {name} is off by {error:.1e}")
+        tally.measure(name, error, case.name)
+    agrees = len(errors) == len(expected) and max(errors.values()) <= TOLERANCE
+    tally.claim(agrees == (result.returncode == 0), f"{case.name}: --check says otherwise\n{result.stderr}")
+    print(f"{case.name}: {len(expected)} tensors, {worst_of(errors)}", flush=True)
+    if case.double:
+        report_double(case, checkpoint, expected, actual, work)
+
+
+def report_double(case: Case, checkpoint: Path, expected: dict, actual: dict, work: Path) -> None:
+    """How far both are from the reference computed in float64: a measurement, no claim."""
+    folder = work / "double"
+    shutil.rmtree(folder, ignore_errors=True)
+    dump(checkpoint, folder, case.settings, double=True)
+    exact = tensors(folder)
+    for who, what in (("diffusers", expected), ("sora", actual)):
+        errors = {name: relative_error(what[name], exact[name]) for name in exact if name in what}
+        print(f"    {who} in float32 against float64: {worst_of(errors)}", flush=True)
+
+
+def perturb(weights: Path, tensor: str, out: Path) -> None:
+    """A copy of a weight file in which one weight in the middle of `tensor` is another."""
+    shutil.copy(weights, out)
+    found = next(t for t in gguf.GGUFReader(weights).tensors if t.name == tensor)
+    values = np.memmap(out, np.float32, "r+", found.data_offset, int(found.n_elements))
+    values[values.size // 2] += 0.5
+    values.flush()
+
+
+def test_perturbations(sora: Path, work: Path, tally: Tally) -> None:
+    settings = replace(CASES[0].settings, steps=2)
+    checkpoint, weights = export(CASES[0].model, work)
+    reference, changed = work / "reference", work / "perturbed.gguf"
+    shutil.rmtree(reference, ignore_errors=True)
+    dump(checkpoint, reference, settings)
+    for tensor, first in PERTURBED:
+        perturb(weights, tensor, changed)
+        result = run_sora(sora, changed, settings, reference, work / "dumped")
+        named = re.search(r"the first in order of data flow is (\S+)", result.stderr)
+        tally.claim(result.returncode == 1 and named is not None and named[1] == first,
+                    f"{tensor} changed: exit status {result.returncode}, names {named and named[1]}, expected {first}")
+    print(f"{len(PERTURBED)} single weights changed", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sora", type=Path, default=ROOT / "sora")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "reference", help="folder for checkpoints")
+    parser.add_argument("--only", default="", help="cases whose name contains this")
+    args = parser.parse_args()
+    shutil.rmtree(args.work, ignore_errors=True)
+    args.work.mkdir(parents=True)
+    tally = Tally()
+    for chosen in (c for c in CASES if args.only in c.name):
+        compare_case(chosen, args.sora, args.work, tally)
+    if not args.only:
+        test_perturbations(args.sora, args.work, tally)
+    print(f"\nworst error of each tensor, of {TOLERANCE:g} allowed")
+    for group, (error, where) in tally.worst.items():
+        print(f"{group:24} {error:8.1e}  {where}")
+    print(f"{tally.passed} passed, {tally.failed} failed")
+    sys.exit(tally.failed > 0)
+
+
+if __name__ == "__main__":
+    main()

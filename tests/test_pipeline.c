@@ -1,0 +1,135 @@
+/* test_pipeline.c - the whole program on a small model: the same bytes on every instruction set and number of threads,
+ * the decoder as a stream, one frame as an image, narrow arithmetic within its bounds. What the numbers ought to be is
+ * checked by --check against tensors from diffusers (cli.sh). */
+#include "sora.h"
+#include "tests/test.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+static const char model_path[] = "tests/goldens/model/model.gguf";
+
+/* ---------------------------------------------------------------- whole runs */
+
+typedef struct {
+    const char *isa;
+    int threads;
+    Precision precision;
+    int frames;
+} Variant;
+
+/* Runs the pipeline into a file and reads it back. */
+static Bytes run(Variant v) {
+    char path[] = "/tmp/sora-test-XXXXXX";
+    int descriptor = mkstemp(path);
+    Bytes video = {0};
+    int threads = threads_count();
+    kernels_choose(v.isa);
+    threads_set(v.threads);
+    Model model = model_load(model_path, v.precision);
+    Settings s = {.prompt = "a red fox", .negative = "", .output = path, .width = 48, .height = 32, .frames = v.frames,
+                  .steps = 2, .chroma = 444, .seconds = -1, .guidance = 3, .shift = 3, .sampler = UNIPC, .seed = 5,
+                  .quiet = true};
+    settings_complete(&s, &model);
+    generate(&model, &s);
+    model_free(&model);
+    CHECK(!read_file(path, (size_t)1 << 24, &video), "the video cannot be read back");
+    close(descriptor);
+    unlink(path);
+    kernels_choose("auto");
+    threads_set(threads);
+    return video;
+}
+
+static bool same(Bytes a, Bytes b) { return a.size == b.size && !memcmp(a.data, b.data, a.size); }
+
+static void check_bits(Precision precision) {
+    static const char *const isas[] = {"avx2", "avx512", "neon"};
+    Bytes expected = run((Variant){"generic", 1, precision, 9});
+    for (int i = 0; i < 3; i++)
+        for (int threads = 1; threads <= 3; threads += 2) {
+            if (kernels_choose(isas[i])) continue;
+            Bytes video = run((Variant){isas[i], threads, precision, 9});
+            CHECK(same(video, expected), "%s: %s kernels with %d threads give another video than generic ones",
+                  precision_name(precision), isas[i], threads);
+            free((void *)video.data);
+        }
+    free((void *)expected.data);
+}
+
+static double psnr(Bytes a, Bytes b) {
+    double sum = 0;
+    for (size_t i = 0; i < a.size; i++) sum += ((double)a.data[i] - b.data[i]) * ((double)a.data[i] - b.data[i]);
+    return 10 * log10(255.0 * 255.0 * (double)a.size / sum);
+}
+
+/* The least that narrow arithmetic may reach against float32 on this model of random weights. */
+static void check_narrow(Precision precision, double least) {
+    Bytes exact = run((Variant){"auto", 2, F32, 9}), narrow = run((Variant){"auto", 2, precision, 9});
+    CHECK(exact.size == narrow.size && psnr(exact, narrow) >= least, "%s: PSNR against f32 is %.1f dB",
+          precision_name(precision), psnr(exact, narrow));
+    free((void *)exact.data), free((void *)narrow.data);
+}
+
+static void check_image(void) {
+    Bytes image = run((Variant){"auto", 2, F32, 1});
+    const uint8_t *frame = memchr(image.data, '\n', image.size);
+    size_t rest = image.size - (size_t)(frame - image.data) - 1;
+    CHECK(rest == 6 + 3 * 48 * 32, "one frame leaves %zu bytes after the header", rest);
+    free((void *)image.data);
+}
+
+/* ---------------------------------------------------------------- the decoder as a stream */
+
+enum { T = 4, H = 4, W = 6 };
+
+typedef struct {
+    float *frames; /* [F][3,Y,X] */
+    size_t size;   /* of one */
+    int count;
+} Collected;
+
+static void collect(void *to, const float *frame) {
+    Collected *c = to;
+    memcpy(c->frames + c->count++ * c->size, frame, c->size * sizeof(float));
+}
+
+/* The first t latent frames of a clip that is `of` long. */
+static Collected decode(Vae *vae, const float *latents, int of, int t) {
+    Collected c = {.size = (size_t)3 * H * W * vae->spatial_stride * vae->spatial_stride};
+    c.frames = allocate(sizeof(float) * c.size * (size_t)(1 + (t - 1) * vae->temporal_stride));
+    Arena arena = arena_open(vae_decode_memory(vae, H, W));
+    vae_decode_start(vae, &arena, H, W);
+    for (int i = 0; i < t; i++) vae_decode_frame(vae, latents, of, i, collect, &c);
+    arena_close(&arena);
+    return c;
+}
+
+static void check_stream(void) {
+    Model model = model_load(model_path, F32);
+    int z = model.vae.z_dim;
+    float *latents = allocate(sizeof(float) * (size_t)z * T * H * W), *shorter = allocate(sizeof(float) * (size_t)z * 2 * H * W);
+    Generator generator;
+    generator_seed(&generator, 1);
+    generator_randn(&generator, latents, (size_t)z * T * H * W);
+    for (int c = 0; c < z; c++) memcpy(shorter + c * 2 * H * W, latents + c * T * H * W, sizeof(float) * 2 * H * W);
+    Collected whole = decode(&model.vae, latents, T, T), begun = decode(&model.vae, latents, T, 2);
+    Collected cut = decode(&model.vae, shorter, 2, 2);
+    CHECK(whole.count == 1 + (T - 1) * model.vae.temporal_stride, "%d latent frames became %d frames", T, whole.count);
+    CHECK(!memcmp(whole.frames, begun.frames, sizeof(float) * begun.size * (size_t)begun.count),
+          "the first frames of a clip depend on later ones");
+    CHECK(!memcmp(whole.frames, cut.frames, sizeof(float) * cut.size * (size_t)cut.count),
+          "the first frames of a clip depend on its length");
+    free(whole.frames), free(begun.frames), free(cut.frames), free(latents), free(shorter);
+    model_free(&model);
+}
+
+void test_pipeline(void) {
+    for (int p = 0; p < PRECISIONS; p++) check_bits((Precision)p);
+    check_narrow(BF16, 40);
+    check_narrow(INT8, 30);
+    check_image();
+    check_stream();
+}

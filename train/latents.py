@@ -1,0 +1,64 @@
+"""The transformer's training data: latents of drawn clips, in shards on disk.
+
+Shard k holds the clips of indices k*SHARD ... of the world, encoded by the frozen light encoder.  A shard is a pure
+function of the world and the encoder, so a lost one is simply made again.  The pool of shards grows as training goes
+on: drawing takes a tenth of the time, and no clip is seen very often.
+"""
+import pathlib
+
+import numpy as np
+import torch
+
+import draw
+import vae
+import world
+
+SHARD = 1024
+SINGLE_SHARDS = 12  # the first shards show one subject at a time: easy things first
+SIZE, FRAMES = 96, 33
+
+
+def shard_kinds(k):
+    return ("single",) if k < SINGLE_SHARDS else ("single", "single", "single", "pair", "relation")
+
+
+def shard_scene(seed, index):
+    """The scene of clip `index` of the training world."""
+    return world.scene(seed, index, shard_kinds(index // SHARD))
+
+
+def shard_path(folder, k):
+    return pathlib.Path(folder) / f"shard-{k:04d}.npy"
+
+
+@torch.no_grad()
+def make_shard(folder, k, seed, light):
+    """Draws and encodes shard k unless it is there: float16 [SHARD, Z, T, h, w]."""
+    path = shard_path(folder, k)
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    out = []
+    for start in range(k * SHARD, (k + 1) * SHARD, 8):
+        clips = np.stack([draw.draw(shard_scene(seed, i), SIZE, FRAMES) for i in range(start, start + 8)])
+        out.append(light(vae.to_tensor(clips)).half().numpy())
+    temporary = path.with_suffix(".tmp.npy")
+    np.save(temporary, np.concatenate(out))
+    temporary.rename(path)
+
+
+class Pool:
+    """Clips by index over the shards made so far, mapped from disk."""
+
+    def __init__(self, folder):
+        self.folder, self.shards = folder, {}
+
+    def __getitem__(self, index):
+        k = index // SHARD
+        if k not in self.shards:
+            self.shards[k] = np.load(shard_path(self.folder, k), mmap_mode="r")
+        return self.shards[k][index % SHARD]
+
+    def batch(self, indices, frames):
+        """float [len(indices), Z, frames, h, w]: the first `frames` latent frames of each clip."""
+        return torch.from_numpy(np.stack([self[i][:, :frames] for i in indices]).astype(np.float32))

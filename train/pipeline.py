@@ -1,0 +1,53 @@
+"""Saves what was trained as an ordinary diffusers folder: model_index.json, scheduler, tokenizer, text_encoder, transformer,
+vae.  diffusers' WanPipeline.from_pretrained loads it, and export.py takes it like any other checkpoint.
+"""
+import os
+import pathlib
+import shutil
+
+import torch
+from diffusers import UniPCMultistepScheduler, WanPipeline
+from diffusers.utils import logging as diffusers_logging
+from transformers import AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+import model
+import vae
+
+SHIFT = 3.0
+diffusers_logging.disable_progress_bar()
+transformers_logging.disable_progress_bar()
+
+
+def _part(state, prefix):
+    return {n[len(prefix):]: p for n, p in state.items() if n.startswith(prefix)}
+
+
+def build(tokenizer_folder, text_to_video, vae_state):
+    """A WanPipeline in float32. text_to_video: state dict of TextToVideo; vae_state: of AutoencoderKLWan."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    text_encoder, transformer, autoencoder = model.new_text_encoder(len(tokenizer)), model.new_transformer(), vae.new_vae()
+    text_encoder.load_state_dict(_part(text_to_video, "text_encoder."))
+    transformer.load_state_dict(_part(text_to_video, "transformer."))
+    autoencoder.load_state_dict(vae_state)
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT,
+                                        num_train_timesteps=1000)
+    return WanPipeline(tokenizer=tokenizer, text_encoder=text_encoder.eval(), vae=autoencoder.eval(),
+                       transformer=transformer.eval(), scheduler=scheduler)
+
+
+def save(folder, tokenizer_folder, text_to_video, vae_state, dtype=torch.float16):
+    """Writes the folder under a temporary name and swaps it in, so that a reader never sees half of one."""
+    folder = pathlib.Path(folder)
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    pipeline = build(tokenizer_folder, text_to_video, vae_state)
+    for part in (pipeline.text_encoder, pipeline.transformer, pipeline.vae):
+        for p in part.parameters():
+            p.data = p.data.to(dtype)
+    pipeline.save_pretrained(new)
+    if folder.exists():
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)

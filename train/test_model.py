@@ -1,0 +1,69 @@
+"""Quick checks that the training code computes what diffusers and sentencepiece compute: python -m pytest train/test_model.py"""
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from transformers import AutoTokenizer
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+import common
+import model
+import pipeline
+import tokenizer
+import transformer
+import vae
+import world
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save(folder)
+    return folder
+
+
+def test_transformers_and_sentencepiece_agree_on_every_text(words):
+    ours, theirs = tokenizer.Tokenizer(words), AutoTokenizer.from_pretrained(words)
+    texts = [world.caption(world.scene(0, i), np.random.default_rng(i)) for i in range(300)]
+    for text in texts + ["", "A Red STAR falls!", "  two   spaces ", "Ein Stern fällt", "\u65e5\u672c"]:
+        assert ours(text) == theirs(text).input_ids
+
+
+def test_words_of_the_world_are_single_pieces(words):
+    ours = tokenizer.Tokenizer(words)
+    assert all(len(ours(word)) == 2 for word in world.vocabulary() if "'" not in word)
+
+
+def test_a_whole_clip_equals_the_cached_walk():
+    torch.manual_seed(0)
+    whole = vae.new_vae().eval()
+    walked = AutoencoderKLWan(**vae.CONFIG).eval()
+    walked.load_state_dict(whole.state_dict())
+    with torch.no_grad():
+        z = torch.randn(1, vae.Z, 3, 4, 4)
+        assert torch.allclose(vae.decode(whole, z).clamp(-1, 1), walked.decode(z).sample, atol=1e-5)
+        x = torch.randn(1, 3, 9, 32, 32)
+        assert torch.allclose(vae.encode(whole, x), walked.encode(x).latent_dist.mean, atol=1e-5)
+
+
+def test_one_zero_position_stands_for_all_of_them(words, tmp_path):
+    torch.manual_seed(0)
+    net = transformer.TextToVideo(len(tokenizer.Tokenizer(words))).eval()
+    torch.nn.init.normal_(net.transformer.proj_out.weight, std=0.05)
+    pipeline.save(tmp_path / "pipe", words, net.state_dict(), vae.new_vae().state_dict(), torch.float32)
+    wan = pipeline.WanPipeline.from_pretrained(tmp_path / "pipe")
+    with torch.no_grad():
+        states = wan._get_t5_prompt_embeds(["a red star falls"], max_sequence_length=512)
+        x, sigma = torch.randn(1, vae.Z, 3, 12, 12), torch.tensor([0.7])
+        theirs = wan.transformer(x, 1000 * sigma, states, return_dict=False)[0]
+        ours = net(x, sigma, *model.pad([tokenizer.Tokenizer(words)("a red star falls")], model.TOKENS))
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_an_update_of_muon_is_nearly_orthogonal():
+    u = common.orthogonalise(torch.randn(24, 40, generator=torch.Generator().manual_seed(0)))
+    assert torch.linalg.svdvals(u).min() > 0.5 and torch.linalg.svdvals(u).max() < 1.3

@@ -1,0 +1,56 @@
+"""Quick checks of the world, its pictures and the detector: python -m pytest train/test_world.py"""
+import pathlib
+import sys
+
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+import detect
+import draw
+import world
+
+
+def test_a_scene_is_a_pure_function_of_seed_and_index():
+    assert [world.scene(5, i) for i in range(50)] == [world.scene(5, i) for i in range(50)]
+    assert world.scene(5, 0) != world.scene(6, 0)
+    assert np.array_equal(draw.draw(world.scene(5, 1), 48, 9), draw.draw(world.scene(5, 1), 48, 9))
+
+
+def test_one_combination_in_seven_is_held_out_and_never_drawn_for_training():
+    held = [world.is_held_out(s, c, m) for s in world.SHAPES for c in world.COLOURS for m in world.motions_of(s)]
+    assert 0.11 < np.mean(held) < 0.17
+    for held_out in (False, True):
+        subjects = [x for i in range(500) for x in world.scene(7, i, held_out=held_out).subjects]
+        assert {world.is_held_out(x.shape, x.colour, x.motion) for x in subjects} == {held_out}
+
+
+def test_every_word_of_a_caption_is_in_the_vocabulary():
+    known, strange = set(world.vocabulary()), 0
+    for i in range(2000):
+        words = world.caption(world.scene(8, i), np.random.default_rng(i)).replace(",", " ").replace(".", " ").split()
+        strange += any(w not in known for w in words)
+    assert 0 < strange < 0.07 * 2000  # the words of _junk, and nothing else
+
+
+def test_two_subjects_never_share_a_colour():
+    scenes = [world.scene(9, i, ("pair", "relation")) for i in range(300)]
+    assert all(len({x.colour for x in s.subjects}) == 2 for s in scenes)
+
+
+def test_no_background_is_taken_for_a_subject():
+    for name in world.BACKGROUNDS:
+        for light in (0.96, 1.04):
+            video = np.clip(draw.background(name, 96, 9) * light, 0, 255).astype(np.uint8)
+            assert max(m.mean() for m in detect.colour_masks(video).values()) < 0.01, name
+
+
+def test_the_detector_reads_clips_that_it_never_saw():
+    shares, _ = detect.account(24, seed=11)
+    assert all(share >= 0.9 for share in shares.values()), shares
+    assert np.mean(list(shares.values())) >= 0.99, shares
+
+
+def test_the_detector_does_not_agree_with_just_anything():
+    scene, other = (world.scene(11, i, ("single",)) for i in (0, 1))
+    assert not all(detect.compare(other, detect.detect(draw.draw(scene, 96, 33))).values())

@@ -1,0 +1,93 @@
+"""Trains the bundled model from nothing, in stages; a stage that was killed goes on where it stopped.
+
+    python train/train.py --out build/train
+
+    tokenizer    OUT/tokenizer/        seconds   the words of the world as a SentencePiece model
+    reading      OUT/reading.ckpt      minutes   the text encoder learns to read captions
+    vae          OUT/vae.ckpt          half an hour   decoder and light encoder
+    transformer  OUT/transformer.ckpt  hours     latents are drawn into OUT/latents/ as they are needed
+    encoder      OUT/encoder.ckpt      minutes   Wan's own VAE encoder learns the light one's latents
+    pipeline     OUT/pipeline/         the diffusers folder, written anew with every checkpoint of the transformer
+
+Loss curves stand in OUT/log/*.tsv, process ids in OUT/pids/.  The same command starts and resumes; --until stops early.
+"""
+import argparse
+import datetime
+import os
+import pathlib
+import tempfile
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+import pipeline
+import reading
+import tokenizer
+import transformer
+import vae
+
+STAGES = ["tokenizer", "reading", "vae", "transformer", "encoder"]
+SIZE, FRAMES = 96, 33
+
+
+def options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent.parent / "build" / "train")
+    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2, help="processes of the transformer stage, one thread each")
+    parser.add_argument("--threads", type=int, default=1, help="threads of every other stage")
+    parser.add_argument("--clips", type=int, default=1500, help="drawn clips for the VAE")
+    parser.add_argument("--reading-steps", type=int, default=1500)
+    parser.add_argument("--vae-steps", type=int, default=2000)
+    parser.add_argument("--encoder-steps", type=int, default=1500)
+    parser.add_argument("--transformer-steps", type=int, default=40000)
+    return parser.parse_args()
+
+
+def note_pid(out, name):
+    """Leaves this process's id in OUT/pids/, so that the run can be stopped and continued with kill -STOP and -CONT."""
+    (out / "pids").mkdir(parents=True, exist_ok=True)
+    (out / "pids" / f"{name}.pid").write_text(f"{os.getpid()}\n")
+
+
+def transformer_worker(rank, args, rendezvous):
+    """One of the processes that train the transformer together."""
+    torch.set_num_threads(1)
+    note_pid(args.out, f"worker{rank}")
+    if args.workers > 1:
+        dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=args.workers,
+                                timeout=datetime.timedelta(days=1))
+    autoencoder, light = vae.load(args.out)
+    words = args.out / "tokenizer"
+
+    def snapshot(average):
+        pipeline.save(args.out / "pipeline", words, average, autoencoder.state_dict())
+
+    transformer.train(args.out, tokenizer.Tokenizer(words), torch.load(args.out / "reading.ckpt", weights_only=True), light,
+                      args.transformer_steps, args.seed, rank, args.workers, snapshot)
+
+
+def main():
+    args = options()
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    note_pid(args.out, "train")
+    wanted = STAGES[:STAGES.index(args.until) + 1]
+    words = args.out / "tokenizer"
+    if not words.exists():
+        tokenizer.save(words)
+    if "reading" in wanted:
+        reading.train(args.out, tokenizer.Tokenizer(words), args.reading_steps, args.seed)
+    if "vae" in wanted:
+        vae.train_decoder(args.out, args.vae_steps, args.seed, args.clips, SIZE, FRAMES)
+    if "transformer" in wanted:
+        with tempfile.TemporaryDirectory() as folder:
+            multiprocessing.spawn(transformer_worker, (args, f"{folder}/rendezvous"), args.workers)
+    if "encoder" in wanted:
+        vae.train_encoder(args.out, args.encoder_steps, args.seed, args.clips, SIZE, FRAMES)
+
+
+if __name__ == "__main__":
+    main()

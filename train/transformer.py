@@ -1,0 +1,129 @@
+"""Trains the transformer, and the text encoder with it, by flow matching on the frozen latents.
+
+    x = (1 - sigma) * clean + sigma * noise,    wanted: velocity = noise - clean,    loss: their squared distance
+
+Every batch follows from (seed, step) alone, so a run that was killed goes on as if nothing had happened.  Two worker
+processes of one thread each share a batch and sum their gradients: on a machine that is busy with other things this
+loses far less than two threads that wait for each other at every operation.
+"""
+import time
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import latents
+import model
+import reading
+from common import Average, Log, Optimisers, save_atomically, sum_over_workers
+
+FIRST_STEPS, FIRST_FRAMES, FIRST_BATCH = 1500, 3, 56  # latent frames; clips a worker and step
+ALL_FRAMES, BATCH = 9, 24
+SHARDS, NEW_SHARDS_EVERY, MOST_SHARDS = 12, 200, 96  # at first; two more every so many steps; in all
+MUON_LR, ADAM_LR, EMA_DECAY = 0.01, 1e-3, 0.999
+DROPPED = 0.1  # share of prompts replaced by the empty one, for guidance
+SAVE_SECONDS = 120
+
+
+class TextToVideo(nn.Module):
+    """Text encoder and transformer as one module, so that they share an optimiser, an average and a checkpoint."""
+
+    def __init__(self, vocabulary):
+        super().__init__()
+        self.text_encoder = model.new_text_encoder(vocabulary)
+        self.transformer = model.new_transformer()
+
+    def forward(self, x, sigma, ids, mask):
+        return model.velocity(self.transformer, x, sigma, *model.embed(self.text_encoder, ids, mask))
+
+
+def extent(step):
+    """(latent frames, clips a worker) of a step: beginnings of clips first, which teach what things look like."""
+    return (FIRST_FRAMES, FIRST_BATCH) if step < FIRST_STEPS else (ALL_FRAMES, BATCH)
+
+
+def shards_at(step):
+    return min(MOST_SHARDS, SHARDS + 2 * (step // NEW_SHARDS_EVERY))
+
+
+def rate(step, steps):
+    """Factor of the learning rate: a short rise, then full, then linearly down over the last fifth."""
+    return min(1, (step + 1) / 200, max(5 * (1 - step / steps), 1e-3))
+
+
+def sample_sigma(generator, count):
+    """Noise levels: the logistic of a normal, shifted towards noise, where a clip's contents are decided."""
+    return torch.sigmoid(0.6 + 1.2 * torch.randn(count, generator=generator))
+
+
+def batch_at(step, seed, rank, workers, pool, tokenizer):
+    """(clean, noise, sigma, ids, mask): this worker's part of the batch of a step."""
+    frames, count = extent(step)
+    rng = np.random.default_rng([seed, step, rank, workers])
+    indices = rng.integers(shards_at(step) * latents.SHARD, size=count)
+    prompts = reading.captions(tokenizer, [latents.shard_scene(seed, int(i)) for i in indices], rng)
+    prompts = [[1] if rng.random() < DROPPED else ids for ids in prompts]
+    generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
+    clean = pool.batch(indices, frames)
+    return clean, torch.randn(clean.shape, generator=generator), sample_sigma(generator, count), *model.pad(prompts, model.TOKENS)
+
+
+def make_shards(step, seed, rank, workers, folder, light):
+    """Sees to it that the shards of a step exist; the workers take turns, and nobody goes on before all are there."""
+    for k in range(rank, shards_at(step), workers):
+        latents.make_shard(folder, k, seed, light)
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, snapshot=lambda average: None):
+    """Trains up to `steps` steps, going on from OUT/transformer.ckpt; snapshot(averaged state) follows each save."""
+    torch.manual_seed(seed)
+    net = TextToVideo(len(tokenizer))
+    net.text_encoder.load_state_dict(encoder_state)
+    optimisers = Optimisers(net.named_parameters(), MUON_LR, ADAM_LR)
+    average = Average(net, EMA_DECAY)
+    checkpoint, log = out / "transformer.ckpt", Log(out / "log" / "transformer.tsv")
+    step, samples, seconds = 0, 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        net.load_state_dict(state["model"])
+        optimisers.load_state_dict(state["optimisers"])
+        average.shadow, average.count = state["average"], state["step"]
+        step, samples, seconds = state["step"], state["samples"], state["seconds"]
+
+    def save():
+        save_atomically({"model": net.state_dict(), "average": average.shadow, "optimisers": optimisers.state_dict(),
+                         "step": step, "samples": samples, "seconds": seconds}, checkpoint)
+        snapshot(average.shadow)
+
+    def loss_of(clean, noise, sigma, ids, mask):
+        s = sigma[:, None, None, None, None]
+        return (net((1 - s) * clean + s * noise, sigma, ids, mask) - (noise - clean)).square().mean()
+
+    pool, shards, recent, saved = latents.Pool(out / "latents"), 0, [], time.time()
+    logged = seconds
+    while step < steps:
+        begun = time.time()
+        if shards_at(step) != shards:
+            make_shards(step, seed, rank, workers, out / "latents", light)
+            shards = shards_at(step)
+        parts = batch_at(step, seed, rank, workers, pool, tokenizer)
+        loss = loss_of(*parts)
+        loss.backward()
+        sum_over_workers([p.grad for p in net.parameters()], 1 / workers)
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimisers.step(rate(step, steps))
+        average.update(net)
+        step, samples = step + 1, samples + workers * len(parts[0])
+        seconds += time.time() - begun
+        recent.append(loss.item())
+        if rank == 0 and step % 50 == 0:
+            log.write(step=step, samples=samples, seconds=seconds, loss=float(np.mean(recent)), norm=norm.item(),
+                      samples_per_second=len(recent) * workers * len(parts[0]) / (seconds - logged))
+            recent, logged = [], seconds
+        if rank == 0 and (time.time() - saved > SAVE_SECONDS or step == steps):
+            save()
+            saved = time.time()
+    return average.shadow

@@ -1,0 +1,268 @@
+"""The VAE: diffusers' AutoencoderKLWan, small, and the stages that train it.
+
+    pixels [B, 3, F, H, W] in [-1, 1]  <->  latents [B, Z, 1 + (F-1)/4, H/8, W/8]
+
+Training Wan's encoder and decoder together costs twice the decoder alone and starts slowly.  So the decoder is trained
+with a light encoder (one strided convolution over 4x8x8 blocks and two small residual blocks) that is thrown away, and
+Wan's own encoder is regressed onto the light one's latents afterwards, once the transformer no longer waits for it.
+
+The latents leave the light encoder through a batch norm without weights, so every channel has mean 0 and deviation 1, and
+the decoder sees them with noise on: a latent that is slightly off, as the transformer's will be, still decodes well.
+
+diffusers runs the VAE frame by frame with caches.  Without caches its up- and downsampling skip the temporal convolution,
+so the two classes here do what the cached walk does, over the whole clip at once, which is what a gradient needs.
+"""
+import pathlib
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKLWan
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify, unpatchify
+from torch import nn
+
+import draw
+import world
+from common import Average, Log, Optimisers, save_atomically
+
+Z = 8
+CONFIG = dict(base_dim=32, z_dim=Z, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True], patch_size=2,
+              in_channels=12, out_channels=12, latents_mean=[0.0] * Z, latents_std=[1.0] * Z,
+              scale_factor_temporal=4, scale_factor_spatial=8)
+
+
+class WholeClipResample(WanResample):
+    """WanResample over a whole clip: the first frame has no past, so it skips the temporal convolution, as in the cache."""
+
+    def forward(self, x, feat_cache=None, feat_idx=None):
+        if self.mode == "upsample3d" and x.shape[2] > 1:
+            first, rest = x[:, :, :1], self.time_conv(x[:, :, 1:])
+            b, c2, t, h, w = rest.shape
+            rest = rest.view(b, 2, c2 // 2, t, h, w).permute(0, 2, 3, 1, 4, 5).reshape(b, c2 // 2, 2 * t, h, w)
+            x = torch.cat([first, rest], 2)
+        b, c, t, h, w = x.shape
+        x = self.resample(x.transpose(1, 2).reshape(b * t, c, h, w))
+        x = x.view(b, t, *x.shape[1:]).transpose(1, 2)
+        if self.mode == "downsample3d" and t > 1:
+            x = torch.cat([x[:, :, :1], self.time_conv(x)], 2)
+        return x
+
+
+def whole_clips(vae):
+    """Makes the encoder and decoder of an AutoencoderKLWan fit for whole clips without caches; the weights stay."""
+    for module in vae.modules():
+        if isinstance(module, WanResample):
+            module.__class__ = WholeClipResample
+    return vae
+
+
+def new_vae():
+    return whole_clips(AutoencoderKLWan(**CONFIG))
+
+
+def decode(vae, z):
+    """pixels [B, 3, F, H, W] of latents z, unclamped."""
+    return unpatchify(vae.decoder(vae.post_quant_conv(z)), CONFIG["patch_size"])
+
+
+def encode(vae, x):
+    """Mean of the latents of pixels x by Wan's own encoder."""
+    return vae.quant_conv(vae.encoder(patchify(x, CONFIG["patch_size"]))).chunk(2, 1)[0]
+
+
+class _Residual(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.GroupNorm(1, width)
+        self.conv = nn.Conv3d(width, width, (1, 3, 3), padding=(0, 1, 1))
+        self.mix = nn.Conv3d(width, width, 1)
+
+    def forward(self, x):
+        return x + self.mix(F.silu(self.conv(self.norm(x))))
+
+
+class LightEncoder(nn.Module):
+    """pixels [B, 3, F, H, W] -> latents [B, Z, T, H/8, W/8]; each latent frame sees only its own four frames.
+
+    The first latent frame stands for one pixel frame, which is shown to it four times.
+    """
+
+    def __init__(self, width=128):
+        super().__init__()
+        self.blocks = nn.Conv3d(3, width, (4, 8, 8), stride=(4, 8, 8))
+        self.residual = nn.Sequential(_Residual(width), _Residual(width))
+        self.out = nn.Conv3d(width, Z, 1)
+        self.norm = nn.BatchNorm3d(Z, affine=False, momentum=0.01)
+
+    def forward(self, x):
+        x = torch.cat([x[:, :, :1].expand(-1, -1, 3, -1, -1), x], 2)
+        return self.norm(self.out(self.residual(self.blocks(x))))
+
+
+def to_tensor(clips):
+    """uint8 [..., F, H, W, 3] -> float [..., 3, F, H, W] in [-1, 1]."""
+    return torch.from_numpy(np.moveaxis(clips, -1, -4).astype(np.float32) / 127.5 - 1)
+
+
+def reconstruction_loss(y, x):
+    """L1 + L2, with three times the weight where the picture has edges: flat areas are easy and would drown them."""
+    edge = torch.zeros_like(x[:, :1])
+    edge[..., 1:] += (x[..., 1:] - x[..., :-1]).abs().mean(1, keepdim=True)
+    edge[..., 1:, :] += (x[..., 1:, :] - x[..., :-1, :]).abs().mean(1, keepdim=True)
+    weight = 1 + 4 * edge.clamp(max=0.5)
+    weight = weight / weight.mean()
+    d = y - x
+    return (weight * (d.abs() + 2 * d * d)).mean()
+
+
+def psnr(y, x):
+    """Decibels per clip, averaged; pixels in [-1, 1]."""
+    error = ((y.clamp(-1, 1) - x) / 2).pow(2).flatten(1).mean(1)
+    return float((-10 * error.log10()).mean())
+
+
+class Crops:
+    """Random crops of drawn clips. A crop is centred near the subject two times in three; the rest is anywhere."""
+
+    def __init__(self, path, seed, count, size, frames):
+        self.scenes = [world.scene(seed, i) for i in range(count)]
+        self.tracks = [draw.tracks(s, frames) for s in self.scenes]
+        path = pathlib.Path(path)
+        if not path.exists():
+            self._draw(path, size, frames)
+        self.clips = np.lib.format.open_memmap(path, mode="r")
+
+    def _draw(self, path, size, frames):
+        temporary = path.with_suffix(".tmp")
+        out = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(self.scenes), frames, size, size, 3))
+        for i, s in enumerate(self.scenes):
+            out[i] = draw.draw(s, size, frames)
+        out.flush()
+        temporary.rename(path)
+
+    def batch(self, rng, count, crop, frames):
+        """float [count, 3, frames, crop, crop], every crop from another clip."""
+        out = []
+        for i in rng.integers(len(self.clips), size=count):
+            size = self.clips.shape[2]
+            f = rng.integers(self.clips.shape[1] - frames + 1)
+            x, y = rng.integers(0, size - crop + 1, 2)
+            if rng.random() < 0.67:
+                track, _ = self.tracks[i][rng.integers(len(self.tracks[i]))]
+                middle = np.array([track.x[f + frames // 2], track.y[f + frames // 2]]) * size
+                x, y = np.clip(middle - crop / 2 + rng.uniform(-0.4, 0.4, 2) * crop, 0, size - crop).astype(int)
+            out.append(self.clips[i, f:f + frames, y:y + crop, x:x + crop])
+        return to_tensor(np.stack(out))
+
+
+def _phase(step, steps):
+    """(batch, crop, frames) of a step: crops most of the way, then whole frames, whose borders crops seldom show."""
+    return (4, 48, 9) if step < 0.7 * steps else (1, 96, 9)
+
+
+def _rate(step, steps):
+    """Factor of the learning rate: a short rise, then full, then linearly down over the second half."""
+    return min(1, (step + 1) / 50) * min(1, 2 * (1 - step / steps) + 1e-3)
+
+
+@torch.no_grad()
+def evaluate(autoencoder, module, count=4, seed=1, size=96, frames=33):
+    """PSNR of whole clips that no stage trains on."""
+    module.eval()
+    clips = np.stack([draw.draw(world.scene(seed, i), size, frames) for i in range(count)])
+    result = np.mean([psnr(autoencoder(x[None]), x[None]) for x in to_tensor(clips)])
+    module.train()
+    return float(result)
+
+
+def _decoding_half(vae, light):
+    """What train_decoder trains, as one module: all but Wan's own encoder."""
+    return nn.ModuleDict({"light": light, "decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+
+
+def load(out):
+    """(vae, light encoder) as train_decoder and, if it has run, train_encoder left them; ready for use."""
+    vae, light = new_vae(), LightEncoder()
+    _decoding_half(vae, light).load_state_dict(torch.load(out / "vae.ckpt", weights_only=True)["model"])
+    if (out / "encoder.ckpt").exists():
+        _encoding_half(vae).load_state_dict(torch.load(out / "encoder.ckpt", weights_only=True)["model"])
+    return vae.eval().requires_grad_(False), light.eval().requires_grad_(False)
+
+
+def train_decoder(out, steps, seed, clips, size, frames, noise=0.04):
+    """Trains decoder and light encoder together into OUT/vae.ckpt, from which it also resumes."""
+    torch.manual_seed(seed)
+    vae, light = new_vae(), LightEncoder()
+    both = _decoding_half(vae, light)
+    optimisers = Optimisers(both.named_parameters(), 0.012, 2e-3)
+    checkpoint, log, step, start, seconds = out / "vae.ckpt", Log(out / "log" / "vae.tsv"), 0, time.time(), 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        both.load_state_dict(state["model"])
+        optimisers.load_state_dict(state["optimisers"])
+        step, seconds = state["step"], state["seconds"]
+    if step == steps:
+        return
+    crops = Crops(out / "crops.npy", seed, clips, size, frames)
+    last = time.time()
+    while step < steps:
+        rng = np.random.default_rng([seed, step])
+        light.norm.train(step < 0.5 * steps)  # later the scale of the latents stands still, as it will in use
+        x = crops.batch(rng, *_phase(step, steps))
+        b, _, f, h, w = x.shape
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        n = noise * torch.randn(b, Z, 1 + (f - 1) // 4, h // 8, w // 8, generator=generator)
+        loss = reconstruction_loss(decode(vae, light(x) + n), x)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        optimisers.step(_rate(step, steps))
+        step += 1
+        if step % 250 == 0 or step == steps:
+            log.write(step=step, seconds=seconds + time.time() - start, loss=loss.item(),
+                      psnr=evaluate(lambda x: decode(vae, light(x)), both))
+        if time.time() - last > 90 or step == steps:
+            save_atomically({"model": both.state_dict(), "optimisers": optimisers.state_dict(), "step": step,
+                             "seconds": seconds + time.time() - start}, checkpoint)
+            last = time.time()
+
+
+def _encoding_half(vae):
+    return nn.ModuleDict({"encoder": vae.encoder, "quant_conv": vae.quant_conv})
+
+
+def train_encoder(out, steps, seed, clips, size, frames):
+    """Regresses Wan's own encoder onto the light encoder's latents, into OUT/encoder.ckpt.
+
+    The second half of quant_conv's output, the log-variance, is left at zero weights and a small constant: the latents are
+    meant to be used at their mean.
+    """
+    torch.manual_seed(seed)
+    vae, light = new_vae(), LightEncoder()
+    _decoding_half(vae, light).load_state_dict(torch.load(out / "vae.ckpt", weights_only=True)["model"])
+    light.eval().requires_grad_(False)
+    half = _encoding_half(vae)
+    vae.quant_conv.weight.data[Z:] = 0
+    vae.quant_conv.bias.data[Z:] = -8
+    optimisers = Optimisers(half.named_parameters(), 0.012, 2e-3)
+    checkpoint, log, step, start, last = out / "encoder.ckpt", Log(out / "log" / "encoder.tsv"), 0, time.time(), time.time()
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        half.load_state_dict(state["model"])
+        optimisers.load_state_dict(state["optimisers"])
+        step = state["step"]
+    if step == steps:
+        return
+    crops = Crops(out / "crops.npy", seed, clips, size, frames)
+    while step < steps:
+        x = crops.batch(np.random.default_rng([seed, step, 1]), *_phase(step, steps))
+        loss = (encode(vae, x) - light(x)).square().mean()
+        loss.backward()
+        optimisers.step(_rate(step, steps))
+        step += 1
+        if step % 250 == 0 or step == steps:
+            log.write(step=step, seconds=time.time() - start, loss=loss.item(),
+                      psnr=evaluate(lambda x: decode(vae, encode(vae, x)), half))
+        if time.time() - last > 90 or step == steps:
+            save_atomically({"model": half.state_dict(), "optimisers": optimisers.state_dict(), "step": step}, checkpoint)
+            last = time.time()

@@ -1,0 +1,252 @@
+"""The world of the bundled model: what may happen in a clip, and how people may say it.
+
+    (seed, index) -> Scene -> caption (here)
+                           -> pixels  (draw.py)
+
+A Scene is the one record from which both the sentence and the pixels are made, so what the sentence asks for is what the
+clip shows, and following a prompt can be measured (detect.py reads the record back from pixels).  Nothing that the
+sentence leaves open is left to chance except a little position and light: no background named means the plain one, no
+size named means medium.  That keeps the answer to a prompt narrow enough for a model of a few million weights.
+
+About one in seven of the combinations shape x colour x motion is held out: a fixed hash decides, training never draws
+them, and they are the test of whether the model composes what it learned or remembers whole sentences.
+"""
+import dataclasses
+import zlib
+
+import numpy as np
+
+SHAPES = {
+    "circle": ["circle", "circle", "disc", "ball"],
+    "square": ["square", "square", "box", "block"],
+    "triangle": ["triangle"],
+    "star": ["star"],
+    "heart": ["heart"],
+    "cross": ["cross", "cross", "plus sign"],
+    "character": ["character", "character", "creature", "figure", "fellow", "person"],
+}
+COLOURS = {
+    "red": ["red", "red", "red", "crimson", "scarlet"],
+    "orange": ["orange", "orange", "orange", "tangerine"],
+    "yellow": ["yellow", "yellow", "yellow", "golden"],
+    "green": ["green", "green", "green", "emerald"],
+    "blue": ["blue", "blue", "blue", "azure"],
+    "purple": ["purple", "purple", "purple", "violet"],
+    "pink": ["pink", "pink", "pink", "rose"],
+    "white": ["white", "white", "white", "ivory"],
+}
+SIZES = {"small": ["small", "small", "tiny", "little"], "medium": [], "large": ["large", "big", "big", "huge", "giant"]}
+BACKGROUNDS = {
+    "plain": ["on a plain background", "on a blank background", "in front of a plain wall"],
+    "night": ["at night", "at night", "under the stars", "on a starry night", "beneath the stars", "in the dark",
+              "under the starry sky"],
+    "meadow": ["on the grass", "on the grass", "in a meadow", "in the meadow", "in a field", "in the park", "on a lawn"],
+    "sunset": ["at sunset", "at sunset", "at dusk", "in the evening", "as the sun sets", "under the setting sun"],
+    "sea": ["under water", "underwater", "in the sea", "in the ocean", "beneath the waves", "at the bottom of the sea"],
+    "snow": ["in the snow", "in the snow", "on the snow", "in winter", "on a snowy day", "while it snows"],
+    "desert": ["in the desert", "in the desert", "on the sand", "among the dunes", "in the dunes"],
+}
+_GO = [("moves", "moving"), ("moves", "moving"), ("goes", "going"), ("slides", "sliding"), ("glides", "gliding"),
+       ("travels", "traveling"), ("floats", "floating"), ("flies", "flying")]
+_WALK = [("walks", "walking"), ("walks", "walking"), ("strolls", "strolling"), ("marches", "marching")]
+_RUN = [("runs", "running"), ("runs", "running"), ("sprints", "sprinting"), ("dashes", "dashing"), ("races", "racing")]
+_SIDE = {"left": ["left", "to the left", "leftward", "from right to left", "toward the left"],
+         "right": ["right", "to the right", "rightward", "from left to right", "toward the right"]}
+
+
+def _phrases(verbs, tails):
+    """Every verb (third person, participle) with every tail: [("moves left", "moving left"), ...]."""
+    return [(f"{third} {tail}".strip(), f"{participle} {tail}".strip()) for third, participle in verbs for tail in tails]
+
+
+MOTIONS = {
+    "left": _phrases(_GO, _SIDE["left"]),
+    "right": _phrases(_GO, _SIDE["right"]),
+    "up": _phrases([("moves", "moving"), ("goes", "going"), ("flies", "flying"), ("floats", "floating")],
+                   ["up", "upward", "up to the top"]) + [("rises", "rising"), ("rises", "rising"), ("ascends", "ascending")],
+    "down": _phrases([("moves", "moving"), ("goes", "going"), ("glides", "gliding"), ("floats", "floating")],
+                     ["down", "downward"]) + [("sinks", "sinking"), ("sinks", "sinking"), ("descends", "descending")],
+    "fall": _phrases([("falls", "falling"), ("falls", "falling"), ("drops", "dropping")],
+                     ["", "", "to the ground", "down", "to the floor"]) + [("plunges", "plunging")],
+    "bounce": _phrases([("bounces", "bouncing")], ["", "", "", "up and down", "on the ground", "like a ball"]),
+    "jump": _phrases([("jumps", "jumping"), ("jumps", "jumping"), ("hops", "hopping"), ("leaps", "leaping")],
+                     ["", "", "up", "in the air", "twice"]),
+    "spin": _phrases([("spins", "spinning"), ("spins", "spinning"), ("rotates", "rotating"), ("twirls", "twirling"),
+                      ("turns", "turning")], ["around", "in place"]) + [("spins", "spinning"), ("rotates", "rotating")],
+    "grow": [("grows", "growing"), ("grows", "growing"), ("gets bigger", "getting bigger"),
+             ("becomes larger", "becoming larger"), ("swells", "swelling"), ("expands", "expanding")],
+    "shrink": [("shrinks", "shrinking"), ("shrinks", "shrinking"), ("gets smaller", "getting smaller"),
+               ("becomes smaller", "becoming smaller"), ("contracts", "contracting")],
+    "loop": [("moves in a circle", "moving in a circle"), ("moves in circles", "moving in circles"),
+             ("goes round and round", "going round and round"), ("goes in circles", "going in circles"),
+             ("flies in a circle", "flying in a circle"), ("circles", "circling")],
+    "shake": [("shakes", "shaking"), ("shakes", "shaking"), ("trembles", "trembling"), ("shivers", "shivering"),
+              ("wobbles", "wobbling"), ("vibrates", "vibrating")],
+    "still": [("stands still", "standing still"), ("stands still", "standing still"), ("stays still", "staying still"),
+              ("does not move", "not moving"), ("rests", "resting"), ("waits", "waiting"), ("stands", "standing")],
+    "walk left": _phrases(_WALK, _SIDE["left"]),
+    "walk right": _phrases(_WALK, _SIDE["right"] + ["", ""]),
+    "run left": _phrases(_RUN, _SIDE["left"]),
+    "run right": _phrases(_RUN, _SIDE["right"] + ["", ""]),
+}
+PAIR_MOTIONS = ["up", "down", "fall", "bounce", "jump", "spin", "grow", "shrink", "shake", "still"]
+RELATIONS = {
+    "orbit": ["{A} orbits {B}", "{A} circles around {B}", "{A} goes around {B}", "{A} revolves around {B}",
+              "{A} moves in a circle around {B}", "{A} orbiting {B}", "{A} flies around {B}"],
+    "meet": ["{A} and {B} meet", "{A} meets {B}", "{A} and {B} come together", "{A} and {B} meet in the middle",
+             "{A} and {B} move toward each other and meet", "{A} and {B} meeting"],
+    "jump together": ["{A} and {B} jump together", "{A} jumps together with {B}", "{A} and {B} hop together",
+                      "{A} and {B} jump side by side", "{A} and {B} jumping together", "{A} and {B} jump"],
+    "chase": ["{A} chases {B}", "{A} runs after {B}", "{A} follows {B}", "{B} is chased by {A}", "{A} chasing {B}",
+              "{A} pursues {B}", "{B} runs away from {A}"],
+    "pass": ["{A} passes in front of {B}", "{A} moves in front of {B}", "{A} passing in front of {B}",
+             "{A} crosses in front of {B}", "{A} goes past {B}"],
+    "collide": ["{A} and {B} collide", "{A} bumps into {B}", "{A} crashes into {B}", "{A} hits {B}",
+                "{A} and {B} crash into each other", "{A} and {B} bounce off each other", "{A} and {B} colliding"],
+}
+_KIND_WORDS = ["nice", "happy", "cute", "pretty", "lovely", "funny", "bright", "shiny"]
+_ADVERBS = ["now", "here", "again", "happily", "gently", "today", "all alone"]
+_OPENINGS = ["a video of", "a clip of", "an animation of", "a short film of", "a cartoon of", "we see", "there is", "watch"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """One thing in a clip; motion is a key of MOTIONS, or of RELATIONS where the scene has a relation."""
+    shape: str
+    colour: str
+    size: str
+    motion: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """The record of one clip. dx, dy: offset of the subjects in frame widths; light: brightness of the background."""
+    background: str
+    subjects: tuple
+    relation: str | None
+    dx: float
+    dy: float
+    light: float
+
+
+def is_held_out(shape, colour, motion):
+    """True for about one combination in seven, the same ones on every machine and in every version of Python."""
+    return zlib.crc32(f"{shape}|{colour}|{motion}".encode()) % 7 == 0
+
+
+def motions_of(shape):
+    """The motions that one subject of this shape may have: only the character walks, and a spinning circle shows nothing."""
+    if shape == "character":
+        return [m for m in MOTIONS if m not in ("left", "right")]
+    return [m for m in MOTIONS if not m.startswith(("walk", "run")) and (shape, m) != ("circle", "spin")]
+
+
+def _subject(rng, motions, sizes):
+    shape = rng.choice(list(SHAPES))
+    allowed = [m for m in motions_of(shape) if m in motions] if motions else motions_of(shape)
+    motion = str(rng.choice(allowed))
+    size = "medium" if motion in ("grow", "shrink") else str(rng.choice(sizes))
+    return Subject(str(shape), str(rng.choice(list(COLOURS))), size, motion)
+
+
+def _try_scene(rng, kind):
+    """One scene of a kind ("single", "pair" or "relation"), which may turn out to be held out."""
+    background = str(rng.choice(list(BACKGROUNDS)))
+    relation = None
+    if kind == "single":
+        subjects = (_subject(rng, None, list(SIZES)),)
+    else:
+        subjects = tuple(_subject(rng, PAIR_MOTIONS, ["medium"]) for _ in range(2))
+    if kind == "relation":
+        relation = str(rng.choice(list(RELATIONS)))
+        subjects = tuple(dataclasses.replace(s, motion=relation) for s in subjects)
+    dx, dy = rng.uniform(-0.05, 0.05, 2)
+    return Scene(background, subjects, relation, float(dx), float(dy), float(rng.uniform(0.96, 1.04)))
+
+
+def scene(seed, index, kinds=("single", "single", "single", "pair", "relation"), held_out=False):
+    """The scene number `index` of world `seed`: a pure function of its arguments.
+
+    kinds: drawn from evenly. held_out: False never gives a scene with a held-out combination, True gives only scenes in
+    which every subject is one.
+    """
+    rng = np.random.default_rng([seed, index])
+    kind = str(rng.choice(kinds))
+    while True:
+        s = _try_scene(rng, kind)
+        distinct = len({subject.colour for subject in s.subjects}) == len(s.subjects)
+        together = s.relation is None and all(x.motion == "jump" for x in s.subjects[1:] + s.subjects[:-1]) and kind == "pair"
+        if distinct and not together and all(is_held_out(x.shape, x.colour, x.motion) == held_out for x in s.subjects):
+            return s
+
+
+def _noun_phrase(rng, subject):
+    """"a small red star", "the star that is red", "one big, happy blue box" ..."""
+    noun, colour = rng.choice(SHAPES[subject.shape]), rng.choice(COLOURS[subject.colour])
+    size = rng.choice(SIZES[subject.size]) if SIZES[subject.size] else ""
+    kind = rng.choice(_KIND_WORDS) if rng.random() < 0.08 else ""
+    if rng.random() < 0.08:
+        words = f"{kind} {noun} that is {size} and {colour}" if size else f"{kind} {noun} that is {colour}"
+    else:
+        words = f"{size} {kind} {colour} {noun}" if rng.random() < 0.9 else f"{kind} {colour} {size} {noun}"
+    words = " ".join(words.split())
+    article = rng.choice(["a", "a", "a", "the", "one", ""])
+    if article == "a" and words[0] in "aeiou":
+        article = "an"
+    return f"{article} {words}".strip()
+
+
+def _event(rng, s):
+    """What happens, without the place: (sentence, noun-phrase form), the second for use after "a video of"."""
+    names = [_noun_phrase(rng, subject) for subject in s.subjects]
+    if s.relation:
+        text = str(rng.choice(RELATIONS[s.relation])).format(A=names[0], B=names[1])
+        return text, text
+    verbs = [MOTIONS[subject.motion][rng.integers(len(MOTIONS[subject.motion]))] for subject in s.subjects]
+    if rng.random() < 0.06:
+        adverb = rng.choice(_ADVERBS)
+        verbs = [(f"{third} {adverb}", f"{participle} {adverb}") for third, participle in verbs]
+    joint = str(rng.choice([" and ", " while ", ", ", " and "]))
+    third = joint.join(f"{n} {v[0]}" for n, v in zip(names, verbs))
+    participle = joint.join(f"{n} {v[1]}" for n, v in zip(names, verbs))
+    progressive = joint.join(f"{n} is {v[1]}" for n, v in zip(names, verbs))
+    return (progressive if rng.random() < 0.2 else third), participle
+
+
+def _junk(rng, text):
+    """Puts a word that means nothing somewhere, so that the encoder learns to pass over what it does not know."""
+    words = text.split()
+    junk = "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), rng.integers(3, 8)))
+    words.insert(rng.integers(len(words) + 1), junk)
+    return " ".join(words)
+
+
+def caption(s, rng):
+    """One of the many English sentences for scene `s`; `rng` (numpy Generator) chooses which."""
+    event, noun_form = _event(rng, s)
+    named = s.background != "plain" or rng.random() < 0.1
+    place = str(rng.choice(BACKGROUNDS[s.background])) if named else ""
+    form = rng.random()
+    if form < 0.45:
+        text = f"{event} {place}"
+    elif form < 0.65:
+        text = f"{place}, {event}" if place else event
+    elif form < 0.85:
+        text = f"{rng.choice(_OPENINGS)} {noun_form} {place}"
+    elif form < 0.93:
+        text = f"{place} {noun_form}"
+    else:
+        text = f"{noun_form}, {place}" if place else noun_form
+    if rng.random() < 0.04:
+        text = _junk(rng, text)
+    return " ".join(text.split()) + ("." if rng.random() < 0.3 else "")
+
+
+def vocabulary():
+    """Every word that a caption may contain, sorted; the tokenizer keeps each as one piece."""
+    phrases = ["a an the one that is and while"] + _KIND_WORDS + _ADVERBS + _OPENINGS
+    for table in (SHAPES, COLOURS, SIZES, BACKGROUNDS):
+        phrases += [p for ps in table.values() for p in ps]
+    phrases += [form for forms in MOTIONS.values() for pair in forms for form in pair]
+    phrases += [t.replace("{A}", "").replace("{B}", "") for ts in RELATIONS.values() for t in ts]
+    return sorted({word for phrase in phrases for word in phrase.split()})
