@@ -5,8 +5,8 @@
  *
  * Lines go to standard output as a table, and to the file as tab-separated values, a heading line first.
  *
- * How time is taken. A job runs once to warm up, then at least three times and until a second has passed; the median
- * counts. A processor's clock and its neighbours change from one second to the next, so the peak that a rate is
+ * How time is taken. A job runs once to warm up (one that takes a second is warm by then), at least three times and
+ * until half a second has passed; the median counts. A processor's clock and its neighbours change from one second to the next, so the peak that a rate is
  * compared with is not one number from the start of the run: right after each repeat the peak is measured for ten
  * milliseconds, and `of peak` is the median of the ratios. A fraction can be trusted where a rate cannot. */
 #include "bench/bench.h"
@@ -98,15 +98,16 @@ double measure(const Job *given) {
     bool compared = job.flop > 0 && strcmp(job.kind, "peak");
     job.threads = job.threads ? job.threads : before;
     threads_set(job.threads);
+    bool warm = false;
     double begin = seconds();
-    job.run(job.with);
-    do {
+    while (n < LEAST_REPEATS || (n < MOST_REPEATS && seconds() - begin < 0.5)) {
         double start = seconds();
         job.run(job.with);
         durations[n] = seconds() - start;
         if (compared) fractions[n] = job.flop / durations[n] / peak_product(job.precision, job.threads, 0.01);
-        n++;
-    } while (n < LEAST_REPEATS || (n < MOST_REPEATS && seconds() - begin < 1));
+        if (warm || durations[n] > 1) n++;
+        warm = true;
+    }
     threads_set(before);
     double duration = median(durations, n);
     print(&job, duration, median(fractions, n));

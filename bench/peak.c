@@ -132,9 +132,10 @@ typedef struct {
     size_t count;
 } Region;
 
+static volatile uint64_t sink; /* what is stored there has to be computed */
+
 static void run_reading(void *with) {
     enum { PIECE = 1 << 16 };
-    static volatile uint64_t sink; /* what is stored there has to be computed */
     const Region *region = with;
     PARALLEL_FOR for (size_t start = 0; start < region->count; start += PIECE) {
         uint64_t sum = 0;

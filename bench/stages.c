@@ -193,7 +193,7 @@ static void bench_on(int threads) {
         bench_transformer(p, 1, 5, 32, 32, threads);
         if (p == INT8) break;
         bench_text_encoder(p, TEXT, threads);
-        bench_vae(p, 2, 12, threads);
+        bench_vae(p, 2, 8, threads);
     }
 }
 
