@@ -35,6 +35,17 @@ TESTS = $(patsubst tests/%.c,$(BUILD)/tests/%.o,tests/main.c $(wildcard tests/te
 $(BUILD)/run-tests: $(TESTS) $(OBJECTS)
 	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ -lm
 
+PROMPT ?= a blue star bounces on the grass
+
+demo: sora
+	./sora -o demo.y4m "$(PROMPT)"
+	@echo "Watch it: ffplay demo.y4m (or mpv, vlc); or convert it: ffmpeg -i demo.y4m demo.mp4"
+
+install: sora
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/sora
+	install sora $(DESTDIR)$(PREFIX)/bin
+	install -m 644 models/demo.gguf $(DESTDIR)$(PREFIX)/share/sora
+
 test: sora $(BUILD)/run-tests
 	SORA=$(BUILD)/sora $(BUILD)/run-tests
 
@@ -71,4 +82,4 @@ clean:
 	rm -rf build sora
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
-.PHONY: test sanitize fuzz test-reference clean
+.PHONY: demo install test sanitize fuzz test-reference clean
