@@ -145,6 +145,7 @@ def open_part(name, path, pattern="*"):
 
 
 def refuse_unsupported(path, key):
+    """An error that names the model, where the key is one that only a model has which sora cannot run."""
     for pattern, what in UNSUPPORTED:
         if re.search(pattern, plain_name(key)):
             raise ExportError(f"{path}: {what} cannot be run yet ({key})")
