@@ -15,7 +15,7 @@ else
 override CFLAGS += -Wno-unknown-pragmas
 endif
 
-STAGES  = prompt tokenizer text_encoder transformer sampler vae y4m record pipeline
+STAGES  = prompt tokenizer text_encoder transformer sampler vae y4m record preview pipeline
 ENGINE  = $(patsubst engine/%.c,%,$(wildcard engine/*.c))
 OBJECTS = $(STAGES:%=$(BUILD)/%.o) $(ENGINE:%=$(BUILD)/engine/%.o)
 

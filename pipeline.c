@@ -273,6 +273,7 @@ static void write_frame(void *to, const float *frame) {
     write_bytes(video, "FRAME\n", 6);
     write_bytes(video, video->planes, y4m_frame_bytes(&video->format));
     output_flush(&video->file);
+    if (s->preview) preview_frame(frame, s->width, s->height, video->index);
     progress("frame", ++video->index, s->frames);
     profile_end(OUTPUT);
     profile_begin(VAE_DECODE);
