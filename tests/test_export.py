@@ -262,6 +262,17 @@ def test_containers(tmp_path, folders, baseline, container):
     assert digest(export_parts(folders, tmp_path / "out.gguf", transformer=tmp_path / "wan.pt")) == digest(baseline)
 
 
+def test_a_tied_embedding_stored_twice(tmp_path, folders, baseline):
+    weights = load_file(folders / "diffusers/text_encoder/model.safetensors")
+    weights["encoder.embed_tokens.weight"] = weights["shared.weight"].clone()
+    path = tmp_path / "umt5.safetensors"
+    save_file(weights, path)
+    assert digest(export_parts(folders, tmp_path / "out.gguf", text_encoder=path)) == digest(baseline)
+    del weights["shared.weight"]
+    save_file(weights, path)
+    assert digest(export_parts(folders, tmp_path / "out.gguf", text_encoder=path)) == digest(baseline)
+
+
 def test_heads_are_128_wide_without_a_config(tmp_path, capsys):
     make_checkpoint.make(tmp_path / "wide", layout="original",
                          transformer={"num_attention_heads": 2, "attention_head_dim": 128, "num_layers": 1})
@@ -525,6 +536,22 @@ def test_lora_is_merged_as_diffusers_merges(tmp_path, folders, capsys, style, wi
         assert np.abs(ours - reference).max() <= 1e-6 * np.abs(reference).max(), name
         changed += not np.array_equal(ours, source[our_name("transformer", name)])
     assert changed >= 20
+
+
+def test_alpha_of_the_adapter_metadata(tmp_path, folders):
+    from peft import LoraConfig
+    path, weights = tmp_path / "lora.safetensors", lora("diffusers", False)
+    modules = sorted({k.split(".lora_")[0].removeprefix("transformer.") for k in weights})
+    config = LoraConfig(r=4, lora_alpha=10, target_modules=modules).to_dict()
+    values = {f"transformer.{k}": sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+    save_file(weights, path, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(values)})
+    file = tensors(export(folders / "diffusers", tmp_path / "out.gguf", "--type", "f32", "--lora", path))
+    name = "blocks.1.ffn.net.2.weight"
+    reference = fused(folders, path, 1.0)[name].numpy()
+    assert np.abs(file["blocks.1.ffn.2.weight"][1] - reference).max() <= 1e-6 * np.abs(reference).max()
+    down, up = (weights[f"transformer.blocks.1.ffn.net.2.{k}.weight"] for k in ("lora_A", "lora_B"))
+    difference = reference - expected(folders)["blocks.1.ffn.2.weight"]
+    assert np.allclose(difference, 2.5 * (up @ down).numpy(), atol=1e-5)
 
 
 def test_loras_add_up_and_differences_apply(tmp_path, folders):
