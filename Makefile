@@ -15,7 +15,7 @@ else
 override CFLAGS += -Wno-unknown-pragmas
 endif
 
-STAGES  = prompt tokenizer text_encoder transformer sampler vae y4m record pipeline
+STAGES  = prompt tokenizer text_encoder transformer sampler vae y4m record preview pipeline
 ENGINE  = $(patsubst engine/%.c,%,$(wildcard engine/*.c))
 OBJECTS = $(STAGES:%=$(BUILD)/%.o) $(ENGINE:%=$(BUILD)/engine/%.o)
 
@@ -34,6 +34,17 @@ TESTS = $(patsubst tests/%.c,$(BUILD)/tests/%.o,tests/main.c $(wildcard tests/te
 
 $(BUILD)/run-tests: $(TESTS) $(OBJECTS)
 	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ -lm
+
+PROMPT ?= a blue star bounces on the grass
+
+demo: sora
+	./sora -o demo.y4m "$(PROMPT)"
+	@echo "Watch it: ffplay demo.y4m (or mpv, vlc); or convert it: ffmpeg -i demo.y4m demo.mp4"
+
+install: sora
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/sora
+	install sora $(DESTDIR)$(PREFIX)/bin
+	install -m 644 models/demo.gguf $(DESTDIR)$(PREFIX)/share/sora
 
 test: sora $(BUILD)/run-tests
 	SORA=$(BUILD)/sora $(BUILD)/run-tests
@@ -67,17 +78,26 @@ test-reference: sora $(if $(filter .venv/%,$(PYTHON)),.venv/installed)
 	$(PYTHON) tests/reference_tokenizer.py
 	$(PYTHON) tests/reference.py
 
-# The machine's own peak, and how near every kernel and stage comes to it.
+# How near every kernel and stage comes to the machine's own peak; the same stages in PyTorch and stable-diffusion.cpp.
 BENCH = $(patsubst %.c,$(BUILD)/%.o,$(wildcard bench/*.c))
 
 $(BUILD)/bench/bench: $(BENCH) $(OBJECTS)
 	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ -lm
 
+.venv/bench: .venv/installed bench/requirements.txt
+	CMAKE_ARGS=-DGGML_LLAMAFILE=ON .venv/bin/pip install -q -r bench/requirements.txt
+	touch $@
+
 bench: $(BUILD)/bench/bench
 	$< build/bench.tsv peaks kernels stages
+
+bench-peers: $(BUILD)/bench/bench $(if $(filter .venv/%,$(PYTHON)),.venv/bench)
+	$(PYTHON) bench/peers.py $< build/peers.tsv
+
+.PHONY: bench bench-peers
 
 clean:
 	rm -rf build sora
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
-.PHONY: test sanitize fuzz test-reference bench clean
+.PHONY: demo install test sanitize fuzz test-reference clean

@@ -75,6 +75,7 @@ def check_parts_fit(transformer, text, vae, tokenizer):
 
 
 def sha256_of(path, bar):
+    """The hex digest of a file."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while chunk := f.read(1 << 24):
@@ -134,6 +135,7 @@ def export(args):
 
 
 def arguments(argv):
+    """The command line; each default of a run is an option of its type."""
     parser = argparse.ArgumentParser(description="Converts a Wan 2.1 text-to-video checkpoint to one GGUF file.")
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT",
                         help="a diffusers folder, an original release folder, or the transformer's file")
@@ -150,6 +152,7 @@ def arguments(argv):
 
 
 def main(argv=None):
+    """Exit status: 0 done, 2 bad usage or bad input, 3 out of disk or memory, 130 interrupted."""
     args = arguments(argv)
     try:
         export(args)

@@ -87,6 +87,8 @@ void settings_complete(Settings *s, const Model *m) {
     check_size("height", s->height, vae->spatial_stride * patch[1]);
     if (s->frames < 1 || (s->frames - 1) % (vae->temporal_stride * patch[0]))
         die(STATUS_USAGE, "--frames: %d is not %dk+1", s->frames, vae->temporal_stride * patch[0]);
+    if ((double)s->width * s->height * s->frames > 1e11)
+        die(STATUS_USAGE, "--size %dx%d with --frames %d is more than 1e11 pixels", s->width, s->height, s->frames);
 }
 
 /* ---------------------------------------------------------------- the run */
@@ -271,6 +273,7 @@ static void write_frame(void *to, const float *frame) {
     write_bytes(video, "FRAME\n", 6);
     write_bytes(video, video->planes, y4m_frame_bytes(&video->format));
     output_flush(&video->file);
+    if (s->preview) preview_frame(frame, s->width, s->height, video->index);
     progress("frame", ++video->index, s->frames);
     profile_end(OUTPUT);
     profile_begin(VAE_DECODE);
@@ -313,24 +316,33 @@ static void video_close(Video *video) {
 
 static size_t largest(size_t a, size_t b) { return a > b ? a : b; }
 
-/* Bytes of private memory at the highest point, the packing of products and attention included. */
+static int tokens_of(const Run *run) {
+    const int *patch = run->model->transformer.patch_size;
+    return run->T * run->H * run->W / (patch[0] * patch[1] * patch[2]);
+}
+
+/* Bytes of private memory at the highest point: each stage's buffers, and what its products and attention pack. */
 static size_t run_memory(const Run *run, int n, int n_negative) {
     Model *m = run->model;
     const Transformer *t = &m->transformer;
-    int longer = n > n_negative ? n : n_negative;
+    const Vae *vae = &m->vae;
+    int longer = n > n_negative ? n : n_negative, L = tokens_of(run), taps = 27;
     Arena denoiser = {0};
     denoiser_take(&denoiser, run, n, n_negative);
-    int L = run->T * run->H * run->W / (t->patch_size[0] * t->patch_size[1] * t->patch_size[2]);
-    size_t text = text_encoder_memory(&m->text_encoder, longer);
-    size_t denoising = denoiser.used + attention_memory(m->precision, L, t->num_heads, t->dim / t->num_heads);
-    size_t decoding = vae_decode_memory(&m->vae, run->H, run->W) + attention_memory(m->precision, run->H * run->W, 1, m->vae.proj.in);
-    return largest(text, largest(denoising, decoding)) + run->elements * sizeof(float) + PRODUCT_MEMORY;
+    size_t text = text_encoder_memory(&m->text_encoder, longer) +
+                  product_memory(m->text_encoder.precision, longer, m->text_encoder.ffn_dim);
+    size_t denoising = denoiser.used + largest(attention_memory(t->precision, L, t->num_heads, t->dim / t->num_heads),
+                                               product_memory(t->precision, L, t->ffn_dim));
+    size_t decoding = vae_decode_memory(&m->vae, run->H, run->W) +
+                      largest(attention_memory(vae->precision, run->H * run->W, 1, vae->proj.in),
+                              product_memory(vae->precision, 0, taps * vae->proj.in));
+    return largest(text, largest(denoising, decoding)) + run->elements * sizeof(float);
 }
 
 static double run_flops(const Run *run, int n, int n_negative) {
     const Model *m = run->model;
     const Transformer *t = &m->transformer;
-    int L = run->T * run->H * run->W / (t->patch_size[0] * t->patch_size[1] * t->patch_size[2]);
+    int L = tokens_of(run);
     double flops = text_encoder_flops(&m->text_encoder, n) + run->settings->steps * transformer_flops(t, L, n + 1);
     if (run->guided)
         flops += text_encoder_flops(&m->text_encoder, n_negative) +

@@ -13,7 +13,7 @@
 typedef enum {
     MODEL, PROMPT, PROMPT_FILE, NEGATIVE, OUTPUT_FILE, SIZE, FRAMES, SECONDS, FPS, STEPS, GUIDANCE, SHIFT, SAMPLER_NAME,
     SEED, THREADS, PRECISION, ISA, NOISE, DUMP, DUMP_ONLY, CHECK, TOLERANCE, CHROMA, RECORD_PROMPT, NO_RECORD, PROFILE,
-    INFO, TOKENIZE, QUIET, HELP, VERSION, OPTIONS
+    INFO, TOKENIZE, PREVIEW, QUIET, HELP, VERSION, OPTIONS
 } Option;
 
 static const struct {
@@ -50,6 +50,7 @@ static const struct {
     [PROFILE] = {"profile", 0, NULL, "print time and operations of each stage"},
     [INFO] = {"info", 0, NULL, "print the model's configuration and tensors, and stop"},
     [TOKENIZE] = {"tokenize", 0, NULL, "print the prompt's token ids, and stop"},
+    [PREVIEW] = {"preview", 0, NULL, "draw the clip in a colour terminal as it decodes"},
     [QUIET] = {"quiet", 'q', NULL, "no progress, no notes"},
     [HELP] = {"help", 'h', NULL, "this text"},
     [VERSION] = {"version", 0, NULL, "version, and the kernels chosen on this machine"},
@@ -179,6 +180,7 @@ static void apply(Command *c, Option option, const char *value) {
     case PROFILE: c->profile = true; break;
     case INFO: c->info = true; break;
     case TOKENIZE: c->tokenize = true; break;
+    case PREVIEW: s->preview = true; break;
     case QUIET: s->quiet = true; break;
     case HELP: c->help = true; break;
     case VERSION: c->version = true; break;

@@ -216,6 +216,19 @@ const char *y4m_open(Bytes bytes, Y4mReader **out, VideoFormat *format); /* byte
 const char *y4m_next(Y4mReader *reader, float *frame, bool *end);
 void y4m_close(Y4mReader *reader);
 
+/* ---------------------------------------------------------------- preview.c: frames -> a colour terminal */
+
+typedef struct {
+    int columns, rows; /* of character cells, each two pixels high */
+} PreviewSize;
+/* The largest picture of a frame's shape, no larger than the frame, in so many cells. */
+PreviewSize preview_fit(int width, int height, int columns, int rows);
+size_t preview_room(PreviewSize size); /* bytes that preview_render may write */
+/* Lines of half blocks from a frame [3,Y,X] in [-1,1]; returns the bytes written. */
+size_t preview_render(const float *frame, int width, int height, PreviewSize size, bool true_colour, char *out);
+/* Draws a clip's frame `index` over the one before; nothing where standard error is no terminal. */
+void preview_frame(const float *frame, int width, int height, int index);
+
 /* ---------------------------------------------------------------- pipeline.c: the stages on one string */
 
 /* What one run is asked to do. The command line fills in what was given; settings_complete() takes the rest from the
@@ -226,7 +239,7 @@ typedef struct {
     double seconds, guidance, shift;                            /* negative: not given */
     Sampler sampler;                                            /* SAMPLERS: not given */
     uint64_t seed;
-    bool quiet, record, record_prompt;
+    bool quiet, record, record_prompt, preview;
 } Settings;
 
 typedef struct {

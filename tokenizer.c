@@ -10,11 +10,10 @@
  *   "tokenizers" (tokenizer.json, as Hugging Face's tokenizers 0.23.3 reads it): added tokens such as
  *     `<extra_id_0>` and `</s>` are cut out of the raw text, leftmost and longest first. In what lies
  *     between, runs of spaces become one, a space becomes U+2581, one more is put in front, and each word,
- *     from one U+2581 to the next, is segmented by itself in double precision. Every piece can match, `<0x41>`
- *     too.
- *     (transformers 5.23.0 rebuilds T5's tokenizer from the vocabulary alone; it differs in that an unknown
- *     character is id 2 whatever the file says, and in that no U+2581 stands for a space before or after an
- *     added token. transformers 4 uses the file as it is, and so does this program.)
+ *     from one U+2581 to the next, is segmented by itself in double precision. Every piece can match, even
+ *     `<0x41>`. (transformers 4.57.1 uses the file as it is. Its 5.23.0 rebuilds T5's tokenizer from the
+ *     vocabulary alone, which gives other ids where a character is unknown (2, whatever the file says) and
+ *     where a space stands beside an added token.)
  *
  *   "sentencepiece" (spiece.model alone, as sentencepiece 0.2.3 reads it): the text runs through the model's
  *     own normaliser, a double-array trie from strings to strings, which passes over user-defined symbols;

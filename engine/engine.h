@@ -221,7 +221,7 @@ void pack_columns(Precision precision, void *panel, const float *w, size_t strid
 
 /* One region that a product or an attention uses while it runs, and nobody keeps. Grows, never shrinks. */
 void *scratch(size_t bytes);
-enum { PRODUCT_MEMORY = 16 << 20 }; /* bytes of it that a product takes for packed weights, but for very long rows */
+size_t product_memory(Precision precision, int L, int I); /* bytes of it that linear() takes */
 
 /* A layer as checkpoints hold it, NAME.weight and NAME.bias, and the arithmetic to use on it. */
 typedef struct {

@@ -27,6 +27,7 @@ enum {
     BLOCK_TILES = 8,        /* row tiles a task takes at once */
     CHUNK = 512,            /* of k, about */
     MAX_SEGMENTS = 27,      /* taps of a 3x3x3 convolution */
+    GROUP_BYTES = 16 << 20, /* of packed panels, unless one is larger */
 };
 
 void *scratch(size_t bytes) {
@@ -133,7 +134,7 @@ static size_t panel_size_of(const Rows *x, const Linear *layer) {
 }
 
 static size_t group_bytes(size_t panel_size) {
-    return panel_size > PRODUCT_MEMORY ? panel_size : PRODUCT_MEMORY / panel_size * panel_size;
+    return panel_size > GROUP_BYTES ? panel_size : GROUP_BYTES / panel_size * panel_size;
 }
 
 static void run_product(float *y, const Rows *x, const Linear *layer, int mode, char *memory) {
@@ -169,14 +170,18 @@ static const void *locate_dense(const void *of, int row, int segment) {
     return dense->x + (size_t)row * dense->stride;
 }
 
+/* Panels, then x narrowed: float32 is read where it lies. */
+size_t product_memory(Precision precision, int L, int I) {
+    return group_bytes(panel_bytes(precision, I)) + (precision == F32 ? 0 : L * row_bytes(precision, I));
+}
+
 void linear(float *y, const float *x, int L, const Linear *layer) {
     int I = layer->weight.cols;
     Dense dense = {(const char *)x, row_bytes(layer->precision, I)};
     Rows rows = {L, 1, I, locate_dense, &dense};
-    size_t panels = group_bytes(panel_size_of(&rows, layer));
-    bool narrow = layer->precision != F32;
-    char *memory = scratch(panels + (narrow ? L * dense.stride : 0));
-    if (narrow) {
+    size_t panels = product_memory(layer->precision, 0, I);
+    char *memory = scratch(product_memory(layer->precision, L, I));
+    if (layer->precision != F32) {
         dense.x = memory + panels;
         narrow_rows(layer->precision, memory + panels, x, I, L, I);
     }

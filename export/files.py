@@ -90,6 +90,7 @@ class Pickle:
                         for k, v in self.values.items()}
 
     def open(self):
+        """Maps the file anew and goes down to the dictionary of tensors, whatever trainers wrapped it in."""
         try:
             values = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:

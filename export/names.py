@@ -66,7 +66,7 @@ RENAMES = {
 
 # Keys that carry no weight of the model: ComfyUI's markers, and scales of activations in fp8 products.
 IGNORED = re.compile(r"(^|\.)(scaled_fp8|spiece_model|comfy_quant|scale_input|input_scale)$")
-TIED, ORIGINAL = "encoder.embed_tokens.weight", "shared.weight"  # two names that transformers has for one tensor
+SHARED, TIED = "shared.weight", "encoder.embed_tokens.weight"  # two names that transformers has for one tensor
 SCALES = (".scale_weight", ".weight_scale")
 FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -145,6 +145,7 @@ def open_part(name, path, pattern="*"):
 
 
 def refuse_unsupported(path, key):
+    """An error that names the model, where the key is one that only a model has which sora cannot run."""
     for pattern, what in UNSUPPORTED:
         if re.search(pattern, plain_name(key)):
             raise ExportError(f"{path}: {what} cannot be run yet ({key})")
@@ -154,7 +155,7 @@ def weights_in(stored):
     """The tensors that are weights, each fp8 one tied to its scale: without it, it is an error."""
     scales = {k: t for k, t in stored.items() if k.endswith(SCALES)}
     weights = {k: t for k, t in stored.items() if k not in scales and not IGNORED.search(k)}
-    if ORIGINAL in weights:
+    if SHARED in weights:
         weights.pop(TIED, None)
     for key, tensor in weights.items():
         module = key.removesuffix(".weight")

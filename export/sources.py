@@ -52,6 +52,7 @@ def find_sources(args):
 
 
 def diffusers_sources(root):
+    """The parts of a diffusers pipeline folder."""
     index = read_json(root / "model_index.json")
     for key, what in (("transformer_2", "Wan 2.2 A14B (two experts)"), ("image_encoder", "an image-to-video model")):
         if any(index.get(key) or []):
@@ -64,6 +65,7 @@ def diffusers_sources(root):
 
 
 def original_sources(root):
+    """The parts of a folder as the original repository's generate.py expects it (wan/configs)."""
     def first(pattern):
         return next(iter(sorted(root.glob(pattern))), None)
 
@@ -148,6 +150,7 @@ def check_default(key, value):
 
 
 def default_keys(values):
+    """The keys of the defaults; f64 where diffusers computes with a Python float."""
     rate = parse_rate(values["fps"])
     return {
         "general.name": values["name"],

@@ -6,8 +6,8 @@ them; # stands for a block's number. Rows come in order of use, which is the ord
 
 import math
 
-# Type rules. EXACT is f32: vectors, modulation, position biases. CONV, the VAE's convolutions, loses nothing: f32, or the
-# 16 bits that are stored. WIDE is the way in and out of the transformer: never below 16 bits. MATRIX is as --type says.
+# Type rules. EXACT is f32: vectors, modulation, position biases. CONV, the VAE's convolutions, loses nothing: f32, or
+# the 16 bits that are stored. WIDE is the way in and out of the transformer: never below 16 bits. MATRIX is as --type says.
 EXACT, CONV, WIDE, MATRIX = "exact", "conv", "wide", "matrix"
 
 TRANSFORMER = [

@@ -55,6 +55,7 @@ class Planned:
             yield self.convert(values.reshape(last - first, *self.shape[1:]))
 
     def convert(self, values):
+        """f32 (rows, columns) as an array of the stored type; q8_0 by the gguf package, which is ggml's bit for bit."""
         if self.type == Type.F32:
             return values.numpy()
         if self.type == Type.BF16:
@@ -69,6 +70,7 @@ class Planned:
 
 
 def squeezed(shape):
+    """A shape without its ones, with which torch pads norms and modulation."""
     return tuple(n for n in shape if n != 1)
 
 
@@ -153,6 +155,7 @@ def write(path, keys, planned):
 
 
 def write_header(path, keys, planned):
+    """Everything before the tensors' bytes, by the gguf package."""
     writer = gguf.GGUFWriter(path, "wan")
     writer.add_custom_alignment(ALIGNMENT)
     for key, value in keys.items():

@@ -170,7 +170,8 @@ def train_tokenizer(normalization="identity"):
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS * 20), model_writer=model, vocab_size=380, model_type="unigram",
-        normalization_rule_name=normalization, byte_fallback=True, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, num_threads=1, minloglevel=2)
+        normalization_rule_name=normalization, byte_fallback=True, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        hard_vocab_limit=False, num_threads=1, minloglevel=2)
     return model.getvalue()
 
 
@@ -223,6 +224,7 @@ def drawer(model, seed, part):
 
 
 def write_diffusers(folder, models, dtype, limit, seed):
+    """A folder per model, a scheduler, and model_index.json, as WanPipeline.save_pretrained leaves them."""
     stems = ("model", "diffusion_pytorch_model", "diffusion_pytorch_model")
     for part, (name, stem, model) in enumerate(zip(("text_encoder", "transformer", "vae"), stems, models)):
         (folder / name).mkdir()
@@ -252,6 +254,7 @@ def original_names(models):
 
 
 def write_original(folder, models, dtype, limit, seed):
+    """config.json, the transformer as safetensors, text encoder and VAE as .pth."""
     names = original_names(models)
 
     def part(index):
@@ -261,7 +264,7 @@ def write_original(folder, models, dtype, limit, seed):
 
     config = models[1].config
     write_pth(folder / "models_t5_umt5-xxl-enc-bf16.pth", *part(0))
-    write_shards(folder, "diffusion_pytorch_model", *part(1), max(limit, 10**10))
+    write_shards(folder, "diffusion_pytorch_model", *part(1), limit)
     write_pth(folder / "Wan2.1_VAE.pth", *part(2))
     write_json(folder / "config.json", {
         "_class_name": "WanModel", "_diffusers_version": "0.30.0",

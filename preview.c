@@ -1,0 +1,77 @@
+/* preview.c - frames -> a colour terminal, as they are decoded (--preview).
+ *
+ * A character cell is about twice as high as wide, so the upper half block (U+2580) in one colour on a background of
+ * another shows two square pixels. A frame is shrunk to the window by averaging, never enlarged beyond it, and drawn
+ * over the one before. Colours are 24 bits where COLORTERM says so, else the 6x6x6 cube of 256 colours. It goes to
+ * standard error, since standard output may carry the video. */
+#include "sora.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
+
+/* The average of a box of one colour's plane, as a byte. */
+static int shade(const float *plane, int width, int x0, int x1, int y0, int y1) {
+    float sum = 0;
+    for (int y = y0; y < y1; y++)
+        for (int x = x0; x < x1; x++) sum += plane[(size_t)y * width + x];
+    float value = (sum / (float)((x1 - x0) * (y1 - y0)) + 1.0f) * 127.5f + 0.5f;
+    return value <= 0 ? 0 : value >= 255 ? 255 : (int)value;
+}
+
+static int cube(int byte) { return (byte * 5 + 127) / 255; }
+
+/* The escape sequence that sets the foreground (38) or background (48). */
+static int set_colour(char *out, int ground, const int rgb[3], bool true_colour) {
+    if (true_colour) return sprintf(out, "\033[%d;2;%d;%d;%dm", ground, rgb[0], rgb[1], rgb[2]);
+    return sprintf(out, "\033[%d;5;%dm", ground, 16 + 36 * cube(rgb[0]) + 6 * cube(rgb[1]) + cube(rgb[2]));
+}
+
+PreviewSize preview_fit(int width, int height, int columns, int rows) {
+    double scale = (double)columns / width, vertical = 2.0 * rows / height;
+    if (vertical < scale) scale = vertical;
+    if (scale > 1) scale = 1;
+    PreviewSize size = {(int)(width * scale), (int)(height * scale) / 2};
+    if (size.columns < 1) size.columns = 1;
+    if (size.rows < 1) size.rows = 1;
+    return size;
+}
+
+/* A cell needs two colours of at most 19 bytes and a block of 3; a row, a reset and a newline. */
+size_t preview_room(PreviewSize size) { return (size_t)size.rows * ((size_t)size.columns * 41 + 5) + 1; }
+
+size_t preview_render(const float *frame, int width, int height, PreviewSize size, bool true_colour, char *out) {
+    char *start = out;
+    for (int row = 0; row < size.rows; row++) {
+        for (int column = 0; column < size.columns; column++) {
+            int x0 = column * width / size.columns, x1 = (column + 1) * width / size.columns;
+            for (int half = 0; half < 2; half++) {
+                int y = 2 * row + half, rgb[3];
+                int y0 = y * height / (2 * size.rows), y1 = (y + 1) * height / (2 * size.rows);
+                if (y1 == y0) y1++;
+                for (int c = 0; c < 3; c++)
+                    rgb[c] = shade(frame + (size_t)c * width * height, width, x0, x1, y0, y1);
+                out += set_colour(out, half ? 48 : 38, rgb, true_colour);
+            }
+            out += sprintf(out, "\xe2\x96\x80");
+        }
+        out += sprintf(out, "\033[0m\n");
+    }
+    return (size_t)(out - start);
+}
+
+void preview_frame(const float *frame, int width, int height, int index) {
+    struct winsize window = {0};
+    if (!isatty(STDERR_FILENO) || ioctl(STDERR_FILENO, TIOCGWINSZ, &window) || window.ws_col < 2 || window.ws_row < 4)
+        return;
+    const char *colours = getenv("COLORTERM");
+    bool true_colour = colours && (strstr(colours, "truecolor") || strstr(colours, "24bit"));
+    PreviewSize size = preview_fit(width, height, window.ws_col, window.ws_row - 2);
+    char *text = allocate(preview_room(size));
+    size_t length = preview_render(frame, width, height, size, true_colour, text);
+    fprintf(stderr, "\r\033[K");
+    if (index > 0) fprintf(stderr, "\033[%dA", size.rows);
+    fwrite(text, 1, length, stderr);
+    free(text);
+}

@@ -1,0 +1,209 @@
+#!/bin/sh
+# cli.sh SORA FOLDER - the command line as a user meets it: statuses, one-line errors, what stays behind, and one
+# generation against diffusers. Prints "ok ..." or "FAILED ..." for every claim; test_cli.c counts them, and leaves
+# damaged weight files in FOLDER.
+sora=$1
+work=$2
+golden=tests/goldens/model
+model=$golden/model.gguf
+small="-m $model -s 32x16 -f 5 --steps 2 -g 3 --shift 3 --sampler unipc --seed 7"
+
+claim() { # claim NAME CONDITION...: the condition is a command
+    name=$1
+    shift
+    if "$@" >/dev/null 2>&1; then echo "ok $name"; else echo "FAILED $name: $*; $(head -c 300 "$work/err" | tr '\n' '|')"; fi
+}
+
+run() { # run ARGUMENTS...: leaves $status, out and err
+    rm -f "$work"/clip* "$work/out" "$work/err"
+    "$sora" "$@" >"$work/out" 2>"$work/err" </dev/null
+    status=$?
+}
+
+# refused STATUS TEXT ARGUMENTS...: ends with the status and exactly one line, which holds the text; leaves nothing.
+refused() {
+    expected=$1 text=$2
+    shift 2
+    run -o "$work/clip.y4m" --seed 1 "$@"
+    claim "$*: status $expected, not $status" [ "$status" = "$expected" ]
+    claim "$*: one line" [ "$(wc -l <"$work/err")" -eq 1 ]
+    claim "$*: '$text'" grep -q "^sora: .*$text" "$work/err"
+    claim "$*: nothing left" [ -z "$(ls "$work" | grep clip)" ]
+}
+
+usage() {
+    refused 2 "unknown option '--frames-per-second'" --frames-per-second 3 x
+    refused 2 "unknown option '-z'" -z x
+    refused 2 "--quiet takes no value" --quiet=1 x
+    refused 2 "--size: WxH is missing" -m $model x --size
+    refused 2 "two prompts: 'a' and 'b'" -m $model a b
+    refused 2 "no prompt" -m $model
+    refused 2 "'3' is not WxH" -m $model --size 3 x
+    refused 2 "width 33 is not a multiple of 8" -m $model --size 33x16 x
+    refused 2 "height 20 is not a multiple of 8" -m $model --size=32x20 x
+    refused 2 "'0' is not a whole number" -m $model --size 32x0 x
+    refused 2 "4 is not 4k+1" -m $model --frames 4 x
+    refused 2 "'1e3' is not a whole number" -m $model --frames 1e3 x
+    refused 2 "--seconds: 'nan'" -m $model --seconds nan x
+    refused 2 "--fps: '0'" -m $model --fps 0:1 x
+    refused 2 "--steps: '0'" -m $model --steps 0 x
+    refused 2 "--guidance: 'inf'" -m $model -g inf x
+    refused 2 "--shift: '0'" -m $model --shift 0 x
+    refused 2 "--sampler: 'heun' is not unipc, euler or dpm++" -m $model --sampler heun x
+    refused 2 "--seed: '-1'" -m $model --seed -1 x
+    refused 2 "--threads: '0'" -m $model -t 0 x
+    refused 2 "--precision: 'f31'" -m $model --precision f31 x
+    refused 2 "--isa: 'pentium'" -m $model --isa pentium x
+    refused 2 "--chroma: '411'" -m $model --chroma 411 x
+    refused 2 "--tolerance: 'x'" -m $model --tolerance x x
+}
+
+input() {
+    refused 2 "nowhere.gguf: No such file" -m nowhere.gguf x
+    refused 2 "$work: not a regular file" -m "$work" x
+    refused 2 "empty.gguf: the file is empty" -m "$work/empty.gguf" x
+    refused 2 "not a GGUF file" -m Makefile x
+    refused 2 "cut.gguf: tensor .* the file is cut off" -m "$work/cut.gguf" x
+    refused 2 "header.gguf: 213 tensors and 72 keys do not fit" -m "$work/header.gguf" x
+    refused 2 "missing.gguf: tensor \"blocks.1.ffn.2.weight\" is missing" -m "$work/missing.gguf" x
+    refused 2 "shape.gguf: tensor .* has shape .*, expected" -m "$work/shape.gguf" x
+    refused 2 "tokenizer.gguf: .*tokenizer" -m "$work/tokenizer.gguf" x
+    refused 2 "--noise nowhere.npy: No such file" $small --noise nowhere.npy x
+    refused 2 "found float32 of \[3\], expected float32 of \[4, 2, 4, 8\]" $small --noise tests/goldens/npy/f4_3.npy x
+    refused 2 "not an .npy file" $small --noise Makefile x
+    refused 2 "--prompt-file nowhere.txt: No such file" $small --prompt-file nowhere.txt
+    refused 2 "--check nowhere: No such file" $small --check nowhere x
+    refused 2 "--check tests: the folder holds no .npy" $small --check tests x
+}
+
+resources() {
+    refused 3 "nowhere/clip.y4m: cannot write: No such file" $small -o "$work/nowhere/clip.y4m" x
+    refused 3 "cannot write: Is a directory" $small -o "$work" x
+    refused 3 "--dump $work/nowhere/below: No such file" $small --dump "$work/nowhere/below" x
+    refused 3 "needs .* GiB of memory and .* GiB can be had" -m $model -s 16384x16384 -f 1000001 x
+    if [ -c /dev/full ]; then
+        refused 3 "/dev/full: cannot write: No space left" $small --no-record -o /dev/full x
+    fi
+}
+
+# What run() cannot express: other places for standard output, limits, signals.
+streams() {
+    (ulimit -f 1 && exec "$sora" $small -q -o "$work/clip.y4m" x) 2>"$work/err"
+    status=$?
+    claim "a limit on file sizes: status 3, not $status" [ $status -eq 3 ]
+    claim "a limit on file sizes: its line" grep -q "clip.y4m: cannot write: File too large" "$work/err"
+    claim "a limit on file sizes: nothing left" [ -z "$(ls "$work" | grep clip)" ]
+
+    if [ -c /dev/full ]; then
+        "$sora" $small -o - x 2>"$work/err" >/dev/full
+        claim "a full disk behind standard output" grep -q "^sora: standard output: cannot write: No space" "$work/err"
+    fi
+
+    { "$sora" $small -f 401 -o - x 2>"$work/err"; echo $? >"$work/status"; } | head -c 10 >"$work/out"
+    claim "a closed pipe: status 3, not $(cat "$work/status")" [ "$(cat "$work/status")" = 3 ]
+    claim "a closed pipe: one line" [ "$(cat "$work/err")" = "sora: standard output: closed by its reader" ]
+
+    "$sora" $small --steps 1000 -f 401 -o "$work/clip.y4m" x 2>"$work/err" &
+    sleep 0.5
+    kill -TERM $!
+    wait $!
+    status=$?
+    claim "SIGTERM: status 130, not $status" [ $status -eq 130 ]
+    claim "SIGTERM: one line" [ "$(cat "$work/err")" = "sora: interrupted" ]
+    claim "SIGTERM: nothing left" [ -z "$(ls "$work" | grep clip)" ]
+}
+
+frames() { # of a clip of 32x16
+    echo $((($(wc -c <"$work/clip.y4m") - $(head -n 1 "$work/clip.y4m" | wc -c)) / (6 + 32 * 16 * 3 / 2)))
+}
+
+generation() {
+    run $small -o "$work/clip.y4m" -n "the lazy dog" --check $golden --tolerance 1e-5 --dump "$work/dump" "a red fox"
+    claim "equal to diffusers: status 0, not $status" [ $status -eq 0 ]
+    claim "equal to diffusers: 25 tensors" grep -q "check passed: 25 tensors within 1e-05" "$work/err"
+    header="YUV4MPEG2 W32 H16 F16:1 Ip A1:1 C420jpeg XCOLORRANGE=LIMITED XAIGEN=sora.c"
+    claim "the header" [ "$(head -n 1 "$work/clip.y4m")" = "$header" ]
+    claim "five frames" [ "$(frames)" -eq 5 ]
+    claim "the record names no prompt" [ "$(grep -c fox "$work/clip.y4m.json")" -eq 0 ]
+    if command -v sha256sum >/dev/null; then
+        claim "the record's hash" grep -q "$(sha256sum <"$work/clip.y4m" | cut -c 1-64)" "$work/clip.y4m.json"
+    fi
+    mv "$work/clip.y4m" "$work/expected.y4m"
+    for isa in generic avx2 avx512 neon; do
+        same --isa $isa
+    done
+    for threads in 1 2 3; do
+        same -t $threads
+    done
+    same --noise "$work/dump/noise.npy"
+    same --prompt-file "$work/prompt"
+    run $small -n "the lazy dog" -o - "a red fox"
+    claim "standard output is the same file" cmp "$work/out" "$work/expected.y4m"
+    claim "nothing is said where nobody looks" [ ! -s "$work/err" ]
+}
+
+# The same bytes come out with other options, unless this machine cannot run them.
+same() {
+    [ "$1" = --prompt-file ] && prompt= || prompt="a red fox"
+    run $small -n "the lazy dog" -o "$work/clip.y4m" "$@" ${prompt:+"$prompt"}
+    grep -q "cannot run\|no $2 kernels" "$work/err" && return
+    claim "the same bytes with $*" cmp "$work/clip.y4m" "$work/expected.y4m"
+}
+
+checks() {
+    run -q -m "$work/changed.gguf" $(echo $small | cut -d " " -f 3-) -o "$work/clip.y4m" -n "the lazy dog" --check $golden \
+        --tolerance 1e-5 "a red fox"
+    claim "a changed weight: status 1, not $status" [ $status -eq 1 ]
+    claim "a changed weight is found" grep -q "first in order of data flow is step000.cond.block01 " "$work/err"
+    run $small -o "$work/clip.y4m" -n "the lazy dog" --dump "$work/some" --dump-only "step00?.velocity" "a red fox"
+    claim "--dump-only" [ "$(ls "$work/some" | tr '\n' ' ')" = "step000.velocity.npy step001.velocity.npy " ]
+    run $small --guidance 1 -o "$work/clip.y4m" --dump "$work/unguided" "a red fox"
+    claim "guidance 1 computes no negative" [ -z "$(ls "$work/unguided" | grep "negative\|uncond")" ]
+}
+
+options() {
+    run $small -o "$work/clip.y4m" --chroma 444 --fps 30000:1001 --record-prompt -g 1 "a red fox"
+    claim "--chroma and --fps" grep -aq "F30000:1001 Ip A1:1 C444 " "$work/clip.y4m"
+    claim "--record-prompt" grep -q '"a red fox"' "$work/clip.y4m.json"
+    run $small -o "$work/clip.y4m" --no-record --seconds 0.3 x
+    claim "--no-record" [ ! -e "$work/clip.y4m.json" ]
+    claim "--seconds 0.3 is 5 frames" [ "$(frames)" -eq 5 ]
+    run -m $model -s 32x16 -f 1 --steps 1 -o "$work/clip.y4m" x
+    claim "a random seed is printed" grep -q "^seed [0-9]*$" "$work/err"
+    mv "$work/clip.y4m" "$work/random.y4m"
+    run -m $model -s 32x16 -f 1 --steps 1 -o "$work/clip.y4m" --seed "$(cut -d " " -f 2 "$work/err")" x
+    claim "and gives the same clip" cmp "$work/clip.y4m" "$work/random.y4m"
+    run $small -o "$work/clip.y4m" --profile x
+    claim "--profile" [ "$(cut -f 1 "$work/err" | tr '\n' ' ')" = \
+        "load text_encoder transformer sampler vae_decode output total peak_memory_mib " ]
+    echo old >"$work/clip.keep"
+    "$sora" $small --noise nowhere.npy -o "$work/clip.keep" x 2>"$work/err"
+    claim "a failed run leaves the old file" [ "$(cat "$work/clip.keep")" = old ]
+}
+
+information() {
+    run --help
+    claim "--help: status 0" [ $status -eq 0 ]
+    for option in model prompt prompt-file negative output size frames seconds fps steps guidance shift sampler seed \
+        threads precision isa noise dump dump-only check tolerance chroma record-prompt no-record profile info \
+        tokenize quiet help version; do
+        claim "--help lists --$option" grep -q -- "--$option" "$work/out"
+    done
+    run --version
+    claim "--version" grep -q "^sora [0-9.]*, [a-z0-9]* kernels" "$work/out"
+    run -m $model --info
+    claim "--info lists a key" grep -q "^wan.dim  *24$" "$work/out"
+    claim "--info lists a tensor" grep -q "^blocks.0.ffn.0.weight  *f32  *\[40, 24\]$" "$work/out"
+    run -m $model --tokenize "a red fox"
+    claim "--tokenize" [ "$(cat "$work/out")" = "$(od -A n -t d4 -j 128 $golden/prompt.ids.npy | xargs)" ]
+}
+
+printf "a red fox" >"$work/prompt"
+usage
+input
+resources
+streams
+generation
+checks
+options
+information

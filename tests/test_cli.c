@@ -1,0 +1,80 @@
+/* test_cli.c - cli.sh, which drives the program itself, and the damaged weight files that it needs. The program is
+ * $SORA, or ./sora. */
+#include "tests/test.h"
+#include "engine/engine.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+
+static Bytes model; /* a copy that may be changed */
+
+static void write_bytes(const char *name, size_t size) {
+    char *path = temporary_path(name);
+    OutputFile out = output_open(path);
+    output_write(&out, model.data, size);
+    output_commit(&out);
+    free(path);
+}
+
+/* Writes the model with one byte changed, `offset` bytes from where `text` begins. */
+static void write_changed(const char *name, const char *text, size_t offset) {
+    uint8_t *data = (uint8_t *)model.data, *end = data + model.size - strlen(text), *at = data;
+    while (at < end && memcmp(at, text, strlen(text))) at++;
+    CHECK(at < end, "the model has no \"%s\"", text);
+    at[offset] ^= 1;
+    write_bytes(name, model.size);
+    at[offset] ^= 1;
+}
+
+/* One weight in the middle of a tensor is another. */
+static void write_perturbed(const char *name, const char *tensor, int rows, int cols) {
+    WeightFile *file;
+    const char *why = weights_parse(model, name, &file);
+    CHECK(!why, "the model: %s", why ? why : "");
+    if (why) return;
+    float *values = (float *)weights_bind(file, rows, cols, "%s", tensor).data,
+          *one = values + rows * cols / 2;
+    *one += 0.5f;
+    write_bytes(name, model.size);
+    *one -= 0.5f;
+    weights_close(file);
+}
+
+static void write_models(void) {
+    write_bytes("empty.gguf", 0);
+    write_bytes("header.gguf", 1000);
+    write_bytes("cut.gguf", model.size - 1000);
+    write_changed("missing.gguf", "blocks.1.ffn.2.weight", 2);
+    write_changed("shape.gguf", "wan.ffn_dim",
+                  strlen("wan.ffn_dim") + 4); /* behind the name: type, then value */
+    write_changed("tokenizer.gguf", "tokenizer.ggml.scores", 0);
+    write_perturbed("changed.gguf", "blocks.1.ffn.2.weight", 24, 40);
+}
+
+/* Every line of the script is a claim. */
+static void count_claims(const char *folder) {
+    const char *sora = getenv("SORA");
+    char *command = format_string("sh tests/cli.sh '%s' '%s'", sora ? sora : "./sora", folder), line[1024];
+    FILE *claims = popen(command, "r");
+    int count = 0;
+    while (claims && fgets(line, sizeof line, claims)) {
+        line[strcspn(line, "\n")] = 0;
+        CHECK(!strncmp(line, "ok ", 3), "%s", line);
+        count++;
+    }
+    CHECK(claims && pclose(claims) == 0 && count > 200, "cli.sh ended after %d claims", count);
+    free(command);
+}
+
+void test_cli(void) {
+    const char *why = read_file(test_path("goldens/model/model.gguf"), 1 << 24, &model);
+    CHECK(!why, "the model: %s", why ? why : "");
+    if (why) return;
+    char *folder = temporary_path("cli.files");
+    write_models();
+    *strrchr(folder, '/') = 0;
+    count_claims(folder);
+    free(folder);
+    free((void *)model.data);
+}
