@@ -56,6 +56,7 @@ usage() {
     refused 2 "--isa: 'pentium'" -m $model --isa pentium x
     refused 2 "--chroma: '411'" -m $model --chroma 411 x
     refused 2 "--tolerance: 'x'" -m $model --tolerance x x
+    refused 2 "with --frames 1000001 is more than" -m $model --size 16384x16384 --frames 1000001 x
 }
 
 input() {
@@ -80,7 +81,7 @@ resources() {
     refused 3 "nowhere/clip.y4m: cannot write: No such file" $small -o "$work/nowhere/clip.y4m" x
     refused 3 "cannot write: Is a directory" $small -o "$work" x
     refused 3 "--dump $work/nowhere/below: No such file" $small --dump "$work/nowhere/below" x
-    refused 3 "needs .* GiB of memory and .* GiB can be had" -m $model -s 16384x16384 -f 1000001 x
+    refused 3 "needs .* GiB of memory and .* GiB can be had" -m $model -s 4096x4096 -f 4001 x
     if [ -c /dev/full ]; then
         refused 3 "/dev/full: cannot write: No space left" $small --no-record -o /dev/full x
     fi
@@ -99,11 +100,11 @@ streams() {
         claim "a full disk behind standard output" grep -q "^sora: standard output: cannot write: No space" "$work/err"
     fi
 
-    { "$sora" $small -f 401 -o - x 2>"$work/err"; echo $? >"$work/status"; } | head -c 10 >"$work/out"
+    { "$sora" $small -f 81 -o - x 2>"$work/err"; echo $? >"$work/status"; } | head -c 10 >"$work/out"
     claim "a closed pipe: status 3, not $(cat "$work/status")" [ "$(cat "$work/status")" = 3 ]
     claim "a closed pipe: one line" [ "$(cat "$work/err")" = "sora: standard output: closed by its reader" ]
 
-    "$sora" $small --steps 1000 -f 401 -o "$work/clip.y4m" x 2>"$work/err" &
+    "$sora" $small --steps 1000 -f 81 -o "$work/clip.y4m" x 2>"$work/err" &
     sleep 0.5
     kill -TERM $!
     wait $!
