@@ -80,23 +80,16 @@ test-reference: sora $(if $(filter .venv/%,$(PYTHON)),.venv/installed)
 	$(PYTHON) tests/reference_tokenizer.py
 	$(PYTHON) tests/reference.py
 
-# How near every kernel and stage comes to the machine's own peak; the same stages in PyTorch and stable-diffusion.cpp.
+# How near every kernel and stage comes to the machine's own peak.
 BENCH = $(patsubst %.c,$(BUILD)/%.o,$(wildcard bench/*.c))
 
 $(BUILD)/bench/bench: $(BENCH) $(OBJECTS)
 	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ -lm
 
-.venv/bench: .venv/installed bench/requirements.txt
-	CMAKE_ARGS=-DGGML_LLAMAFILE=ON .venv/bin/pip install -q -r bench/requirements.txt
-	touch $@
-
 bench: $(BUILD)/bench/bench
 	$< build/bench.tsv peaks kernels stages
 
-bench-peers: $(BUILD)/bench/bench $(if $(filter .venv/%,$(PYTHON)),.venv/bench)
-	$(PYTHON) bench/peers.py $< build/peers.tsv
-
-.PHONY: bench bench-peers
+.PHONY: bench
 
 clean:
 	rm -rf build sora

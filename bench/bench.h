@@ -33,12 +33,11 @@ void bench_peaks(void);
 double peak_product(Precision precision, int threads, double duration);
 double peak_memory(int threads); /* bytes a second, reading */
 
-/* ---------------------------------------------------------------- kernels.c, stages.c, steps.c: what it does */
+/* ---------------------------------------------------------------- kernels.c, stages.c: what it does */
 
 void bench_kernels(void);
 void bench_stages(void);
 void bench_growth(void); /* the transformer against tokens, the decoder against frames, both against threads */
-void bench_steps(void);  /* from the naive loop to the tiled product, for docs/kernels.md */
 /* One stage: "transformer" (size: its side in pixels of 17 frames), "text_encoder" (tokens), "vae_decode" (side). */
 void bench_stage(const char *name, Precision precision, int size, int threads);
 

@@ -1,2 +1,0 @@
-#include "bench/bench.h"
-void bench_steps(void) {}
