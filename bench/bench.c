@@ -101,7 +101,8 @@ double measure(const Job *given) {
     threads_set(job.threads);
     bool warm = false;
     double begin = seconds();
-    while (n < LEAST_REPEATS || (n < MOST_REPEATS && seconds() - begin < 0.5)) {
+    for (double spent = 0; n < MOST_REPEATS && (spent < 0.5 || (n < LEAST_REPEATS && spent < 5) || !n);
+         spent = seconds() - begin) {
         double start = seconds();
         job.run(job.with);
         durations[n] = seconds() - start;
@@ -144,7 +145,7 @@ int main(int argc, char **argv) {
     printf("kernels %s, threads %d\n", kernels->name, threads_count());
     printf("%-7s %-28s %-4s %6s %3s %12s %16s %6s\n", "kind", "name", "", "size", "thr", "seconds", "rate", "peak");
     if (argc > 4 && precision_parse(argv[3], &precision))
-        bench_stage(argv[2], precision, atoi(argv[4]), argc > 5 ? atoi(argv[5]) : 0);
+        bench_stage(argv[2], precision, argv[4], argc > 5 ? atoi(argv[5]) : 0);
     else
         for (int i = 2; i < argc; i++) run_part(argv[i]);
     fclose(table);

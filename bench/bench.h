@@ -38,7 +38,8 @@ double peak_memory(int threads); /* bytes a second, reading */
 void bench_kernels(void);
 void bench_stages(void);
 void bench_growth(void); /* the transformer against tokens, the decoder against frames, both against threads */
-/* One stage: "transformer" (size: its side in pixels of 17 frames), "text_encoder" (tokens), "vae_decode" (side). */
-void bench_stage(const char *name, Precision precision, int size, int threads);
+/* One stage: "transformer" (two blocks, 17 frames of WxH pixels), "text_encoder" (one block, so many tokens), or
+ * "vae_decode" (5 frames of WxH). */
+void bench_stage(const char *name, Precision precision, const char *size, int threads);
 
 #endif

@@ -4,6 +4,8 @@
  * rest is arithmetic. */
 #include "bench/bench.h"
 
+#include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 enum { TEXT = 40 }; /* tokens of a prompt */
@@ -160,7 +162,7 @@ typedef struct {
     Vae vae;
     Arena arena;
     const float *latents;
-    int T, side;
+    int T, H, W;
 } Decoding;
 
 static void forget(void *to, const float *frame) {
@@ -170,16 +172,16 @@ static void forget(void *to, const float *frame) {
 static void run_decoding(void *with) {
     Decoding *d = with;
     d->arena.used = 0;
-    vae_decode_start(&d->vae, &d->arena, d->side, d->side);
+    vae_decode_start(&d->vae, &d->arena, d->H, d->W);
     for (int t = 0; t < d->T; t++) vae_decode_frame(&d->vae, d->latents, d->T, t, forget, NULL);
 }
 
-/* T latent frames, 4T-3 frames of 8*side pixels squared. */
-static void bench_vae(Precision precision, int T, int side, int threads) {
-    Decoding d = {.vae = random_vae(precision), .T = T, .side = side};
-    d.latents = random_floats((size_t)d.vae.z_dim * T * side * side);
-    d.arena = arena_open(vae_decode_memory(&d.vae, side, side));
-    measure(&(Job){"stage", "VAE decode", precision, 4 * T - 3, threads, vae_decode_flops(&d.vae, T, side, side), 0,
+/* T latent frames of H x W: 4T-3 frames of 8H x 8W pixels. */
+static void bench_vae(Precision precision, int T, int H, int W, int threads) {
+    Decoding d = {.vae = random_vae(precision), .T = T, .H = H, .W = W};
+    d.latents = random_floats((size_t)d.vae.z_dim * T * H * W);
+    d.arena = arena_open(vae_decode_memory(&d.vae, H, W));
+    measure(&(Job){"stage", "VAE decode", precision, 4 * T - 3, threads, vae_decode_flops(&d.vae, T, H, W), 0,
                    run_decoding, &d});
     arena_close(&d.arena);
     release();
@@ -193,7 +195,7 @@ static void bench_on(int threads) {
         bench_transformer(p, 1, 5, 32, 32, threads);
         if (p == INT8) break;
         bench_text_encoder(p, TEXT, threads);
-        bench_vae(p, 2, 8, threads);
+        bench_vae(p, 2, 8, 8, threads);
     }
 }
 
@@ -211,14 +213,16 @@ void bench_growth(void) {
             for (int layers = 0; layers <= 1; layers++)
                 bench_transformer(p, layers, sizes[i][0], sizes[i][1], sizes[i][2], 0);
     for (Precision p = F32; p <= BF16; p++)
-        for (int T = 1; T <= 5; T++) bench_vae(p, T, 16, 0);
+        for (int T = 1; T <= 5; T++) bench_vae(p, T, 16, 16, 0);
     for (int threads = 1; threads <= threads_count(); threads++)
         for (Precision p = F32; p < PRECISIONS; p++) bench_transformer(p, 1, 5, 32, 32, threads);
 }
 
-void bench_stage(const char *name, Precision precision, int size, int threads) {
-    if (!strcmp(name, "transformer")) bench_transformer(precision, 2, 5, size / 8, size / 8, threads);
-    else if (!strcmp(name, "text_encoder")) bench_text_encoder(precision, size, threads);
-    else if (!strcmp(name, "vae_decode")) bench_vae(precision, 2, size / 8, threads);
+void bench_stage(const char *name, Precision precision, const char *size, int threads) {
+    int width = atoi(size), height = width;
+    sscanf(size, "%dx%d", &width, &height);
+    if (!strcmp(name, "transformer")) bench_transformer(precision, 2, 5, height / 8, width / 8, threads);
+    else if (!strcmp(name, "text_encoder")) bench_text_encoder(precision, width, threads);
+    else if (!strcmp(name, "vae_decode")) bench_vae(precision, 2, height / 8, width / 8, threads);
     else die(STATUS_USAGE, "'%s' is no stage", name);
 }
