@@ -144,10 +144,13 @@ static TARGET void NAME(transpose)(Word *out, size_t stride_out, const Word *in,
 }
 
 static TARGET float NAME(largest)(const float *x, int n) {
-    V m = V_SET(0.0f);
+    V m = V_SET(0.0f), other = m; /* two, since each waits for its last */
     int i = 0;
-    for (; i + VLEN <= n; i += VLEN) m = V_MAX(m, V_ABS(V_LOAD(x + i)));
-    float most = V_HMAX(m);
+    for (; i + 2 * VLEN <= n; i += 2 * VLEN) {
+        m = V_MAX(m, V_ABS(V_LOAD(x + i)));
+        other = V_MAX(other, V_ABS(V_LOAD(x + i + VLEN)));
+    }
+    float most = V_HMAX(V_MAX(m, other));
     for (; i < n; i++) most = fmaxf(most, fabsf(x[i]));
     return most;
 }

@@ -75,16 +75,17 @@ typedef struct {
     int first, mode;
 } Group;
 
-static void finish_tile(const Group *g, const float *acc, int row, int rows, int column) {
+static void finish_tile(const Group *g, float *acc, int row, int rows, int column) {
     int O = g->layer->weight.rows, cols = smaller(kernels->tile_cols, O - column);
     const float *bias = g->layer->bias;
     for (int i = 0; i < rows; i++) {
-        float *y = g->y + (size_t)(row + i) * O + column;
-        const float *sum = acc + i * kernels->tile_cols;
-        for (int j = 0; j < cols; j++) {
-            float value = bias ? sum[j] + bias[column + j] : sum[j];
-            y[j] = g->mode == ACCUMULATE ? y[j] + value : value;
-        }
+        float *restrict y = g->y + (size_t)(row + i) * O + column, *restrict sum = acc + i * kernels->tile_cols;
+        if (bias)
+            for (int j = 0; j < cols; j++) sum[j] += bias[column + j];
+        if (g->mode == ACCUMULATE)
+            for (int j = 0; j < cols; j++) y[j] += sum[j];
+        else
+            memcpy(y, sum, sizeof(float) * (size_t)cols);
     }
 }
 
@@ -124,7 +125,7 @@ static void multiply_block(const Group *g, int row, int panel, int panels) {
 
 /* Enough tasks for every thread, and no more panels apart than that takes. */
 static int panels_per_task(int blocks, int panels) {
-    int parts = ceiling(4 * threads_count(), blocks);
+    int parts = ceiling(16 * threads_count(), blocks);
     return ceiling(panels, smaller(parts, panels));
 }
 

@@ -7,13 +7,13 @@ all are renamed as the checkpoint's own keys are. A key that matches no tensor i
 """
 
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from export.files import ExportError, open_file, reading
 from export.names import our_name, plain_name
+from export.tables import squeezed
 
 LORA_PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.")
 LORA_SUFFIXES = {".lora_A.weight": "down", ".lora_down.weight": "down", ".lora_A.default.weight": "down",
@@ -24,10 +24,17 @@ LORA_SUFFIXES = {".lora_A.weight": "down", ".lora_down.weight": "down", ".lora_A
 
 @dataclass
 class Lora:
-    """What one LoRA adds: for each tensor, by original name, a low-rank product or a difference."""
+    """What one LoRA adds: for each tensor, by our name, low-rank products and differences."""
     path: Path
     scale: float
+    rows: dict     # name -> torch shape, of every tensor of the transformer
     changes: dict  # name -> list of functions (first row, last row) -> f32 (rows, rest), in torch's layout
+
+    def add(self, name, shape, change, key):
+        """One change of a tensor that must have this shape."""
+        if squeezed(shape) != squeezed(self.rows[name]):
+            raise ExportError(f"{self.path}: {key} has shape {list(shape)}, but {name} has {list(self.rows[name])}")
+        self.changes.setdefault(name, []).append(change)
 
 
 def lora_module(key, rows):
@@ -71,10 +78,13 @@ def open_lora(option, rows):
         if found[1] in modules.setdefault(found[0], {}):
             raise ExportError(f"{path}: {key} stands for the same as {modules[found[0]][found[1]].key}")
         modules[found[0]][found[1]] = tensor
-    default_alpha = peft_alpha(file)
-    lora = Lora(Path(path), scale, {})
+    alpha = peft_alpha(file)
+    lora = Lora(Path(path), scale, rows, {})
     for module, keys in modules.items():
-        add_changes(lora, module, keys, default_alpha, rows)
+        add_differences(lora, module, keys)
+        add_product(lora, module, keys, alpha)
+    if not lora.changes:
+        raise ExportError(f"{path}: changes nothing")
     print(f"{path}: {len(file.tensors)} keys applied to {len(lora.changes)} tensors, scale {scale:g}",
           file=sys.stderr)
     return lora
@@ -90,32 +100,26 @@ def peft_alpha(file):
     return config.get("transformer.lora_alpha", config.get("lora_alpha"))
 
 
-def add_changes(lora, module, keys, default_alpha, rows):
-    """The changes of one module, with their shapes checked."""
-    def add(name, shape, change, key):
-        expected = math.prod(rows[name])
-        if math.prod(shape) != expected:
-            raise ExportError(f"{lora.path}: {key} has shape {list(shape)}, but {name} has {list(rows[name])}")
-        lora.changes.setdefault(name, []).append(change)
+def add_differences(lora, module, keys):
+    """The keys that hold a difference of the module's weight, bias or modulation."""
+    for kind in keys.keys() & {"diff", "diff_b", "diff_m"}:
+        name, values = lora_tensor(module, kind), lora.scale * keys[kind].rows()
+        lora.add(name, values.shape, lambda first, last, values=values, rows=lora.rows[name][0]:
+                 values.reshape(rows, -1)[first:last], keys[kind].key)
 
-    for kind in ("diff", "diff_b", "diff_m"):
-        if kind in keys:
-            values = keys[kind].rows().flatten()
-            name = lora_tensor(module, kind)
-            columns = math.prod(rows[name]) // rows[name][0]
-            add(name, keys[kind].shape,
-                lambda first, last, v=values, n=columns: lora.scale * v.view(-1, n)[first:last], keys[kind].key)
-    if ("down" in keys) != ("up" in keys):
-        alone = keys.get("down") or keys.get("up")
-        raise ExportError(f"{lora.path}: {alone.key} has no counterpart")
-    if "down" in keys:
-        down, up = keys["down"].rows().flatten(1), keys["up"].rows().flatten(1)
-        if up.shape[1] != down.shape[0]:
-            raise ExportError(f"{lora.path}: {keys['up'].key} has rank {up.shape[1]}, {keys['down'].key} has "
-                              f"{down.shape[0]}")
-        alpha = keys["alpha"].rows().item() if "alpha" in keys else default_alpha
-        factor = lora.scale * (1.0 if alpha is None else alpha / down.shape[0])
-        add(f"{module}.weight", (up.shape[0], down.shape[1]),
-            lambda first, last: (up[first:last] @ down) * factor, keys["up"].key)
-    elif "alpha" in keys:
-        raise ExportError(f"{lora.path}: {keys['alpha'].key} scales nothing")
+
+def add_product(lora, module, keys, default_alpha):
+    """The keys that hold a low-rank product: up (rows, rank) @ down (rank, rest), added to a weight (rows, rest)."""
+    alone = keys.keys() & {"down", "up", "alpha"}
+    if not alone:
+        return
+    if not {"down", "up"} <= keys.keys():
+        raise ExportError(f"{lora.path}: {keys[min(alone)].key} has no counterpart")
+    down, up = keys["down"].rows(), keys["up"].rows().flatten(1)
+    if up.shape[1] != down.shape[0]:
+        raise ExportError(f"{lora.path}: {keys['up'].key} has rank {up.shape[1]}, {keys['down'].key} has "
+                          f"{down.shape[0]}")
+    alpha = keys["alpha"].rows().item() if "alpha" in keys else default_alpha
+    factor = lora.scale * (1.0 if alpha is None else alpha / down.shape[0])
+    lora.add(f"{module}.weight", (up.shape[0], *down.shape[1:]),
+             lambda first, last: (up[first:last] @ down.flatten(1)) * factor, keys["up"].key)

@@ -7,7 +7,7 @@ them; # stands for a block's number. Rows come in order of use, which is the ord
 import math
 
 # Type rules. EXACT is f32: vectors, modulation, position biases. CONV, the VAE's convolutions, loses nothing: f32, or
-# the 16 bits that are stored. WIDE is the way in and out of the transformer: never below 16 bits. MATRIX is as --type says.
+# the 16 bits that are stored. WIDE is the way in and out of the transformer: never below 16 bits. MATRIX follows --type.
 EXACT, CONV, WIDE, MATRIX = "exact", "conv", "wide", "matrix"
 
 TRANSFORMER = [
@@ -89,6 +89,11 @@ CONV_1 = [("weight", "o i 1 1 1"), ("bias", "o")]
 def shape_of(text, sizes):
     """A shape of the tables, e.g. "6*dim dim", as numbers."""
     return tuple(math.prod(int(f) if f.isdigit() else sizes[f] for f in factor.split("*")) for factor in text.split())
+
+
+def squeezed(shape):
+    """A shape without its ones, with which torch pads norms and modulation."""
+    return tuple(n for n in shape if n != 1)
 
 
 def block_rows(table, sizes):

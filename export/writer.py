@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as Type
 from tqdm import tqdm
 
 from export.files import ExportError, Stored
-from export.tables import CONV, EXACT, WIDE
+from export.tables import CONV, EXACT, WIDE, squeezed
 
 ALIGNMENT = 64  # bytes; a cache line, so that rows of a mapped tensor load aligned
 SLICE = 1 << 24  # elements converted at a time
@@ -67,11 +67,6 @@ class Planned:
             raise ExportError(f"{self.source.file.path}: {self.source.key} holds {values.abs().max():g}, which f16 "
                               "cannot: take --type bf16")
         return half.numpy()
-
-
-def squeezed(shape):
-    """A shape without its ones, with which torch pads norms and modulation."""
-    return tuple(n for n in shape if n != 1)
 
 
 def four_dimensions(shape):

@@ -1,7 +1,7 @@
 /* fuzz.c - mutated files and texts against everything that reads them, under the sanitizers.
  *
- *   fuzz SECONDS          fuzzes each target for so long
- *   fuzz TARGET FILE      runs one input, such as one that an earlier run has saved
+ *   fuzz SECONDS [TARGET]   fuzzes each target, or one, for so long
+ *   fuzz TARGET FILE        runs one input, such as one that an earlier run has saved
  *
  * A parser has three ways to fail: a sanitizer stops it, it takes longer than any input of that size
  * deserves, or it ends the program by die(), which is for callers only. In each case the input is saved as
@@ -115,9 +115,9 @@ static bool run_model(Bytes in) {
     Settings settings = {.prompt = "", .seconds = -1, .guidance = -1, .shift = -1, .sampler = SAMPLERS};
     if (weights_parse(in, "fuzz", &model.file)) return false;
     if (tokenizer_load(model.file, &model.tokenizer)) return false;
-    model.text_encoder = text_encoder_load(model.file);
-    model.transformer = transformer_load(model.file);
-    model.vae = vae_load(model.file);
+    model.text_encoder = text_encoder_load(model.file, F32);
+    model.transformer = transformer_load(model.file, F32);
+    model.vae = vae_load(model.file, F32);
     settings_complete(&settings, &model);
     return true;
 }
@@ -405,13 +405,15 @@ int main(int argc, char **argv) {
     signal(SIGABRT, on_signal);
     signal(SIGALRM, on_signal);
     seed_all();
-    replaying = argc > 2;
+    double duration = argc > 1 ? atof(argv[1]) : 20;
+    replaying = duration <= 0;
+    const char *only = replaying ? argv[1] : argc > 2 ? argv[2] : NULL;
     for (int t = 0; t < TARGETS; t++) {
         Bytes bytes;
-        if (!replaying) fuzz(&targets[t], argc > 1 ? atof(argv[1]) : 20);
-        else if (!strcmp(argv[1], targets[t].name) && !read_file(argv[2], MAX_INPUT, &bytes))
-            printf("%s\n",
-                   run(&targets[t], (Input){(uint8_t *)bytes.data, bytes.size}) ? "accepted" : "refused");
+        if (only && strcmp(only, targets[t].name)) continue;
+        if (!replaying) fuzz(&targets[t], duration);
+        else if (argc > 2 && !read_file(argv[2], MAX_INPUT, &bytes))
+            printf("%s\n", run(&targets[t], (Input){(uint8_t *)bytes.data, bytes.size}) ? "accepted" : "refused");
     }
     return 0;
 }

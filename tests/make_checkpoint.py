@@ -5,8 +5,8 @@
     python tests/make_checkpoint.py wan2.1-t2v-1.3b FOLDER --dtype bf16
 
 Shapes are those of diffusers' and transformers' own classes, built without memory (on the meta device). Weights are
-drawn tensor by tensor, scaled so that activations neither vanish nor explode, and written at once: memory stays at
-the size of the largest tensor. The tokenizer is a small sentencepiece model trained here, unless --tokenizer names one.
+scaled so that activations neither vanish nor explode; they are drawn and written some rows at a time, in little memory.
+The tokenizer is a small sentencepiece model trained here, unless --tokenizer names one.
 """
 
 import argparse
@@ -29,6 +29,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from export.names import count_upsamples, our_name  # noqa: E402
 
+SLICE = 1 << 25  # elements drawn at a time
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
@@ -43,7 +44,7 @@ PRESETS = {
         "text_encoder": {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "num_heads": 64, "d_ff": 10240,
                          "num_layers": 24},
         "transformer": {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
-        "vae": {},
+        "vae": {"base_dim": 96},
     },
 }
 
@@ -87,9 +88,9 @@ def shapes(model):
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
-def draw(name, shape, config, generator):
-    """One tensor: scales around 1, biases small, matrices such that the variance of what passes stays."""
-    values = torch.randn(shape, generator=generator)
+def draw(name, shape, rows, config, generator):
+    """Some rows of a tensor: scales around 1, biases small, matrices such that the variance of what passes stays."""
+    values = torch.randn(rows, *shape[1:], generator=generator)
     if re.search(r"(norm\w*\.weight|norm\.weight|gamma)$", name):
         return 1 + 0.1 * values
     if name.endswith("bias"):
@@ -106,7 +107,7 @@ def draw(name, shape, config, generator):
 # ---------------------------------------------------------------- files, written tensor by tensor
 
 def write_safetensors(path, tensors, dtype, values):
-    """A .safetensors file: length of the header, header as JSON, bytes. values(name) gives each tensor in its turn."""
+    """A .safetensors file: length of the header, header as JSON, bytes. values(name) yields a tensor's rows in slices."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in tensors.items():
         size = math.prod(shape) * dtype.itemsize
@@ -117,7 +118,7 @@ def write_safetensors(path, tensors, dtype, values):
     with open(path, "wb") as f:
         f.write(struct.pack("<Q", len(text)) + text)
         for name in tensors:
-            f.write(as_bytes(values(name), dtype))
+            write_slices(f, values(name), dtype)
 
 
 def write_pth(path, tensors, dtype, values):
@@ -131,11 +132,12 @@ def write_pth(path, tensors, dtype, values):
     with open(path, "r+b") as f:
         for name in tensors:
             f.seek(offsets[name])
-            f.write(as_bytes(values(name), dtype))
+            write_slices(f, values(name), dtype)
 
 
-def as_bytes(values, dtype):
-    return values.to(dtype).contiguous().view(torch.uint8).numpy()
+def write_slices(file, slices, dtype):
+    for values in slices:
+        file.write(values.to(dtype).contiguous().view(torch.uint8).numpy())
 
 
 def write_shards(folder, stem, tensors, dtype, values, limit):
@@ -212,13 +214,16 @@ def parse_size(text):
 
 
 def drawer(model, seed, part):
-    """name -> tensor. Each has its own seed: a tensor does not depend on the file or order that it is written in."""
+    """name -> slices of a tensor. Each has its own seed, whatever file and order it is written in."""
     config, tensors = dict(model.config.to_dict() if part == 0 else model.config), shapes(model)
     order = {name: i for i, name in enumerate(tensors)}
 
     def values(name):
         generator = torch.Generator().manual_seed(seed * 3000003 + part * 1000003 + order[name])
-        return draw(name, tensors[name], config, generator)
+        shape = tensors[name]
+        step = max(1, SLICE // math.prod(shape[1:]))
+        for first in range(0, shape[0], step):
+            yield draw(name, shape, min(step, shape[0] - first), config, generator)
 
     return values
 

@@ -576,11 +576,19 @@ def test_loras_add_up_and_differences_apply(tmp_path, folders):
     ("lora_te_blocks_0_attn_q.lora_down.weight", (4, 48), "matches no tensor"),
     ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", (4, 48), "has no counterpart"),
     ("diffusion_model.blocks.0.self_attn.q.diff", (48, 47), "has shape [48, 47]"),
-    ("diffusion_model.blocks.0.self_attn.q.alpha", (), "scales nothing")])
+    ("diffusion_model.blocks.0.self_attn.q.alpha", (), "has no counterpart")])
 def test_lora_keys_that_do_not_apply_are_named(tmp_path, folders, capsys, key, shape, says):
     save_file({key: torch.ones(shape)}, tmp_path / "lora.safetensors")
     line = refused(capsys, tmp_path / "out.gguf", folders / "diffusers", "--lora", tmp_path / "lora.safetensors")
     assert key in line and says in line
+
+
+def test_a_lora_of_another_shape_is_refused(tmp_path, folders, capsys):
+    base = "diffusion_model.blocks.0.ffn.0"  # its shape transposed: as many numbers
+    save_file({f"{base}.lora_A.weight": torch.ones(4, 104), f"{base}.lora_B.weight": torch.ones(48, 4)},
+              tmp_path / "lora.safetensors")
+    line = refused(capsys, tmp_path / "out.gguf", folders / "diffusers", "--lora", tmp_path / "lora.safetensors")
+    assert f"{base}.lora_B.weight has shape [48, 104], but blocks.0.ffn.0.weight has [104, 48]" in line
 
 
 # ---------------------------------------------------------------- tokenizer

@@ -1,6 +1,6 @@
 """How often does the model do as it is told?  Prompts from the world, clips from the model, answers from the detector.
 
-    python train/adherence.py OUT/pipeline --prompts 64
+    python train/adherence.py OUT/snapshot --prompts 64
 
 Prints, for each attribute, the share of prompts in which the detector sees what the prompt names, and the same for all
 attributes at once; --ceiling puts drawn clips through the VAE instead, which no transformer can beat.

@@ -18,7 +18,7 @@ import vae
 TEXT_LEN = 512  # text positions that Wan attends to
 TOKENS = 24  # longest caption in training, with its </s>
 TEXT_DIM = 128
-TRANSFORMER = dict(patch_size=(1, 4, 4), num_attention_heads=8, attention_head_dim=32, in_channels=vae.Z, out_channels=vae.Z,
+TRANSFORMER = dict(patch_size=(1, 3, 3), num_attention_heads=8, attention_head_dim=32, in_channels=vae.Z, out_channels=vae.Z,
                    text_dim=TEXT_DIM, freq_dim=128, ffn_dim=576, num_layers=5, cross_attn_norm=True,
                    qk_norm="rms_norm_across_heads", rope_max_seq_len=64)
 

@@ -7,7 +7,7 @@
     vae          OUT/vae.ckpt          half an hour   decoder and light encoder
     transformer  OUT/transformer.ckpt  hours     latents are drawn into OUT/latents/ as they are needed
     encoder      OUT/encoder.ckpt      minutes   Wan's own VAE encoder learns the light one's latents
-    pipeline     OUT/pipeline/         the diffusers folder, written anew with every checkpoint of the transformer
+    snapshot     OUT/snapshot/         the diffusers folder, written anew with every checkpoint of the transformer
 
 Loss curves stand in OUT/log/*.tsv, process ids in OUT/pids/.  The same command starts and resumes; --until stops early.
 """
@@ -40,7 +40,7 @@ def options():
     parser.add_argument("--threads", type=int, default=1, help="threads of every other stage")
     parser.add_argument("--clips", type=int, default=1500, help="drawn clips for the VAE")
     parser.add_argument("--reading-steps", type=int, default=1500)
-    parser.add_argument("--vae-steps", type=int, default=2000)
+    parser.add_argument("--vae-steps", type=int, default=1000)
     parser.add_argument("--encoder-steps", type=int, default=1500)
     parser.add_argument("--transformer-steps", type=int, default=40000)
     return parser.parse_args()
@@ -63,7 +63,7 @@ def transformer_worker(rank, args, rendezvous):
     words = args.out / "tokenizer"
 
     def snapshot(average):
-        pipeline.save(args.out / "pipeline", words, average, autoencoder.state_dict())
+        pipeline.save(args.out / "snapshot", words, average, autoencoder.state_dict())
 
     transformer.train(args.out, tokenizer.Tokenizer(words), torch.load(args.out / "reading.ckpt", weights_only=True), light,
                       args.transformer_steps, args.seed, rank, args.workers, snapshot)

@@ -18,8 +18,8 @@ import model
 import reading
 from common import Average, Log, Optimisers, save_atomically, sum_over_workers
 
-FIRST_STEPS, FIRST_FRAMES, FIRST_BATCH = 1500, 3, 56  # latent frames; clips a worker and step
-ALL_FRAMES, BATCH = 9, 24
+FIRST_STEPS, FIRST_FRAMES, FIRST_BATCH = 2000, 3, 36  # latent frames; clips a worker and step
+ALL_FRAMES, BATCH = 9, 14
 SHARDS, NEW_SHARDS_EVERY, MOST_SHARDS = 12, 200, 96  # at first; two more every so many steps; in all
 MUON_LR, ADAM_LR, EMA_DECAY = 0.01, 1e-3, 0.999
 DROPPED = 0.1  # share of prompts replaced by the empty one, for guidance

@@ -3,8 +3,8 @@
     pixels [B, 3, F, H, W] in [-1, 1]  <->  latents [B, Z, 1 + (F-1)/4, H/8, W/8]
 
 Training Wan's encoder and decoder together costs twice the decoder alone and starts slowly.  So the decoder is trained
-with a light encoder (one strided convolution over 4x8x8 blocks and two small residual blocks) that is thrown away, and
-Wan's own encoder is regressed onto the light one's latents afterwards, once the transformer no longer waits for it.
+with a light encoder (principal components of 4x8x8 blocks and a small residual net) that is thrown away, and Wan's own
+encoder is regressed onto the light one's latents afterwards, once the transformer no longer waits for it.
 
 The latents leave the light encoder through a batch norm without weights, so every channel has mean 0 and deviation 1, and
 the decoder sees them with noise on: a latent that is slightly off, as the transformer's will be, still decodes well.
@@ -26,7 +26,7 @@ import draw
 import world
 from common import Average, Log, Optimisers, save_atomically
 
-Z = 8
+Z = 16
 CONFIG = dict(base_dim=32, z_dim=Z, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True], patch_size=2,
               in_channels=12, out_channels=12, latents_mean=[0.0] * Z, latents_std=[1.0] * Z,
               scale_factor_temporal=4, scale_factor_spatial=8)
@@ -85,19 +85,34 @@ class _Residual(nn.Module):
 class LightEncoder(nn.Module):
     """pixels [B, 3, F, H, W] -> latents [B, Z, T, H/8, W/8]; each latent frame sees only its own four frames.
 
-    The first latent frame stands for one pixel frame, which is shown to it four times.
+    Starts as the principal components of 4x8x8 blocks, each scaled to deviation 1; a residual net, silent at first,
+    learns what the decoder would rather know. The first latent frame stands for one pixel frame, shown to it four times.
     """
 
-    def __init__(self, width=128):
+    def __init__(self, width=64):
         super().__init__()
-        self.blocks = nn.Conv3d(3, width, (4, 8, 8), stride=(4, 8, 8))
+        block = dict(kernel_size=(4, 8, 8), stride=(4, 8, 8))
+        self.linear = nn.Conv3d(3, Z, **block)
+        self.blocks = nn.Conv3d(3, width, **block)
         self.residual = nn.Sequential(_Residual(width), _Residual(width))
         self.out = nn.Conv3d(width, Z, 1)
+        nn.init.zeros_(self.out.weight)
         self.norm = nn.BatchNorm3d(Z, affine=False, momentum=0.01)
+
+    @torch.no_grad()
+    def start_from_components(self, x):
+        """Sets the linear part from crops x [B, 3, 4, H, W]."""
+        b, _, _, h, w = x.shape
+        blocks = x.view(b, 3, 4, h // 8, 8, w // 8, 8).permute(0, 3, 5, 1, 2, 4, 6).reshape(-1, 768)
+        mean = blocks.mean(0)
+        values, vectors = torch.linalg.eigh((blocks - mean).T @ (blocks - mean) / len(blocks))
+        weight = vectors[:, -Z:].T / values[-Z:, None].sqrt()
+        self.linear.weight.copy_(weight.view_as(self.linear.weight))
+        self.linear.bias.copy_(-weight @ mean)
 
     def forward(self, x):
         x = torch.cat([x[:, :, :1].expand(-1, -1, 3, -1, -1), x], 2)
-        return self.norm(self.out(self.residual(self.blocks(x))))
+        return self.norm(self.linear(x) + self.out(self.residual(self.blocks(x))))
 
 
 def to_tensor(clips):
@@ -158,7 +173,7 @@ class Crops:
 
 def _phase(step, steps):
     """(batch, crop, frames) of a step: crops most of the way, then whole frames, whose borders crops seldom show."""
-    return (4, 48, 9) if step < 0.7 * steps else (1, 96, 9)
+    return (8, 32, 9) if step < 0.8 * steps else (1, 96, 9)
 
 
 def _rate(step, steps):
@@ -190,7 +205,7 @@ def load(out):
     return vae.eval().requires_grad_(False), light.eval().requires_grad_(False)
 
 
-def train_decoder(out, steps, seed, clips, size, frames, noise=0.04):
+def train_decoder(out, steps, seed, clips, size, frames, noise=0.03):
     """Trains decoder and light encoder together into OUT/vae.ckpt, from which it also resumes."""
     torch.manual_seed(seed)
     vae, light = new_vae(), LightEncoder()
@@ -205,6 +220,8 @@ def train_decoder(out, steps, seed, clips, size, frames, noise=0.04):
     if step == steps:
         return
     crops = Crops(out / "crops.npy", seed, clips, size, frames)
+    if step == 0:
+        light.start_from_components(crops.batch(np.random.default_rng(seed), 400, 32, 4))
     last = time.time()
     while step < steps:
         rng = np.random.default_rng([seed, step])
@@ -218,7 +235,7 @@ def train_decoder(out, steps, seed, clips, size, frames, noise=0.04):
         torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
         optimisers.step(_rate(step, steps))
         step += 1
-        if step % 250 == 0 or step == steps:
+        if step % 100 == 0 or step == steps:
             log.write(step=step, seconds=seconds + time.time() - start, loss=loss.item(),
                       psnr=evaluate(lambda x: decode(vae, light(x)), both))
         if time.time() - last > 90 or step == steps:
@@ -260,7 +277,7 @@ def train_encoder(out, steps, seed, clips, size, frames):
         loss.backward()
         optimisers.step(_rate(step, steps))
         step += 1
-        if step % 250 == 0 or step == steps:
+        if step % 100 == 0 or step == steps:
             log.write(step=step, seconds=time.time() - start, loss=loss.item(),
                       psnr=evaluate(lambda x: decode(vae, encode(vae, x)), half))
         if time.time() - last > 90 or step == steps:
