@@ -80,7 +80,7 @@ test-reference: sora $(if $(filter .venv/%,$(PYTHON)),.venv/installed)
 	$(PYTHON) tests/reference_tokenizer.py
 	$(PYTHON) tests/reference.py
 
-# How near every kernel and stage comes to the machine's own peak.
+# How near every kernel and stage comes to the machine's own peak; the same stages in PyTorch and stable-diffusion.cpp.
 BENCH = $(patsubst %.c,$(BUILD)/%.o,$(wildcard bench/*.c))
 
 $(BUILD)/bench/bench: $(BENCH) $(OBJECTS)
@@ -89,7 +89,14 @@ $(BUILD)/bench/bench: $(BENCH) $(OBJECTS)
 bench: $(BUILD)/bench/bench
 	$< build/bench.tsv peaks kernels stages
 
-.PHONY: bench
+.venv/bench: .venv/installed bench/requirements.txt
+	CMAKE_ARGS=-DGGML_LLAMAFILE=ON .venv/bin/pip install -q -r bench/requirements.txt
+	touch $@
+
+bench-peers: $(BUILD)/bench/bench $(if $(filter .venv/%,$(PYTHON)),.venv/bench)
+	$(PYTHON) bench/peers.py $< build/peers.tsv
+
+.PHONY: bench bench-peers
 
 clean:
 	rm -rf build sora
