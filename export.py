@@ -16,6 +16,7 @@ line that names it, exit status 2, and no file.
 
 import argparse
 import hashlib
+import signal
 import sys
 from pathlib import Path
 
@@ -172,4 +173,5 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after control-C
     sys.exit(main())
