@@ -33,11 +33,12 @@ void bench_peaks(void);
 double peak_product(Precision precision, int threads, double duration);
 double peak_memory(int threads); /* bytes a second, reading */
 
-/* ---------------------------------------------------------------- kernels.c, stages.c: what it does */
+/* ---------------------------------------------------------------- kernels.c, stages.c, steps.c: what it does */
 
 void bench_kernels(void);
 void bench_stages(void);
 void bench_growth(void); /* the transformer against tokens, the decoder against frames, both against threads */
+void bench_steps(void);  /* from three loops to the tiled product */
 /* One stage: "transformer" (two blocks, 17 frames of WxH pixels), "text_encoder" (one block, so many tokens), or
  * "vae_decode" (5 frames of WxH). */
 void bench_stage(const char *name, Precision precision, const char *size, int threads);
