@@ -149,15 +149,21 @@ def sdcpp(args, files, wtype, size, frames, line):
     raise RuntimeError(f"stable-diffusion.cpp did not come to '{line}':\n" + "".join(log[-20:]))
 
 
+# (stage, sora's precision, stable-diffusion.cpp's type, size, frames, the line of its log, sora's runs in it)
+SDCPP_ROWS = [
+    ("transformer", "bf16", "bf16", "256x256", FRAMES, "sampling", BLOCKS / 2),
+    ("transformer", "int8", "q8_0", "256x256", FRAMES, "sampling", BLOCKS / 2),
+    ("vae_decode", "bf16", "bf16", "128x128", 5, "decode_first_stage", 1),
+]
+
+
 def compare_with_sdcpp(args, write):
     files = sdcpp_files(args.work)
-    for ours, wtype in (("bf16", "bf16"), ("int8", "q8_0")):
-        times = [(sora(args, "transformer", ours, "256x256") * BLOCKS / 2,
-                  sdcpp(args, files, wtype, "256x256", FRAMES, "sampling")) for _ in range(args.rounds)]
-        write("transformer x15", "256x256", ours, "stable-diffusion.cpp", wtype, "256x256", times)
-    times = [(sora(args, "vae_decode", "bf16", "128x128"),
-              sdcpp(args, files, "bf16", "128x128", 5, "decode_first_stage")) for _ in range(args.rounds)]
-    write("vae_decode", "128x128", "bf16", "stable-diffusion.cpp", "bf16", "128x128", times)
+    for stage, ours, wtype, size, frames, line, runs in SDCPP_ROWS:
+        if ours in args.precisions:
+            times = [(sora(args, stage, ours, size) * runs, sdcpp(args, files, wtype, size, frames, line))
+                     for _ in range(args.rounds)]
+            write(stage, size, ours, "stable-diffusion.cpp", wtype, size, times)
 
 
 # ---------------------------------------------------------------- command line
