@@ -6,10 +6,10 @@
  * Lines go to standard output as a table, and to the file as tab-separated values, a heading line first.
  *
  * How time is taken. A job runs once to warm up (one that takes a second is warm by then), then at least three times
- * and until half a second has passed; the median counts. A processor's clock and its neighbours change from one second
- * to the next, so the peak that a rate is compared with is not one number from the start of the run: right after each
- * repeat the peak is measured for ten milliseconds, and `of_peak` is the median of the ratios. A fraction can be
- * trusted where a rate cannot. */
+ * and until half a second has passed, but not beyond five seconds; the median counts. A processor's clock and its
+ * neighbours change from one second to the next, so the peak that a rate is compared with is not one number from the
+ * start of the run: right after each repeat the peak is measured for ten milliseconds, and `of_peak` is the median of
+ * the ratios. A fraction can be trusted where a rate cannot. */
 #include "bench/bench.h"
 
 #include <stdlib.h>

@@ -81,8 +81,8 @@ static void bench_convolution(Precision precision, int side, int channels) {
                      hold(sizeof(float) * (size_t)pixels * channels)};
     double weights = (double)TAPS * channels * channels;
     double bytes = pixels * (3.0 * c.pixel + 4.0 * channels) + weights * (precision == F32 ? 4 : 2);
-    measure(&(Job){"kernel", label("convolution %d channels", channels, 0), precision, pixels, 0, 2.0 * pixels * weights,
-                   bytes, run_convolution, &c});
+    const char *name = label("convolution %d channels", channels, 0);
+    measure(&(Job){"kernel", name, precision, pixels, 0, 2.0 * pixels * weights, bytes, run_convolution, &c});
     release();
 }
 

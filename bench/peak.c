@@ -99,7 +99,7 @@ static double rate_of(int i, int threads, double duration) {
     return flop / (seconds() - start);
 }
 
-/* The best row up to a precision, found once. */
+/* The fastest row that can multiply in a precision, found once. */
 static int best_for(Precision precision) {
     static int best[PRECISIONS] = {-1, -1, -1};
     double highest = 0;

@@ -61,8 +61,8 @@ static TARGET void side_by_side(void *with) {
         }
 }
 
-/* y (R,C), rows O apart, += n elements of R rows of x times n rows of C columns, `stride` floats apart. R*C sums stay in
- * registers for all of n: R + C loads serve R*C products. */
+/* y (R,C), rows O apart, += n elements of R rows of x times n rows of C columns, `stride` floats apart. The sums stay
+ * in registers for all of n: R + C loads serve R*C products. */
 static inline TARGET void tile(float *y, const float *x, const float *columns, int stride, int n) {
     V sum[R][VECTORS];
     UNROLL for (int i = 0; i < R; i++)
@@ -151,7 +151,7 @@ void bench_steps(void) {
     for (size_t i = 0; i < sizeof steps / sizeof *steps; i++) {
         measure(&(Job){"step", steps[i].name, F32, L, steps[i].threads, 2.0 * L * I * O, bytes, steps[i].run, &p});
         if (i == 0) memcpy(expected, p.y, sizeof(float) * L * O);
-        if (memcmp(expected, p.y, sizeof(float) * L * O)) die(STATUS_CHECK, "'%s' is not the naive loop", steps[i].name);
+        if (memcmp(expected, p.y, sizeof(float) * L * O)) die(STATUS_CHECK, "'%s' differs", steps[i].name);
     }
     release();
 }

@@ -57,13 +57,14 @@ def stages(folder):
             one, all_ = seconds[name, precision, 1], seconds[name, precision, most]
             lines.append([name, int(one["size"]), precision, f"{one['seconds']:.3f} s", f"{all_['seconds']:.3f} s",
                           f"{one['seconds'] / all_['seconds']:.2f}", f"{100 * all_['of_peak']:.0f} %"])
-    return markdown(["stage", "tokens or frames", "precision", "1 thread", f"{most} threads", "ratio", "of peak"], lines)
+    return markdown(["stage", "tokens or frames", "precision", "1 thread", f"{most} threads", "ratio", "of peak"],
+                    lines)
 
 
 def steps(folder):
     return markdown(["step", "threads", "GFLOP/s", "of the processor's peak"],
-                    [[f"{i}. {row['name']}", int(row["threads"]), f"{row['gflop/s']:.1f}", f"{100 * row['of_peak']:.0f} %"]
-                     for i, row in enumerate(read(folder / "steps.tsv"), 1)])
+                    [[f"{i}. {row['name']}", int(row["threads"]), f"{row['gflop/s']:.1f}",
+                      f"{100 * row['of_peak']:.0f} %"] for i, row in enumerate(read(folder / "steps.tsv"), 1)])
 
 
 def peers(folder):
