@@ -455,6 +455,7 @@ static bool is_number(uint32_t type) {
 
 int64_t array_int(const WeightArray *array, size_t index) {
     int bytes = value_bytes[array->type];
+    if (!is_integer(array->type)) return 0;
     uint64_t value = little_endian(element(array, index), bytes);
     bool is_signed = array->type == VALUE_I8 || array->type == VALUE_I16 || array->type == VALUE_I32;
     uint64_t sign = (uint64_t)1 << (8 * bytes - 1);
@@ -493,6 +494,27 @@ int64_t weights_int(const WeightFile *file, const char *name) {
 int64_t weights_int_or(const WeightFile *file, const char *name, int64_t fallback) {
     const Key *key = find_key(file, name);
     return key && is_integer(key->type) ? array_int(&key->value, 0) : fallback;
+}
+
+static int check_size(const WeightFile *file, const char *name, int64_t size, int most) {
+    if (size < 1 || size > most)
+        die(STATUS_USAGE, "%s: key \"%s\" is %" PRId64 ", expected 1 to %d", file->path, name, size, most);
+    return (int)size;
+}
+
+int weights_size(const WeightFile *file, const char *name, int most) {
+    return check_size(file, name, weights_int(file, name), most);
+}
+
+int weights_size_or(const WeightFile *file, const char *name, int most, int fallback) {
+    return find_key(file, name) ? weights_size(file, name, most) : fallback;
+}
+
+void weights_sizes(const WeightFile *file, const char *name, int most, int *out, int count) {
+    WeightArray array;
+    if (!weights_array(file, name, &array) || !is_integer(array.type) || array.count != (size_t)count)
+        die(STATUS_USAGE, "%s: key \"%s\" is not an array of %d integers", file->path, name, count);
+    for (int i = 0; i < count; i++) out[i] = check_size(file, name, array_int(&array, (size_t)i), most);
 }
 
 double weights_double(const WeightFile *file, const char *name) {
