@@ -70,7 +70,8 @@ void interrupts_catch(void);
 
 double seconds(void);           /* a monotonic clock */
 size_t memory_available(void);  /* bytes that can be had without swapping; SIZE_MAX if unknown */
-size_t memory_peak(void);       /* resident bytes at the highest point so far, mapped weights included */
+void memory_note(void);         /* takes the present memory into account; arena_close() does so by itself */
+size_t memory_peak(void);       /* private bytes at the highest point noted: mapped weights do not count */
 
 /* ---------------------------------------------------------------- profile.c: where the time goes */
 
