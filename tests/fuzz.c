@@ -231,14 +231,8 @@ static void seed_files(Target *target, const char *pattern) {
 
 /* A tokenizer with little more than bytes, and a map that changes nothing. */
 static void build_tokenizer(Builder *b, bool sentencepiece) {
-    static const char *const words[] = {"<pad>",
-                                        "</s>",
-                                        "<unk>",
-                                        "\xe2\x96\x81",
-                                        "\xe2\x96\x81"
-                                        "a",
-                                        "fox",
-                                        "<extra_id_0>"};
+    static const char *const words[] = {"<pad>", "</s>",        "<unk>", "\xe2\x96\x81", "\xe2\x96\x81\x61",
+                                        "fox",   "<extra_id_0>"};
     enum { WORD_COUNT = sizeof words / sizeof *words, COUNT = WORD_COUNT + 256 };
     static const uint8_t map[4 + 1024 + 1] = {0, 4};
     char byte[8];
@@ -303,8 +297,7 @@ static void seed_texts(void) {
         "A red fox jumps over 12 lazy dogs.",
         "  \t\xc2\xa0\xe3\x80\x80 spaces\r\n\xe2\x80\xa8",
         "&amp;amp; &lt;b&gt; &#233;&#x1F98A; &nbsp;&notin;&no;&#0;&#x110000;&;&&amp",
-        "\xe2\x80\x9c"
-        "curly\xe2\x80\x9d \xe2\x80\x98quotes\xe2\x80\x99",
+        "\xe2\x80\x9c curly\xe2\x80\x9d \xe2\x80\x98quotes\xe2\x80\x99",
         "\xe4\xbd\xa0\xe5\xa5\xbd \xd8\xb3\xd9\x84\xd8\xa7\xd9\x85 e\xcc\x81",
         "\xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x91\xa7",
         "\xff\xc0\x80\xed\xa0\x80\xf4\x90\x80\x80\xe2\x82",
