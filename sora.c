@@ -160,7 +160,7 @@ static void apply(Command *c, Option option, const char *value) {
             die(STATUS_USAGE, "--sampler: '%s' is not unipc, euler or dpm++", value);
         break;
     case SEED: s->seed = (uint64_t)parse_integer(SEED, value, 0, INT64_MAX); c->seeded = true; break;
-    case THREADS: threads_set((int)parse_integer(THREADS, value, 1, 4096)); break;
+    case THREADS: threads_set((int)parse_integer(THREADS, value, 1, 512)); break;
     case PRECISION:
         if (!precision_parse(value, &c->precision))
             die(STATUS_USAGE, "--precision: '%s' is not f32, bf16 or int8", value);

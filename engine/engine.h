@@ -70,7 +70,8 @@ void interrupts_catch(void);
 
 double seconds(void);           /* a monotonic clock */
 size_t memory_available(void);  /* bytes that can be had without swapping; SIZE_MAX if unknown */
-size_t memory_peak(void);       /* resident bytes at the highest point so far, mapped weights included */
+void memory_note(void);         /* takes the present memory into account; arena_close() does so by itself */
+size_t memory_peak(void);       /* private bytes at the highest point noted: mapped weights do not count */
 
 /* ---------------------------------------------------------------- profile.c: where the time goes */
 
@@ -117,6 +118,11 @@ void weights_shape(const WeightFile *file, int *rows, int *cols, const char *nam
 /* Keys. The plain form dies if the key is missing or of another type; the _or form returns the fallback then. */
 int64_t weights_int(const WeightFile *file, const char *key);
 int64_t weights_int_or(const WeightFile *file, const char *key, int64_t fallback);
+/* A size, or `count` of them: integers from 1 to `most`, so that products of a few of them cannot overflow. They
+ * die otherwise; the _or form returns the fallback only if there is no such key. */
+int weights_size(const WeightFile *file, const char *key, int most);
+int weights_size_or(const WeightFile *file, const char *key, int most, int fallback);
+void weights_sizes(const WeightFile *file, const char *key, int most, int *out, int count);
 double weights_double(const WeightFile *file, const char *key);
 double weights_double_or(const WeightFile *file, const char *key, double fallback);
 bool weights_bool_or(const WeightFile *file, const char *key, bool fallback);
@@ -128,7 +134,7 @@ typedef struct {
     size_t count;
 } WeightArray;
 bool weights_array(const WeightFile *file, const char *key, WeightArray *out); /* false: no such array */
-int64_t array_int(const WeightArray *array, size_t index);
+int64_t array_int(const WeightArray *array, size_t index); /* 0 if the elements are no integers */
 double array_double(const WeightArray *array, size_t index);
 /* The next string of a string array; *cursor starts at array->data. Lengths were checked when parsing. */
 Bytes array_next_string(const WeightArray *array, const uint8_t **cursor);

@@ -28,8 +28,8 @@ enum { VERSION = 3, MAX_SIZES = 4, DEFAULT_ALIGNMENT = 32, MAX_ALIGNMENT = 1 << 
 
 /* Value types of keys, as in gguf.h. */
 enum {
-    VALUE_U8, VALUE_I8, VALUE_U16, VALUE_I16, VALUE_U32, VALUE_I32, VALUE_F32, VALUE_BOOL, VALUE_STRING, VALUE_ARRAY,
-    VALUE_U64, VALUE_I64, VALUE_F64, VALUE_TYPES
+    VALUE_U8, VALUE_I8, VALUE_U16, VALUE_I16, VALUE_U32, VALUE_I32, VALUE_F32, VALUE_BOOL, VALUE_STRING,
+    VALUE_ARRAY, VALUE_U64, VALUE_I64, VALUE_F64, VALUE_TYPES
 };
 static const uint8_t value_bytes[VALUE_TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
 
@@ -455,6 +455,7 @@ static bool is_number(uint32_t type) {
 
 int64_t array_int(const WeightArray *array, size_t index) {
     int bytes = value_bytes[array->type];
+    if (!is_integer(array->type)) return 0;
     uint64_t value = little_endian(element(array, index), bytes);
     bool is_signed = array->type == VALUE_I8 || array->type == VALUE_I16 || array->type == VALUE_I32;
     uint64_t sign = (uint64_t)1 << (8 * bytes - 1);
@@ -468,7 +469,8 @@ double array_double(const WeightArray *array, size_t index) {
     double value;
     memcpy(&single, &half, sizeof single);
     memcpy(&value, &bits, sizeof value);
-    return array->type == VALUE_F32 ? single : array->type == VALUE_F64 ? value : (double)array_int(array, index);
+    if (array->type == VALUE_F32) return single;
+    return array->type == VALUE_F64 ? value : (double)array_int(array, index);
 }
 
 Bytes array_next_string(const WeightArray *array, const uint8_t **cursor) {
@@ -493,6 +495,27 @@ int64_t weights_int(const WeightFile *file, const char *name) {
 int64_t weights_int_or(const WeightFile *file, const char *name, int64_t fallback) {
     const Key *key = find_key(file, name);
     return key && is_integer(key->type) ? array_int(&key->value, 0) : fallback;
+}
+
+static int check_size(const WeightFile *file, const char *name, int64_t size, int most) {
+    if (size < 1 || size > most)
+        die(STATUS_USAGE, "%s: key \"%s\" is %" PRId64 ", expected 1 to %d", file->path, name, size, most);
+    return (int)size;
+}
+
+int weights_size(const WeightFile *file, const char *name, int most) {
+    return check_size(file, name, weights_int(file, name), most);
+}
+
+int weights_size_or(const WeightFile *file, const char *name, int most, int fallback) {
+    return find_key(file, name) ? weights_size(file, name, most) : fallback;
+}
+
+void weights_sizes(const WeightFile *file, const char *name, int most, int *out, int count) {
+    WeightArray array;
+    if (!weights_array(file, name, &array) || !is_integer(array.type) || array.count != (size_t)count)
+        die(STATUS_USAGE, "%s: key \"%s\" is not an array of %d integers", file->path, name, count);
+    for (int i = 0; i < count; i++) out[i] = check_size(file, name, array_int(&array, (size_t)i), most);
 }
 
 double weights_double(const WeightFile *file, const char *name) {

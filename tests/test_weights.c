@@ -49,6 +49,8 @@ static void test_keys(const WeightFile *file) {
     CHECK(weights_int(file, "test.u32") == 4000000000, "u32");
     CHECK(weights_int(file, "test.i32") == -2000000000, "i32");
     CHECK(weights_int(file, "test.i64") == INT64_MIN, "i64");
+    CHECK(weights_size(file, "test.u16", 60000) == 60000, "a size");
+    CHECK(weights_size_or(file, "none", 9, 7) == 7, "no such size");
     CHECK(weights_double(file, "test.f32") == (double)0.1f, "f32");
     CHECK(weights_double(file, "test.f64") == 0.1, "f64");
     CHECK(weights_double(file, "test.i8") == -100, "an integer as a number");
@@ -133,6 +135,24 @@ static void key_missing(void *file) {
     weights_int(file, "test.none");
 }
 
+static void size_too_large(void *file) {
+    weights_size(file, "test.u16", 59999);
+}
+
+static void size_negative(void *file) {
+    weights_size_or(file, "test.i8", 100, 1);
+}
+
+static void sizes_wrong_count(void *file) {
+    int sizes[2];
+    weights_sizes(file, "test.numbers", 100, sizes, 2);
+}
+
+static void sizes_wrong_value(void *file) {
+    int sizes[3];
+    weights_sizes(file, "test.numbers", 100000, sizes, 3);
+}
+
 static void key_wrong_type(void *file) {
     weights_int(file, "test.string");
 }
@@ -148,6 +168,10 @@ static void test_deaths(WeightFile *file) {
         {count_wrong, "tensor \"vector\" has shape [5], expected 6 elements"},
         {key_missing, "key \"test.none\" is missing"},
         {key_wrong_type, "key \"test.string\" is not an integer"},
+        {size_too_large, "key \"test.u16\" is 60000, expected 1 to 59999"},
+        {size_negative, "key \"test.i8\" is -100, expected 1 to 100"},
+        {sizes_wrong_count, "key \"test.numbers\" is not an array of 2 integers"},
+        {sizes_wrong_value, "key \"test.numbers\" is -1, expected 1 to 100000"},
     };
     char output[4096];
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
