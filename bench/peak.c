@@ -66,13 +66,15 @@ PEAK(plain_f32, , float, sum * a + a)
 static bool has_plain(void) { return true; }
 #endif
 
-static const struct {
+typedef struct {
     const char *name;
     Precision precision;
     double flop; /* of one instruction */
     void (*run)(void);
     bool (*runs_here)(void);
-} instructions[] = {
+} Instruction;
+
+static const Instruction instructions[] = {
 #if defined(__x86_64__)
     {"AVX2 FMA", F32, 16, avx2_f32, has_avx2},
     {"AVX-512 FMA", F32, 32, avx512_f32, has_avx512},
@@ -117,14 +119,12 @@ double peak_product(Precision precision, int threads, double duration) {
     return best < 0 ? 0 : rate_of(best, threads, duration);
 }
 
-typedef struct {
-    int row;
-} Arithmetic;
+enum { PIECES = 80 }; /* for each thread */
 
 static void run_arithmetic(void *with) {
-    int pieces = 4 * threads_count();
-    for (int i = 0; i < 20; i++)
-        PARALLEL_FOR for (int piece = 0; piece < pieces; piece++) instructions[((Arithmetic *)with)->row].run();
+    const Instruction *instruction = with;
+    int pieces = PIECES * threads_count();
+    PARALLEL_FOR for (int piece = 0; piece < pieces; piece++) instruction->run();
 }
 
 typedef struct {
@@ -146,10 +146,10 @@ static void run_reading(void *with) {
 
 static void bench_arithmetic(int threads) {
     for (int i = 0; i < INSTRUCTIONS; i++) {
-        if (!instructions[i].runs_here()) continue;
-        Arithmetic arithmetic = {i};
-        measure(&(Job){"peak", instructions[i].name, instructions[i].precision, 0, threads,
-                       instructions[i].flop * CHAINS * ROUNDS * 80.0 * threads, 0, run_arithmetic, &arithmetic});
+        const Instruction *it = &instructions[i];
+        double flop = it->flop * CHAINS * ROUNDS * PIECES * threads;
+        if (it->runs_here())
+            measure(&(Job){"peak", it->name, it->precision, 0, threads, flop, 0, run_arithmetic, (void *)it});
     }
 }
 
