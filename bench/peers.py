@@ -187,7 +187,7 @@ def main():
         def write(stage, size, precision, peer, peer_precision, peer_size, times):
             ours, theirs = (statistics.median(column) for column in zip(*times))
             row = (stage, size, precision, peer, peer_precision, peer_size, args.threads, len(times), f"{ours:.4f}",
-                   f"{theirs:.4f}", f"{statistics.median(b / a for a, b in times):.2f}")
+                   f"{theirs:.4f}", f"{theirs / ours:.2f}")
             table.writerow(row)
             out.flush()
             print(*row, sep="  ", flush=True)
