@@ -79,6 +79,7 @@ test-reference: sora $(if $(filter .venv/%,$(PYTHON)),.venv/installed)
 	$(PYTHON) -m pytest -q tests/test_export.py
 	$(PYTHON) tests/reference_tokenizer.py
 	$(PYTHON) tests/reference.py
+	$(PYTHON) tests/reference_y4m.py
 
 # How near every kernel and stage comes to the machine's own peak; the same stages in PyTorch and stable-diffusion.cpp.
 BENCH = $(patsubst %.c,$(BUILD)/%.o,$(wildcard bench/*.c))

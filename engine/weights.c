@@ -28,8 +28,8 @@ enum { VERSION = 3, MAX_SIZES = 4, DEFAULT_ALIGNMENT = 32, MAX_ALIGNMENT = 1 << 
 
 /* Value types of keys, as in gguf.h. */
 enum {
-    VALUE_U8, VALUE_I8, VALUE_U16, VALUE_I16, VALUE_U32, VALUE_I32, VALUE_F32, VALUE_BOOL, VALUE_STRING, VALUE_ARRAY,
-    VALUE_U64, VALUE_I64, VALUE_F64, VALUE_TYPES
+    VALUE_U8, VALUE_I8, VALUE_U16, VALUE_I16, VALUE_U32, VALUE_I32, VALUE_F32, VALUE_BOOL, VALUE_STRING,
+    VALUE_ARRAY, VALUE_U64, VALUE_I64, VALUE_F64, VALUE_TYPES
 };
 static const uint8_t value_bytes[VALUE_TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
 
@@ -471,7 +471,8 @@ double array_double(const WeightArray *array, size_t index) {
     double value;
     memcpy(&single, &half, sizeof single);
     memcpy(&value, &bits, sizeof value);
-    return array->type == VALUE_F32 ? single : array->type == VALUE_F64 ? value : (double)array_int(array, index);
+    if (array->type == VALUE_F32) return single;
+    return array->type == VALUE_F64 ? value : (double)array_int(array, index);
 }
 
 Bytes array_next_string(const WeightArray *array, const uint8_t **cursor) {

@@ -13,8 +13,10 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 import numpy as np
 import torch
+import transformers
 from diffusers import WanPipeline
 from transformers import PreTrainedTokenizerFast
 
@@ -115,6 +117,8 @@ def load(checkpoint: Path) -> WanPipeline:
     if rules.exists():
         given["tokenizer"] = PreTrainedTokenizerFast(tokenizer_file=str(rules), pad_token="<pad>", eos_token="</s>",
                                                      unk_token="<unk>")
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()
     pipe = WanPipeline.from_pretrained(checkpoint, dtype=torch.float32, **given)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -22,9 +22,13 @@
 #include <time.h>
 #include <unistd.h>
 
-const char *__asan_default_options(void);
+const char *__asan_default_options(void), *__ubsan_default_options(void);
 const char *__asan_default_options(void) {
     return "abort_on_error=1:allocator_may_return_null=1:max_allocation_size_mb=256:quarantine_size_mb=16";
+}
+
+const char *__ubsan_default_options(void) {
+    return "abort_on_error=1:print_stacktrace=1";
 }
 
 enum { MAX_CORPUS = 512, MAX_INPUT = 8 << 20, MAX_SECONDS_EACH = 20 };
@@ -182,8 +186,9 @@ static bool run_apart(const Target *target, Bytes in) {
     }
     if (child < 0 || waitpid(child, &status, 0) != child)
         die(STATUS_RESOURCE, "no process for %s", target->name);
-    if (WIFSIGNALED(status)) abort();
-    return WEXITSTATUS(status) == STATUS_OK;
+    int answer = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+    if (answer != STATUS_OK && answer != STATUS_USAGE && answer != STATUS_RESOURCE) abort();
+    return answer == STATUS_OK;
 }
 
 static bool run(const Target *target, Input input) {
@@ -226,14 +231,8 @@ static void seed_files(Target *target, const char *pattern) {
 
 /* A tokenizer with little more than bytes, and a map that changes nothing. */
 static void build_tokenizer(Builder *b, bool sentencepiece) {
-    static const char *const words[] = {"<pad>",
-                                        "</s>",
-                                        "<unk>",
-                                        "\xe2\x96\x81",
-                                        "\xe2\x96\x81"
-                                        "a",
-                                        "fox",
-                                        "<extra_id_0>"};
+    static const char *const words[] = {"<pad>", "</s>",        "<unk>", "\xe2\x96\x81", "\xe2\x96\x81\x61",
+                                        "fox",   "<extra_id_0>"};
     enum { WORD_COUNT = sizeof words / sizeof *words, COUNT = WORD_COUNT + 256 };
     static const uint8_t map[4 + 1024 + 1] = {0, 4};
     char byte[8];
@@ -298,8 +297,7 @@ static void seed_texts(void) {
         "A red fox jumps over 12 lazy dogs.",
         "  \t\xc2\xa0\xe3\x80\x80 spaces\r\n\xe2\x80\xa8",
         "&amp;amp; &lt;b&gt; &#233;&#x1F98A; &nbsp;&notin;&no;&#0;&#x110000;&;&&amp",
-        "\xe2\x80\x9c"
-        "curly\xe2\x80\x9d \xe2\x80\x98quotes\xe2\x80\x99",
+        "\xe2\x80\x9c curly\xe2\x80\x9d \xe2\x80\x98quotes\xe2\x80\x99",
         "\xe4\xbd\xa0\xe5\xa5\xbd \xd8\xb3\xd9\x84\xd8\xa7\xd9\x85 e\xcc\x81",
         "\xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x91\xa7",
         "\xff\xc0\x80\xed\xa0\x80\xf4\x90\x80\x80\xe2\x82",
@@ -333,48 +331,46 @@ static void splice(Input *input, size_t at, size_t cut, const uint8_t *data, siz
     *input = (Input){copy, total};
 }
 
-static void put_number(Input *input) {
-    static const uint64_t numbers[] = {0,
-                                       1,
-                                       2,
-                                       31,
-                                       32,
-                                       33,
-                                       255,
-                                       256,
-                                       65535,
-                                       65536,
-                                       0x7fffffff,
-                                       0x80000000,
-                                       0xffffffff,
-                                       0x100000000,
-                                       0x7fffffffffffffff,
-                                       0x8000000000000000,
-                                       0xffffffffffffffff};
+static void put_number(Input *input, size_t at, size_t width) {
+    static const uint64_t numbers[] = {0,          1,          2,          31,          32,
+                                       33,         255,        256,        65535,       65536,
+                                       0x7fffffff, 0x80000000, 0xffffffff, 0x100000000, 0x7fffffffffffffff,
+                                       UINT64_MAX};
     uint64_t number = numbers[below(sizeof numbers / sizeof *numbers)] + below(3) - 1;
-    size_t width = (size_t)1 << below(4), at = place(input->size);
     if (at + width <= input->size) memcpy(input->data + at, &number, width);
+}
+
+static bool value_begins(const uint8_t *p) {
+    return p[0] >= 'a' && p[0] <= 'z' && p[1] >= 4 && p[1] <= 6 && !p[2] && !p[3] && !p[4];
+}
+
+/* The value of a key of a weight file: what follows a name and a type of u32, i32 or f32. */
+static void put_value(Input *input) {
+    size_t at = place(input->size);
+    while (at + 9 <= input->size && !value_begins(input->data + at)) at++;
+    put_number(input, at + 5, 4);
 }
 
 static void mutate(Input *input, const Input *other) {
     size_t at = place(input->size), length = place(input->size - at), from;
     uint8_t bytes[16];
     for (size_t i = 0; i < sizeof bytes; i++) bytes[i] = (uint8_t)draw();
-    switch (below(8)) {
+    switch (below(9)) {
     case 0:
         if (at < input->size) input->data[at] ^= (uint8_t)(1u << below(8));
         break;
     case 1:
         if (at < input->size) input->data[at] = bytes[0];
         break;
-    case 2: put_number(input); break;
+    case 2: put_number(input, at, (size_t)1 << below(4)); break;
     case 3: splice(input, at, length, NULL, 0); break;
     case 4: splice(input, at, 0, bytes, below(sizeof bytes)); break;
     case 5: input->size = input->size - place(input->size); break;
     case 6:
         if (at < input->size) input->data[at] = (uint8_t)("0123456789 \n&;<>xCFWH"[below(21)]);
         break;
-    case 7:
+    case 7: put_value(input); break;
+    case 8:
         from = place(other->size);
         splice(input, at, below(2) ? length : 0, other->data + from, place(other->size - from));
         break;
@@ -386,7 +382,8 @@ static void fuzz(Target *target, double duration) {
     for (double end = seconds() + duration; target->count && seconds() < end; runs++) {
         const Input *seed = &target->corpus[below((size_t)target->count)];
         Input input = input_copy(seed->data, seed->size);
-        for (size_t i = 0; i <= below(6); i++) mutate(&input, &target->corpus[below((size_t)target->count)]);
+        for (size_t i = below(target->apart ? 2 : 6) + 1; i > 0; i--)
+            mutate(&input, &target->corpus[below((size_t)target->count)]);
         input.data = realloc(input.data, input.size ? input.size : 1); /* so that its end is the end */
         bool good = input.size <= MAX_INPUT && run(target, input);
         accepted += good;
@@ -413,7 +410,8 @@ int main(int argc, char **argv) {
         if (only && strcmp(only, targets[t].name)) continue;
         if (!replaying) fuzz(&targets[t], duration);
         else if (argc > 2 && !read_file(argv[2], MAX_INPUT, &bytes))
-            printf("%s\n", run(&targets[t], (Input){(uint8_t *)bytes.data, bytes.size}) ? "accepted" : "refused");
+            printf("%s\n",
+                   run(&targets[t], (Input){(uint8_t *)bytes.data, bytes.size}) ? "accepted" : "refused");
     }
     return 0;
 }

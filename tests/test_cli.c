@@ -1,5 +1,5 @@
-/* test_cli.c - cli.sh, which drives the program itself, and the damaged weight files that it needs. The program is
- * $SORA, or ./sora. */
+/* test_cli.c - cli.sh, which drives the program itself, and the damaged weight files that it needs. The
+ * program is $SORA, or ./sora. */
 #include "tests/test.h"
 #include "engine/engine.h"
 

@@ -230,6 +230,7 @@ static void test_failures(void) {
 
 static void profile_two_stages(void *unused) {
     (void)unused;
+    Arena arena = arena_open(32 << 20);
     for (int i = 0; i < 2; i++) {
         profile_begin(TRANSFORMER);
         profile_flops(3e9);
@@ -237,6 +238,7 @@ static void profile_two_stages(void *unused) {
         profile_end(TRANSFORMER);
     }
     profile_flops(1e12); /* no stage runs: counts nowhere */
+    arena_close(&arena);
     profile_begin(OUTPUT);
     profile_end(OUTPUT);
     profile_print();
@@ -252,7 +254,7 @@ static void test_profile(void) {
            "peak_memory_mib\t%d\n%n",
            &duration, &rate, &total, &peak, &end);
     CHECK(end && !output[end], "--profile prints \"%s\"", output);
-    CHECK(duration >= 0.004 && total >= duration && rate <= 1500 && peak > 0, "--profile prints \"%s\"",
+    CHECK(duration >= 0.004 && total >= duration && rate <= 1500 && peak >= 32, "--profile prints \"%s\"",
           output);
 }
 

@@ -46,7 +46,7 @@ class MatmulAttention:
         if rotary_emb is not None:
             q, k = (_rotate(x, *rotary_emb) for x in (q, k))
         q, k = q.transpose(1, 2), k.transpose(1, 2)
-        logits = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])
+        logits = (q / math.sqrt(q.shape[-1])) @ k.transpose(2, 3)
         if not is_self and self.text_bias is not None:
             logits = logits + self.text_bias
         out = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)

@@ -18,9 +18,10 @@ import model
 import reading
 from common import Average, Log, Optimisers, save_atomically, sum_over_workers
 
-FIRST_STEPS, FIRST_FRAMES, FIRST_BATCH = 2000, 3, 36  # latent frames; clips a worker and step
-ALL_FRAMES, BATCH = 9, 14
-SHARDS, NEW_SHARDS_EVERY, MOST_SHARDS = 12, 200, 96  # at first; two more every so many steps; in all
+MIXED_STEPS = 6000  # until then, two steps of three see only the beginnings of clips
+BEGINNING = (3, 64)  # latent frames, clips a worker
+WHOLE = (9, 24)
+SHARDS, NEW_SHARDS_EVERY, MOST_SHARDS = 4, 150, 96  # at first; two more every so many steps; in all
 MUON_LR, ADAM_LR, EMA_DECAY = 0.01, 1e-3, 0.999
 DROPPED = 0.1  # share of prompts replaced by the empty one, for guidance
 SAVE_SECONDS = 120
@@ -39,8 +40,8 @@ class TextToVideo(nn.Module):
 
 
 def extent(step):
-    """(latent frames, clips a worker) of a step: beginnings of clips first, which teach what things look like."""
-    return (FIRST_FRAMES, FIRST_BATCH) if step < FIRST_STEPS else (ALL_FRAMES, BATCH)
+    """(latent frames, clips a worker) of a step: mostly beginnings at first, which teach what things look like."""
+    return BEGINNING if step < MIXED_STEPS and step % 3 else WHOLE
 
 
 def shards_at(step):
@@ -102,8 +103,7 @@ def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, 
         s = sigma[:, None, None, None, None]
         return (net((1 - s) * clean + s * noise, sigma, ids, mask) - (noise - clean)).square().mean()
 
-    pool, shards, recent, saved = latents.Pool(out / "latents"), 0, [], time.time()
-    logged = seconds
+    pool, shards, recent, saved, logged = latents.Pool(out / "latents"), 0, [], time.time(), (seconds, samples)
     while step < steps:
         begun = time.time()
         if shards_at(step) != shards:
@@ -121,8 +121,8 @@ def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, 
         recent.append(loss.item())
         if rank == 0 and step % 50 == 0:
             log.write(step=step, samples=samples, seconds=seconds, loss=float(np.mean(recent)), norm=norm.item(),
-                      samples_per_second=len(recent) * workers * len(parts[0]) / (seconds - logged))
-            recent, logged = [], seconds
+                      samples_per_second=(samples - logged[1]) / (seconds - logged[0]))
+            recent, logged = [], (seconds, samples)
         if rank == 0 and (time.time() - saved > SAVE_SECONDS or step == steps):
             save()
             saved = time.time()
