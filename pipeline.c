@@ -6,6 +6,7 @@
  * it starts, by the same functions that lay the buffers out. */
 #include "sora.h"
 
+#include <limits.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -23,12 +24,15 @@ static void check_parts(const Model *m) {
 
 /* The arithmetic that suits the weights of the transformer's large products. */
 static Precision suited(const WeightFile *file) {
-    int dim = (int)weights_int(file, "wan.dim");
+    int dim = weights_size(file, "wan.dim", 1 << 16);
     switch (weights_bind(file, dim, dim, "blocks.0.self_attn.q.weight").type) {
     case TYPE_F32: return F32;
-    case TYPE_Q8_0: return kernels->fast[INT8] ? INT8 : F32;
-    default: return kernels->fast[BF16] ? BF16 : F32;
+    case TYPE_Q8_0:
+        if (kernels->fast[INT8]) return INT8;
+        break;
+    default: break;
     }
+    return kernels->fast[BF16] ? BF16 : F32;
 }
 
 Model model_load(const char *path, Precision precision) {
@@ -54,8 +58,15 @@ void model_free(Model *m) {
 
 /* ---------------------------------------------------------------- settings */
 
-static void take_default(int *setting, const Model *m, const char *key, int otherwise) {
-    if (*setting == 0) *setting = (int)weights_int_or(m->file, key, otherwise);
+static void take_default(int *setting, const Model *m, const char *key, int most, int otherwise) {
+    if (*setting == 0) *setting = weights_size_or(m->file, key, most, otherwise);
+}
+
+static void take_default_number(double *setting, const Model *m, const char *key, double least, double otherwise) {
+    if (*setting >= 0) return;
+    *setting = weights_double_or(m->file, key, otherwise);
+    if (!(*setting >= least && *setting <= 1000))
+        die(STATUS_USAGE, "%s: key \"%s\" is %g, expected %g to 1000", m->path, key, *setting, least);
 }
 
 static void check_size(const char *option, int pixels, int multiple) {
@@ -66,29 +77,31 @@ static void check_size(const char *option, int pixels, int multiple) {
 void settings_complete(Settings *s, const Model *m) {
     const Vae *vae = &m->vae;
     const int *patch = m->transformer.patch_size;
-    take_default(&s->width, m, "default.width", 832);
-    take_default(&s->height, m, "default.height", 480);
-    take_default(&s->fps_num, m, "default.fps_num", 16);
-    take_default(&s->fps_den, m, "default.fps_den", 1);
-    take_default(&s->steps, m, "default.steps", 50);
+    take_default(&s->width, m, "default.width", 16384, 832);
+    take_default(&s->height, m, "default.height", 16384, 480);
+    take_default(&s->fps_num, m, "default.fps_num", 1000000, 16);
+    take_default(&s->fps_den, m, "default.fps_den", 1000000, 1);
+    take_default(&s->steps, m, "default.steps", 1000, 50);
     if (s->seconds >= 0) {
         double chunks = s->seconds * s->fps_num / s->fps_den / vae->temporal_stride;
         if (chunks > 1e6) die(STATUS_USAGE, "--seconds: %g is more than can be counted in frames", s->seconds);
         s->frames = (int)floor(chunks + 0.5) * vae->temporal_stride + 1;
     }
-    take_default(&s->frames, m, "default.frames", 81);
-    if (s->guidance < 0) s->guidance = weights_double_or(m->file, "default.guidance", 5.0);
-    if (s->shift < 0) s->shift = weights_double_or(m->file, "scheduler.shift", 3.0);
+    take_default(&s->frames, m, "default.frames", 1000001, 81);
+    take_default_number(&s->guidance, m, "default.guidance", 0, 5.0);
+    take_default_number(&s->shift, m, "scheduler.shift", 1e-3, 3.0);
     if (s->sampler == SAMPLERS && !sampler_parse(weights_string_or(m->file, "scheduler.sampler", "unipc"), &s->sampler))
-        die(STATUS_USAGE, "%s: sora.sampler '%s' is unknown; give --sampler", m->path,
+        die(STATUS_USAGE, "%s: scheduler.sampler '%s' is unknown; give --sampler", m->path,
             weights_string_or(m->file, "scheduler.sampler", ""));
     if (!s->negative) s->negative = weights_string_or(m->file, "default.negative_prompt", "");
     check_size("width", s->width, vae->spatial_stride * patch[2]);
     check_size("height", s->height, vae->spatial_stride * patch[1]);
-    if (s->frames < 1 || (s->frames - 1) % (vae->temporal_stride * patch[0]))
-        die(STATUS_USAGE, "--frames: %d is not %dk+1", s->frames, vae->temporal_stride * patch[0]);
-    if ((double)s->width * s->height * s->frames > 1e11)
-        die(STATUS_USAGE, "--size %dx%d with --frames %d is more than 1e11 pixels", s->width, s->height, s->frames);
+    if ((s->frames - 1) % vae->temporal_stride)
+        die(STATUS_USAGE, "--frames: %d is not %dk+1", s->frames, vae->temporal_stride);
+    double positions = (double)s->width * s->height / vae->spatial_stride / vae->spatial_stride;
+    if (positions * (s->frames / vae->temporal_stride + 1) > INT_MAX)
+        die(STATUS_USAGE, "--size %dx%d with --frames %d is more than 2^31 latent positions", s->width, s->height,
+            s->frames);
 }
 
 /* ---------------------------------------------------------------- the run */
@@ -203,7 +216,7 @@ static void denoise(const Run *run, Denoiser *d, float *latents) {
     const Settings *s = run->settings;
     float guidance = (float)s->guidance;
     Schedule schedule = schedule_make(s->sampler, s->steps, s->shift,
-                                      (int)weights_int_or(run->model->file, "scheduler.num_train_timesteps", 1000));
+                                      weights_size_or(run->model->file, "scheduler.num_train_timesteps", 1 << 20, 1000));
     tap(schedule.timesteps, SHAPE(s->steps), "timesteps");
     tap(schedule.sigmas, SHAPE(s->steps + 1), "sigmas");
     for (int step = 0; step < s->steps; step++) {
@@ -230,6 +243,7 @@ static void make_latents(const Run *run, float *latents) {
     const Transformer *t = &run->model->transformer;
     Prompt prompt = encode_prompt(run, s->prompt, "prompt"), negative = {0};
     if (run->guided) negative = encode_prompt(run, s->negative, "negative");
+    scratch_free();
     Arena count = {0};
     denoiser_take(&count, run, prompt.n, negative.n);
     Arena arena = arena_open(count.used);
@@ -242,6 +256,7 @@ static void make_latents(const Run *run, float *latents) {
     denoise(run, &denoiser, latents);
     tap(latents, latent_shape(run), "latents");
     arena_close(&arena);
+    scratch_free();
     prompt_free(&prompt);
     prompt_free(&negative);
 }
@@ -276,7 +291,7 @@ static void write_frame(void *to, const float *frame) {
     if (s->preview) preview_frame(frame, s->width, s->height, video->index);
     progress("frame", ++video->index, s->frames);
     profile_end(OUTPUT);
-    profile_begin(VAE_DECODE);
+    profile_resume(VAE_DECODE);
 }
 
 static Video video_open(const Run *run) {
@@ -301,20 +316,22 @@ static void decode(const Run *run, Video *video, const float *latents) {
         profile_end(VAE_DECODE);
     }
     arena_close(&arena);
+    scratch_free();
 }
 
+/* The record comes first: a video without one would look as if none had been wanted. Standard output and devices, which
+ * are written straight, have none. */
 static void video_close(Video *video) {
     const Run *run = video->run;
     char sha[65];
     sha256_finish(&video->sha, sha);
+    output_flush(&video->file);
+    if (run->settings->record && video->file.temporary) record_write(run->model, run->settings, sha);
     output_commit(&video->file);
-    if (run->settings->record && strcmp(run->settings->output, "-")) record_write(run->model, run->settings, sha);
     free(video->planes);
 }
 
 /* ---------------------------------------------------------------- what it will take */
-
-static size_t largest(size_t a, size_t b) { return a > b ? a : b; }
 
 static int tokens_of(const Run *run) {
     const int *patch = run->model->transformer.patch_size;
@@ -329,14 +346,17 @@ static size_t run_memory(const Run *run, int n, int n_negative) {
     int longer = n > n_negative ? n : n_negative, L = tokens_of(run), taps = 27;
     Arena denoiser = {0};
     denoiser_take(&denoiser, run, n, n_negative);
-    size_t text = text_encoder_memory(&m->text_encoder, longer) +
-                  product_memory(m->text_encoder.precision, longer, m->text_encoder.ffn_dim);
-    size_t denoising = denoiser.used + largest(attention_memory(t->precision, L, t->num_heads, t->dim / t->num_heads),
-                                               product_memory(t->precision, L, t->ffn_dim));
+    const TextEncoder *e = &m->text_encoder;
+    size_t text = text_encoder_memory(e, longer) + larger(product_memory(e->precision, longer, e->ffn_dim),
+                                                          attention_memory(F32, longer, e->num_heads, e->head_dim));
+    size_t reading = sizeof(float) * (size_t)(longer + 1) * (size_t)(t->text_dim + 2 * t->dim);
+    size_t denoising = denoiser.used + larger(reading + product_memory(F32, longer + 1, t->text_dim),
+                                              larger(attention_memory(t->precision, L, t->num_heads, t->dim / t->num_heads),
+                                                     product_memory(t->precision, L, t->ffn_dim)));
     size_t decoding = vae_decode_memory(&m->vae, run->H, run->W) +
-                      largest(attention_memory(vae->precision, run->H * run->W, 1, vae->proj.in),
-                              product_memory(vae->precision, 0, taps * vae->proj.in));
-    return largest(text, largest(denoising, decoding)) + run->elements * sizeof(float);
+                      larger(attention_memory(vae->precision, run->H * run->W, 1, vae->proj.in),
+                             product_memory(vae->precision, 0, taps * vae->proj.in));
+    return larger(text, larger(denoising, decoding)) + run->elements * sizeof(float);
 }
 
 static double run_flops(const Run *run, int n, int n_negative) {
@@ -359,10 +379,9 @@ static void estimate(const Run *run) {
     if (bytes > available)
         die(STATUS_RESOURCE, "%dx%d with %d frames needs %.1f GiB of memory and %.1f GiB can be had", s->width,
             s->height, s->frames, bytes / 0x1p30, available / 0x1p30);
-    if (!s->quiet)
-        progress_note("%dx%d, %d frames, %d steps, seed %llu: %.4g TFLOP, %.2f GiB of memory beside the weights",
-                      s->width, s->height, s->frames, s->steps, (unsigned long long)s->seed,
-                      run_flops(run, n, negative) * 1e-12, bytes / 0x1p30);
+    progress_note("%dx%d, %d frames, %d steps: %.4g TFLOP in %s, %.2f GiB of memory beside the weights", s->width,
+                  s->height, s->frames, s->steps, run_flops(run, n, negative) * 1e-12,
+                  precision_name(run->model->precision), bytes / 0x1p30);
 }
 
 void generate(Model *model, const Settings *settings) {

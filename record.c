@@ -1,8 +1,8 @@
 /* record.c - OUTPUT.json beside the video: that it was generated, by what, and all that makes the same file again.
  *
  * A prompt can be private, so it stands there only on request; otherwise its SHA-256 does, by which whoever knows the
- * prompt can confirm it. The model is named by the hash that export.py took of its tensors. Threads and instruction
- * set are left out: in float32 they change nothing. */
+ * prompt can confirm it. The model is named by the hash that export.py took of its tensors. Threads are left
+ * out, and so is the instruction set in float32: they change nothing. */
 #include "sora.h"
 
 #include <stdlib.h>
@@ -52,6 +52,7 @@ static void write_settings(Json *json, const Model *model, const Settings *s) {
     json_double(json, "shift", s->shift);
     write_noise(json, s);
     json_string(json, "precision", precision_name(model->precision));
+    if (model->precision != F32) json_string(json, "isa", kernels->name);
     json_int(json, "chroma", s->chroma);
     json_close(json);
 }

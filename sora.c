@@ -112,7 +112,7 @@ static void parse_pair(Option option, const char *text, char separator, int most
 
 static char *read_prompt(const char *path) {
     Bytes bytes;
-    const char *why = read_file(path, 1 << 20, &bytes);
+    const char *why = read_file(path, 1 << 16, &bytes); /* 512 tokens are what is read of it */
     if (why) die(STATUS_USAGE, "--prompt-file %s: %s", path, why);
     char *text = allocate(bytes.size + 1);
     memcpy(text, bytes.data, bytes.size);
@@ -204,7 +204,7 @@ static Option find_option(const char *text, const char **value) {
 static Command parse(int argc, char **argv) {
     Command c = {.settings = {.output = "out.y4m", .chroma = 420, .seconds = -1, .guidance = -1, .shift = -1,
                               .sampler = SAMPLERS, .record = true},
-                 .isa = "auto", .tolerance = 1e-4, .precision = AUTOMATIC};
+                 .isa = "auto", .tolerance = -1, .precision = AUTOMATIC};
     bool only_prompts = false;
     for (int i = 1; i < argc; i++) {
         if (only_prompts || argv[i][0] != '-' || !argv[i][1]) {
@@ -273,8 +273,16 @@ static int print_info(const char *path) {
     return STATUS_OK;
 }
 
+static void check_together(const Command *c) {
+    const Settings *s = &c->settings;
+    if (c->dump_only && !c->dump) die(STATUS_USAGE, "--dump-only: nothing is written without --dump");
+    if (c->tolerance >= 0 && !c->check) die(STATUS_USAGE, "--tolerance: nothing is compared without --check");
+    if (s->frames && s->seconds >= 0) die(STATUS_USAGE, "--frames and --seconds: one of them says how long");
+}
+
 static int run(Command *c) {
     Settings *s = &c->settings;
+    check_together(c);
     const char *path = c->model ? c->model : bundled_model();
     if (c->info) return print_info(path);
     if (!s->prompt) die(STATUS_USAGE, "no prompt; --help lists the options");
@@ -287,7 +295,7 @@ static int run(Command *c) {
         settings_complete(s, &model);
         if (!c->seeded) s->seed = random_seed();
         if (!c->seeded && !s->noise && !s->quiet) fprintf(stderr, "seed %llu\n", (unsigned long long)s->seed);
-        taps_open(c->dump, c->dump_only, c->check, c->tolerance);
+        taps_open(c->dump, c->dump_only, c->check, c->tolerance < 0 ? 1e-4 : c->tolerance);
         generate(&model, s);
     }
     model_free(&model);
@@ -301,8 +309,10 @@ int main(int argc, char **argv) {
     const char *why = kernels_choose(command.isa);
     if (why) die(STATUS_USAGE, "--isa: %s", why);
     progress_enable(!command.settings.quiet);
+    int status = STATUS_OK;
     if (command.help) print_help();
     else if (command.version) print_version();
-    else return run(&command);
-    return STATUS_OK;
+    else status = run(&command);
+    if (fflush(stdout) || ferror(stdout)) die(STATUS_RESOURCE, "standard output: %s", strerror(errno));
+    return status;
 }

@@ -103,7 +103,7 @@ typedef struct {
     float *keys, *values; /* (num_layers, positions, D) */
 } TextContext;
 TextContext text_context_take(Arena *arena, const Transformer *transformer, int n);
-/* embeds (n, text_dim), which n gave the context its size. */
+/* embeds (n, text_dim), of the n that the context was taken for. */
 void transformer_read(const Transformer *transformer, const float *embeds, int n, TextContext *context);
 
 /* What a forward pass needs besides weights: positions, and room to compute in. */
@@ -207,7 +207,7 @@ typedef struct {
 /* Planes of 8 bits, BT.601 limited range, from a frame [3,Y,X] of floats in [-1,1]; out has y4m_frame_bytes(). */
 size_t y4m_frame_bytes(const VideoFormat *format);
 void y4m_convert(const VideoFormat *format, const float *frame, uint8_t *out);
-/* The header line of interface with its newline, at most 79 bytes; returns its length. */
+/* The header line with its newline, at most 79 bytes, since some readers stop there; returns its length. */
 size_t y4m_header(const VideoFormat *format, char out[80]);
 
 typedef struct Y4mReader Y4mReader;

@@ -21,17 +21,20 @@
 TextEncoder text_encoder_load(const WeightFile *file, Precision precision) {
     TextEncoder e = {
         .precision = precision == F32 ? F32 : BF16,
-        .vocab_size = (int)weights_int(file, "t5encoder.vocab_size"),
-        .dim = (int)weights_int(file, "t5encoder.embedding_length"),
-        .ffn_dim = (int)weights_int(file, "t5encoder.feed_forward_length"),
-        .num_heads = (int)weights_int(file, "t5encoder.attention.head_count"),
-        .head_dim = (int)weights_int(file, "t5encoder.attention.key_length"),
-        .num_layers = (int)weights_int(file, "t5encoder.block_count"),
-        .num_buckets = (int)weights_int_or(file, "t5encoder.attention.relative_buckets_count", 32),
-        .max_distance = (int)weights_int_or(file, "t5encoder.attention.relative_max_distance", 128),
+        .vocab_size = weights_size(file, "t5encoder.vocab_size", 1 << 24),
+        .dim = weights_size(file, "t5encoder.embedding_length", 1 << 16),
+        .ffn_dim = weights_size(file, "t5encoder.feed_forward_length", 1 << 18),
+        .num_heads = weights_size(file, "t5encoder.attention.head_count", 1 << 10),
+        .head_dim = weights_size(file, "t5encoder.attention.key_length", 1 << 10),
+        .num_layers = weights_size(file, "t5encoder.block_count", 1 << 10),
+        .num_buckets = weights_size_or(file, "t5encoder.attention.relative_buckets_count", 1 << 10, 32),
+        .max_distance = weights_size_or(file, "t5encoder.attention.relative_max_distance", 1 << 16, 128),
         .eps = (float)weights_double_or(file, "t5encoder.attention.layer_norm_rms_epsilon", 1e-6),
     };
     int inner = e.num_heads * e.head_dim;
+    if (e.num_buckets % 4 || e.max_distance <= e.num_buckets / 4)
+        die(STATUS_USAGE, "weight file: %d buckets of relative positions do not reach to %d", e.num_buckets,
+            e.max_distance);
     e.token_embedding = weights_bind(file, e.vocab_size, e.dim, "token_embd.weight");
     e.blocks = allocate(sizeof *e.blocks * (size_t)e.num_layers);
     for (int i = 0; i < e.num_layers; i++)

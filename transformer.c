@@ -52,20 +52,21 @@ static int patch_volume(const Transformer *t) {
 }
 
 static void read_config(const WeightFile *file, Transformer *t) {
-    t->dim = (int)weights_int(file, "wan.dim");
-    t->ffn_dim = (int)weights_int(file, "wan.ffn_dim");
-    t->freq_dim = (int)weights_int(file, "wan.freq_dim");
-    t->in_dim = (int)weights_int(file, "wan.in_dim");
-    t->out_dim = (int)weights_int(file, "wan.out_dim");
-    t->num_heads = (int)weights_int(file, "wan.num_heads");
-    t->num_layers = (int)weights_int(file, "wan.num_layers");
-    t->text_len = (int)weights_int(file, "wan.text_len");
-    t->text_dim = (int)weights_int(file, "wan.text_dim");
+    t->dim = weights_size(file, "wan.dim", 1 << 16);
+    t->ffn_dim = weights_size(file, "wan.ffn_dim", 1 << 18);
+    t->freq_dim = weights_size(file, "wan.freq_dim", 1 << 16);
+    t->in_dim = weights_size(file, "wan.in_dim", 1 << 12);
+    t->out_dim = weights_size(file, "wan.out_dim", 1 << 12);
+    t->num_heads = weights_size(file, "wan.num_heads", 1 << 10);
+    t->num_layers = weights_size(file, "wan.num_layers", 1 << 10);
+    t->text_len = weights_size(file, "wan.text_len", 1 << 12);
+    t->text_dim = weights_size(file, "wan.text_dim", 1 << 16);
     t->eps = (float)weights_double(file, "wan.eps");
-    WeightArray patch;
-    if (!weights_array(file, "wan.patch_size", &patch) || patch.count != 3)
-        die(STATUS_USAGE, "weight file: wan.patch_size is not three numbers");
-    for (int i = 0; i < 3; i++) t->patch_size[i] = (int)array_int(&patch, i);
+    weights_sizes(file, "wan.patch_size", 16, t->patch_size, 3);
+    if (t->patch_size[0] != 1)
+        die(STATUS_USAGE, "weight file: wan.patch_size %d in time: only patches within a frame are run",
+            t->patch_size[0]);
+    if (t->freq_dim % 2) die(STATUS_USAGE, "weight file: wan.freq_dim %d is odd", t->freq_dim);
     if (t->dim % t->num_heads || t->dim / t->num_heads % 2)
         die(STATUS_USAGE, "weight file: wan.dim %d is not wan.num_heads %d heads of even width", t->dim, t->num_heads);
 }
@@ -148,8 +149,6 @@ static void rope_table(const Transformer *t, TransformerState *s) {
         rope_axis(c + (temporal + spatial) / 2, si + (temporal + spatial) / 2, l % columns, spatial);
     }
 }
-
-static size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 
 TransformerState transformer_state_take(Arena *arena, const Transformer *t, int T, int H, int W) {
     int D = t->dim, L = T * H * W / patch_volume(t);

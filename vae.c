@@ -24,6 +24,8 @@
 
 /* ---------------------------------------------------------------- weights */
 
+enum { MAX_LEVELS = 8 };
+
 static Conv bind_conv(const WeightFile *file, Precision precision, int O, int I, int kt, int k, const char *name) {
     Conv conv = {.kt = kt, .kh = k, .kw = k, .in = I, .out = O};
     if (I > MAX_CHANNELS) die(STATUS_USAGE, "weight file: vae.%s reads %d channels, more than %d", name, I, MAX_CHANNELS);
@@ -44,28 +46,25 @@ static ResidualBlock bind_residual(const WeightFile *file, Precision precision, 
     return block;
 }
 
-static WeightArray config_array(const WeightFile *file, const char *key, size_t least) {
-    WeightArray array;
-    if (!weights_array(file, key, &array) || array.count < least)
-        die(STATUS_USAGE, "weight file: %s is not an array of at least %zu", key, least);
-    return array;
-}
-
 static const float *config_floats(const WeightFile *file, const char *key, int count) {
-    WeightArray array = config_array(file, key, (size_t)count);
+    WeightArray array;
+    if (!weights_array(file, key, &array) || array.count != (size_t)count || !array_is_number(&array))
+        die(STATUS_USAGE, "weight file: %s is not an array of %d numbers", key, count);
     float *values = allocate(sizeof(float) * (size_t)count);
     for (int i = 0; i < count; i++) values[i] = (float)array_double(&array, (size_t)i);
     return values;
 }
 
 /* The original release numbers residual blocks and upsamplings of all levels in one list. */
-static void bind_levels(const WeightFile *file, Vae *vae, const WeightArray *mult, int base, int blocks) {
-    WeightArray temporal = config_array(file, "vae.temperal_downsample", mult->count - 1);
+static void bind_levels(const WeightFile *file, Vae *vae, const int *dims, int blocks) {
+    WeightArray temporal;
     char path[64];
-    int last = (int)mult->count - 1, in = base * (int)array_int(mult, (size_t)last), index = 0;
+    int last = vae->num_levels - 1, in = dims[last], index = 0;
+    if (!weights_array(file, "vae.temperal_downsample", &temporal) || temporal.count != (size_t)last)
+        die(STATUS_USAGE, "weight file: vae.temperal_downsample is not an array of %d", last);
     for (int i = 0; i <= last; i++) { /* the file lists the finest level first */
         VaeLevel *level = &vae->levels[i];
-        int out = base * (int)array_int(mult, (size_t)(last - i));
+        int out = dims[last - i];
         level->num_blocks = blocks + 1;
         level->blocks = allocate(sizeof *level->blocks * (size_t)level->num_blocks);
         for (int j = 0; j < level->num_blocks; j++, in = out) {
@@ -95,22 +94,32 @@ static void bind_middle(const WeightFile *file, Vae *vae, int top) {
     vae->middle_2 = bind_residual(file, vae->precision, top, top, "decoder.middle.2");
 }
 
+/* Widths of the levels, finest first. */
+static int read_dims(const WeightFile *file, int dims[MAX_LEVELS]) {
+    WeightArray mult;
+    if (!weights_array(file, "vae.dim_mult", &mult) || mult.count < 1 || mult.count > MAX_LEVELS)
+        die(STATUS_USAGE, "weight file: vae.dim_mult is not an array of 1 to %d", MAX_LEVELS);
+    int base = weights_size(file, "vae.base_dim", MAX_CHANNELS);
+    base = weights_size_or(file, "vae.decoder_base_dim", MAX_CHANNELS, base);
+    weights_sizes(file, "vae.dim_mult", 64, dims, (int)mult.count);
+    for (size_t i = 0; i < mult.count; i++) dims[i] *= base;
+    return (int)mult.count;
+}
+
 Vae vae_load(const WeightFile *file, Precision precision) {
-    WeightArray mult = config_array(file, "vae.dim_mult", 1);
-    int base = (int)weights_int_or(file, "vae.decoder_base_dim", weights_int(file, "vae.base_dim"));
-    int finest = base * (int)array_int(&mult, 0), coarsest = base * (int)array_int(&mult, mult.count - 1);
-    Vae vae = {.z_dim = (int)weights_int(file, "vae.z_dim"),
-               .patch_size = (int)weights_int_or(file, "vae.patch_size", 1),
-               .num_levels = (int)mult.count, .temporal_stride = 1, .precision = precision == F32 ? F32 : BF16};
+    int dims[MAX_LEVELS], levels = read_dims(file, dims);
+    Vae vae = {.z_dim = weights_size(file, "vae.z_dim", MAX_CHANNELS),
+               .patch_size = weights_size_or(file, "vae.patch_size", 16, 1),
+               .num_levels = levels, .temporal_stride = 1, .precision = precision == F32 ? F32 : BF16};
     vae.out_channels = 3 * vae.patch_size * vae.patch_size;
     vae.spatial_stride = vae.patch_size;
-    vae.levels = allocate(sizeof *vae.levels * mult.count);
+    vae.levels = allocate(sizeof *vae.levels * (size_t)levels);
     vae.latents_mean = config_floats(file, "vae.latents_mean", vae.z_dim);
     vae.latents_std = config_floats(file, "vae.latents_std", vae.z_dim);
-    bind_middle(file, &vae, coarsest);
-    bind_levels(file, &vae, &mult, base, (int)weights_int(file, "vae.num_res_blocks"));
-    vae.head_norm = weights_floats(file, finest, "vae.decoder.head.0.gamma");
-    vae.head = bind_conv(file, vae.precision, vae.out_channels, finest, 3, 3, "decoder.head.2");
+    bind_middle(file, &vae, dims[levels - 1]);
+    bind_levels(file, &vae, dims, weights_size(file, "vae.num_res_blocks", 64));
+    vae.head_norm = weights_floats(file, dims[0], "vae.decoder.head.0.gamma");
+    vae.head = bind_conv(file, vae.precision, vae.out_channels, dims[0], 3, 3, "decoder.head.2");
     return vae;
 }
 
@@ -278,8 +287,6 @@ void vae_decode_frame(Vae *vae, const float *latents, int T, int t, FrameSink *s
 
 /* ---------------------------------------------------------------- memory and work */
 
-static int larger(int a, int b) { return a > b ? a : b; }
-
 static char *take_operands(const Vae *vae, Arena *arena, const VaeLevel *level) {
     return arena_take(arena, (size_t)pixels_of(level) * row_bytes(vae->precision, level->channels));
 }
@@ -292,13 +299,13 @@ static void take_past(const Vae *vae, Arena *arena, Conv *conv, const VaeLevel *
 static void lay_out_level(Vae *vae, Arena *arena, int index, int in) {
     VaeLevel *level = &vae->levels[index];
     int out = level->blocks[0].conv1.out;
-    level->channels = larger(in, out);
+    level->channels = (int)larger(in, out);
     level->wide_channels = 2 * level->time_conv.in;
     if (index == 0) {
-        level->channels = larger(level->channels, vae->z_dim);
-        level->wide_channels = larger(level->wide_channels, vae->qkv.out);
+        level->channels = (int)larger(level->channels, vae->z_dim);
+        level->wide_channels = (int)larger(level->wide_channels, vae->qkv.out);
     }
-    if (!level->resample.out) level->channels = larger(level->channels, vae->out_channels);
+    if (!level->resample.out) level->channels = (int)larger(level->channels, vae->out_channels);
     size_t pixels = (size_t)level->height * level->width;
     level->x = arena_floats(arena, pixels * level->channels);
     level->h = take_operands(vae, arena, level);
@@ -319,7 +326,7 @@ void vae_decode_start(Vae *vae, Arena *arena, int H, int W) {
         level->height = H << i;
         level->width = W << i;
         lay_out_level(vae, arena, i, in);
-        channels = larger(channels, level->channels);
+        channels = (int)larger(channels, level->channels);
         in = level->resample.out;
     }
     VaeLevel *first = &vae->levels[0], *last = &vae->levels[vae->num_levels - 1];

@@ -17,9 +17,6 @@
 
 enum { TILE_KEYS = 128, BLOCK_ROWS = 5 };
 
-static int smaller(int a, int b) { return a < b ? a : b; }
-static int round_up(int a, int b) { return (a + b - 1) / b * b; }
-
 /* Where a head's packed keys and values lie, and what they are packed as. Sizes in bytes. */
 typedef struct {
     const Attention *a;

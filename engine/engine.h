@@ -1,7 +1,7 @@
 /* engine.h - the machine room: what the stages of sora.h stand on.
  *
- * Sections follow the files of this folder: util, profile, weights, kernels, product, attention, rows, noise,
- * npy, tap, record. Nothing here knows what a video model is.
+ * Sections follow the files of this folder: util, profile, progress, weights, kernels, panel, product, attention,
+ * rows, noise, npy, tap, sha256, json. Nothing here knows what a video model is.
  *
  * Two regimes for errors. Functions that read bytes from outside return NULL, or a one-line reason (a static
  * string that the next reason() overwrites), to which the caller adds the file's name. Everything else that
@@ -73,11 +73,18 @@ size_t memory_available(void);  /* bytes that can be had without swapping; SIZE_
 void memory_note(void);         /* takes the present memory into account; arena_close() does so by itself */
 size_t memory_peak(void);       /* private bytes at the highest point noted: mapped weights do not count */
 
+/* Small integers, as everywhere. */
+static inline int smaller(int a, int b) { return a < b ? a : b; }
+static inline size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+static inline int ceiling(int a, int b) { return (a + b - 1) / b; } /* of a / b */
+static inline int round_up(int a, int b) { return ceiling(a, b) * b; }
+
 /* ---------------------------------------------------------------- profile.c: where the time goes */
 
 typedef enum { LOAD, TEXT_ENCODER, TRANSFORMER, SAMPLER, VAE_ENCODE, VAE_DECODE, OUTPUT, STAGES } Stage;
 void profile_begin(Stage stage);
 void profile_end(Stage stage);
+void profile_resume(Stage stage); /* goes on with a call that was ended for another stage's sake */
 void profile_flops(double count); /* adds to whatever stage is running */
 void profile_print(void);         /* the lines of --profile, on standard error */
 
@@ -136,6 +143,7 @@ typedef struct {
 bool weights_array(const WeightFile *file, const char *key, WeightArray *out); /* false: no such array */
 int64_t array_int(const WeightArray *array, size_t index); /* 0 if the elements are no integers */
 double array_double(const WeightArray *array, size_t index);
+bool array_is_number(const WeightArray *array);
 /* The next string of a string array; *cursor starts at array->data. Lengths were checked when parsing. */
 Bytes array_next_string(const WeightArray *array, const uint8_t **cursor);
 void weights_print(const WeightFile *file, FILE *out); /* --info: keys, then tensors with type and shape */
@@ -170,7 +178,8 @@ typedef uint32_t __attribute__((may_alias)) Word;
 typedef uint32_t Word;
 #endif
 
-/* The functions that have a body per instruction set (kernel_body.h). Every table gives the same bits. */
+/* The functions that have a body per instruction set (kernel_body.h). With F32 every table gives
+ * the same bits; INT8 too, and BF16 but for subnormal numbers, which some dot products flush. */
 typedef struct {
     const char *name;         /* generic, avx2, avx512, neon */
     bool fast[PRECISIONS];    /* faster than float32 */
@@ -225,8 +234,9 @@ void pack_columns(Precision precision, void *panel, const float *w, size_t strid
 
 /* ---------------------------------------------------------------- product.c: the large products */
 
-/* One region that a product or an attention uses while it runs, and nobody keeps. Grows, never shrinks. */
+/* One region that a product or an attention uses while it runs, and nobody keeps. Grows until it is freed. */
 void *scratch(size_t bytes);
+void scratch_free(void);
 size_t product_memory(Precision precision, int L, int I); /* bytes of it that linear() takes */
 
 /* A layer as checkpoints hold it, NAME.weight and NAME.bias, and the arithmetic to use on it. */

@@ -14,9 +14,6 @@
 #include <math.h>
 #include <string.h>
 
-static int smaller(int a, int b) { return a < b ? a : b; }
-static int round_up(int a, int b) { return (a + b - 1) / b * b; }
-
 size_t row_offset(Precision precision, int k) {
     switch (precision) {
     case F32: return 4 * (size_t)k;

@@ -30,19 +30,17 @@ enum {
     GROUP_BYTES = 16 << 20, /* of packed panels, unless one is larger */
 };
 
+static Arena region;
+
 void *scratch(size_t bytes) {
-    static void *region;
-    static size_t size;
-    if (bytes > size) {
-        free(region);
-        region = allocate(bytes);
-        size = bytes;
+    if (bytes > region.size) {
+        scratch_free();
+        region = arena_open(bytes);
     }
-    return region;
+    return region.base;
 }
 
-static int smaller(int a, int b) { return a < b ? a : b; }
-static int ceiling(int a, int b) { return (a + b - 1) / b; }
+void scratch_free(void) { arena_close(&region); }
 
 /* The part of k that a tile takes at once: for INT8, what is under one scale. */
 static int chunk_of(Precision precision) { return precision == INT8 ? INT8_CHUNK : CHUNK; }

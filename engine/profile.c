@@ -12,15 +12,19 @@ static struct { long calls; double seconds, flops; } stages[STAGES];
 static Stage running = STAGES;
 static double started, first = -1;
 
-void profile_begin(Stage stage) {
+void profile_resume(Stage stage) {
     running = stage;
     started = seconds();
     if (first < 0) first = started;
 }
 
+void profile_begin(Stage stage) {
+    profile_resume(stage);
+    stages[stage].calls++;
+}
+
 void profile_end(Stage stage) {
     stages[stage].seconds += seconds() - started;
-    stages[stage].calls++;
     running = STAGES;
 }
 

@@ -72,12 +72,12 @@ const char *reason(const char *format, ...) {
 
 enum { ALIGNMENT = 64 }; /* a cache line, and the widest vector */
 
-static size_t round_up(size_t bytes) {
+static size_t aligned(size_t bytes) {
     return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
 }
 
 void *allocate(size_t bytes) {
-    size_t size = round_up(bytes ? bytes : 1);
+    size_t size = aligned(bytes ? bytes : 1);
     void *p = size >= bytes ? aligned_alloc(ALIGNMENT, size) : NULL;
     if (!p) die(STATUS_RESOURCE, "out of memory: %.1f MiB could not be had", bytes / 1048576.0);
     return memset(p, 0, size);
@@ -103,7 +103,7 @@ char *format_string(const char *format, ...) {
 
 void *arena_take(Arena *arena, size_t bytes) {
     size_t at = arena->used;
-    arena->used += round_up(bytes);
+    arena->used += aligned(bytes);
     if (!arena->base) return NULL;
     if (arena->used > arena->size)
         die(STATUS_RESOURCE, "an arena of %zu bytes was asked for %zu (a bug)", arena->size, arena->used);

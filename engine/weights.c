@@ -453,6 +453,8 @@ static bool is_number(uint32_t type) {
     return is_integer(type) || type == VALUE_F32 || type == VALUE_F64;
 }
 
+bool array_is_number(const WeightArray *array) { return is_number(array->type); }
+
 int64_t array_int(const WeightArray *array, size_t index) {
     int bytes = value_bytes[array->type];
     if (!is_integer(array->type)) return 0;

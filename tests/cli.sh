@@ -75,6 +75,9 @@ input() {
     refused 2 "--prompt-file nowhere.txt: No such file" $small --prompt-file nowhere.txt
     refused 2 "--check nowhere: No such file" $small --check nowhere x
     refused 2 "--check tests: the folder holds no .npy" $small --check tests x
+    refused 2 "--dump-only: nothing is written without --dump" $small --dump-only 'step*' x
+    refused 2 "--tolerance: nothing is compared without --check" $small --tolerance 1 x
+    refused 2 "--frames and --seconds" $small --seconds 1 x
 }
 
 resources() {
@@ -83,7 +86,7 @@ resources() {
     refused 3 "--dump $work/nowhere/below: No such file" $small --dump "$work/nowhere/below" x
     refused 3 "needs .* GiB of memory and .* GiB can be had" -m $model -s 4096x4096 -f 4001 x
     if [ -c /dev/full ]; then
-        refused 3 "/dev/full: cannot write: No space left" $small --no-record -o /dev/full x
+        refused 3 "/dev/full: cannot write: No space left" $small -o /dev/full x
     fi
 }
 
@@ -166,7 +169,7 @@ options() {
     run $small -o "$work/clip.y4m" --chroma 444 --fps 30000:1001 --record-prompt -g 1 "a red fox"
     claim "--chroma and --fps" grep -aq "F30000:1001 Ip A1:1 C444 " "$work/clip.y4m"
     claim "--record-prompt" grep -q '"a red fox"' "$work/clip.y4m.json"
-    run $small -o "$work/clip.y4m" --no-record --seconds 0.3 x
+    run -m $model -s 32x16 --steps 1 --seed 7 -o "$work/clip.y4m" --no-record --seconds 0.3 x
     claim "--no-record" [ ! -e "$work/clip.y4m.json" ]
     claim "--seconds 0.3 is 5 frames" [ "$(frames)" -eq 5 ]
     run -m $model -s 32x16 -f 1 --steps 1 -o "$work/clip.y4m" x

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import common
+import latents
 import model
 import pipeline
 import tokenizer
@@ -67,3 +68,19 @@ def test_one_zero_position_stands_for_all_of_them(words, tmp_path):
 def test_an_update_of_muon_is_nearly_orthogonal():
     u = common.orthogonalise(torch.randn(24, 40, generator=torch.Generator().manual_seed(0)))
     assert torch.linalg.svdvals(u).min() > 0.5 and torch.linalg.svdvals(u).max() < 1.3
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "SHARD", 8)
+    for name, value in dict(SHARDS=1, NEW_SHARDS_EVERY=100, BEGINNING=(1, 2), WHOLE=(2, 2)).items():
+        monkeypatch.setattr(transformer, name, value)
+    tokens, reader = tokenizer.Tokenizer(words), model.new_text_encoder(len(tokenizer.Tokenizer(words))).state_dict()
+    for run in ("whole", "parted"):
+        latents.shard_path(tmp_path / run / "latents", 0).parent.mkdir(parents=True)
+        np.save(latents.shard_path(tmp_path / run / "latents", 0),
+                np.random.default_rng(0).normal(size=(8, vae.Z, 2, 6, 6)).astype(np.float16))
+    monkeypatch.setattr(transformer, "rate", lambda step, steps: 1.0)
+    expected = transformer.train(tmp_path / "whole", tokens, reader, None, steps=4, seed=0)
+    transformer.train(tmp_path / "parted", tokens, reader, None, steps=2, seed=0)
+    resumed = transformer.train(tmp_path / "parted", tokens, reader, None, steps=4, seed=0)
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
