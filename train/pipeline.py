@@ -47,6 +47,7 @@ def save(folder, tokenizer_folder, text_to_video, vae_state, dtype=torch.float16
         for p in part.parameters():
             p.data = p.data.to(dtype)
     pipeline.save_pretrained(new)
+    shutil.copy(pathlib.Path(tokenizer_folder) / "spiece.model", new / "tokenizer")
     if folder.exists():
         os.rename(folder, old)
     os.rename(new, folder)
