@@ -4,7 +4,7 @@
  *   V, VLEN, TARGET, NAME(x), TILE_ROWS, TILE_VECTORS,
  *   V_LOAD V_STORE V_SET V_ADD V_SUB V_MUL V_DIV V_FMA(a,b,c)=a*b+c V_MAX V_MIN V_ABS V_ROUND V_POW2 V_HMAX
  *   W, vectors of VLEN 32-bit words: W_LOAD W_STORE W_SET W_FLOAT (integers to floats) W_TRANSPOSE (of VLEN vectors)
- *   the two dot products
+ *   W_KEEP (leaves a vector as it is, in a register), the two dot products
  *   DOT_BF16(sum, a, b): sum + two products of bfloat16;  DOT_INT8(sum, a, b): integers, four products of bytes
  *   V_STORE_BF16(p, v): narrowed to nearest even
  * Scalar C is the same text with one lane.
@@ -86,7 +86,9 @@ static TARGET void NAME(tile_int8)(float *acc, int ld, const void *const *a, siz
     W sum[TILE_ROWS][TILE_VECTORS];
     (void)segments;
     FOR_ROWS row[i] = (const Word *)((const char *)a[i] + from) + 1;
-    FOR_ROWS FOR_VECTORS sum[i][j] = W_LOAD((const Word *)panel + (TILE_VECTORS + j) * VLEN);
+    W correction[TILE_VECTORS];
+    FOR_VECTORS correction[j] = W_LOAD((const Word *)panel + (TILE_VECTORS + j) * VLEN);
+    FOR_ROWS FOR_VECTORS sum[i][j] = correction[j];
     for (int k = 0; k < (n + 3) / 4; k++, b += TILE_VECTORS * VLEN) {
         W column[TILE_VECTORS];
         FOR_VECTORS column[j] = W_LOAD(b + j * VLEN);
@@ -95,13 +97,10 @@ static TARGET void NAME(tile_int8)(float *acc, int ld, const void *const *a, siz
             FOR_VECTORS sum[i][j] = DOT_INT8(sum[i][j], x, column[j]);
         }
     }
-    FOR_ROWS {
-        V scale = V_SET(*(const float *)(row[i] - 1));
-        FOR_VECTORS {
-            float *out = acc + (size_t)i * ld + j * VLEN;
-            V_STORE(out, V_FMA(W_FLOAT(sum[i][j]), V_MUL(scale, V_LOAD(scales + j * VLEN)), V_LOAD(out)));
-        }
-    }
+    FOR_ROWS FOR_VECTORS W_KEEP(sum[i][j]);
+#define OUT (acc + (size_t)i * ld + j * VLEN)
+#define SCALE V_MUL(V_SET(*(const float *)(row[i] - 1)), V_LOAD(scales + j * VLEN))
+    FOR_ROWS FOR_VECTORS V_STORE(OUT, V_FMA(W_FLOAT(sum[i][j]), SCALE, V_LOAD(OUT)));
 }
 
 static TARGET void NAME(to_bf16)(uint16_t *y, const float *x, size_t n) {
@@ -282,6 +281,7 @@ static const Kernels NAME(table) = {
 #undef W
 #undef W_LOAD
 #undef W_STORE
+#undef W_KEEP
 #undef W_TRANSPOSE
 #undef W_SET
 #undef W_FLOAT

@@ -21,6 +21,7 @@
 #define W_LOAD(p) _mm256_loadu_si256((const __m256i *)(p))
 #define W_STORE(p, w) _mm256_storeu_si256((__m256i *)(p), w)
 #define W_TRANSPOSE(block) transpose_8x8(block)
+#define W_KEEP(w) ((void)0)
 #define W_SET(x) _mm256_set1_epi32((int)(x))
 #define W_FLOAT(w) _mm256_cvtepi32_ps(w)
 

@@ -22,6 +22,8 @@
 #define W_LOAD(p) _mm512_loadu_si512(p)
 #define W_STORE(p, w) _mm512_storeu_si512(p, w)
 #define W_TRANSPOSE(block) transpose_16x16(block)
+/* gcc 12 would write each sum of bytes to memory in every round of the loop before. */
+#define W_KEEP(w) __asm__("" : "+v"(w))
 #define W_SET(x) _mm512_set1_epi32((int)(x))
 #define W_FLOAT(w) _mm512_cvtepi32_ps(w)
 

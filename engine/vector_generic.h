@@ -20,6 +20,7 @@
 #define W_LOAD(p) (*(p))
 #define W_STORE(p, w) (*(p) = (w))
 #define W_TRANSPOSE(block) ((void)(block))
+#define W_KEEP(w) ((void)0)
 #define W_SET(x) (x)
 #define W_FLOAT(w) ((float)(int32_t)(w))
 #define DOT_BF16(sum, a, b) dot_bf16(sum, a, b)

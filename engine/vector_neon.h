@@ -21,6 +21,7 @@
 #define W_LOAD(p) vld1q_u32((const uint32_t *)(p))
 #define W_STORE(p, w) vst1q_u32((uint32_t *)(p), w)
 #define W_TRANSPOSE(block) transpose_4x4(block)
+#define W_KEEP(w) ((void)0)
 #define W_SET(x) vdupq_n_u32(x)
 #define W_FLOAT(w) vcvtq_f32_s32(vreinterpretq_s32_u32(w))
 
