@@ -48,6 +48,7 @@ def save(folder, tokenizer_folder, text_to_video, vae_state, dtype=torch.float16
             p.data = p.data.to(dtype)
     pipeline.save_pretrained(new)
     shutil.copy(pathlib.Path(tokenizer_folder) / "spiece.model", new / "tokenizer")
+    (new / "tokenizer" / "tokenizer.json").unlink()  # the same rules again; one description of them is enough
     if folder.exists():
         os.rename(folder, old)
     os.rename(new, folder)

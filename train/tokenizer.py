@@ -47,7 +47,7 @@ def write_spiece(path):
 
 
 def save(folder):
-    """Writes a tokenizer folder as transformers does (spiece.model beside tokenizer.json)."""
+    """Writes a tokenizer folder that transformers loads, with spiece.model in it."""
     folder = pathlib.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_spiece(folder / "spiece.model")
