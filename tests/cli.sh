@@ -92,7 +92,7 @@ resources() {
 
 # What run() cannot express: other places for standard output, limits, signals.
 streams() {
-    (ulimit -f 1 && exec "$sora" $small -q -o "$work/clip.y4m" x) 2>"$work/err"
+    (ulimit -f 4 && exec "$sora" $small -q -o "$work/clip.y4m" x) 2>"$work/err"
     status=$?
     claim "a limit on file sizes: status 3, not $status" [ $status -eq 3 ]
     claim "a limit on file sizes: its line" grep -q "clip.y4m: cannot write: File too large" "$work/err"
