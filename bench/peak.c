@@ -101,12 +101,13 @@ static double rate_of(int i, int threads, double duration) {
     return flop / (seconds() - start);
 }
 
-/* The fastest row that can multiply in a precision, found once. */
+/* The fastest row that can multiply in a precision, found once; three tries, since one may be interrupted. */
 static int best_for(Precision precision) {
     static int best[PRECISIONS] = {-1, -1, -1};
     double highest = 0;
     if (best[precision] >= 0) return best[precision];
-    for (int i = 0; i < INSTRUCTIONS; i++) {
+    for (int try = 0; try < 3 * INSTRUCTIONS; try++) {
+        int i = try % INSTRUCTIONS;
         if (instructions[i].precision > precision || !instructions[i].runs_here()) continue;
         double rate = rate_of(i, 1, 0.02);
         if (rate > highest) highest = rate, best[precision] = i;
