@@ -300,7 +300,7 @@ def account(clips, seed=2, size=96, frames=33):
 
 
 if __name__ == "__main__":
-    shares, wrong = account(150)
+    shares, wrong = account(300)
     for index, scene, attributes in wrong:
         print(index, scene, attributes)
     print({name: round(share, 4) for name, share in shares.items()})
