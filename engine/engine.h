@@ -268,7 +268,7 @@ void product(float *y, Rows x, const Linear *layer, int mode); /* y = or += x @ 
 /* out (Lq, heads*d) = softmax(scale * q k^T + bias) v per head, with a memory that does not grow with Lq*Lk.
  * Row strides are in floats. bias, if any, is bias[head*bias_head + query*bias_query + key]. */
 typedef struct {
-    Precision precision; /* F32 or BF16; INT8 counts as BF16 */
+    Precision precision; /* F32 or BF16; bytes are too coarse here, INT8 counts as F32 */
     const float *q, *k, *v;
     float *out;
     int queries, keys, heads, d;

@@ -12,7 +12,7 @@
  *   - w is packed into panels of C outputs (panel.c), transposed: panel[k][j] = w[o+j][k]. A group of panels that fits
  *     a budget is packed by all threads, then used by all threads.
  *   - a task is a block of rows against some panels of the group; its sums lie in a small buffer.
- *   - k runs in chunks whose part of a panel stays in the first-level cache, all row tiles of the block over it.
+ *   - k runs in chunks whose part of a panel stays in the second-level cache, all row tiles of the block over it.
  *
  * In float32, x is never copied; for narrower arithmetic its rows are narrowed first. A convolution differs from a
  * linear layer only in where its rows lie: for each tap, the rows of the product are runs of channels at shifted
@@ -25,7 +25,7 @@
 
 enum {
     BLOCK_TILES = 8,        /* row tiles a task takes at once */
-    CHUNK = 512,            /* of k, about */
+    CHUNK = 1536,           /* of k, about */
     MAX_SEGMENTS = 27,      /* taps of a 3x3x3 convolution */
     GROUP_BYTES = 16 << 20, /* of packed panels, unless one is larger */
 };
