@@ -43,6 +43,7 @@ def options():
     parser.add_argument("--vae-steps", type=int, default=1000)
     parser.add_argument("--encoder-steps", type=int, default=1500)
     parser.add_argument("--transformer-steps", type=int, default=40000)
+    parser.add_argument("--eager", action="store_true", help="do without torch.compile and the C++ compiler that it needs")
     return parser.parse_args()
 
 
@@ -66,7 +67,7 @@ def transformer_worker(rank, args, rendezvous):
         pipeline.save(args.out / "snapshot", words, average, autoencoder.state_dict())
 
     transformer.train(args.out, tokenizer.Tokenizer(words), torch.load(args.out / "reading.ckpt", weights_only=True), light,
-                      args.transformer_steps, args.seed, rank, args.workers, snapshot)
+                      args.transformer_steps, args.seed, rank, args.workers, snapshot, compiled=not args.eager)
 
 
 def main():
