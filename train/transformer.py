@@ -78,8 +78,8 @@ def make_shards(step, seed, rank, workers, folder, light):
         dist.barrier()
 
 
-def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, snapshot=lambda average: None, compiled=False):
-    """Trains up to `steps` steps, going on from OUT/transformer.ckpt; snapshot(averaged state) follows each save.
+def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, saved=lambda: None, compiled=False):
+    """Trains up to `steps` steps, going on from OUT/transformer.ckpt; saved() follows each save.
 
     compiled: by torch.compile, which takes minutes once and then makes a step a fifth shorter; needs a C++ compiler.
     """
@@ -100,7 +100,7 @@ def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, 
     def save():
         save_atomically({"model": net.state_dict(), "average": average.shadow, "optimisers": optimisers.state_dict(),
                          "step": step, "samples": samples, "seconds": seconds}, checkpoint)
-        snapshot(average.shadow)
+        saved()
 
     forward = torch.compile(net, dynamic=False) if compiled else net
 
@@ -108,7 +108,7 @@ def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, 
         s = sigma[:, None, None, None, None]
         return (forward((1 - s) * clean + s * noise, sigma, ids, mask) - (noise - clean)).square().mean()
 
-    pool, shards, recent, saved, logged = latents.Pool(out / "latents"), 0, [], time.time(), (seconds, samples)
+    pool, shards, recent, last_save, logged = latents.Pool(out / "latents"), 0, [], time.time(), (seconds, samples)
     while step < steps:
         begun = time.time()
         if shards_at(step) != shards:
@@ -128,7 +128,7 @@ def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, 
             log.write(step=step, samples=samples, seconds=seconds, loss=float(np.mean(recent)), norm=norm.item(),
                       samples_per_second=(samples - logged[1]) / (seconds - logged[0]))
             recent, logged = [], (seconds, samples)
-        if rank == 0 and (time.time() - saved > SAVE_SECONDS or step == steps):
+        if rank == 0 and (time.time() - last_save > SAVE_SECONDS or step == steps):
             save()
-            saved = time.time()
+            last_save = time.time()
     return average.shadow
