@@ -46,7 +46,7 @@ def generate(sora, model, prompt, seed, options=()):
     """The C program's clip of a prompt, uint8 [F, H, W, 3]."""
     with tempfile.TemporaryDirectory() as folder:
         clip = pathlib.Path(folder) / "clip.y4m"
-        subprocess.run([sora, "-m", model, "--seed", str(seed), "-t", "1", "-q", "--no-record", *options, "-o", clip,
+        subprocess.run([sora.resolve(), "-m", model, "--seed", str(seed), "-t", "1", "-q", "--no-record", *options, "-o", clip,
                         "--prompt", prompt], check=True)
         return read_y4m(clip)
 

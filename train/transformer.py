@@ -18,7 +18,7 @@ import model
 import reading
 from common import Average, Log, Optimisers, save_atomically, sum_over_workers
 
-MIXED_SHARE = 0.4  # of all steps: until then, two steps of three see only the beginnings of clips
+MIXED_SHARE = 0.2  # of all steps: until then, two steps of three see only the beginnings of clips
 BEGINNING = (3, 64)  # latent frames, clips a worker
 WHOLE = (9, 24)
 SHARDS, NEW_SHARDS_EVERY, MOST_SHARDS = 4, 250, 96  # at first; two more every so many steps; in all
