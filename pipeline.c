@@ -106,26 +106,6 @@ void settings_complete(Settings *s, const Model *m) {
 
 /* ---------------------------------------------------------------- the run */
 
-/* One run: what was asked, and the sizes that follow from it. */
-typedef struct {
-    Model *model;
-    const Settings *settings;
-    bool guided;            /* guidance 1 is the conditional velocity itself */
-    int C, T, H, W;         /* of the latents */
-    size_t elements;        /* C*T*H*W */
-} Run;
-
-static Run run_plan(Model *m, const Settings *s) {
-    Run run = {.model = m, .settings = s, .guided = s->guidance > 1.0, .C = m->transformer.in_dim};
-    run.T = (s->frames - 1) / m->vae.temporal_stride + 1;
-    run.H = s->height / m->vae.spatial_stride;
-    run.W = s->width / m->vae.spatial_stride;
-    run.elements = (size_t)run.C * run.T * run.H * run.W;
-    return run;
-}
-
-static Shape latent_shape(const Run *run) { return SHAPE(run->C, run->T, run->H, run->W); }
-
 int prompt_ids(const Model *m, const char *prompt, int32_t *ids) {
     Bytes clean = prompt_clean((Bytes){(const uint8_t *)prompt, strlen(prompt)});
     int n = tokenizer_encode(m->tokenizer, clean, ids, m->transformer.text_len);
@@ -135,29 +115,55 @@ int prompt_ids(const Model *m, const char *prompt, int32_t *ids) {
 
 /* A prompt, from text to what the transformer reads. */
 typedef struct {
+    const char *name;
     int n;
     int32_t *ids;
     float *embeds; /* (n, text_dim) */
 } Prompt;
 
-static Prompt encode_prompt(const Run *run, const char *text, const char *name) {
-    const Model *m = run->model;
-    Prompt p = {.ids = allocate(sizeof(int32_t) * (size_t)m->transformer.text_len)};
+static Prompt prompt_read(const Model *m, const char *name, const char *text) {
+    Prompt p = {.name = name, .ids = allocate(sizeof(int32_t) * (size_t)m->transformer.text_len)};
     p.n = prompt_ids(m, text, p.ids);
-    if (taps_on) tap_ids(p.ids, p.n, "%s.ids", name);
-    p.embeds = allocate(sizeof(float) * (size_t)p.n * m->text_encoder.dim);
+    return p;
+}
+
+static void prompt_encode(const Model *m, Prompt *p) {
+    if (taps_on) tap_ids(p->ids, p->n, "%s.ids", p->name);
+    p->embeds = allocate(sizeof(float) * (size_t)p->n * m->text_encoder.dim);
     progress("text encoder", 0, 1);
     profile_begin(TEXT_ENCODER);
-    text_encode(&m->text_encoder, p.ids, p.n, p.embeds);
+    text_encode(&m->text_encoder, p->ids, p->n, p->embeds);
     profile_end(TEXT_ENCODER);
-    tap(p.embeds, SHAPE(p.n, m->text_encoder.dim), "%s.embeds", name);
-    return p;
+    tap(p->embeds, SHAPE(p->n, m->text_encoder.dim), "%s.embeds", p->name);
 }
 
 static void prompt_free(Prompt *p) {
     free(p->ids);
     free(p->embeds);
 }
+
+/* One run: what was asked, and the sizes that follow from it. */
+typedef struct {
+    Model *model;
+    const Settings *settings;
+    bool guided;             /* guidance 1 is the conditional velocity itself */
+    Prompt prompt, negative; /* the latter if guided */
+    int C, T, H, W;          /* of the latents */
+    size_t elements;         /* C*T*H*W */
+} Run;
+
+static Run run_plan(Model *m, const Settings *s) {
+    Run run = {.model = m, .settings = s, .guided = s->guidance > 1.0, .C = m->transformer.in_dim};
+    run.prompt = prompt_read(m, "prompt", s->prompt);
+    if (run.guided) run.negative = prompt_read(m, "negative", s->negative);
+    run.T = (s->frames - 1) / m->vae.temporal_stride + 1;
+    run.H = s->height / m->vae.spatial_stride;
+    run.W = s->width / m->vae.spatial_stride;
+    run.elements = (size_t)run.C * run.T * run.H * run.W;
+    return run;
+}
+
+static Shape latent_shape(const Run *run) { return SHAPE(run->C, run->T, run->H, run->W); }
 
 static void read_noise(const Run *run, float *noise) {
     Npy file;
@@ -191,10 +197,10 @@ typedef struct {
     float *velocity, *unconditional;
 } Denoiser;
 
-static Denoiser denoiser_take(Arena *arena, const Run *run, int n, int n_negative) {
+static Denoiser denoiser_take(Arena *arena, const Run *run) {
     const Transformer *t = &run->model->transformer;
-    Denoiser d = {.cond = text_context_take(arena, t, n)};
-    if (run->guided) d.uncond = text_context_take(arena, t, n_negative);
+    Denoiser d = {.cond = text_context_take(arena, t, run->prompt.n)};
+    if (run->guided) d.uncond = text_context_take(arena, t, run->negative.n);
     d.state = transformer_state_take(arena, t, run->T, run->H, run->W);
     d.history = history_take(arena, run->elements);
     d.velocity = arena_floats(arena, run->elements);
@@ -238,27 +244,25 @@ static void denoise(const Run *run, Denoiser *d, float *latents) {
 }
 
 /* From prompts to final latents. */
-static void make_latents(const Run *run, float *latents) {
-    const Settings *s = run->settings;
+static void make_latents(Run *run, float *latents) {
     const Transformer *t = &run->model->transformer;
-    Prompt prompt = encode_prompt(run, s->prompt, "prompt"), negative = {0};
-    if (run->guided) negative = encode_prompt(run, s->negative, "negative");
+    Prompt *prompt = &run->prompt, *negative = &run->negative;
+    prompt_encode(run->model, prompt);
+    if (run->guided) prompt_encode(run->model, negative);
     scratch_free();
     Arena count = {0};
-    denoiser_take(&count, run, prompt.n, negative.n);
+    denoiser_take(&count, run);
     Arena arena = arena_open(count.used);
-    Denoiser denoiser = denoiser_take(&arena, run, prompt.n, negative.n);
+    Denoiser denoiser = denoiser_take(&arena, run);
     make_noise(run, latents);
     profile_begin(TRANSFORMER);
-    transformer_read(t, prompt.embeds, prompt.n, &denoiser.cond);
-    if (run->guided) transformer_read(t, negative.embeds, negative.n, &denoiser.uncond);
+    transformer_read(t, prompt->embeds, prompt->n, &denoiser.cond);
+    if (run->guided) transformer_read(t, negative->embeds, negative->n, &denoiser.uncond);
     profile_end(TRANSFORMER);
     denoise(run, &denoiser, latents);
     tap(latents, latent_shape(run), "latents");
     arena_close(&arena);
     scratch_free();
-    prompt_free(&prompt);
-    prompt_free(&negative);
 }
 
 /* ---------------------------------------------------------------- frames */
@@ -339,13 +343,13 @@ static int tokens_of(const Run *run) {
 }
 
 /* Bytes of private memory at the highest point: each stage's buffers, and what its products and attention pack. */
-static size_t run_memory(const Run *run, int n, int n_negative) {
+static size_t run_memory(const Run *run) {
     Model *m = run->model;
     const Transformer *t = &m->transformer;
     const Vae *vae = &m->vae;
-    int longer = n > n_negative ? n : n_negative, L = tokens_of(run), taps = 27;
+    int n = run->prompt.n, longer = n > run->negative.n ? n : run->negative.n, L = tokens_of(run), taps = 27;
     Arena denoiser = {0};
-    denoiser_take(&denoiser, run, n, n_negative);
+    denoiser_take(&denoiser, run);
     const TextEncoder *e = &m->text_encoder;
     size_t text = text_encoder_memory(e, longer) + larger(product_memory(e->precision, longer, e->ffn_dim),
                                                           attention_memory(F32, longer, e->num_heads, e->head_dim));
@@ -359,10 +363,10 @@ static size_t run_memory(const Run *run, int n, int n_negative) {
     return larger(text, larger(denoising, decoding)) + run->elements * sizeof(float);
 }
 
-static double run_flops(const Run *run, int n, int n_negative) {
+static double run_flops(const Run *run) {
     const Model *m = run->model;
     const Transformer *t = &m->transformer;
-    int L = tokens_of(run);
+    int L = tokens_of(run), n = run->prompt.n, n_negative = run->negative.n;
     double flops = text_encoder_flops(&m->text_encoder, n) + run->settings->steps * transformer_flops(t, L, n + 1);
     if (run->guided)
         flops += text_encoder_flops(&m->text_encoder, n_negative) +
@@ -372,15 +376,12 @@ static double run_flops(const Run *run, int n, int n_negative) {
 
 static void estimate(const Run *run) {
     const Settings *s = run->settings;
-    int32_t *ids = allocate(sizeof(int32_t) * (size_t)run->model->transformer.text_len);
-    int n = prompt_ids(run->model, s->prompt, ids), negative = run->guided ? prompt_ids(run->model, s->negative, ids) : 0;
-    free(ids);
-    size_t bytes = run_memory(run, n, negative), available = memory_available();
+    size_t bytes = run_memory(run), available = memory_available();
     if (bytes > available)
         die(STATUS_RESOURCE, "%dx%d with %d frames needs %.1f GiB of memory and %.1f GiB can be had", s->width,
             s->height, s->frames, bytes / 0x1p30, available / 0x1p30);
     progress_note("%dx%d, %d frames, %d steps: %.4g TFLOP in %s, %.2f GiB of memory beside the weights", s->width,
-                  s->height, s->frames, s->steps, run_flops(run, n, negative) * 1e-12,
+                  s->height, s->frames, s->steps, run_flops(run) * 1e-12,
                   precision_name(run->model->precision), bytes / 0x1p30);
 }
 
@@ -392,6 +393,8 @@ void generate(Model *model, const Settings *settings) {
     make_latents(&run, latents);
     decode(&run, &video, latents);
     free(latents);
+    prompt_free(&run.prompt);
+    prompt_free(&run.negative);
     progress(NULL, 0, 0);
     video_close(&video);
 }

@@ -15,22 +15,11 @@
  *   - surrogates (U+FFFD here), terminal escapes and control characters, which it removes;
  *   - normalisation to NFC (`e` and U+0301 to one character).
  *
- * Bytes that are no UTF-8 become U+FFFD, one for each maximal part of a character, as in Python's
- * bytes.decode(errors="replace"). All that follows may rely on valid UTF-8. */
+ * Bytes that are no UTF-8 become U+FFFD (text.c). All that follows may rely on valid UTF-8. */
 #include "sora.h"
 
 #include <stdlib.h>
 #include <string.h>
-
-void text_append(Text *text, const void *bytes, size_t size) {
-    if (size == 0) return;
-    if (size > text->room - text->size) {
-        text->room = 2 * text->size + size + 32;
-        text->data = reallocate(text->data, text->room);
-    }
-    memcpy(text->data + text->size, bytes, size);
-    text->size += size;
-}
 
 /* A pass writes a new text; it then takes the place of the old one. */
 static void become(Text *text, Text next) {
@@ -38,48 +27,7 @@ static void become(Text *text, Text next) {
     *text = next;
 }
 
-/* ---------------------------------------------------------------- UTF-8 */
-
-/* Bytes of the character at p; if there is none, of the part that one U+FFFD stands for (Unicode, table
- * 3-7). */
-static size_t character_bytes(const uint8_t *p, size_t left, bool *valid) {
-    uint8_t lead = p[0];
-    size_t bytes = lead < 0x80 ? 1 : lead < 0xC2 || lead > 0xF4 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
-    uint8_t low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
-    uint8_t high = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
-    size_t at = 1;
-    for (; at < bytes && at < left && p[at] >= low && p[at] <= high; at++) low = 0x80, high = 0xBF;
-    *valid = at == bytes;
-    return at;
-}
-
-static Text repair_utf8(Bytes in) {
-    Text out = {0};
-    bool valid;
-    for (size_t at = 0, bytes; at < in.size; at += bytes) {
-        bytes = character_bytes(in.data + at, in.size - at, &valid);
-        if (valid) text_append(&out, in.data + at, bytes);
-        else text_append(&out, "\357\277\275", 3);
-    }
-    return out;
-}
-
-static size_t character_at(const Text *text, size_t at, uint32_t *code) {
-    bool valid;
-    const uint8_t *p = text->data + at;
-    size_t bytes = character_bytes(p, text->size - at, &valid);
-    *code = bytes == 1 ? p[0] : p[0] & (0x7F >> bytes);
-    for (size_t i = 1; i < bytes; i++) *code = *code << 6 | (p[i] & 0x3F);
-    return bytes;
-}
-
-static void append_character(Text *out, uint32_t code) {
-    uint8_t bytes[4];
-    int n = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
-    for (int i = n; i-- > 1; code >>= 6) bytes[i] = 0x80 | (code & 0x3F);
-    bytes[0] = (uint8_t)(n == 1 ? code : (0xF00 >> n) | code);
-    text_append(out, bytes, (size_t)n);
-}
+static Bytes rest_of(const Text *text, size_t at) { return (Bytes){text->data + at, text->size - at}; }
 
 /* ---------------------------------------------------------------- character references */
 
@@ -131,9 +79,9 @@ static void append_numbered(Text *out, uint32_t code) {
         0x2039, 0x152,  0x8D,   0x17D,  0x8F,   0x90,   0x2018, 0x2019, 0x201C, 0x201D, 0x2022,
         0x2013, 0x2014, 0x2DC,  0x2122, 0x161,  0x203A, 0x153,  0x9D,   0x17E, 0x178};
     bool none = code == 0 || (code >= 0xD800 && code <= 0xDFFF) || code > 0x10FFFF;
-    if (code >= 0x80 && code <= 0x9F) append_character(out, windows_1252[code - 0x80]);
-    else if (none) append_character(out, 0xFFFD);
-    else if (!is_dropped(code)) append_character(out, code);
+    if (code >= 0x80 && code <= 0x9F) text_append_character(out, windows_1252[code - 0x80]);
+    else if (none) text_append_character(out, 0xFFFD);
+    else if (!is_dropped(code)) text_append_character(out, code);
 }
 
 /* Each of the following reads a reference at text[0] == '&', appends what it stands for and returns the bytes
@@ -211,7 +159,7 @@ static void uncurl_quotes(Text *text) {
     Text out = {0};
     uint32_t code;
     for (size_t at = 0, bytes; at < text->size; at += bytes) {
-        bytes = character_at(text, at, &code);
+        bytes = utf8_decode(rest_of(text, at), &code);
         if (code == 0x2BC || (code >= 0x2018 && code <= 0x201B)) text_append(&out, "'", 1);
         else if (code >= 0x201C && code <= 0x201F) text_append(&out, "\"", 1);
         else text_append(&out, text->data + at, bytes);
@@ -251,7 +199,7 @@ static void squeeze_white_space(Text *text) {
     bool pending = false;
     uint32_t code;
     for (size_t at = 0, bytes; at < text->size; at += bytes) {
-        bytes = character_at(text, at, &code);
+        bytes = utf8_decode(rest_of(text, at), &code);
         bool space = is_space(code);
         if (!space && pending && out.size) text_append(&out, " ", 1);
         if (!space) text_append(&out, text->data + at, bytes);
@@ -261,7 +209,8 @@ static void squeeze_white_space(Text *text) {
 }
 
 Bytes prompt_clean(Bytes prompt) {
-    Text text = repair_utf8(prompt);
+    Text text = {0};
+    text_append_utf8(&text, prompt);
     ftfy_repairs(&text);
     unescape(&text, html_reference);
     unescape(&text, html_reference);

@@ -73,7 +73,7 @@ void record_write(const Model *model, const Settings *s, const char *y4m_sha256)
     json_close(&json);
     char *path = format_string("%s.json", s->output);
     OutputFile file = output_open(path);
-    output_write(&file, json.text, json.size);
+    output_write(&file, json.text.data, json.text.size);
     output_commit(&file);
     free(path);
     json_free(&json);

@@ -26,13 +26,6 @@
  * result is valid UTF-8 (U+FFFD stands for what was not); free() its data. */
 Bytes prompt_clean(Bytes prompt);
 
-/* Bytes that grow; free() the data. */
-typedef struct {
-    uint8_t *data;
-    size_t size, room;
-} Text;
-void text_append(Text *text, const void *bytes, size_t size);
-
 /* ---------------------------------------------------------------- tokenizer.c: clean text -> ids */
 
 typedef struct Tokenizer Tokenizer;

@@ -1,6 +1,6 @@
 /* engine.h - the machine room: what the stages of sora.h stand on.
  *
- * Sections follow the files of this folder: util, profile, progress, weights, kernels, panel, product, attention,
+ * Sections follow the files of this folder: util, text, profile, progress, weights, kernels, panel, product, attention,
  * rows, noise, npy, tap, sha256, json. Nothing here knows what a video model is.
  *
  * Two regimes for errors. Functions that read bytes from outside return NULL, or a one-line reason (a static
@@ -78,6 +78,20 @@ static inline int smaller(int a, int b) { return a < b ? a : b; }
 static inline size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 static inline int ceiling(int a, int b) { return (a + b - 1) / b; } /* of a / b */
 static inline int round_up(int a, int b) { return ceiling(a, b) * b; }
+
+/* ---------------------------------------------------------------- text.c: bytes that grow, UTF-8 */
+
+/* Begin with {0}, free() the data; a 0 that does not count follows what was appended. */
+typedef struct {
+    uint8_t *data;
+    size_t size, room;
+} Text;
+void text_append(Text *text, const void *bytes, size_t size);
+void text_append_utf8(Text *text, Bytes bytes);           /* with U+FFFD for what is no UTF-8 */
+void text_append_character(Text *text, uint32_t code);
+/* Bytes of the character that text, not empty, begins with; if there is none, of what one U+FFFD stands for. */
+size_t utf8_bytes(Bytes text, bool *valid);
+size_t utf8_decode(Bytes text, uint32_t *code); /* of valid UTF-8; returns its bytes */
 
 /* ---------------------------------------------------------------- profile.c: where the time goes */
 
@@ -368,10 +382,9 @@ void sha256_start(Sha256 *sha);
 void sha256_add(Sha256 *sha, const void *data, size_t bytes);
 void sha256_finish(Sha256 *sha, char hex[65]);
 
-/* JSON text that grows; begin with {0}. A key is NULL for the outermost object. */
+/* JSON text; begin with {0}. A key is NULL for the outermost object. */
 typedef struct {
-    char *text; /* 0-terminated */
-    size_t size, capacity;
+    Text text;
     int depth;
     bool first; /* nothing yet in the innermost object */
 } Json;

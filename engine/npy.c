@@ -40,7 +40,7 @@ char *shape_string(const Shape *shape, char buffer[64]) {
 
 typedef struct {
     const char *at, *end;
-} Text;
+} Cursor;
 
 typedef struct {
     char descr[8];
@@ -48,12 +48,12 @@ typedef struct {
     Shape shape;
 } Header;
 
-static void skip_spaces(Text *text) {
+static void skip_spaces(Cursor *text) {
     while (text->at < text->end && (*text->at == ' ' || *text->at == '\n')) text->at++;
 }
 
 /* Takes a word or sign if it comes next, after spaces. */
-static bool accept(Text *text, const char *word) {
+static bool accept(Cursor *text, const char *word) {
     size_t length = strlen(word);
     skip_spaces(text);
     if ((size_t)(text->end - text->at) < length || memcmp(text->at, word, length)) return false;
@@ -61,7 +61,7 @@ static bool accept(Text *text, const char *word) {
     return true;
 }
 
-static bool accept_size(Text *text, int *out) {
+static bool accept_size(Cursor *text, int *out) {
     int64_t value = 0;
     skip_spaces(text);
     const char *start = text->at;
@@ -71,7 +71,7 @@ static bool accept_size(Text *text, int *out) {
     return text->at > start && value <= INT_MAX;
 }
 
-static const char *parse_descr(Text *text, Header *header) {
+static const char *parse_descr(Cursor *text, Header *header) {
     size_t n = 0;
     if (!accept(text, "'")) return "the header's descr is no string";
     for (; text->at < text->end && *text->at != '\'' && n < sizeof header->descr - 1; text->at++)
@@ -81,13 +81,13 @@ static const char *parse_descr(Text *text, Header *header) {
     return accept(text, "'") ? NULL : "the header's descr is no string that is known here";
 }
 
-static const char *parse_order(Text *text, Header *header) {
+static const char *parse_order(Cursor *text, Header *header) {
     header->seen_order = true;
     header->fortran_order = accept(text, "True");
     return header->fortran_order || accept(text, "False") ? NULL : "the header's fortran_order is no boolean";
 }
 
-static const char *parse_shape(Text *text, Header *header) {
+static const char *parse_shape(Cursor *text, Header *header) {
     Shape *shape = &header->shape;
     header->seen_shape = true;
     shape->n = 0;
@@ -101,7 +101,7 @@ static const char *parse_shape(Text *text, Header *header) {
     return NULL;
 }
 
-static const char *parse_header(Text text, Header *header) {
+static const char *parse_header(Cursor text, Header *header) {
     const char *why = NULL;
     if (!accept(&text, "{")) return "the header is no dictionary";
     while (!why && !accept(&text, "}")) {
@@ -181,7 +181,7 @@ const char *npy_parse(Bytes bytes, Npy *out) {
     if (length > bytes.size - start) return "the header is cut off";
     Header header = {0};
     const char *text = (const char *)p + start;
-    const char *why = parse_header((Text){text, text + length}, &header);
+    const char *why = parse_header((Cursor){text, text + length}, &header);
     if (!why) why = check_values(&header, (Bytes){p + start + length, bytes.size - start - length}, out);
     if (why) npy_free(out);
     return why;

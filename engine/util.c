@@ -145,18 +145,6 @@ const char *map_file(const char *path, Bytes *out) {
     return why;
 }
 
-/* Reads to the end, or to one byte past the limit. */
-static size_t read_all(FILE *stream, size_t limit, uint8_t **out) {
-    size_t size = 0, capacity = 0;
-    uint8_t *data = NULL;
-    for (size_t got = 1; got > 0 && size <= limit; size += got) {
-        if (size == capacity) data = reallocate(data, capacity = capacity ? 2 * capacity : 65536);
-        got = fread(data + size, 1, capacity - size, stream);
-    }
-    *out = data;
-    return size;
-}
-
 void unmap_file(Bytes bytes) {
     if (bytes.data) munmap((void *)bytes.data, bytes.size);
 }
@@ -166,15 +154,17 @@ const char *read_file(const char *path, size_t limit, Bytes *out) {
     *out = (Bytes){NULL, 0};
     FILE *stream = standard ? stdin : fopen(path, "rbe");
     if (!stream) return strerror(errno);
-    uint8_t *data;
-    size_t size = read_all(stream, limit, &data);
+    Text text = {0};
+    static uint8_t part[1 << 16];
+    for (size_t got = 1; got > 0 && text.size <= limit; text_append(&text, part, got))
+        got = fread(part, 1, sizeof part, stream);
     int error = ferror(stream) ? errno : 0;
     if (!standard) fclose(stream);
-    if (!error && size <= limit) {
-        *out = (Bytes){data, size};
+    if (!error && text.size <= limit) {
+        *out = (Bytes){text.data, text.size};
         return NULL;
     }
-    free(data);
+    free(text.data);
     return error ? strerror(error) : reason("longer than %zu bytes", limit);
 }
 

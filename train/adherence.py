@@ -1,123 +1,126 @@
-"""How often does the model do as it is told?  Prompts from the world, clips from the model, answers from the detector.
+"""How often does the model do as it is told?  Prompts from the world, clips from the C program, answers from the detector.
 
-    python train/adherence.py OUT/snapshot --prompts 64
+    python train/adherence.py models/demo.gguf --prompts 200 --kind single --held-out
 
+Every clip is one run of `./sora -m MODEL --seed N PROMPT`, with the file's own defaults, read back from its Y4M file.
 Prints, for each attribute, the share of prompts in which the detector sees what the prompt names, and the same for all
-attributes at once; --ceiling puts drawn clips through the VAE instead, which no transformer can beat.
+attributes at once.  --ceiling puts drawn clips through a run's VAE instead, which no transformer can beat.
 """
 import argparse
+import concurrent.futures
+import os
 import pathlib
+import subprocess
+import tempfile
 import time
 
+import av
 import numpy as np
 import torch
-from diffusers import WanPipeline
 
 import detect
 import draw
 import latents
-import model
 import vae
 import world
 from common import Log
 
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROMPT_SEED = 3
+ATTRIBUTES = ("all", "background", "shape", "colour", "size", "motion", "relation", "roles", "count")
 
 
-def load(folder):
-    """The WanPipeline of a folder in float32, ready for the batched sampling below."""
-    pipeline = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    pipeline.transformer.set_attn_processor(model.MatmulAttention())
-    vae.whole_clips(pipeline.vae)
-    return pipeline
+def question(index, kind, held_out):
+    """(scene, prompt) number `index` of a kind: scenes that training never draws, as their seed is another."""
+    scene = world.scene(PROMPT_SEED, index, (kind,), held_out)
+    return scene, world.caption(scene, np.random.default_rng([PROMPT_SEED, index]))
 
 
-@torch.no_grad()
-def sample(pipeline, prompts, seed, steps, guidance, size=latents.SIZE, frames=latents.FRAMES):
-    """uint8 [B, F, S, S, 3]: one clip a prompt, as WanPipeline makes them, all prompts in one batch."""
-    shape = (len(prompts), vae.Z, 1 + (frames - 1) // 4, size // 8, size // 8)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-    texts = prompts + ([""] * len(prompts) if guidance > 1 else [])
-    ids = pipeline.tokenizer(texts)["input_ids"]
-    states, bias = model.embed(pipeline.text_encoder, *model.pad(ids))
-    pipeline.scheduler.set_timesteps(steps)
-    for t in pipeline.scheduler.timesteps:
-        both = torch.cat([x, x]) if guidance > 1 else x
-        v = model.velocity(pipeline.transformer, both, (t / 1000).expand(len(both)), states, bias)
-        if guidance > 1:
-            v, v0 = v.chunk(2)
-            v = v0 + guidance * (v - v0)
-        x = pipeline.scheduler.step(v, t, x, return_dict=False)[0]
-    return to_clips(pipeline, x)
+def read_y4m(path):
+    """uint8 [F, H, W, 3] of a video file."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def to_clips(pipeline, x):
-    """uint8 clips of latents, decoded one at a time."""
-    pixels = torch.cat([vae.decode(pipeline.vae, z[None]) for z in x])
-    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 4, 1).numpy()
+def generate(sora, model, prompt, seed, options=()):
+    """The C program's clip of a prompt, uint8 [F, H, W, 3]."""
+    with tempfile.TemporaryDirectory() as folder:
+        clip = pathlib.Path(folder) / "clip.y4m"
+        subprocess.run([sora.resolve(), "-m", model, "--seed", str(seed), "-t", "1", "-q", "--no-record", *options, "-o", clip,
+                        "--prompt", prompt], check=True)
+        return read_y4m(clip)
 
 
 @torch.no_grad()
-def through_vae(pipeline, scenes, light):
-    """The drawn clips of scenes, encoded and decoded."""
-    clips = np.stack([draw.draw(s, latents.SIZE, latents.FRAMES) for s in scenes])
-    return to_clips(pipeline, torch.cat([light(vae.to_tensor(clip)[None]) for clip in clips]))
+def through_vae(autoencoder, light, scene):
+    """The drawn clip of a scene, encoded and decoded: uint8 [F, H, W, 3]."""
+    clip = draw.draw(scene, latents.SIZE, latents.FRAMES)
+    pixels = vae.decode(autoencoder, light(vae.to_tensor(clip)[None]))[0]
+    return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
 
 
-def questions(count, kinds, held_out, first=0):
-    """(scenes, prompts)."""
-    scenes = [world.scene(PROMPT_SEED, first + i, kinds, held_out) for i in range(count)]
-    return scenes, [world.caption(s, np.random.default_rng([PROMPT_SEED, first + i])) for i, s in enumerate(scenes)]
+def answer(index, args):
+    """(prompt, {attribute: right or not}, frames) of one question."""
+    torch.set_num_threads(1)
+    scene, prompt = question(index, args.kind, args.held_out)
+    if args.ceiling:
+        clip = through_vae(*vae.load(args.ceiling), scene)
+    else:
+        clip = generate(args.sora, args.model, prompt, args.seed + index, args.option)
+    return prompt, detect.compare(scene, detect.detect(clip)), clip[::4] if args.strip else None
 
 
-def score(scenes, clips):
-    """{attribute: share right, "all": share of clips in which every attribute is right}."""
+def shares(marks):
+    """{attribute: share right, "all": share of clips in which every attribute is right}; those of two subjects together."""
     right = {}
-    for scene, clip in zip(scenes, clips):
-        marks = detect.compare(scene, detect.detect(clip))
-        for name, ok in [*marks.items(), ("all", all(marks.values()))]:
+    for clip in marks:
+        for name, ok in [*clip.items(), ("all", all(clip.values()))]:
             right.setdefault(name.rstrip("01"), []).append(ok)
-    return {name: float(np.mean(oks)) for name, oks in right.items()}
+    return {name: float(np.mean(right[name])) for name in ATTRIBUTES if name in right}
+
+
+def write_results(path, args, answers):
+    """A table of every prompt, its seed, and the attributes that were wrong."""
+    lines = ["seed\tprompt\twrong"]
+    lines += [f"{args.seed + i}\t{prompt}\t{' '.join(n for n, ok in marks.items() if not ok)}"
+              for i, (prompt, marks, _) in enumerate(answers)]
+    path.write_text("\n".join(lines) + "\n")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pipeline", type=pathlib.Path)
-    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("model", type=pathlib.Path, nargs="?", default=ROOT / "models" / "demo.gguf")
+    parser.add_argument("--sora", type=pathlib.Path, default=ROOT / "sora")
+    parser.add_argument("--option", action="append", default=[], help="passed on to the program, as in --option=--steps=8")
+    parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--kind", choices=["single", "pair", "relation"], default="single")
     parser.add_argument("--held-out", action="store_true")
-    parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the first clip; the next one's is one more")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="clips made at the same time, on one thread each")
     parser.add_argument("--ceiling", type=pathlib.Path, metavar="OUT", help="judge OUT's VAE on drawn clips instead")
     parser.add_argument("--log", type=pathlib.Path, help="append the shares to this table")
-    parser.add_argument("--strip", type=pathlib.Path, help="save frames of the first clips as a PNG")
+    parser.add_argument("--results", type=pathlib.Path, help="write the prompts, with what was wrong, into this table")
+    parser.add_argument("--strip", type=pathlib.Path, help="save every fourth frame of the first ten clips as a PNG")
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    start, pipeline = time.time(), load(args.pipeline)
-    scenes, prompts = questions(args.prompts, (args.kind,), args.held_out)
-    if args.ceiling:
-        clips = through_vae(pipeline, scenes, vae.load(args.ceiling)[1])
-    else:
-        clips = np.concatenate([sample(pipeline, prompts[i:i + 8], args.seed + i, args.steps, args.guidance)
-                                for i in range(0, len(prompts), 8)])
-    shares = score(scenes, clips)
+    start = time.time()
+    with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
+        answers = list(pool.map(answer, range(args.prompts), [args] * args.prompts))
+    if args.results:
+        write_results(args.results, args, answers)
     if args.strip:
-        save_strip(args.strip, clips[:10])
-        print(*prompts[:10], sep="\n")
-    row = dict(kind=args.kind, held_out=args.held_out, prompts=args.prompts, steps=args.steps, guidance=args.guidance,
-               seconds=time.time() - start, **{k: shares.get(k, float("nan")) for k in
-                                               ("all", "background", "shape", "colour", "size", "motion", "relation", "count")})
+        save_strip(args.strip, [frames for _, _, frames in answers[:10]])
+        print(*(f"{prompt}\t{[n for n, ok in marks.items() if not ok]}" for prompt, marks, _ in answers[:10]), sep="\n")
+    found = shares([marks for _, marks, _ in answers])
+    row = dict(kind=args.kind, held_out=args.held_out, prompts=args.prompts, seconds=time.time() - start)
     if args.log:
-        Log(args.log).write(**row)
-    else:
-        print(*(f"{k}={v}" for k, v in row.items()))
+        Log(args.log).write(**row, **{name: found.get(name, float("nan")) for name in ATTRIBUTES})
+    print(*(f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in {**row, **found}.items()))
 
 
 def save_strip(path, clips):
-    """One row a clip, every fourth frame."""
+    """One row a clip."""
     from PIL import Image
-    Image.fromarray(np.concatenate([np.concatenate(list(clip[::4]), 1) for clip in clips])).save(path)
+    Image.fromarray(np.concatenate([np.concatenate(list(clip), 1) for clip in clips])).save(path)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import functools
 import numpy as np
 
 GROUND = 0.86  # y of the floor on which subjects stand
-RADIUS = {"small": 0.12, "medium": 0.17, "large": 0.24}
+RADIUS = {"small": 0.14, "medium": 0.185, "large": 0.25}
 PAIR_RADIUS = 0.15
 OUTLINE_COLOUR = np.array([36, 30, 46], np.float32)
 OUTLINE_WIDTH = 0.014  # of the frame

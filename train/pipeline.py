@@ -1,9 +1,13 @@
 """Saves what was trained as an ordinary diffusers folder: model_index.json, scheduler, tokenizer, text_encoder, transformer,
 vae.  diffusers' WanPipeline.from_pretrained loads it, and export.py takes it like any other checkpoint.
+
+    python train/pipeline.py build/train && python export.py build/train/snapshot -o demo.gguf
 """
+import json
 import os
 import pathlib
 import shutil
+import sys
 
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
@@ -11,10 +15,14 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+import latents
 import model
 import vae
 
 SHIFT = 3.0
+# What export.py finds in sora.json beside a checkpoint, and puts into the file as its defaults.
+RUN = dict(width=latents.SIZE, height=latents.SIZE, frames=latents.FRAMES, fps=16, steps=12, guidance=3.0, negative_prompt="",
+           name="sora.c demo")
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
 
@@ -49,7 +57,18 @@ def save(folder, tokenizer_folder, text_to_video, vae_state, dtype=torch.float16
     pipeline.save_pretrained(new)
     shutil.copy(pathlib.Path(tokenizer_folder) / "spiece.model", new / "tokenizer")
     (new / "tokenizer" / "tokenizer.json").unlink()  # the same rules again; one description of them is enough
+    (new / "sora.json").write_text(json.dumps(RUN, indent=2) + "\n")
     if folder.exists():
         os.rename(folder, old)
     os.rename(new, folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def snapshot(out):
+    """Writes OUT/snapshot/ from the checkpoints of a run, finished or not: the averaged weights."""
+    average = torch.load(out / "transformer.ckpt", weights_only=True)["average"]
+    save(out / "snapshot", out / "tokenizer", average, vae.load(out)[0].state_dict())
+
+
+if __name__ == "__main__":
+    snapshot(pathlib.Path(sys.argv[1]))

@@ -70,6 +70,17 @@ def test_an_update_of_muon_is_nearly_orthogonal():
     assert torch.linalg.svdvals(u).min() > 0.5 and torch.linalg.svdvals(u).max() < 1.3
 
 
+def interrupt_at(count):
+    """A function whose call number `count` interrupts the run."""
+    calls = iter(range(1, count + 1))
+
+    def call():
+        if next(calls) == count:
+            raise KeyboardInterrupt
+
+    return call
+
+
 def test_a_resumed_run_equals_an_uninterrupted_one(words, tmp_path, monkeypatch):
     monkeypatch.setattr(latents, "SHARD", 8)
     for name, value in dict(SHARDS=1, NEW_SHARDS_EVERY=100, BEGINNING=(1, 2), WHOLE=(2, 2)).items():
@@ -79,8 +90,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one(words, tmp_path, monkeypatch)
         latents.shard_path(tmp_path / run / "latents", 0).parent.mkdir(parents=True)
         np.save(latents.shard_path(tmp_path / run / "latents", 0),
                 np.random.default_rng(0).normal(size=(8, vae.Z, 2, 6, 6)).astype(np.float16))
-    monkeypatch.setattr(transformer, "rate", lambda step, steps: 1.0)
+    monkeypatch.setattr(transformer, "SAVE_SECONDS", -1)  # a checkpoint after every step
     expected = transformer.train(tmp_path / "whole", tokens, reader, None, steps=4, seed=0)
-    transformer.train(tmp_path / "parted", tokens, reader, None, steps=2, seed=0)
+    with pytest.raises(KeyboardInterrupt):
+        transformer.train(tmp_path / "parted", tokens, reader, None, steps=4, seed=0, saved=interrupt_at(2))
     resumed = transformer.train(tmp_path / "parted", tokens, reader, None, steps=4, seed=0)
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)

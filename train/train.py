@@ -7,14 +7,17 @@
     vae          OUT/vae.ckpt          half an hour   decoder and light encoder
     transformer  OUT/transformer.ckpt  hours     latents are drawn into OUT/latents/ as they are needed
     encoder      OUT/encoder.ckpt      minutes   Wan's own VAE encoder learns the light one's latents
-    snapshot     OUT/snapshot/         the diffusers folder, written anew with every checkpoint of the transformer
+    model        OUT/demo.gguf         seconds   the weight file, by export.py
 
+Beside OUT/transformer.ckpt stands OUT/snapshot/, a diffusers folder, written anew with every checkpoint.
 Loss curves stand in OUT/log/*.tsv, process ids in OUT/pids/.  The same command starts and resumes; --until stops early.
 """
 import argparse
 import datetime
 import os
 import pathlib
+import subprocess
+import sys
 import tempfile
 
 import torch
@@ -26,14 +29,15 @@ import reading
 import tokenizer
 import transformer
 import vae
+from latents import FRAMES, SIZE
 
-STAGES = ["tokenizer", "reading", "vae", "transformer", "encoder"]
-SIZE, FRAMES = 96, 33
+STAGES = ["tokenizer", "reading", "vae", "transformer", "encoder", "model"]
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path(__file__).parent.parent / "build" / "train")
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "build" / "train")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2, help="processes of the transformer stage, one thread each")
@@ -43,6 +47,7 @@ def options():
     parser.add_argument("--vae-steps", type=int, default=1000)
     parser.add_argument("--encoder-steps", type=int, default=1500)
     parser.add_argument("--transformer-steps", type=int, default=40000)
+    parser.add_argument("--eager", action="store_true", help="do without torch.compile and the C++ compiler that it needs")
     return parser.parse_args()
 
 
@@ -59,14 +64,10 @@ def transformer_worker(rank, args, rendezvous):
     if args.workers > 1:
         dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=args.workers,
                                 timeout=datetime.timedelta(days=1))
-    autoencoder, light = vae.load(args.out)
-    words = args.out / "tokenizer"
-
-    def snapshot(average):
-        pipeline.save(args.out / "snapshot", words, average, autoencoder.state_dict())
-
-    transformer.train(args.out, tokenizer.Tokenizer(words), torch.load(args.out / "reading.ckpt", weights_only=True), light,
-                      args.transformer_steps, args.seed, rank, args.workers, snapshot)
+    transformer.train(args.out, tokenizer.Tokenizer(args.out / "tokenizer"),
+                      torch.load(args.out / "reading.ckpt", weights_only=True), vae.load(args.out)[1],
+                      args.transformer_steps, args.seed, rank, args.workers, compiled=not args.eager,
+                      saved=lambda: pipeline.snapshot(args.out))
 
 
 def main():
@@ -87,6 +88,9 @@ def main():
             multiprocessing.spawn(transformer_worker, (args, f"{folder}/rendezvous"), args.workers)
     if "encoder" in wanted:
         vae.train_encoder(args.out, args.encoder_steps, args.seed, args.clips, SIZE, FRAMES)
+    if "model" in wanted:
+        pipeline.snapshot(args.out)
+        subprocess.run([sys.executable, ROOT / "export.py", args.out / "snapshot", "-o", args.out / "demo.gguf"], check=True)
 
 
 if __name__ == "__main__":

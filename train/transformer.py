@@ -18,10 +18,10 @@ import model
 import reading
 from common import Average, Log, Optimisers, save_atomically, sum_over_workers
 
-MIXED_STEPS = 6000  # until then, two steps of three see only the beginnings of clips
+MIXED_SHARE = 0.2  # of all steps: until then, two steps of three see only the beginnings of clips
 BEGINNING = (3, 64)  # latent frames, clips a worker
 WHOLE = (9, 24)
-SHARDS, NEW_SHARDS_EVERY, MOST_SHARDS = 4, 150, 96  # at first; two more every so many steps; in all
+SHARDS, NEW_SHARDS_EVERY, MOST_SHARDS = 4, 250, 96  # at first; two more every so many steps; in all
 MUON_LR, ADAM_LR, EMA_DECAY = 0.01, 1e-3, 0.999
 DROPPED = 0.1  # share of prompts replaced by the empty one, for guidance
 SAVE_SECONDS = 120
@@ -39,9 +39,9 @@ class TextToVideo(nn.Module):
         return model.velocity(self.transformer, x, sigma, *model.embed(self.text_encoder, ids, mask))
 
 
-def extent(step):
+def extent(step, steps):
     """(latent frames, clips a worker) of a step: mostly beginnings at first, which teach what things look like."""
-    return BEGINNING if step < MIXED_STEPS and step % 3 else WHOLE
+    return BEGINNING if step < MIXED_SHARE * steps and step % 3 else WHOLE
 
 
 def shards_at(step):
@@ -58,9 +58,9 @@ def sample_sigma(generator, count):
     return torch.sigmoid(0.6 + 1.2 * torch.randn(count, generator=generator))
 
 
-def batch_at(step, seed, rank, workers, pool, tokenizer):
+def batch_at(step, steps, seed, rank, workers, pool, tokenizer):
     """(clean, noise, sigma, ids, mask): this worker's part of the batch of a step."""
-    frames, count = extent(step)
+    frames, count = extent(step, steps)
     rng = np.random.default_rng([seed, step, rank, workers])
     indices = rng.integers(shards_at(step) * latents.SHARD, size=count)
     prompts = reading.captions(tokenizer, [latents.shard_scene(seed, int(i)) for i in indices], rng)
@@ -78,8 +78,11 @@ def make_shards(step, seed, rank, workers, folder, light):
         dist.barrier()
 
 
-def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, snapshot=lambda average: None):
-    """Trains up to `steps` steps, going on from OUT/transformer.ckpt; snapshot(averaged state) follows each save."""
+def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, saved=lambda: None, compiled=False):
+    """Trains up to `steps` steps, going on from OUT/transformer.ckpt; saved() follows each save.
+
+    compiled: by torch.compile, which takes minutes once and then makes a step a fifth shorter; needs a C++ compiler.
+    """
     torch.manual_seed(seed)
     net = TextToVideo(len(tokenizer))
     net.text_encoder.load_state_dict(encoder_state)
@@ -97,19 +100,21 @@ def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, 
     def save():
         save_atomically({"model": net.state_dict(), "average": average.shadow, "optimisers": optimisers.state_dict(),
                          "step": step, "samples": samples, "seconds": seconds}, checkpoint)
-        snapshot(average.shadow)
+        saved()
+
+    forward = torch.compile(net, dynamic=False) if compiled else net
 
     def loss_of(clean, noise, sigma, ids, mask):
         s = sigma[:, None, None, None, None]
-        return (net((1 - s) * clean + s * noise, sigma, ids, mask) - (noise - clean)).square().mean()
+        return (forward((1 - s) * clean + s * noise, sigma, ids, mask) - (noise - clean)).square().mean()
 
-    pool, shards, recent, saved, logged = latents.Pool(out / "latents"), 0, [], time.time(), (seconds, samples)
+    pool, shards, recent, last_save, logged = latents.Pool(out / "latents"), 0, [], time.time(), (seconds, samples)
     while step < steps:
         begun = time.time()
         if shards_at(step) != shards:
             make_shards(step, seed, rank, workers, out / "latents", light)
             shards = shards_at(step)
-        parts = batch_at(step, seed, rank, workers, pool, tokenizer)
+        parts = batch_at(step, steps, seed, rank, workers, pool, tokenizer)
         loss = loss_of(*parts)
         loss.backward()
         sum_over_workers([p.grad for p in net.parameters()], 1 / workers)
@@ -123,7 +128,7 @@ def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, 
             log.write(step=step, samples=samples, seconds=seconds, loss=float(np.mean(recent)), norm=norm.item(),
                       samples_per_second=(samples - logged[1]) / (seconds - logged[0]))
             recent, logged = [], (seconds, samples)
-        if rank == 0 and (time.time() - saved > SAVE_SECONDS or step == steps):
+        if rank == 0 and (time.time() - last_save > SAVE_SECONDS or step == steps):
             save()
-            saved = time.time()
+            last_save = time.time()
     return average.shadow

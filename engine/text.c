@@ -1,0 +1,54 @@
+/* text.c - bytes that grow, and UTF-8 in them.
+ *
+ * What is read here may be anything that somebody typed. A character is what RFC 3629 allows: the shortest form, no
+ * surrogates, nothing beyond U+10FFFF. For what is none, one U+FFFD stands for each maximal part of a character
+ * (Unicode, table 3-7), as in Python's bytes.decode(errors="replace"). */
+#include "engine/engine.h"
+
+#include <string.h>
+
+void text_append(Text *text, const void *bytes, size_t size) {
+    if (size >= text->room - text->size) {
+        text->room = 2 * text->size + size + 32;
+        text->data = reallocate(text->data, text->room);
+    }
+    if (size) memcpy(text->data + text->size, bytes, size);
+    text->size += size;
+    text->data[text->size] = 0;
+}
+
+size_t utf8_bytes(Bytes text, bool *valid) {
+    uint8_t lead = text.data[0];
+    size_t bytes = lead < 0x80 ? 1 : lead < 0xC2 || lead > 0xF4 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+    uint8_t low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
+    uint8_t high = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
+    size_t at = 1;
+    for (; at < bytes && at < text.size && text.data[at] >= low && text.data[at] <= high; at++) low = 0x80, high = 0xBF;
+    *valid = at == bytes;
+    return at;
+}
+
+void text_append_utf8(Text *text, Bytes bytes) {
+    bool valid;
+    for (size_t n; bytes.size; bytes.data += n, bytes.size -= n) {
+        n = utf8_bytes(bytes, &valid);
+        if (valid) text_append(text, bytes.data, n);
+        else text_append(text, "\xef\xbf\xbd", 3);
+    }
+}
+
+size_t utf8_decode(Bytes text, uint32_t *code) {
+    bool valid;
+    size_t bytes = utf8_bytes(text, &valid);
+    *code = bytes == 1 ? text.data[0] : text.data[0] & (0x7F >> bytes);
+    for (size_t i = 1; i < bytes; i++) *code = *code << 6 | (text.data[i] & 0x3F);
+    return bytes;
+}
+
+void text_append_character(Text *text, uint32_t code) {
+    uint8_t bytes[4];
+    int n = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+    for (int i = n; i-- > 1; code >>= 6) bytes[i] = 0x80 | (code & 0x3F);
+    bytes[0] = (uint8_t)(n == 1 ? code : (0xF00 >> n) | code);
+    text_append(text, bytes, (size_t)n);
+}
