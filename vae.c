@@ -142,14 +142,20 @@ typedef struct {
     int doubled;       /* 1: the input is half as high and wide */
 } View;
 
-static const void *locate_pixel(const void *of, int row, int tap) {
+/* Taps are ordered (t, y, x). */
+static void locate_pixel(const void *of, int row, const void **where, int stride) {
     const View *view = of;
     const Conv *conv = view->conv;
-    int x = row % view->width + tap % conv->kw - conv->kw / 2;
-    int y = row / view->width + tap / conv->kw % conv->kh - conv->kh / 2;
-    if (x < 0 || x >= view->width || y < 0 || y >= view->height) return view->zeros;
-    size_t pixel = (size_t)(y >> view->doubled) * (view->width >> view->doubled) + (x >> view->doubled);
-    return view->frames[tap / (conv->kh * conv->kw)] + pixel * view->pixel;
+    int top = row / view->width - conv->kh / 2, left = row % view->width - conv->kw / 2;
+    for (int t = 0; t < conv->kt; t++)
+        for (int y = top; y < top + conv->kh; y++) {
+            int line = (y >> view->doubled) * (view->width >> view->doubled);
+            bool inside = y >= 0 && y < view->height;
+            for (int x = left; x < left + conv->kw; x++, where += stride) {
+                size_t pixel = (size_t)(line + (x >> view->doubled)) * view->pixel;
+                *where = inside && x >= 0 && x < view->width ? view->frames[t] + pixel : view->zeros;
+            }
+        }
 }
 
 static void run(const View *view, float *out, int mode) {

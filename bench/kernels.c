@@ -60,11 +60,15 @@ typedef struct {
     float *y;
 } Convolution;
 
-static const void *locate(const void *of, int row, int tap) {
+static void locate(const void *of, int row, const void **where, int stride) {
     const Convolution *c = of;
-    int x = row % c->side + tap % KERNEL - 1, y = row / c->side + tap / KERNEL % KERNEL - 1;
-    if (x < 0 || x >= c->side || y < 0 || y >= c->side) return c->zeros;
-    return c->frames + ((size_t)(tap / (KERNEL * KERNEL) * c->side + y) * c->side + x) * c->pixel;
+    int top = row / c->side - 1, left = row % c->side - 1;
+    for (int t = 0; t < KERNEL; t++)
+        for (int y = top; y < top + KERNEL; y++)
+            for (int x = left; x < left + KERNEL; x++, where += stride) {
+                bool inside = x >= 0 && x < c->side && y >= 0 && y < c->side;
+                *where = inside ? c->frames + ((size_t)(t * c->side + y) * c->side + x) * c->pixel : c->zeros;
+            }
 }
 
 static void run_convolution(void *with) {

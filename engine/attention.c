@@ -23,7 +23,7 @@ typedef struct {
     Precision precision;
     char *packed;
     int C, width; /* columns of a panel; d rounded up to panels */
-    size_t key_panel, value_panel, keys_size, head_size, packed_size, block_size;
+    size_t query_row, weight_row, key_panel, value_panel, keys_size, head_size, packed_size, block_size;
 } Plan;
 
 static const float *head_of(const float *x, size_t stride, int row, int head, int d) {
@@ -33,9 +33,9 @@ static const float *head_of(const float *x, size_t stride, int row, int head, in
 static void pack_head(const Plan *plan, int head) {
     const Attention *a = plan->a;
     char *out = plan->packed + head * plan->head_size;
+    Weight keys = {head_of(a->k, a->kv_stride, 0, head, a->d), TYPE_F32, a->keys, (int)a->kv_stride};
     for (int first = 0; first < a->keys; first += plan->C, out += plan->key_panel)
-        pack_rows(plan->precision, out, head_of(a->k, a->kv_stride, first, head, a->d), a->kv_stride,
-                  smaller(plan->C, a->keys - first), a->d);
+        pack_rows(plan->precision, out, &keys, first, 0, a->d);
     out = plan->packed + head * plan->head_size + plan->keys_size;
     for (int first = 0; first < plan->width; first += plan->C, out += plan->value_panel)
         pack_columns(plan->precision, out, head_of(a->v, a->kv_stride, 0, head, a->d) + first, a->kv_stride,
@@ -53,13 +53,18 @@ typedef struct {
     int rows, padded;          /* queries; rounded up to row tiles */
 } Block;
 
+/* What the row tile at `row` is to fetch of the panel that comes next. */
+static const char *ahead(const char *next, size_t size, int row) {
+    return next + (size_t)(row / kernels->tile_rows % TILES_AHEAD) * (size / TILES_AHEAD);
+}
+
 static void multiply_keys(const Plan *plan, const Block *block, int head, int first, int keys) {
     const char *panel = plan->packed + head * plan->head_size + (size_t)(first / plan->C) * plan->key_panel;
     memset(block->scores, 0, sizeof(float) * (size_t)block->padded * TILE_KEYS);
     for (int j = 0; j < keys; j += plan->C, panel += plan->key_panel)
         for (int i = 0; i < block->padded; i += kernels->tile_rows)
             kernels->tile[plan->precision](block->scores + (size_t)i * TILE_KEYS + j, TILE_KEYS, block->q + i, 0, panel,
-                                           1, plan->a->d);
+                                           1, plan->a->d, ahead(panel + plan->key_panel, plan->key_panel, i));
 }
 
 static void softmax_rows(const Plan *plan, Block *block, int head, int query, int first, int keys) {
@@ -71,7 +76,7 @@ static void softmax_rows(const Plan *plan, Block *block, int head, int query, in
         block->maximum[i] = kernels->softmax_tile(scores, keys, a->scale, bias, block->maximum[i],
                                                   block->sums + i * LANES, &rescale);
         if (plan->precision != F32)
-            narrow_row(plan->precision, block->weights + i * row_bytes(plan->precision, TILE_KEYS), scores, keys);
+            tile_row(plan->precision, block->weights + i * plan->weight_row, scores, keys);
         if (rescale != 1.0f)
             for (int j = 0; j < plan->width; j++) out[j] *= rescale;
     }
@@ -82,18 +87,17 @@ static void add_values(const Plan *plan, const Block *block, int head, int first
     for (int j = 0; j < plan->width; j += plan->C, panel += plan->value_panel)
         for (int i = 0; i < block->padded; i += kernels->tile_rows)
             kernels->tile[plan->precision](block->out + (size_t)i * plan->width + j, plan->width, block->p + i, 0, panel,
-                                           1, keys);
+                                           1, keys, ahead(panel + plan->value_panel, panel_bytes(plan->precision, keys), i));
 }
 
 /* Lays a block out in a thread's memory. In float32, queries and weights are read where they lie. */
 static void begin_block(const Plan *plan, Block *block, int head, int query, char *memory) {
     const Attention *a = plan->a;
-    size_t q_bytes = row_bytes(plan->precision, a->d), p_bytes = row_bytes(plan->precision, TILE_KEYS);
     block->scores = (float *)memory;
     block->out = block->scores + (size_t)block->padded * TILE_KEYS;
     block->sums = block->out + (size_t)block->padded * plan->width;
     block->queries = (char *)(block->sums + (size_t)block->padded * LANES);
-    block->weights = block->queries + (size_t)block->padded * q_bytes;
+    block->weights = block->queries + (size_t)block->padded * plan->query_row;
     memset(block->out, 0, sizeof(float) * (size_t)block->padded * (size_t)(plan->width + LANES));
     for (int i = 0; i < block->padded; i++) {
         int row = smaller(i, block->rows - 1);
@@ -103,9 +107,9 @@ static void begin_block(const Plan *plan, Block *block, int head, int query, cha
             block->q[i] = q;
             block->p[i] = block->scores + (size_t)row * TILE_KEYS;
         } else {
-            block->q[i] = block->queries + row * q_bytes;
-            block->p[i] = block->weights + row * p_bytes;
-            if (i == row) narrow_row(plan->precision, block->queries + row * q_bytes, q, a->d);
+            block->q[i] = block->queries + row * plan->query_row;
+            block->p[i] = block->weights + row * plan->weight_row;
+            if (i == row) tile_row(plan->precision, block->queries + row * plan->query_row, q, a->d);
         }
     }
 }
@@ -131,13 +135,15 @@ static Plan make_plan(const Attention *a) {
     Plan plan = {.a = a, .precision = a->precision == BF16 ? BF16 : F32, .C = kernels->tile_cols};
     int rows = BLOCK_ROWS * kernels->tile_rows;
     plan.width = round_up(a->d, plan.C);
+    plan.query_row = row_bytes(tile_type(plan.precision), a->d);
+    plan.weight_row = row_bytes(tile_type(plan.precision), TILE_KEYS);
     plan.key_panel = panel_bytes(plan.precision, a->d);
     plan.value_panel = panel_bytes(plan.precision, a->keys);
     plan.keys_size = (size_t)(round_up(a->keys, plan.C) / plan.C) * plan.key_panel;
     plan.head_size = plan.keys_size + (size_t)(plan.width / plan.C) * plan.value_panel;
     plan.packed_size = (plan.head_size * (size_t)a->heads + 63) / 64 * 64;
     plan.block_size = (size_t)rows * (sizeof(float) * (size_t)(TILE_KEYS + plan.width + LANES) +
-                                      row_bytes(plan.precision, a->d) + row_bytes(plan.precision, TILE_KEYS));
+                                      plan.query_row + plan.weight_row);
     plan.block_size = (plan.block_size + 63) / 64 * 64;
     return plan;
 }

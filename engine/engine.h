@@ -177,7 +177,7 @@ int threads_count(void);
 int thread_index(void); /* of the thread that runs this iteration */
 
 enum { LANES = 16 }; /* virtual lanes of every row reduction, whatever the width of a register */
-enum { MAX_TILE_ROWS = 14, MAX_TILE_COLS = 32 };
+enum { MAX_TILE_ROWS = 14, MAX_TILE_COLS = 32, TILES_AHEAD = 8 };
 
 /* Arithmetic of the large products. What is multiplied is float32, bfloat16, or bytes with a scale for each 256;
  * what is summed is float32 (for bytes: exact integers, then float32). */
@@ -196,15 +196,17 @@ typedef uint32_t Word;
  * the same bits; INT8 too, and BF16 but for subnormal numbers, which some dot products flush. */
 typedef struct {
     const char *name;         /* generic, avx2, avx512, neon */
-    bool fast[PRECISIONS];    /* faster than float32 */
+    bool fast[PRECISIONS];    /* faster than float32; where BF16 is not, tiles take it as floats (panel.c) */
     int byte_offset;          /* what INT8 row operands carry added to each byte: 128 where the dot product wants them
                                  unsigned, else 0 */
     int tile_rows, tile_cols; /* R and C below; C divides MAX_TILE_COLS */
     /* acc (R, C), rows ld apart, += the sum over segments s and k < n of row operands times a panel (panel.c). Row i
      * of segment s starts at a[s*R + i] + from (bytes). An element of F32 is one chain of fused multiply-adds in the
-     * order of s, then k. INT8 takes one segment of at most INT8_CHUNK. */
+     * order of s, then k. INT8 takes one segment. Meanwhile a TILES_AHEADth of a panel as long as this one is fetched
+     * from `ahead` into the cache. */
     void (*tile[PRECISIONS])(float *acc, int ld, const void *const *a, size_t from, const void *panel, int segments,
-                             int n);
+                             int n, const char *ahead);
+    void (*from_bf16)(float *y, const uint16_t *x, size_t n);
     void (*to_bf16)(uint16_t *y, const float *x, size_t n); /* to nearest, ties to even */
     int (*to_int8)(uint8_t *y, const float *x, int n, float factor); /* x * factor, plus byte_offset; returns the sum
                                                                         of the bytes without it */
@@ -241,9 +243,14 @@ void narrow_row(Precision precision, void *row, const float *x, int n);
 /* L rows, `stride` floats apart, to row operands side by side. */
 void narrow_rows(Precision precision, void *rows, const float *x, size_t stride, int L, int n);
 
+/* What tiles take for a precision: F32 where BF16 is not fast. And a row of it, rounded to bfloat16 all the same. */
+Precision tile_type(Precision precision);
+void tile_row(Precision precision, void *row, const float *x, int n);
+
 /* A panel: `cols` columns of n elements, the elements of one k (bfloat16: pair of k; INT8: four k) side by side. */
 size_t panel_bytes(Precision precision, int n);
-void pack_rows(Precision precision, void *panel, const float *w, size_t stride, int cols, int n);
+/* From elements [from, from+n) of rows [first, first+C) of w; or from the first `cols` columns of w (n, stride). */
+void pack_rows(Precision precision, void *panel, const Weight *w, int first, int from, int n);
 void pack_columns(Precision precision, void *panel, const float *w, size_t stride, int cols, int n);
 
 /* ---------------------------------------------------------------- product.c: the large products */
@@ -266,12 +273,12 @@ Linear linear_bind(const WeightFile *file, Precision precision, int O, int I, in
 /* y (L,O) = x (L,I) @ weight^T + bias */
 void linear(float *y, const float *x, int L, const Linear *layer);
 
-/* Row operands that a product reads where they lie: row r of x is `segments` runs of n elements, run s at
- * locate(of, r, s), narrowed to the layer's precision. A linear layer has one segment; a convolution has one per tap
+/* Row operands that a product reads where they lie: row r of x is `segments` runs of n elements, narrowed to
+ * the layer's precision; locate() writes where run s starts to where[s*stride]. A linear layer has one segment; a convolution has one per tap
  * (Dukhan, The Indirect Convolution Algorithm, 2019). */
 typedef struct {
     int rows, segments, n;
-    const void *(*locate)(const void *of, int row, int segment);
+    void (*locate)(const void *of, int row, const void **where, int stride);
     const void *of;
 } Rows;
 enum { REPLACE, ACCUMULATE };

@@ -5,8 +5,9 @@
  *   V_LOAD V_STORE V_SET V_ADD V_SUB V_MUL V_DIV V_FMA(a,b,c)=a*b+c V_MAX V_MIN V_ABS V_ROUND V_POW2 V_HMAX
  *   W, vectors of VLEN 32-bit words: W_LOAD W_STORE W_SET W_FLOAT (integers to floats) W_TRANSPOSE (of VLEN vectors)
  *   W_KEEP (leaves a vector as it is, in a register), the two dot products
- *   DOT_BF16(sum, a, b): sum + two products of bfloat16;  DOT_INT8(sum, a, b): integers, four products of bytes
- *   V_STORE_BF16(p, v): narrowed to nearest even
+ *   DOT_INT8(sum, a, b): integers, four products of bytes;  DOT_BF16(sum, a, b): sum + two products of bfloat16, only
+ *   where that is faster than two of float32
+ *   V_LOAD_BF16(p), V_STORE_BF16(p, v): widened; narrowed to nearest even
  * Scalar C is the same text with one lane.
  *
  * Why every instruction set gives the same bits: an element of a product is one chain of fused multiply-adds over k
@@ -31,12 +32,14 @@ static inline TARGET V NAME(v_exp)(V x) {
     return V_MUL(p, V_POW2(n));
 }
 
-/* A tile lives in registers while k runs: TILE_ROWS x TILE_VECTORS accumulators. */
+/* A tile lives in registers while k runs: TILE_ROWS x TILE_VECTORS accumulators. Meanwhile it fetches what will be
+ * multiplied next, so much in each round that TILES_AHEAD tiles fetch a panel as large as their own. */
 #define FOR_ROWS UNROLL for (int i = 0; i < TILE_ROWS; i++)
 #define FOR_VECTORS UNROLL for (int j = 0; j < TILE_VECTORS; j++)
+#define FETCH_AHEAD PREFETCH(ahead), ahead += TILE_VECTORS * VLEN * sizeof(float) / TILES_AHEAD
 
 static TARGET void NAME(tile_f32)(float *acc, int ld, const void *const *a, size_t from, const void *panel,
-                                  int segments, int n) {
+                                  int segments, int n, const char *ahead) {
     const float *b = panel;
     V sum[TILE_ROWS][TILE_VECTORS];
     FOR_ROWS FOR_VECTORS sum[i][j] = V_LOAD(acc + (size_t)i * ld + j * VLEN);
@@ -46,6 +49,7 @@ static TARGET void NAME(tile_f32)(float *acc, int ld, const void *const *a, size
         for (int k = 0; k < n; k++, b += TILE_VECTORS * VLEN) {
             V column[TILE_VECTORS];
             FOR_VECTORS column[j] = V_LOAD(b + j * VLEN);
+            FETCH_AHEAD;
             FOR_ROWS {
                 V x = V_SET(row[i][k]);
                 FOR_VECTORS sum[i][j] = V_FMA(x, column[j], sum[i][j]);
@@ -55,9 +59,10 @@ static TARGET void NAME(tile_f32)(float *acc, int ld, const void *const *a, size
     FOR_ROWS FOR_VECTORS V_STORE(acc + (size_t)i * ld + j * VLEN, sum[i][j]);
 }
 
+#ifdef DOT_BF16
 /* The same, a pair of k at a time. */
 static TARGET void NAME(tile_bf16)(float *acc, int ld, const void *const *a, size_t from, const void *panel,
-                                   int segments, int n) {
+                                   int segments, int n, const char *ahead) {
     const Word *b = panel;
     V sum[TILE_ROWS][TILE_VECTORS];
     FOR_ROWS FOR_VECTORS sum[i][j] = V_LOAD(acc + (size_t)i * ld + j * VLEN);
@@ -67,6 +72,7 @@ static TARGET void NAME(tile_bf16)(float *acc, int ld, const void *const *a, siz
         for (int k = 0; k < (n + 1) / 2; k++, b += TILE_VECTORS * VLEN) {
             W column[TILE_VECTORS];
             FOR_VECTORS column[j] = W_LOAD(b + j * VLEN);
+            FETCH_AHEAD;
             FOR_ROWS {
                 W x = W_SET(row[i][k]);
                 FOR_VECTORS sum[i][j] = DOT_BF16(sum[i][j], x, column[j]);
@@ -75,32 +81,47 @@ static TARGET void NAME(tile_bf16)(float *acc, int ld, const void *const *a, siz
     }
     FOR_ROWS FOR_VECTORS V_STORE(acc + (size_t)i * ld + j * VLEN, sum[i][j]);
 }
+#define TILE_BF16 NAME(tile_bf16)
+#else
+#define TILE_BF16 NAME(tile_f32)
+#endif
 
-/* Exact integers over one chunk, then one step in float32: acc += sum * (scale of the row * scale of the column). The
- * panel's second line, minus byte_offset times the sum of each column, takes the rows' offset out again. */
+/* Exact integers over a chunk, then one step in float32: acc += sum * (scale of the row * scale of the column). The
+ * chunk's second line, minus byte_offset times the sum of each column, takes the rows' offset out again. */
 static TARGET void NAME(tile_int8)(float *acc, int ld, const void *const *a, size_t from, const void *panel,
-                                   int segments, int n) {
-    const float *scales = panel;
-    const Word *b = (const Word *)panel + 2 * TILE_VECTORS * VLEN;
-    const Word *row[TILE_ROWS];
-    W sum[TILE_ROWS][TILE_VECTORS];
+                                   int segments, int n, const char *ahead) {
+    const Word *b = panel;
     (void)segments;
-    FOR_ROWS row[i] = (const Word *)((const char *)a[i] + from) + 1;
-    W correction[TILE_VECTORS];
-    FOR_VECTORS correction[j] = W_LOAD((const Word *)panel + (TILE_VECTORS + j) * VLEN);
-    FOR_ROWS FOR_VECTORS sum[i][j] = correction[j];
-    for (int k = 0; k < (n + 3) / 4; k++, b += TILE_VECTORS * VLEN) {
-        W column[TILE_VECTORS];
-        FOR_VECTORS column[j] = W_LOAD(b + j * VLEN);
-        FOR_ROWS {
-            W x = W_SET(row[i][k]);
-            FOR_VECTORS sum[i][j] = DOT_INT8(sum[i][j], x, column[j]);
+    for (; n > 0; n -= INT8_CHUNK, from += 4 + INT8_CHUNK) {
+        const float *scales = (const float *)b;
+        const Word *row[TILE_ROWS];
+        W sum[TILE_ROWS][TILE_VECTORS], correction[TILE_VECTORS];
+        FOR_ROWS row[i] = (const Word *)((const char *)a[i] + from) + 1;
+        FOR_VECTORS correction[j] = W_LOAD(b + (TILE_VECTORS + j) * VLEN);
+        FOR_ROWS FOR_VECTORS sum[i][j] = correction[j];
+        b += 2 * TILE_VECTORS * VLEN;
+        for (int k = 0; k < (smaller(n, INT8_CHUNK) + 3) / 4; k++, b += TILE_VECTORS * VLEN) {
+            W column[TILE_VECTORS];
+            FOR_VECTORS column[j] = W_LOAD(b + j * VLEN);
+            FETCH_AHEAD;
+            FOR_ROWS {
+                W x = W_SET(row[i][k]);
+                FOR_VECTORS sum[i][j] = DOT_INT8(sum[i][j], x, column[j]);
+            }
+            FOR_ROWS FOR_VECTORS W_KEEP(sum[i][j]);
         }
-    }
-    FOR_ROWS FOR_VECTORS W_KEEP(sum[i][j]);
 #define OUT (acc + (size_t)i * ld + j * VLEN)
 #define SCALE V_MUL(V_SET(*(const float *)(row[i] - 1)), V_LOAD(scales + j * VLEN))
-    FOR_ROWS FOR_VECTORS V_STORE(OUT, V_FMA(W_FLOAT(sum[i][j]), SCALE, V_LOAD(OUT)));
+        FOR_ROWS FOR_VECTORS V_STORE(OUT, V_FMA(W_FLOAT(sum[i][j]), SCALE, V_LOAD(OUT)));
+#undef OUT
+#undef SCALE
+    }
+}
+
+static TARGET void NAME(from_bf16)(float *y, const uint16_t *x, size_t n) {
+    size_t i = 0;
+    for (; i + VLEN <= n; i += VLEN) V_STORE(y + i, V_LOAD_BF16(x + i));
+    for (; i < n; i++) y[i] = float_of((uint32_t)x[i] << 16);
 }
 
 static TARGET void NAME(to_bf16)(uint16_t *y, const float *x, size_t n) {
@@ -242,9 +263,10 @@ static const Kernels NAME(table) = {
     .name = ISA_NAME,
     .tile_rows = TILE_ROWS,
     .tile_cols = TILE_VECTORS * VLEN,
-    .fast = {true, FAST_BF16, FAST_INT8},
+    .fast = {true, TILE_BF16 != NAME(tile_f32), FAST_INT8},
     .byte_offset = BYTE_OFFSET,
-    .tile = {NAME(tile_f32), NAME(tile_bf16), NAME(tile_int8)},
+    .tile = {NAME(tile_f32), TILE_BF16, NAME(tile_int8)},
+    .from_bf16 = NAME(from_bf16),
     .to_bf16 = NAME(to_bf16),
     .to_int8 = NAME(to_int8),
     .transpose = NAME(transpose),
@@ -277,6 +299,7 @@ static const Kernels NAME(table) = {
 #undef V_ROUND
 #undef V_POW2
 #undef V_HMAX
+#undef V_LOAD_BF16
 #undef V_STORE_BF16
 #undef W
 #undef W_LOAD
@@ -287,14 +310,12 @@ static const Kernels NAME(table) = {
 #undef W_FLOAT
 #undef DOT_BF16
 #undef DOT_INT8
-#undef FAST_BF16
+#undef TILE_BF16
 #undef FAST_INT8
 #undef BYTE_OFFSET
-#undef HIGH
-#undef LOW
 #undef BYTES
 #undef AVX512_VNNI
-#undef AVX512_BF16
 #undef NEON_DOTPROD
 #undef FOR_ROWS
 #undef FOR_VECTORS
+#undef FETCH_AHEAD

@@ -56,6 +56,13 @@ float lanes_sum(const float lanes[LANES]) {
 #define UNROLL
 #endif
 
+/* Into the second-level cache. */
+#if defined(__GNUC__)
+#define PREFETCH(p) __builtin_prefetch(p, 0, 2)
+#else
+#define PREFETCH(p) ((void)(p))
+#endif
+
 static inline uint16_t nearest_bf16(float x) {
     uint32_t bits;
     memcpy(&bits, &x, sizeof bits);
@@ -78,11 +85,6 @@ static inline float float_of(uint32_t bits) {
     return value;
 }
 
-static inline float dot_bf16(float sum, uint32_t a, uint32_t b) {
-    sum = fmaf(float_of(a & 0xffff0000), float_of(b & 0xffff0000), sum);
-    return fmaf(float_of(a << 16), float_of(b << 16), sum);
-}
-
 static inline uint32_t dot_int8(uint32_t sum, uint32_t a, uint32_t b) {
     for (int shift = 0; shift < 32; shift += 8)
         sum += (uint32_t)((int8_t)(a >> shift & 255) * (int8_t)(b >> shift & 255));
@@ -94,7 +96,6 @@ static inline uint32_t dot_int8(uint32_t sum, uint32_t a, uint32_t b) {
 #define TARGET
 #define TILE_ROWS 4
 #define TILE_VECTORS 4
-#define FAST_BF16 false
 #define FAST_INT8 false
 #define BYTE_OFFSET 0
 #include "engine/vector_generic.h"
@@ -146,7 +147,6 @@ static inline TARGET_AVX2 void transpose_8x8(__m256i r[8]) {
 #define TARGET TARGET_AVX2
 #define TILE_ROWS 6
 #define TILE_VECTORS 2
-#define FAST_BF16 false
 #define FAST_INT8 true
 #define BYTE_OFFSET 0
 #include "engine/vector_avx2.h"
@@ -197,7 +197,6 @@ static inline TARGET_AVX512 void transpose_16x16(__m512i r[16]) {
 #define TARGET TARGET_AVX512
 #define TILE_ROWS 14
 #define TILE_VECTORS 2
-#define FAST_BF16 false
 #define FAST_INT8 true
 #define BYTE_OFFSET 0
 #include "engine/vector_avx512.h"
@@ -208,7 +207,6 @@ static inline TARGET_AVX512 void transpose_16x16(__m512i r[16]) {
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vnni")))
 #define TILE_ROWS 14
 #define TILE_VECTORS 2
-#define FAST_BF16 false
 #define FAST_INT8 true
 #define BYTE_OFFSET 128
 #define AVX512_VNNI
@@ -220,11 +218,10 @@ static inline TARGET_AVX512 void transpose_16x16(__m512i r[16]) {
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vnni,avx512bf16")))
 #define TILE_ROWS 14
 #define TILE_VECTORS 2
-#define FAST_BF16 true
 #define FAST_INT8 true
 #define BYTE_OFFSET 128
 #define AVX512_VNNI
-#define AVX512_BF16
+#define DOT_BF16(sum, a, b) _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b))
 #include "engine/vector_avx512.h"
 #include "engine/kernel_body.h"
 
@@ -270,7 +267,6 @@ static inline uint32x4_t neon_dot_int8(uint32x4_t sum, int8x16_t a, int8x16_t b)
 #define TARGET
 #define TILE_ROWS 6
 #define TILE_VECTORS 4
-#define FAST_BF16 false
 #define FAST_INT8 false
 #define BYTE_OFFSET 0
 #include "engine/vector_neon.h"
@@ -281,7 +277,6 @@ static inline uint32x4_t neon_dot_int8(uint32x4_t sum, int8x16_t a, int8x16_t b)
 #define TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
 #define TILE_ROWS 6
 #define TILE_VECTORS 4
-#define FAST_BF16 false
 #define FAST_INT8 true
 #define BYTE_OFFSET 0
 #define NEON_DOTPROD
@@ -380,15 +375,6 @@ static float half_to_float(uint16_t half) {
     return half >> 15 ? -value : value;
 }
 
-static void convert_bf16(float *out, const uint8_t *in, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        uint16_t half;
-        memcpy(&half, in + 2 * i, sizeof half);
-        uint32_t bits = (uint32_t)half << 16;
-        memcpy(out + i, &bits, sizeof bits);
-    }
-}
-
 static void convert_f16(float *out, const uint8_t *in, size_t n) {
     for (size_t i = 0; i < n; i++) {
         uint16_t half;
@@ -411,7 +397,7 @@ void convert_to_floats(float *out, const void *in, Type type, size_t n) {
     switch (type) {
     case TYPE_F32: memcpy(out, in, n * 4); break;
     case TYPE_F16: convert_f16(out, in, n); break;
-    case TYPE_BF16: convert_bf16(out, in, n); break;
+    case TYPE_BF16: kernels->from_bf16(out, in, n); break;
     case TYPE_Q8_0: convert_q8_0(out, in, n); break;
     }
 }

@@ -4,6 +4,8 @@
 #define VLEN 8
 #define V_LOAD(p) _mm256_loadu_ps(p)
 #define V_STORE(p, v) _mm256_storeu_ps(p, v)
+#define V_LOAD_BF16(p)                                                                                               \
+    _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
 #define V_STORE_BF16(p, v) avx2_store_bf16(p, v)
 #define V_SET(x) _mm256_set1_ps(x)
 #define V_ADD(a, b) _mm256_add_ps(a, b)
@@ -24,11 +26,6 @@
 #define W_KEEP(w) ((void)0)
 #define W_SET(x) _mm256_set1_epi32((int)(x))
 #define W_FLOAT(w) _mm256_cvtepi32_ps(w)
-
-/* A bfloat16 is the upper half of a float: the odd of a pair by masking, the even by shifting. */
-#define HIGH(w) _mm256_castsi256_ps(_mm256_and_si256(w, _mm256_set1_epi32((int)0xffff0000)))
-#define LOW(w) _mm256_castsi256_ps(_mm256_slli_epi32(w, 16))
-#define DOT_BF16(sum, a, b) _mm256_fmadd_ps(LOW(a), LOW(b), _mm256_fmadd_ps(HIGH(a), HIGH(b), sum))
 
 /* maddubs wants its first factor unsigned: |a| and b with a's sign; 127 * 127 * 2 does not saturate. */
 #define DOT_INT8(sum, a, b)                                                                                          \

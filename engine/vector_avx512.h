@@ -1,10 +1,12 @@
-/* vector_avx512.h - the vocabulary of kernel_body.h for AVX-512: 16 lanes, 32 registers. With AVX512_BF16 and
- * AVX512_VNNI the dot products are instructions. */
+/* vector_avx512.h - the vocabulary of kernel_body.h for AVX-512: 16 lanes, 32 registers. With AVX512_VNNI
+ * the dot product of bytes is an instruction. */
 #define V __m512
 #define W __m512i
 #define VLEN 16
 #define V_LOAD(p) _mm512_loadu_ps(p)
 #define V_STORE(p, v) _mm512_storeu_ps(p, v)
+#define V_LOAD_BF16(p)                                                                                               \
+    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
 #define V_STORE_BF16(p, v) avx512_store_bf16(p, v)
 #define V_SET(x) _mm512_set1_ps(x)
 #define V_ADD(a, b) _mm512_add_ps(a, b)
@@ -26,14 +28,6 @@
 #define W_KEEP(w) __asm__("" : "+v"(w))
 #define W_SET(x) _mm512_set1_epi32((int)(x))
 #define W_FLOAT(w) _mm512_cvtepi32_ps(w)
-
-#ifdef AVX512_BF16
-#define DOT_BF16(sum, a, b) _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b))
-#else
-#define HIGH(w) _mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int)0xffff0000)))
-#define LOW(w) _mm512_castsi512_ps(_mm512_slli_epi32(w, 16))
-#define DOT_BF16(sum, a, b) _mm512_fmadd_ps(LOW(a), LOW(b), _mm512_fmadd_ps(HIGH(a), HIGH(b), sum))
-#endif
 
 #ifdef AVX512_VNNI
 #define DOT_INT8(sum, a, b) _mm512_dpbusd_epi32(sum, a, b)

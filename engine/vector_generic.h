@@ -4,6 +4,7 @@
 #define VLEN 1
 #define V_LOAD(p) (*(p))
 #define V_STORE(p, v) (*(p) = (v))
+#define V_LOAD_BF16(p) float_of((uint32_t)*(p) << 16)
 #define V_STORE_BF16(p, v) (*(p) = nearest_bf16(v))
 #define V_SET(x) (x)
 #define V_ADD(a, b) ((a) + (b))
@@ -23,5 +24,4 @@
 #define W_KEEP(w) ((void)0)
 #define W_SET(x) (x)
 #define W_FLOAT(w) ((float)(int32_t)(w))
-#define DOT_BF16(sum, a, b) dot_bf16(sum, a, b)
 #define DOT_INT8(sum, a, b) dot_int8(sum, a, b)

@@ -5,6 +5,7 @@
 #define VLEN 4
 #define V_LOAD(p) vld1q_f32(p)
 #define V_STORE(p, v) vst1q_f32(p, v)
+#define V_LOAD_BF16(p) vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))
 #define V_STORE_BF16(p, v) neon_store_bf16(p, v)
 #define V_SET(x) vdupq_n_f32(x)
 #define V_ADD(a, b) vaddq_f32(a, b)
@@ -24,10 +25,6 @@
 #define W_KEEP(w) ((void)0)
 #define W_SET(x) vdupq_n_u32(x)
 #define W_FLOAT(w) vcvtq_f32_s32(vreinterpretq_s32_u32(w))
-
-#define HIGH(w) vreinterpretq_f32_u32(vandq_u32(w, vdupq_n_u32(0xffff0000)))
-#define LOW(w) vreinterpretq_f32_u32(vshlq_n_u32(w, 16))
-#define DOT_BF16(sum, a, b) vfmaq_f32(vfmaq_f32(sum, HIGH(a), HIGH(b)), LOW(a), LOW(b))
 
 #define BYTES(w) vreinterpretq_s8_u32(w)
 #ifdef NEON_DOTPROD
