@@ -142,11 +142,12 @@ void sampler_step(const Schedule *schedule, int step, const float *velocity, flo
 
 /* ---------------------------------------------------------------- vae.c: latents -> frames (the causal 3D VAE) */
 
-/* A causal convolution and its past: what it saw in the two frames before. */
+/* A causal convolution and its past: what it saw in the two frames before, if there were any. */
 typedef struct {
     Linear layer; /* (O, kt*kh*kw*I), taps outermost */
     int kt, kh, kw, in, out;
-    char *past[2]; /* frames of row operands, older first; zeros at the start */
+    char *past[2]; /* frames of row operands, older first */
+    int seen;      /* frames of it that have been, at most two */
 } Conv;
 
 typedef struct {
@@ -161,7 +162,8 @@ typedef struct {
     Conv time_conv, resample; /* out == 0: none */
     bool started;             /* time_conv lets the clip's first frame pass */
     int height, width, channels, wide_channels;
-    float *x, *t, *wide;      /* (height*width, channels) twice, and wide_channels */
+    float *x, *t;             /* (height*width, channels), the same memory on every level */
+    float *wide;              /* (height*width, wide_channels) */
     char *h;                  /* what a convolution reads: a row operand for each pixel */
 } VaeLevel;
 

@@ -136,6 +136,7 @@ void vae_free(Vae *vae) {
 typedef struct {
     const Conv *conv;
     const char *frames[3]; /* oldest first */
+    int skip;              /* frames at the start that have not been */
     const char *zeros;
     size_t pixel;      /* bytes of a row operand */
     int height, width; /* of the output */
@@ -147,7 +148,7 @@ static void locate_pixel(const void *of, int row, const void **where, int stride
     const View *view = of;
     const Conv *conv = view->conv;
     int top = row / view->width - conv->kh / 2, left = row % view->width - conv->kw / 2;
-    for (int t = 0; t < conv->kt; t++)
+    for (int t = view->skip; t < conv->kt; t++)
         for (int y = top; y < top + conv->kh; y++) {
             int line = (y >> view->doubled) * (view->width >> view->doubled);
             bool inside = y >= 0 && y < view->height;
@@ -160,21 +161,23 @@ static void locate_pixel(const void *of, int row, const void **where, int stride
 
 static void run(const View *view, float *out, int mode) {
     const Conv *conv = view->conv;
-    Rows rows = {view->height * view->width, conv->kt * conv->kh * conv->kw, conv->in, locate_pixel, view};
+    int area = conv->kh * conv->kw, skip = view->skip * area;
+    Rows rows = {view->height * view->width, conv->kt * area - skip, conv->in, skip, locate_pixel, view};
     product(out, rows, &conv->layer, mode);
 }
 
 /* A convolution within one frame. */
 static void spatial_conv(const Vae *vae, const VaeLevel *level, const Conv *conv, const char *in, float *out, int mode) {
-    View view = {conv, {in}, vae->zeros, row_bytes(vae->precision, conv->in), level->height, level->width, 0};
+    View view = {conv, {in}, 0, vae->zeros, row_bytes(vae->precision, conv->in), level->height, level->width, 0};
     run(&view, out, mode);
 }
 
 /* Reads the frame in level->h and its past; then that frame is the past, and level->h the memory of the oldest. */
 static void causal_conv(const Vae *vae, VaeLevel *level, Conv *conv, float *out, int mode) {
-    View view = {conv, {conv->past[0], conv->past[1], level->h}, vae->zeros, row_bytes(vae->precision, conv->in),
-                 level->height, level->width, 0};
+    View view = {conv, {conv->past[0], conv->past[1], level->h}, 2 - conv->seen, vae->zeros,
+                 row_bytes(vae->precision, conv->in), level->height, level->width, 0};
     run(&view, out, mode);
+    conv->seen = smaller(conv->seen + 1, 2);
     char *oldest = conv->past[0];
     conv->past[0] = conv->past[1];
     conv->past[1] = level->h;
@@ -251,7 +254,7 @@ static void upsample(Vae *vae, int index, const float *x, int stride, Output out
     VaeLevel *level = &vae->levels[index], *next = level + 1;
     int C = level->resample.in;
     narrow(vae, level, x, stride, C);
-    View view = {&level->resample, {level->h}, vae->zeros, row_bytes(vae->precision, C), next->height, next->width, 1};
+    View view = {&level->resample, {level->h}, 0, vae->zeros, row_bytes(vae->precision, C), next->height, next->width, 1};
     run(&view, next->x, REPLACE);
     push(vae, index + 1, output);
 }
@@ -299,10 +302,12 @@ static char *take_operands(const Vae *vae, Arena *arena, const VaeLevel *level) 
 
 static void take_past(const Vae *vae, Arena *arena, Conv *conv, const VaeLevel *level) {
     for (int i = 0; i < 2; i++) conv->past[i] = take_operands(vae, arena, level);
+    conv->seen = 0;
 }
 
-/* All frames of a level have one size, so that a convolution's input and its oldest past can trade places. */
-static void lay_out_level(Vae *vae, Arena *arena, int index, int in) {
+/* All frames of a level have one size, so that a convolution's input and its oldest past can trade places. Returns the
+ * floats of x, and of t. */
+static size_t lay_out_level(Vae *vae, Arena *arena, int index, int in) {
     VaeLevel *level = &vae->levels[index];
     int out = level->blocks[0].conv1.out;
     level->channels = (int)larger(in, out);
@@ -313,9 +318,7 @@ static void lay_out_level(Vae *vae, Arena *arena, int index, int in) {
     }
     if (!level->resample.out) level->channels = (int)larger(level->channels, vae->out_channels);
     size_t pixels = (size_t)level->height * level->width;
-    level->x = arena_floats(arena, pixels * level->channels);
     level->h = take_operands(vae, arena, level);
-    level->t = arena_floats(arena, pixels * level->channels);
     level->wide = arena_floats(arena, pixels * level->wide_channels);
     for (int i = 0; i < level->num_blocks; i++) {
         take_past(vae, arena, &level->blocks[i].conv1, level);
@@ -323,18 +326,23 @@ static void lay_out_level(Vae *vae, Arena *arena, int index, int in) {
     }
     if (level->time_conv.out) take_past(vae, arena, &level->time_conv, level);
     level->started = false;
+    return pixels * level->channels;
 }
 
+/* Only one level works at a time, and hands on nothing but the next one's x: all share one x and one t. */
 void vae_decode_start(Vae *vae, Arena *arena, int H, int W) {
     int channels = vae->z_dim, in = vae->conv1.out;
+    size_t floats = 0;
     for (int i = 0; i < vae->num_levels; i++) {
         VaeLevel *level = &vae->levels[i];
         level->height = H << i;
         level->width = W << i;
-        lay_out_level(vae, arena, i, in);
+        floats = larger(floats, lay_out_level(vae, arena, i, in));
         channels = (int)larger(channels, level->channels);
         in = level->resample.out;
     }
+    float *x = arena_floats(arena, floats), *t = arena_floats(arena, floats);
+    for (int i = 0; i < vae->num_levels; i++) vae->levels[i].x = x, vae->levels[i].t = t;
     VaeLevel *first = &vae->levels[0], *last = &vae->levels[vae->num_levels - 1];
     Conv *early[] = {&vae->conv1, &vae->middle_0.conv1, &vae->middle_0.conv2, &vae->middle_2.conv1,
                      &vae->middle_2.conv2};
@@ -350,31 +358,33 @@ size_t vae_decode_memory(Vae *vae, int H, int W) {
     return count.used;
 }
 
-static double conv_flops(const Conv *conv, double pixels) {
-    return 2.0 * pixels * conv->layer.weight.rows * conv->layer.weight.cols;
+/* Over `frames` frames of `area` pixels, of which a convolution over time sees fewer at the start. */
+static double conv_flops(const Conv *conv, double frames, double area) {
+    double missing = conv->kt == 3 ? (frames > 1 ? 3 : 2) : 0;
+    double seen = conv->kt ? (frames * conv->kt - missing) / conv->kt : 0;
+    return 2.0 * seen * area * conv->layer.weight.rows * conv->layer.weight.cols;
 }
 
-static double block_flops(const ResidualBlock *block, double pixels) {
-    return conv_flops(&block->conv1, pixels) + conv_flops(&block->conv2, pixels) +
-           conv_flops(&block->shortcut, pixels);
+static double block_flops(const ResidualBlock *block, double frames, double area) {
+    return conv_flops(&block->conv1, frames, area) + conv_flops(&block->conv2, frames, area) +
+           conv_flops(&block->shortcut, frames, area);
 }
 
 double vae_decode_flops(const Vae *vae, int T, int H, int W) {
-    double pixels = (double)T * H * W, C = vae->proj.in; /* pixels of all frames at a level */
-    double sum = conv_flops(&vae->conv2, pixels) + conv_flops(&vae->conv1, pixels) + conv_flops(&vae->qkv, pixels) +
-                 conv_flops(&vae->proj, pixels) + block_flops(&vae->middle_0, pixels) +
-                 block_flops(&vae->middle_2, pixels) + 4.0 * pixels * H * W * C;
-    double frames = T;
-    for (int i = 0; i < vae->num_levels; i++) {
+    double frames = T, area = (double)H * W;
+    double sum = conv_flops(&vae->conv2, frames, area) + conv_flops(&vae->conv1, frames, area) +
+                 conv_flops(&vae->qkv, frames, area) + conv_flops(&vae->proj, frames, area) +
+                 block_flops(&vae->middle_0, frames, area) + block_flops(&vae->middle_2, frames, area) +
+                 4.0 * frames * area * area * vae->proj.in;
+    for (int i = 0; i < vae->num_levels; i++, area *= 4) {
         const VaeLevel *level = &vae->levels[i];
-        double area = ((double)H * W) * ((size_t)1 << 2 * i);
-        for (int j = 0; j < level->num_blocks; j++) sum += block_flops(&level->blocks[j], frames * area);
+        for (int j = 0; j < level->num_blocks; j++) sum += block_flops(&level->blocks[j], frames, area);
         if (level->time_conv.out) {
-            sum += conv_flops(&level->time_conv, (frames - 1) * area);
+            if (frames > 1) sum += conv_flops(&level->time_conv, frames - 1, area);
             frames = 2 * frames - 1;
         }
-        sum += conv_flops(&level->resample, frames * area * 4);
-        if (!level->resample.out) sum += conv_flops(&vae->head, frames * area);
+        if (level->resample.out) sum += conv_flops(&level->resample, frames, 4 * area);
+        else sum += conv_flops(&vae->head, frames, area);
     }
     return sum;
 }

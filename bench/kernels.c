@@ -73,7 +73,7 @@ static void locate(const void *of, int row, const void **where, int stride) {
 
 static void run_convolution(void *with) {
     const Convolution *c = with;
-    product(c->y, (Rows){c->side * c->side, TAPS, c->channels, locate, c}, &c->layer, REPLACE);
+    product(c->y, (Rows){c->side * c->side, TAPS, c->channels, 0, locate, c}, &c->layer, REPLACE);
 }
 
 static void bench_convolution(Precision precision, int side, int channels) {

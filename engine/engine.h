@@ -278,6 +278,7 @@ void linear(float *y, const float *x, int L, const Linear *layer);
  * (Dukhan, The Indirect Convolution Algorithm, 2019). */
 typedef struct {
     int rows, segments, n;
+    int skip; /* runs before these that are zeros: their weights are left out, which changes no bit of a sum */
     void (*locate)(const void *of, int row, const void **where, int stride);
     const void *of;
 } Rows;

@@ -79,7 +79,7 @@ static bool next_part(const Product *p, Part *part) {
 
 static void pack_part(const Product *p, const Part *part, int column, char *panel) {
     for (int s = part->segment; s < part->segment + part->segments; s++, panel += panel_bytes(p->precision, part->n))
-        pack_rows(p->precision, panel, &p->layer->weight, column, s * p->x->n + part->k, part->n);
+        pack_rows(p->precision, panel, &p->layer->weight, column, (p->x->skip + s) * p->x->n + part->k, part->n);
 }
 
 static void pack_panel(const Product *p, int column, char *panel) {
@@ -236,7 +236,7 @@ static void run_product(float *y, const Rows *x, const Linear *layer, int mode, 
                      mine + task_bytes(p.precision) * (size_t)thread_index());
         }
     }
-    profile_flops(2.0 * x->rows * O * layer->weight.cols);
+    profile_flops(2.0 * x->rows * O * x->segments * x->n);
 }
 
 void product(float *y, Rows x, const Linear *layer, int mode) {
@@ -262,7 +262,7 @@ size_t product_memory(Precision precision, int L, int I) {
 void linear(float *y, const float *x, int L, const Linear *layer) {
     int I = layer->weight.cols;
     Dense dense = {(const char *)x, row_bytes(layer->precision, I)};
-    Rows rows = {L, 1, I, locate_dense, &dense};
+    Rows rows = {L, 1, I, 0, locate_dense, &dense};
     char *memory = scratch(product_memory(layer->precision, L, I));
     if (layer->precision != F32) {
         char *narrow = memory + product_memory(layer->precision, 0, I);
