@@ -34,8 +34,6 @@ const char *tokenizer_load(const WeightFile *file, Tokenizer **out);
 void tokenizer_free(Tokenizer *tokenizer);
 /* ids [n], n <= limit, the last one </s>, of a text as it is (clean it first). Returns n. */
 int tokenizer_encode(const Tokenizer *tokenizer, Bytes text, int32_t *ids, int limit);
-/* The piece of an id, for --tokenize; empty if out of range. */
-Bytes tokenizer_piece(const Tokenizer *tokenizer, int32_t id);
 
 /* ---------------------------------------------------------------- text_encoder.c: ids -> embeds (umT5) */
 

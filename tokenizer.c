@@ -37,8 +37,6 @@
 
 /* tokenizer.ggml.token_type, as in llama.h. */
 enum { NORMAL = 1, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE };
-/* Value types of GGUF arrays. */
-enum { ARRAY_U8 = 0, ARRAY_I32 = 5, ARRAY_F32 = 6, ARRAY_STRING = 8, ARRAY_F64 = 12 };
 enum { MAX_PIECE = 8000, NONE = -1 };
 
 /* Ids by their pieces: open addressing, at most half full. */
@@ -375,25 +373,20 @@ int tokenizer_encode(const Tokenizer *tokenizer, Bytes text, int32_t *ids, int l
     return out.n;
 }
 
-Bytes tokenizer_piece(const Tokenizer *tokenizer, int32_t id) {
-    if (id < 0 || id >= tokenizer->count) return (Bytes){NULL, 0};
-    return tokenizer->pieces[id];
-}
-
 /* ---------------------------------------------------------------- loading */
 
 static const char *load_arrays(Tokenizer *t, const WeightFile *file, WeightArray *tokens) {
-    if (!weights_array(file, "tokenizer.ggml.tokens", tokens) || tokens->type != ARRAY_STRING)
+    if (!weights_array(file, "tokenizer.ggml.tokens", tokens) || tokens->type != VALUE_STRING)
         return "the file has no tokenizer (no array of strings \"tokenizer.ggml.tokens\")";
     if (tokens->count == 0 || tokens->count > INT32_MAX / 4)
         return "the tokenizer has no pieces, or too many";
     if (!weights_array(file, "tokenizer.ggml.scores", &t->scores) || t->scores.count != tokens->count ||
-        (t->scores.type != ARRAY_F32 && t->scores.type != ARRAY_F64))
+        (t->scores.type != VALUE_F32 && t->scores.type != VALUE_F64))
         return "\"tokenizer.ggml.scores\" is not one f32 or f64 for each piece";
     if (!weights_array(file, "tokenizer.ggml.token_type", &t->types) || t->types.count != tokens->count ||
-        t->types.type != ARRAY_I32)
+        t->types.type != VALUE_I32)
         return "\"tokenizer.ggml.token_type\" is not one i32 for each piece";
-    if (weights_array(file, "sora.tokenizer.added_ids", &t->added) && t->added.type != ARRAY_I32)
+    if (weights_array(file, "sora.tokenizer.added_ids", &t->added) && t->added.type != VALUE_I32)
         return "\"sora.tokenizer.added_ids\" is not of type i32";
     t->count = (int)tokens->count;
     return NULL;
@@ -421,7 +414,7 @@ static const char *load_map(Tokenizer *t, const WeightFile *file) {
     WeightArray map;
     if (!weights_array(file, "tokenizer.ggml.precompiled_charsmap", &map) || map.count == 0) return NULL;
     if (!t->sentencepiece) return "a precompiled_charsmap goes with the rules of sentencepiece only";
-    if (map.type != ARRAY_U8 || map.count < 5) return "\"tokenizer.ggml.precompiled_charsmap\" is broken";
+    if (map.type != VALUE_U8 || map.count < 5) return "\"tokenizer.ggml.precompiled_charsmap\" is broken";
     t->trie = (Bytes){map.data, 4};
     size_t bytes = trie_unit(t, 0), left = map.count - 4;
     if (bytes < 1024 || bytes % 1024 || bytes >= left || map.data[map.count - 1] != 0)

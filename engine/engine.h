@@ -131,10 +131,12 @@ void weights_close(WeightFile *file); /* frees the tables, not the mapping */
 Weight weights_bind(const WeightFile *file, int rows, int cols, const char *name, ...) PRINTF_LIKE(4, 5);
 /* As floats, whatever the shape: the mapped data where it is f32, else a converted copy that the file owns. */
 const float *weights_floats(const WeightFile *file, int count, const char *name, ...) PRINTF_LIKE(3, 4);
-bool weights_has(const WeightFile *file, const char *name, ...) PRINTF_LIKE(2, 3);
-/* Its outermost size (1 of a vector) and the product of the others, for sizes that only shapes tell; dies if
- * it is missing. */
-void weights_shape(const WeightFile *file, int *rows, int *cols, const char *name, ...) PRINTF_LIKE(4, 5);
+
+/* Value types of keys, as in gguf.h. */
+enum {
+    VALUE_U8, VALUE_I8, VALUE_U16, VALUE_I16, VALUE_U32, VALUE_I32, VALUE_F32, VALUE_BOOL, VALUE_STRING,
+    VALUE_ARRAY, VALUE_U64, VALUE_I64, VALUE_F64, VALUE_TYPES
+};
 
 /* Keys. The plain form dies if the key is missing or of another type; the _or form returns the fallback then. */
 int64_t weights_int(const WeightFile *file, const char *key);
@@ -151,7 +153,7 @@ bool weights_bool_or(const WeightFile *file, const char *key, bool fallback);
 const char *weights_string_or(const WeightFile *file, const char *key, const char *fallback);
 typedef struct {
     const uint8_t *data; /* little endian elements, unaligned; for strings: u64 length + bytes each */
-    uint32_t type;       /* GGUF value type of the elements */
+    uint32_t type;       /* of the elements */
     size_t count;
 } WeightArray;
 bool weights_array(const WeightFile *file, const char *key, WeightArray *out); /* false: no such array */

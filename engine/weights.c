@@ -26,11 +26,6 @@
 
 enum { VERSION = 3, MAX_SIZES = 4, DEFAULT_ALIGNMENT = 32, MAX_ALIGNMENT = 1 << 16, MAX_NAME = 256 };
 
-/* Value types of keys, as in gguf.h. */
-enum {
-    VALUE_U8, VALUE_I8, VALUE_U16, VALUE_I16, VALUE_U32, VALUE_I32, VALUE_F32, VALUE_BOOL, VALUE_STRING,
-    VALUE_ARRAY, VALUE_U64, VALUE_I64, VALUE_F64, VALUE_TYPES
-};
 static const uint8_t value_bytes[VALUE_TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
 
 typedef struct {
@@ -413,24 +408,6 @@ const float *weights_floats(const WeightFile *file, int count, const char *forma
     float *copy = keep_copy(file, allocate((size_t)count * sizeof(float)));
     weight_row(&(Weight){tensor->data, tensor->type, 1, count}, 0, copy);
     return copy;
-}
-
-bool weights_has(const WeightFile *file, const char *format, ...) {
-    FORMAT_NAME(name, format);
-    return find_tensor(file, name) != NULL;
-}
-
-void weights_shape(const WeightFile *file, int *rows, int *cols, const char *format, ...) {
-    FORMAT_NAME(name, format);
-    const Tensor *tensor = need_tensor(file, name);
-    size_t outer = tensor->n == 1 ? 1 : (size_t)tensor->sizes[tensor->n - 1];
-    size_t inner = tensor_count(tensor) / outer;
-    char sizes[64];
-    if (inner > INT_MAX)
-        die(STATUS_USAGE, "%s: tensor \"%s\" of shape %s is too large", file->path, name,
-            sizes_string(tensor, sizes));
-    *rows = (int)outer;
-    *cols = (int)inner;
 }
 
 void weight_row(const Weight *weight, int row, float *out) {
