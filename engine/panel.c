@@ -79,19 +79,19 @@ Precision tile_type(Precision precision) {
     return precision == BF16 && !kernels->fast[BF16] ? F32 : precision;
 }
 
-/* In place: x as a row of bfloat16, and back. */
-static void round_row(float *x, int n) {
+/* y = x as bfloat16 and back; y may be x. */
+static void round_row(float *y, const float *x, int n) {
     uint16_t narrow[INT8_CHUNK];
     for (int k = 0; k < n; k += INT8_CHUNK) {
         size_t count = (size_t)smaller(INT8_CHUNK, n - k);
         kernels->to_bf16(narrow, x + k, count);
-        kernels->from_bf16(x + k, narrow, count);
+        kernels->from_bf16(y + k, narrow, count);
     }
 }
 
 void tile_row(Precision precision, void *row, const float *x, int n) {
-    narrow_row(tile_type(precision), row, x, n);
-    if (tile_type(precision) != precision) round_row(row, n);
+    if (tile_type(precision) == precision) narrow_row(precision, row, x, n);
+    else round_row(row, x, n);
 }
 
 size_t panel_bytes(Precision precision, int n) {
@@ -115,7 +115,7 @@ static void pack_column(Precision precision, Word *words, const Weight *w, size_
     float column[INT8_CHUNK];
     if (tile_type(precision) == F32) {
         convert_to_floats((float *)words, data, w->type, n);
-        if (precision == BF16 && w->type != TYPE_BF16) round_row((float *)words, n);
+        if (precision == BF16 && w->type != TYPE_BF16) round_row((float *)words, (float *)words, n);
         return;
     }
     convert_to_floats(column, data, w->type, n);
