@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Writes tests/goldens/ from the reference packages: what `make test` compares with.
 
-    python tests/make_goldens.py            (all parts; name some to make only those: weights noise sampler npy)
+    python tests/make_goldens.py            (all parts but demo; name some to make only those)
+    python tests/make_goldens.py demo       (needs build/train/snapshot, from which models/demo.gguf was exported)
 
 Each part leaves a VERSIONS beside its files: this command, the packages' versions and the seed.
 """
@@ -148,13 +149,25 @@ def make_model(folder: Path) -> None:
         dump(checkpoint, folder, settings)
 
 
-PARTS = {"weights": make_weights, "noise": make_noise, "sampler": make_sampler, "npy": make_npy, "model": make_model}
+def make_demo(folder: Path) -> None:
+    """The tensors of one short clip by diffusers from the checkpoint of the bundled model, whose settings cli.sh
+    repeats; of the blocks only the first and the last of the first step."""
+    settings = Settings(prompt="a blue star bounces on the grass", size=(72, 72), frames=9, steps=3, guidance=3.0,
+                        shift=3.0, sampler="unipc", seed=7)
+    dump(ROOT / "build" / "train" / "snapshot", folder, settings)
+    for path in folder.glob("step*.block*.npy"):
+        if not path.name.startswith("step000") or "block00" not in path.name and "block04" not in path.name:
+            path.unlink()
+
+
+PARTS = {"weights": make_weights, "noise": make_noise, "sampler": make_sampler, "npy": make_npy, "model": make_model,
+         "demo": make_demo}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    for part in parser.parse_args().parts or PARTS:
+    for part in parser.parse_args().parts or PARTS.keys() - {"demo"}:
         folder = GOLDENS / part
         folder.mkdir(parents=True, exist_ok=True)
         PARTS[part](folder)
