@@ -1,9 +1,9 @@
 /* pipeline.c - strings the stages together: settings, prompt, noise, the denoising loop, frames, file.
  *
- * Follows diffusers' WanPipeline. The order is the order of memory, too: the text encoder's buffers are gone before
- * the transformer's are taken, and those before the decoder's, so a run needs the largest of the three, not their
- * sum; the weights lie in the mapped file and are paged in as they are read. What a run will need is added up before
- * it starts, by the same functions that lay the buffers out. */
+ * Follows diffusers' WanPipeline. The order is the order of memory, too: the text encoder's buffers are gone
+ * before the transformer's are taken, and those before the decoder's, so a run needs the largest of the
+ * three, not their sum; the weights lie in the mapped file and are paged in as they are read. What a run will
+ * need is added up before it starts, by the same functions that lay the buffers out. */
 #include "sora.h"
 
 #include <limits.h>
@@ -15,10 +15,11 @@
 
 static void check_parts(const Model *m) {
     if (m->transformer.text_dim != m->text_encoder.dim)
-        die(STATUS_USAGE, "%s: the text encoder is %d wide, the transformer expects %d", m->path, m->text_encoder.dim,
-            m->transformer.text_dim);
+        die(STATUS_USAGE, "%s: the text encoder is %d wide, the transformer expects %d", m->path,
+            m->text_encoder.dim, m->transformer.text_dim);
     if (m->transformer.in_dim != m->vae.z_dim || m->transformer.out_dim != m->vae.z_dim)
-        die(STATUS_USAGE, "%s: the transformer maps %d channels to %d, the VAE has %d: not a text-to-video model",
+        die(STATUS_USAGE,
+            "%s: the transformer maps %d channels to %d, the VAE has %d: not a text-to-video model",
             m->path, m->transformer.in_dim, m->transformer.out_dim, m->vae.z_dim);
 }
 
@@ -62,7 +63,8 @@ static void take_default(int *setting, const Model *m, const char *key, int most
     if (*setting == 0) *setting = weights_size_or(m->file, key, most, otherwise);
 }
 
-static void take_default_number(double *setting, const Model *m, const char *key, double least, double otherwise) {
+static void take_default_number(double *setting, const Model *m, const char *key, double least,
+                                double otherwise) {
     if (*setting >= 0) return;
     *setting = weights_double_or(m->file, key, otherwise);
     if (!(*setting >= least && *setting <= 1000))
@@ -84,13 +86,15 @@ void settings_complete(Settings *s, const Model *m) {
     take_default(&s->steps, m, "default.steps", 1000, 50);
     if (s->seconds >= 0) {
         double chunks = s->seconds * s->fps_num / s->fps_den / vae->temporal_stride;
-        if (chunks > 1e6) die(STATUS_USAGE, "--seconds: %g is more than can be counted in frames", s->seconds);
+        if (chunks > 1e6)
+            die(STATUS_USAGE, "--seconds: %g is more than can be counted in frames", s->seconds);
         s->frames = (int)floor(chunks + 0.5) * vae->temporal_stride + 1;
     }
     take_default(&s->frames, m, "default.frames", 1000001, 81);
     take_default_number(&s->guidance, m, "default.guidance", 0, 5.0);
     take_default_number(&s->shift, m, "scheduler.shift", 1e-3, 3.0);
-    if (s->sampler == SAMPLERS && !sampler_parse(weights_string_or(m->file, "scheduler.sampler", "unipc"), &s->sampler))
+    if (s->sampler == SAMPLERS &&
+        !sampler_parse(weights_string_or(m->file, "scheduler.sampler", "unipc"), &s->sampler))
         die(STATUS_USAGE, "%s: scheduler.sampler '%s' is unknown; give --sampler", m->path,
             weights_string_or(m->file, "scheduler.sampler", ""));
     if (!s->negative) s->negative = weights_string_or(m->file, "default.negative_prompt", "");
@@ -100,8 +104,8 @@ void settings_complete(Settings *s, const Model *m) {
         die(STATUS_USAGE, "--frames: %d is not %dk+1", s->frames, vae->temporal_stride);
     double positions = (double)s->width * s->height / vae->spatial_stride / vae->spatial_stride;
     if (positions * (s->frames / vae->temporal_stride + 1) > INT_MAX)
-        die(STATUS_USAGE, "--size %dx%d with --frames %d is more than 2^31 latent positions", s->width, s->height,
-            s->frames);
+        die(STATUS_USAGE, "--size %dx%d with --frames %d is more than 2^31 latent positions", s->width,
+            s->height, s->frames);
 }
 
 /* ---------------------------------------------------------------- the run */
@@ -173,7 +177,8 @@ static void read_noise(const Run *run, float *noise) {
     if (why) die(STATUS_USAGE, "--noise %s: %s", run->settings->noise, why);
     if (file.kind != 'f' || !shape_equal(&file.shape, &shape))
         die(STATUS_USAGE, "--noise %s: found %s of %s, expected float32 of %s", run->settings->noise,
-            file.kind == 'f' ? "float32" : "int32", shape_string(&file.shape, found), shape_string(&shape, expected));
+            file.kind == 'f' ? "float32" : "int32", shape_string(&file.shape, found),
+            shape_string(&shape, expected));
     memcpy(noise, file.values, sizeof(float) * run->elements);
     npy_free(&file);
 }
@@ -217,12 +222,14 @@ static void predict(const Run *run, Denoiser *d, const char *name, const TextCon
     tap_scope("step%03d.", step);
 }
 
-/* The loop: velocity at the present noise level, with and without the prompt; guidance; a step of the sampler. */
+/* The loop: velocity at the present noise level, with and without the prompt; guidance;
+ * a step of the sampler. */
 static void denoise(const Run *run, Denoiser *d, float *latents) {
     const Settings *s = run->settings;
     float guidance = (float)s->guidance;
-    Schedule schedule = schedule_make(s->sampler, s->steps, s->shift,
-                                      weights_size_or(run->model->file, "scheduler.num_train_timesteps", 1 << 20, 1000));
+    Schedule schedule =
+        schedule_make(s->sampler, s->steps, s->shift,
+                      weights_size_or(run->model->file, "scheduler.num_train_timesteps", 1 << 20, 1000));
     tap(schedule.timesteps, SHAPE(s->steps), "timesteps");
     tap(schedule.sigmas, SHAPE(s->steps + 1), "sigmas");
     for (int step = 0; step < s->steps; step++) {
@@ -323,8 +330,8 @@ static void decode(const Run *run, Video *video, const float *latents) {
     scratch_free();
 }
 
-/* The record comes first: a video without one would look as if none had been wanted. Standard output and devices, which
- * are written straight, have none. */
+/* The record comes first: a video without one would look as if none had been wanted. Standard output and
+ * devices, which are written straight, have none. */
 static void video_close(Video *video) {
     const Run *run = video->run;
     char sha[65];
@@ -342,7 +349,8 @@ static int tokens_of(const Run *run) {
     return run->T * run->H * run->W / (patch[0] * patch[1] * patch[2]);
 }
 
-/* Bytes of private memory at the highest point: each stage's buffers, and what its products and attention pack. */
+/* Bytes of private memory at the highest point: each stage's buffers, and what its products
+ * and attention pack. */
 static size_t run_memory(const Run *run) {
     Model *m = run->model;
     const Transformer *t = &m->transformer;
@@ -351,12 +359,14 @@ static size_t run_memory(const Run *run) {
     Arena denoiser = {0};
     denoiser_take(&denoiser, run);
     const TextEncoder *e = &m->text_encoder;
-    size_t text = text_encoder_memory(e, longer) + larger(product_memory(e->precision, longer, e->ffn_dim),
-                                                          attention_memory(F32, longer, e->num_heads, e->head_dim));
+    size_t text = text_encoder_memory(e, longer) +
+                  larger(product_memory(e->precision, longer, e->ffn_dim),
+                         attention_memory(F32, longer, e->num_heads, e->head_dim));
     size_t reading = sizeof(float) * (size_t)(longer + 1) * (size_t)(t->text_dim + 2 * t->dim);
-    size_t denoising = denoiser.used + larger(reading + product_memory(F32, longer + 1, t->text_dim),
-                                              larger(attention_memory(t->precision, L, t->num_heads, t->dim / t->num_heads),
-                                                     product_memory(t->precision, L, t->ffn_dim)));
+    size_t denoising = denoiser.used +
+                       larger(reading + product_memory(F32, longer + 1, t->text_dim),
+                              larger(attention_memory(t->precision, L, t->num_heads, t->dim / t->num_heads),
+                                     product_memory(t->precision, L, t->ffn_dim)));
     size_t decoding = vae_decode_memory(&m->vae, run->H, run->W) +
                       larger(attention_memory(vae->precision, run->H * run->W, 1, vae->proj.in),
                              product_memory(vae->precision, 0, taps * vae->proj.in));
@@ -367,7 +377,8 @@ static double run_flops(const Run *run) {
     const Model *m = run->model;
     const Transformer *t = &m->transformer;
     int L = tokens_of(run), n = run->prompt.n, n_negative = run->negative.n;
-    double flops = text_encoder_flops(&m->text_encoder, n) + run->settings->steps * transformer_flops(t, L, n + 1);
+    double flops = text_encoder_flops(&m->text_encoder, n) +
+                   run->settings->steps * transformer_flops(t, L, n + 1);
     if (run->guided)
         flops += text_encoder_flops(&m->text_encoder, n_negative) +
                  run->settings->steps * transformer_flops(t, L, n_negative + 1);
@@ -378,10 +389,10 @@ static void estimate(const Run *run) {
     const Settings *s = run->settings;
     size_t bytes = run_memory(run), available = memory_available();
     if (bytes > available)
-        die(STATUS_RESOURCE, "%dx%d with %d frames needs %.1f GiB of memory and %.1f GiB can be had", s->width,
-            s->height, s->frames, bytes / 0x1p30, available / 0x1p30);
-    progress_note("%dx%d, %d frames, %d steps: %.4g TFLOP in %s, %.2f GiB of memory beside the weights", s->width,
-                  s->height, s->frames, s->steps, run_flops(run) * 1e-12,
+        die(STATUS_RESOURCE, "%dx%d with %d frames needs %.1f GiB of memory and %.1f GiB can be had",
+            s->width, s->height, s->frames, bytes / 0x1p30, available / 0x1p30);
+    progress_note("%dx%d, %d frames, %d steps: %.4g TFLOP in %s, %.2f GiB of memory beside the weights",
+                  s->width, s->height, s->frames, s->steps, run_flops(run) * 1e-12,
                   precision_name(run->model->precision), bytes / 0x1p30);
 }
 

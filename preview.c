@@ -1,9 +1,9 @@
 /* preview.c - frames -> a colour terminal, as they are decoded (--preview).
  *
- * A character cell is about twice as high as wide, so the upper half block (U+2580) in one colour on a background of
- * another shows two square pixels. A frame is shrunk to the window by averaging, never enlarged beyond it, and drawn
- * over the one before. Colours are 24 bits where COLORTERM says so, else the 6x6x6 cube of 256 colours. It goes to
- * standard error, since standard output may carry the video. */
+ * A character cell is about twice as high as wide, so the upper half block (U+2580) in one colour on a
+ * background of another shows two square pixels. A frame is shrunk to the window by averaging, never enlarged
+ * beyond it, and drawn over the one before. Colours are 24 bits where COLORTERM says so, else the 6x6x6 cube
+ * of 256 colours. It goes to standard error, since standard output may carry the video. */
 #include "sora.h"
 
 #include <stdlib.h>
@@ -41,7 +41,8 @@ PreviewSize preview_fit(int width, int height, int columns, int rows) {
 /* A cell needs two colours of at most 19 bytes and a block of 3; a row, a reset and a newline. */
 size_t preview_room(PreviewSize size) { return (size_t)size.rows * ((size_t)size.columns * 41 + 5) + 1; }
 
-size_t preview_render(const float *frame, int width, int height, PreviewSize size, bool true_colour, char *out) {
+size_t preview_render(const float *frame, int width, int height, PreviewSize size, bool true_colour,
+                      char *out) {
     char *start = out;
     for (int row = 0; row < size.rows; row++) {
         for (int column = 0; column < size.columns; column++) {
@@ -63,7 +64,8 @@ size_t preview_render(const float *frame, int width, int height, PreviewSize siz
 
 void preview_frame(const float *frame, int width, int height, int index) {
     struct winsize window = {0};
-    if (!isatty(STDERR_FILENO) || ioctl(STDERR_FILENO, TIOCGWINSZ, &window) || window.ws_col < 2 || window.ws_row < 4)
+    if (!isatty(STDERR_FILENO) || ioctl(STDERR_FILENO, TIOCGWINSZ, &window) || window.ws_col < 2 ||
+        window.ws_row < 4)
         return;
     const char *colours = getenv("COLORTERM");
     bool true_colour = colours && (strstr(colours, "truecolor") || strstr(colours, "24bit"));

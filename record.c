@@ -1,8 +1,9 @@
-/* record.c - OUTPUT.json beside the video: that it was generated, by what, and all that makes the same file again.
+/* record.c - OUTPUT.json beside the video: that it was generated, by what,
+ * and all that makes the same file again.
  *
- * A prompt can be private, so it stands there only on request; otherwise its SHA-256 does, by which whoever knows the
- * prompt can confirm it. The model is named by the hash that export.py took of its tensors. Threads are left
- * out, and so is the instruction set in float32: they change nothing. */
+ * A prompt can be private, so it stands there only on request; otherwise its SHA-256 does, by which whoever
+ * knows the prompt can confirm it. The model is named by the hash that export.py took of its tensors. Threads
+ * are left out, and so is the instruction set in float32: they change nothing. */
 #include "sora.h"
 
 #include <stdlib.h>

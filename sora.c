@@ -1,4 +1,5 @@
-/* sora.c - the command line: options in, one run out. `./sora --help` is its documentation; README says more. */
+/* sora.c - the command line: options in, one run out.
+ * `./sora --help` is its documentation; README says more. */
 #include "sora.h"
 
 #include <errno.h>
@@ -11,9 +12,9 @@
 /* ---------------------------------------------------------------- the options */
 
 typedef enum {
-    MODEL, PROMPT, PROMPT_FILE, NEGATIVE, OUTPUT_FILE, SIZE, FRAMES, SECONDS, FPS, STEPS, GUIDANCE, SHIFT, SAMPLER_NAME,
-    SEED, THREADS, PRECISION, ISA, NOISE, DUMP, DUMP_ONLY, CHECK, TOLERANCE, CHROMA, RECORD_PROMPT, NO_RECORD, PROFILE,
-    INFO, TOKENIZE, PREVIEW, QUIET, HELP, VERSION, OPTIONS
+    MODEL, PROMPT, PROMPT_FILE, NEGATIVE, OUTPUT_FILE, SIZE, FRAMES, SECONDS, FPS, STEPS, GUIDANCE, SHIFT,
+    SAMPLER_NAME, SEED, THREADS, PRECISION, ISA, NOISE, DUMP, DUMP_ONLY, CHECK, TOLERANCE, CHROMA,
+    RECORD_PROMPT, NO_RECORD, PROFILE, INFO, TOKENIZE, PREVIEW, QUIET, HELP, VERSION, OPTIONS
 } Option;
 
 static const struct {
@@ -37,7 +38,8 @@ static const struct {
     [SAMPLER_NAME] = {"sampler", 0, "NAME", "unipc, euler or dpm++"},
     [SEED] = {"seed", 0, "N", "initial noise as torch's CPU generator makes it (default: random, printed)"},
     [THREADS] = {"threads", 't', "N", "threads (default: all cores)"},
-    [PRECISION] = {"precision", 0, "TYPE", "arithmetic of the large products: f32, bf16 or int8 (default: what suits the weights)"},
+    [PRECISION] = {"precision", 0, "TYPE",
+                   "arithmetic of the large products: f32, bf16 or int8 (default: what suits the weights)"},
     [ISA] = {"isa", 0, "NAME", "kernels: auto, generic, avx2, avx512 or neon"},
     [NOISE] = {"noise", 0, "FILE", "initial noise [C,T,H,W] from a .npy file"},
     [DUMP] = {"dump", 0, "DIR", "write every named tensor as .npy"},
@@ -66,8 +68,8 @@ static void print_help(void) {
                  options[i].argument ? options[i].argument : "");
         printf("  %-26s %s\n", left, options[i].help);
     }
-    puts("\nExit status: 0 done; 1 a check failed; 2 bad usage or input; 3 out of memory, disk or other resources;\n"
-         "130 interrupted.");
+    puts("\nExit status: 0 done; 1 a check failed; 2 bad usage or input; 3 out of memory, disk or other "
+         "resources;\n130 interrupted.");
 }
 
 static void print_version(void) {
@@ -85,7 +87,8 @@ static long long parse_integer(Option option, const char *text, long long least,
     errno = 0;
     long long value = strtoll(text, &end, 10);
     if (!*text || *end || errno || value < least || value > most)
-        die(STATUS_USAGE, "--%s: '%s' is not a whole number from %lld to %lld", options[option].name, text, least, most);
+        die(STATUS_USAGE, "--%s: '%s' is not a whole number from %lld to %lld", options[option].name, text,
+            least, most);
     return value;
 }
 
@@ -93,7 +96,8 @@ static double parse_number(Option option, const char *text, double least, double
     char *end;
     double value = strtod(text, &end);
     if (!*text || *end || !(value >= least && value <= most))
-        die(STATUS_USAGE, "--%s: '%s' is not a number from %g to %g", options[option].name, text, least, most);
+        die(STATUS_USAGE, "--%s: '%s' is not a number from %g to %g", options[option].name, text,
+            least, most);
     return value;
 }
 
@@ -173,7 +177,8 @@ static void apply(Command *c, Option option, const char *value) {
     case TOLERANCE: c->tolerance = parse_number(TOLERANCE, value, 0, 1e9); break;
     case CHROMA:
         s->chroma = (int)parse_integer(CHROMA, value, 420, 444);
-        if (s->chroma != 420 && s->chroma != 444) die(STATUS_USAGE, "--chroma: '%s' is not 420 or 444", value);
+        if (s->chroma != 420 && s->chroma != 444)
+            die(STATUS_USAGE, "--chroma: '%s' is not 420 or 444", value);
         break;
     case RECORD_PROMPT: s->record_prompt = true; break;
     case NO_RECORD: s->record = false; break;
@@ -214,7 +219,8 @@ static Command parse(int argc, char **argv) {
         } else {
             const char *value;
             Option option = find_option(argv[i], &value);
-            if (value && !options[option].argument) die(STATUS_USAGE, "--%s takes no value", options[option].name);
+            if (value && !options[option].argument)
+                die(STATUS_USAGE, "--%s takes no value", options[option].name);
             if (!value && options[option].argument) value = argv[++i];
             if (!value && options[option].argument)
                 die(STATUS_USAGE, "--%s: %s is missing", options[option].name, options[option].argument);

@@ -1,17 +1,18 @@
 /* sora.h - text to video, the stages in the order in which data flows through them.
  *
  *   prompt -> tokenizer.c -> ids -> text_encoder.c -> embeds ---+
- *   seed -> engine/noise.c -> noise -> latents -> transformer.c -> velocity -> sampler.c -> latents (steps times)
+ *   seed -> engine/noise.c -> noise -> latents -> transformer.c -> velocity -> sampler.c -> latents
+ *                                                 (steps times)
  *   latents -> vae.c -> frames -> y4m.c -> file
  *
  * pipeline.c strings them together; sora.c is the command line.
  *
  * Glossary of dimension letters, here, in shape comments, in Python and in tests:
- *   C T H W   latent channels, frames, height, width       F Y X   video frames, rows, columns
- *   n         prompt tokens with the closing </s>           N       text positions that the transformer sees (512)
- *   L         video tokens, ordered (t, h, w)               D       transformer width (dim)
- *   h d       attention heads, width of one head            E       text encoder width (text_dim)
- *   I O       inputs and outputs of a product               K       length of a product's sum
+ *   C T H W   latent channels, frames, height, width  F Y X   video frames, rows, columns
+ *   n         prompt tokens with the closing </s>     N       text positions that the transformer sees (512)
+ *   L         video tokens, ordered (t, h, w)         D       transformer width (dim)
+ *   h d       attention heads, width of one head      E       text encoder width (text_dim)
+ *   I O       inputs and outputs of a product         K       length of a product's sum
  */
 #ifndef SORA_H
 #define SORA_H
@@ -59,7 +60,7 @@ size_t text_encoder_memory(const TextEncoder *encoder, int n); /* bytes while it
 double text_encoder_flops(const TextEncoder *encoder, int n);
 void text_encode(const TextEncoder *encoder, const int32_t *ids, int n, float *embeds); /* embeds (n,E) */
 
-/* ---------------------------------------------------------------- transformer.c: latents, text -> velocity */
+/* --------------------------------------------------------------- transformer.c: latents, text -> velocity */
 
 typedef struct {
     Linear q, k, v, o;            /* (D,D) */
@@ -77,7 +78,8 @@ typedef struct {
     int dim, ffn_dim, freq_dim, in_dim, out_dim, num_heads, num_layers, text_len, text_dim, patch_size[3];
     float eps;
     Precision precision; /* of the blocks' products */
-    Linear patch_embedding, text_embedding_0, text_embedding_2, time_embedding_0, time_embedding_2, time_projection_1;
+    Linear patch_embedding, text_embedding_0, text_embedding_2, time_embedding_0, time_embedding_2,
+           time_projection_1;
     TransformerBlock *blocks;
     Linear head;
     const float *head_modulation; /* (2,D) */
@@ -86,8 +88,8 @@ typedef struct {
 Transformer transformer_load(const WeightFile *file, Precision precision);
 void transformer_free(Transformer *transformer);
 
-/* What a prompt is to the transformer: the keys and values of every block's cross attention. The zero padding up to
- * text_len gives the same key and value again and again: it is kept once, and counted by its bias. */
+/* What a prompt is to the transformer: the keys and values of every block's cross attention. The zero padding
+ * up to text_len gives the same key and value again and again: it is kept once, and counted by its bias. */
 typedef struct {
     int positions;        /* n, and one for the padding if n < text_len */
     float *bias;          /* (positions): 0, and log(text_len - n) for the padding */
@@ -138,7 +140,7 @@ History history_take(Arena *arena, size_t n);
 void sampler_step(const Schedule *schedule, int step, const float *velocity, float *latents,
                   History *history);
 
-/* ---------------------------------------------------------------- vae.c: latents -> frames (the causal 3D VAE) */
+/* ----------------------------------------------------------- vae.c: latents -> frames (the causal 3D VAE) */
 
 /* A causal convolution and its past: what it saw in the two frames before, if there were any. */
 typedef struct {
@@ -185,8 +187,8 @@ double vae_decode_flops(const Vae *vae, int T, int H, int W);
 typedef void FrameSink(void *to, const float *frame); /* frame [3,Y,X] in [-1,1] */
 /* Lays out the decoder for latents of H x W; the past is empty. */
 void vae_decode_start(Vae *vae, Arena *arena, int H, int W);
-/* Decodes frame t of latents (z_dim,T,H,W) and hands every video frame that follows to the sink at once: one for the
- * clip's first, temporal_stride for each later. Frames must come in order. */
+/* Decodes frame t of latents (z_dim,T,H,W) and hands every video frame that follows to the sink at once: one
+ * for the clip's first, temporal_stride for each later. Frames must come in order. */
 void vae_decode_frame(Vae *vae, const float *latents, int T, int t, FrameSink *sink, void *to);
 
 /* ---------------------------------------------------------------- y4m.c: frames -> file */
@@ -197,7 +199,8 @@ typedef struct {
     int chroma;             /* 420 or 444 when writing; reading also 422 and 400 (mono) */
 } VideoFormat;
 
-/* Planes of 8 bits, BT.601 limited range, from a frame [3,Y,X] of floats in [-1,1]; out has y4m_frame_bytes(). */
+/* Planes of 8 bits, BT.601 limited range, from a frame [3,Y,X] of floats in [-1,1];
+ * out has y4m_frame_bytes(). */
 size_t y4m_frame_bytes(const VideoFormat *format);
 void y4m_convert(const VideoFormat *format, const float *frame, uint8_t *out);
 /* The header line with its newline, at most 79 bytes, since some readers stop there; returns its length. */
@@ -218,14 +221,15 @@ typedef struct {
 PreviewSize preview_fit(int width, int height, int columns, int rows);
 size_t preview_room(PreviewSize size); /* bytes that preview_render may write */
 /* Lines of half blocks from a frame [3,Y,X] in [-1,1]; returns the bytes written. */
-size_t preview_render(const float *frame, int width, int height, PreviewSize size, bool true_colour, char *out);
+size_t preview_render(const float *frame, int width, int height, PreviewSize size, bool true_colour,
+                      char *out);
 /* Draws a clip's frame `index` over the one before; nothing where standard error is no terminal. */
 void preview_frame(const float *frame, int width, int height, int index);
 
 /* ---------------------------------------------------------------- pipeline.c: the stages on one string */
 
-/* What one run is asked to do. The command line fills in what was given; settings_complete() takes the rest from the
- * model's own defaults. */
+/* What one run is asked to do. The command line fills in what was given; settings_complete() takes the rest
+ * from the model's own defaults. */
 typedef struct {
     const char *prompt, *negative, *output, *noise;
     int width, height, frames, fps_num, fps_den, steps, chroma; /* 0: not given */

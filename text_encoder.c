@@ -5,12 +5,12 @@
  *                   x += fc2(gelu(gate(norm2(x))) * fc1(norm2(x)))
  *   embeds = norm(x)
  *
- * What sets it apart from other encoders: norms only scale (RMS), no layer has a bias, scores are not divided by
- * sqrt(d), and positions enter as a bias on the scores that depends on the distance key - query alone. T5 has one
- * such table for all layers; umT5 has one in each.
+ * What sets it apart from other encoders: norms only scale (RMS), no layer has a bias, scores are not divided
+ * by sqrt(d), and positions enter as a bias on the scores that depends on the distance key - query alone. T5
+ * has one such table for all layers; umT5 has one in each.
  *
- * Without that division scores are large, and rounding them is felt: attention stays in float32, and bytes are too
- * coarse for the products.
+ * Without that division scores are large, and rounding them is felt: attention stays in float32, and bytes
+ * are too coarse for the products.
  *
  * The reference pads prompts to 512 and masks the padding; computing the real tokens alone gives the same. */
 #include "sora.h"
@@ -44,7 +44,8 @@ TextEncoder text_encoder_load(const WeightFile *file, Precision precision) {
             .k = linear_bind(file, e.precision, inner, e.dim, NO_BIAS, "enc.blk.%d.attn_k", i),
             .v = linear_bind(file, e.precision, inner, e.dim, NO_BIAS, "enc.blk.%d.attn_v", i),
             .o = linear_bind(file, e.precision, e.dim, inner, NO_BIAS, "enc.blk.%d.attn_o", i),
-            .pos_embedding = weights_floats(file, e.num_buckets * e.num_heads, "enc.blk.%d.attn_rel_b.weight", i),
+            .pos_embedding =
+                weights_floats(file, e.num_buckets * e.num_heads, "enc.blk.%d.attn_rel_b.weight", i),
             .norm2 = weights_floats(file, e.dim, "enc.blk.%d.ffn_norm.weight", i),
             .gate = linear_bind(file, e.precision, e.ffn_dim, e.dim, NO_BIAS, "enc.blk.%d.ffn_gate", i),
             .fc1 = linear_bind(file, e.precision, e.ffn_dim, e.dim, NO_BIAS, "enc.blk.%d.ffn_up", i),
@@ -58,8 +59,9 @@ void text_encoder_free(TextEncoder *encoder) {
     free(encoder->blocks);
 }
 
-/* Distances below a quarter of the buckets have one each, per direction; longer ones share, on a logarithmic scale
- * up to max_distance (transformers' UMT5Attention._relative_position_bucket, in its float arithmetic). */
+/* Distances below a quarter of the buckets have one each, per direction; longer ones share, on a logarithmic
+ * scale up to max_distance (transformers' UMT5Attention._relative_position_bucket, in its
+ * float arithmetic). */
 static int bucket_of(const TextEncoder *e, int distance) {
     int half = e->num_buckets / 2, exact = half / 2, n = abs(distance), bucket = n;
     if (n >= exact) {
@@ -78,7 +80,8 @@ typedef struct {
 } Buffers;
 
 static Buffers lay_out(Arena *arena, const TextEncoder *e, int n) {
-    size_t inner = (size_t)n * e->num_heads * e->head_dim, E = (size_t)n * e->dim, ffn = (size_t)n * e->ffn_dim;
+    size_t inner = (size_t)n * e->num_heads * e->head_dim, E = (size_t)n * e->dim,
+           ffn = (size_t)n * e->ffn_dim;
     return (Buffers){arena_floats(arena, E),     arena_floats(arena, E),     arena_floats(arena, inner),
                      arena_floats(arena, inner), arena_floats(arena, inner), arena_floats(arena, inner),
                      arena_floats(arena, ffn),   arena_floats(arena, ffn),
@@ -106,9 +109,9 @@ static void attend(const TextEncoder *e, const TextBlock *block, Buffers *b, int
     linear(b->k, b->y, n, &block->k);
     linear(b->v, b->y, n, &block->v);
     size_t stride = (size_t)e->num_heads * e->head_dim;
-    attention(&(Attention){.precision = F32, .q = b->q, .k = b->k, .v = b->v, .out = b->mixed, .queries = n, .keys = n,
-                           .heads = e->num_heads, .d = e->head_dim, .q_stride = stride, .kv_stride = stride,
-                           .out_stride = stride, .scale = 1.0f,
+    attention(&(Attention){.precision = F32, .q = b->q, .k = b->k, .v = b->v, .out = b->mixed, .queries = n,
+                           .keys = n, .heads = e->num_heads, .d = e->head_dim, .q_stride = stride,
+                           .kv_stride = stride, .out_stride = stride, .scale = 1.0f,
                            .bias = b->bias + n - 1, .bias_head = 2 * n - 1, .bias_query = -1});
     linear(b->y, b->mixed, n, &block->o);
     add(b->x, b->y, (size_t)n * e->dim);
@@ -130,7 +133,8 @@ void text_encode(const TextEncoder *encoder, const int32_t *ids, int n, float *e
     Buffers b = lay_out(&arena, encoder, n);
     for (int i = 0; i < n; i++) {
         if (ids[i] < 0 || ids[i] >= encoder->vocab_size)
-            die(STATUS_USAGE, "token id %d is outside the text encoder's %d", (int)ids[i], encoder->vocab_size);
+            die(STATUS_USAGE, "token id %d is outside the text encoder's %d", (int)ids[i],
+                encoder->vocab_size);
         weight_row(&encoder->token_embedding, ids[i], b.x + (size_t)i * encoder->dim);
     }
     for (int i = 0; i < encoder->num_layers; i++) {

@@ -7,20 +7,21 @@
  *   x += o(cross attention(norm3(x), text))
  *   x += g2 * ffn(norm(x) * (1 + c2) + s2)
  *
- * and the head is one more modulated norm and a linear layer back to patches. Follows WanTransformer3DModel of
- * diffusers and wan/modules/model.py of the original release, whose names the fields carry (the original's norm3 is
- * diffusers' norm2).
+ * and the head is one more modulated norm and a linear layer back to patches. Follows WanTransformer3DModel
+ * of diffusers and wan/modules/model.py of the original release, whose names the fields carry (the original's
+ * norm3 is diffusers' norm2).
  *
- * Pitfalls. Queries and keys are normalised over all heads at once, before they are cut into heads. The text is
- * padded with zeros to 512 positions and no mask hides them: the padding takes part in cross attention. Angles
- * of RoPE are computed in double. */
+ * Pitfalls. Queries and keys are normalised over all heads at once, before they are cut into heads. The text
+ * is padded with zeros to 512 positions and no mask hides them: the padding takes part in cross attention.
+ * Angles of RoPE are computed in double. */
 #include "sora.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-static AttentionLayers bind_attention(const WeightFile *file, const Transformer *t, int block, const char *name) {
+static AttentionLayers bind_attention(const WeightFile *file, const Transformer *t, int block,
+                                      const char *name) {
     int D = t->dim;
     return (AttentionLayers){
         .q = linear_bind(file, t->precision, D, D, BIAS, "blocks.%d.%s.q", block, name),
@@ -32,7 +33,8 @@ static AttentionLayers bind_attention(const WeightFile *file, const Transformer 
     };
 }
 
-static TransformerBlock bind_block(const WeightFile *file, const Transformer *t, int i, bool cross_attn_norm) {
+static TransformerBlock bind_block(const WeightFile *file, const Transformer *t, int i,
+                                   bool cross_attn_norm) {
     TransformerBlock block = {
         .self_attn = bind_attention(file, t, i, "self_attn"),
         .cross_attn = bind_attention(file, t, i, "cross_attn"),
@@ -68,10 +70,12 @@ static void read_config(const WeightFile *file, Transformer *t) {
             t->patch_size[0]);
     if (t->freq_dim % 2) die(STATUS_USAGE, "weight file: wan.freq_dim %d is odd", t->freq_dim);
     if (t->dim % t->num_heads || t->dim / t->num_heads % 2)
-        die(STATUS_USAGE, "weight file: wan.dim %d is not wan.num_heads %d heads of even width", t->dim, t->num_heads);
+        die(STATUS_USAGE, "weight file: wan.dim %d is not wan.num_heads %d heads of even width", t->dim,
+            t->num_heads);
 }
 
-/* What is small next to the blocks stays in float32 whatever the precision: both ends, and what they are told. */
+/* What is small next to the blocks stays in float32 whatever the precision:
+ * both ends, and what they are told. */
 Transformer transformer_load(const WeightFile *file, Precision precision) {
     Transformer t = {.precision = precision};
     read_config(file, &t);
@@ -168,9 +172,9 @@ TransformerState transformer_state_take(Arena *arena, const Transformer *t, int 
     return s;
 }
 
-/* time (D) and modulation (6,D) from a timestep: sinusoids, an MLP, and its projection. The angles are rounded to
- * float32 as in diffusers' get_timestep_embedding; the original release computes them in double, which at t = 1000
- * differs by 3e-5 and shows in the velocity as 1e-5 of its range. */
+/* time (D) and modulation (6,D) from a timestep: sinusoids, an MLP, and its projection. The angles are
+ * rounded to float32 as in diffusers' get_timestep_embedding; the original release computes them in double,
+ * which at t = 1000 differs by 3e-5 and shows in the velocity as 1e-5 of its range. */
 static void embed_time(const Transformer *t, TransformerState *s, float timestep) {
     int half = t->freq_dim / 2, D = t->dim;
     float *sinusoid = s->wide, *hidden = s->y;
@@ -204,7 +208,8 @@ static void embed_patches(const Transformer *t, TransformerState *s, const float
     float *out = s->wide;
     for (int l = 0; l < s->L; l++)
         for (int c = 0; c < t->in_dim; c++)
-            for (int i = 0; i < patch_volume(t); i++) *out++ = latents[c * channel + patch_offset(t, s, l, i)];
+            for (int i = 0; i < patch_volume(t); i++)
+                *out++ = latents[c * channel + patch_offset(t, s, l, i)];
     linear(s->x, s->wide, s->L, &t->patch_embedding);
 }
 
@@ -213,7 +218,8 @@ static void unpatch(const Transformer *t, const TransformerState *s, const float
     size_t channel = (size_t)s->T * s->H * s->W;
     for (int l = 0; l < s->L; l++)
         for (int i = 0; i < patch_volume(t); i++)
-            for (int c = 0; c < t->out_dim; c++) velocity[c * channel + patch_offset(t, s, l, i)] = *patches++;
+            for (int c = 0; c < t->out_dim; c++)
+                velocity[c * channel + patch_offset(t, s, l, i)] = *patches++;
 }
 
 static void self_attention(const Transformer *t, TransformerState *s, const AttentionLayers *attn) {
@@ -226,8 +232,9 @@ static void self_attention(const Transformer *t, TransformerState *s, const Atte
     rms_norm(k, k, L, D, attn->norm_k, t->eps);
     rope(q, L, t->num_heads, d, s->cosine, s->sine);
     rope(k, L, t->num_heads, d, s->cosine, s->sine);
-    attention(&(Attention){.precision = t->precision, .q = q, .k = k, .v = v, .out = s->y, .queries = L, .keys = L, .heads = t->num_heads,
-                           .d = d, .q_stride = D, .kv_stride = D, .out_stride = D, .scale = 1.0f / sqrtf((float)d)});
+    attention(&(Attention){.precision = t->precision, .q = q, .k = k, .v = v, .out = s->y, .queries = L,
+                           .keys = L, .heads = t->num_heads, .d = d, .q_stride = D, .kv_stride = D,
+                           .out_stride = D, .scale = 1.0f / sqrtf((float)d)});
     linear(q, s->y, L, &attn->o); /* into wide, where queries were */
 }
 
@@ -238,7 +245,8 @@ static void cross_attention(const Transformer *t, TransformerState *s, const Att
     float *q = s->wide;
     linear(q, s->y, L, &attn->q);
     rms_norm(q, q, L, D, attn->norm_q, t->eps);
-    attention(&(Attention){.precision = t->precision, .q = q, .k = context->keys + at, .v = context->values + at, .out = s->y, .queries = L,
+    attention(&(Attention){.precision = t->precision, .q = q, .k = context->keys + at,
+                           .v = context->values + at, .out = s->y, .queries = L,
                            .keys = context->positions, .heads = t->num_heads, .d = d, .q_stride = D,
                            .kv_stride = D, .out_stride = D, .scale = 1.0f / sqrtf((float)d),
                            .bias = context->bias});

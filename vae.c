@@ -1,21 +1,23 @@
 /* vae.c - latents -> frames: the decoder of Wan 2.1's causal 3D VAE, one latent frame at a time.
  *
  *   z -> conv2 (1x1x1) -> conv1 -> middle: residual, attention, residual -> levels -> head -> frame
- *   residual: x + conv2(silu(norm2(conv1(silu(norm1(x))))))          (x through a 1x1x1 shortcut if widths differ)
- *   level:    residual blocks, then upsampling: in time by time_conv, in space by doubling and a 3x3 convolution
+ *   residual: x + conv2(silu(norm2(conv1(silu(norm1(x))))))     (x through a 1x1x1 shortcut if widths differ)
+ *   level:    residual blocks, then upsampling: in time by time_conv, in space by doubling and a 3x3
+ *             convolution
  *
- * Causal means that a convolution over time sees a frame and the two before it, never one after. So the decoder runs
- * as a stream: each convolution keeps its last two input frames, a frame is pushed through the layers, and where a
- * level doubles the frame rate each of the two goes on by itself to the end before the next is made. Memory does not
- * depend on the clip's length. The clip's first frame has no companion: time_conv lets it pass, and starts with an
- * empty past at the second (upstream's "Rep").
+ * Causal means that a convolution over time sees a frame and the two before it, never one after. So the
+ * decoder runs as a stream: each convolution keeps its last two input frames, a frame is pushed through the
+ * layers, and where a level doubles the frame rate each of the two goes on by itself to the end before the
+ * next is made. Memory does not depend on the clip's length. The clip's first frame has no companion:
+ * time_conv lets it pass, and starts with an empty past at the second (upstream's "Rep").
  *
- * Frames are stored (pixels, channels), channels innermost, which makes a convolution a product whose rows are runs
- * of channels at shifted pixels (product.c). Neither padding, nor the doubled image, nor the split of time_conv's
- * output into two frames is ever built: they are ways to find a row.
+ * Frames are stored (pixels, channels), channels innermost, which makes a convolution a product whose rows
+ * are runs of channels at shifted pixels (product.c). Neither padding, nor the doubled image, nor the split
+ * of time_conv's output into two frames is ever built: they are ways to find a row.
  *
- * Follows AutoencoderKLWan of diffusers (without residual shortcuts) and wan/modules/vae.py of the original release,
- * whose names the fields carry. Its RMS_norm is F.normalize over channels, times sqrt(channels) and gamma. */
+ * Follows AutoencoderKLWan of diffusers (without residual shortcuts) and wan/modules/vae.py of the original
+ * release, whose names the fields carry. Its RMS_norm is F.normalize over channels, times sqrt(channels)
+ * and gamma. */
 #include "sora.h"
 
 #include <math.h>
@@ -26,14 +28,17 @@
 
 enum { MAX_LEVELS = 8 };
 
-static Conv bind_conv(const WeightFile *file, Precision precision, int O, int I, int kt, int k, const char *name) {
+static Conv bind_conv(const WeightFile *file, Precision precision, int O, int I, int kt, int k,
+                      const char *name) {
     Conv conv = {.kt = kt, .kh = k, .kw = k, .in = I, .out = O};
-    if (I > MAX_CHANNELS) die(STATUS_USAGE, "weight file: vae.%s reads %d channels, more than %d", name, I, MAX_CHANNELS);
+    if (I > MAX_CHANNELS)
+        die(STATUS_USAGE, "weight file: vae.%s reads %d channels, more than %d", name, I, MAX_CHANNELS);
     conv.layer = linear_bind(file, precision, O, kt * k * k * I, BIAS, "vae.%s", name);
     return conv;
 }
 
-static ResidualBlock bind_residual(const WeightFile *file, Precision precision, int I, int O, const char *name) {
+static ResidualBlock bind_residual(const WeightFile *file, Precision precision, int I, int O,
+                                   const char *name) {
     char path[64];
 #define PATH(part) (snprintf(path, sizeof path, "%s." part, name), path)
     ResidualBlock block = {0};
@@ -167,12 +172,15 @@ static void run(const View *view, float *out, int mode) {
 }
 
 /* A convolution within one frame. */
-static void spatial_conv(const Vae *vae, const VaeLevel *level, const Conv *conv, const char *in, float *out, int mode) {
-    View view = {conv, {in}, 0, vae->zeros, row_bytes(vae->precision, conv->in), level->height, level->width, 0};
+static void spatial_conv(const Vae *vae, const VaeLevel *level, const Conv *conv, const char *in, float *out,
+                         int mode) {
+    View view = {conv, {in}, 0, vae->zeros, row_bytes(vae->precision, conv->in), level->height,
+                 level->width, 0};
     run(&view, out, mode);
 }
 
-/* Reads the frame in level->h and its past; then that frame is the past, and level->h the memory of the oldest. */
+/* Reads the frame in level->h and its past; then that frame is the past,
+ * and level->h the memory of the oldest. */
 static void causal_conv(const Vae *vae, VaeLevel *level, Conv *conv, float *out, int mode) {
     View view = {conv, {conv->past[0], conv->past[1], level->h}, 2 - conv->seen, vae->zeros,
                  row_bytes(vae->precision, conv->in), level->height, level->width, 0};
@@ -217,9 +225,10 @@ static void middle_attention(const Vae *vae, VaeLevel *level) {
     l2_norm(level->t, level->x, pixels, C, vae->middle_norm);
     narrow(vae, level, level->t, C, C);
     spatial_conv(vae, level, &vae->qkv, level->h, qkv, REPLACE);
-    attention(&(Attention){.precision = vae->precision, .q = qkv, .k = qkv + C, .v = qkv + 2 * C, .out = level->t,
-                           .queries = pixels, .keys = pixels, .heads = 1, .d = C, .q_stride = 3 * (size_t)C,
-                           .kv_stride = 3 * (size_t)C, .out_stride = C, .scale = 1.0f / sqrtf((float)C)});
+    attention(&(Attention){.precision = vae->precision, .q = qkv, .k = qkv + C, .v = qkv + 2 * C,
+                           .out = level->t, .queries = pixels, .keys = pixels, .heads = 1, .d = C,
+                           .q_stride = 3 * (size_t)C, .kv_stride = 3 * (size_t)C, .out_stride = C,
+                           .scale = 1.0f / sqrtf((float)C)});
     narrow(vae, level, level->t, C, C);
     spatial_conv(vae, level, &vae->proj, level->h, level->x, ACCUMULATE);
 }
@@ -231,8 +240,8 @@ typedef struct {
     void *to;
 } Output;
 
-/* The last level's x -> pixels: channel (c*p + b)*p + a of a pixel is colour c, row a, column b of its patch, as in
- * upstream's unpatchify. */
+/* The last level's x -> pixels: channel (c*p + b)*p + a of a pixel is colour c, row a, column b of its patch,
+ * as in upstream's unpatchify. */
 static void emit(Vae *vae, VaeLevel *level, Output output) {
     int p = vae->patch_size, H = level->height, W = level->width;
     norm_silu(vae, level, level->x, vae->head.in, vae->head_norm);
@@ -254,7 +263,8 @@ static void upsample(Vae *vae, int index, const float *x, int stride, Output out
     VaeLevel *level = &vae->levels[index], *next = level + 1;
     int C = level->resample.in;
     narrow(vae, level, x, stride, C);
-    View view = {&level->resample, {level->h}, 0, vae->zeros, row_bytes(vae->precision, C), next->height, next->width, 1};
+    View view = {&level->resample, {level->h}, 0, vae->zeros, row_bytes(vae->precision, C), next->height,
+                 next->width, 1};
     run(&view, next->x, REPLACE);
     push(vae, index + 1, output);
 }
@@ -268,7 +278,8 @@ static void push(Vae *vae, int index, Output output) {
         emit(vae, level, output);
     } else if (level->time_conv.out && level->started) {
         narrow(vae, level, level->x, C, C);
-        causal_conv(vae, level, &level->time_conv, level->wide, REPLACE); /* two frames, side by side in each pixel */
+        /* two frames, side by side in each pixel */
+        causal_conv(vae, level, &level->time_conv, level->wide, REPLACE);
         upsample(vae, index, level->wide, 2 * C, output);
         upsample(vae, index, level->wide + C, 2 * C, output);
     } else {
@@ -283,7 +294,8 @@ void vae_decode_frame(Vae *vae, const float *latents, int T, int t, FrameSink *s
     size_t pixels = (size_t)pixels_of(level);
     for (int c = 0; c < z; c++)
         for (size_t i = 0; i < pixels; i++)
-            level->t[i * z + c] = latents[((size_t)c * T + t) * pixels + i] * vae->latents_std[c] + vae->latents_mean[c];
+            level->t[i * z + c] =
+                latents[((size_t)c * T + t) * pixels + i] * vae->latents_std[c] + vae->latents_mean[c];
     narrow(vae, level, level->t, z, z);
     spatial_conv(vae, level, &vae->conv2, level->h, level->t, REPLACE);
     narrow(vae, level, level->t, z, z);
@@ -305,8 +317,8 @@ static void take_past(const Vae *vae, Arena *arena, Conv *conv, const VaeLevel *
     conv->seen = 0;
 }
 
-/* All frames of a level have one size, so that a convolution's input and its oldest past can trade places. Returns the
- * floats of x, and of t. */
+/* All frames of a level have one size, so that a convolution's input and its oldest past can trade places.
+ * Returns the floats of x, and of t. */
 static size_t lay_out_level(Vae *vae, Arena *arena, int index, int in) {
     VaeLevel *level = &vae->levels[index];
     int out = level->blocks[0].conv1.out;
@@ -349,7 +361,8 @@ void vae_decode_start(Vae *vae, Arena *arena, int H, int W) {
     for (size_t i = 0; i < sizeof early / sizeof *early; i++) take_past(vae, arena, early[i], first);
     take_past(vae, arena, &vae->head, last);
     vae->zeros = arena_take(arena, row_bytes(vae->precision, channels));
-    vae->frame = arena_floats(arena, 3 * (size_t)last->height * last->width * vae->patch_size * vae->patch_size);
+    vae->frame =
+        arena_floats(arena, 3 * (size_t)last->height * last->width * vae->patch_size * vae->patch_size);
 }
 
 size_t vae_decode_memory(Vae *vae, int H, int W) {

@@ -5,11 +5,12 @@
  *
  * Lines go to standard output as a table, and to the file as tab-separated values, a heading line first.
  *
- * How time is taken. A job runs once to warm up (one that takes a second is warm by then), then at least three times
- * and until half a second has passed, but not beyond five seconds; the median counts. A processor's clock and its
- * neighbours change from one second to the next, so the peak that a rate is compared with is not one number from the
- * start of the run: right after each repeat the peak is measured for ten milliseconds, and `of_peak` is the median of
- * the ratios. A fraction can be trusted where a rate cannot. */
+ * How time is taken. A job runs once to warm up (one that takes a second is warm by then), then at least
+ * three times and until half a second has passed, but not beyond five seconds; the median counts. A
+ * processor's clock and its neighbours change from one second to the next, so the peak that a rate is
+ * compared with is not one number from the start of the run: right after each repeat the peak is measured for
+ * ten milliseconds, and `of_peak` is the median of the ratios. A fraction can be trusted
+ * where a rate cannot. */
 #include "bench/bench.h"
 
 #include <stdlib.h>
@@ -31,7 +32,8 @@ void release(void) {
     while (held_count) free(held[--held_count]);
 }
 
-/* Uniform in [-sqrt 3, sqrt 3): speed does not depend on the values, as long as none is subnormal or infinite. */
+/* Uniform in [-sqrt 3, sqrt 3): speed does not depend on the values, as long as none
+ * is subnormal or infinite. */
 static float next_random(uint32_t *state) {
     *state = *state * 1664525u + 1013904223u;
     return ((float)(*state >> 8) * 0x1p-23f - 1.0f) * 1.7320508f;
@@ -63,7 +65,8 @@ Linear random_linear(Precision precision, int O, int I) {
     static const Type types[PRECISIONS] = {TYPE_F32, TYPE_BF16, TYPE_Q8_0};
     void *data = hold(type_bytes(types[precision], (size_t)O * I));
     fill(data, types[precision], (size_t)O * I);
-    return (Linear){.weight = {data, types[precision], O, I}, .bias = random_floats((size_t)O), .precision = precision};
+    return (Linear){
+        .weight = {data, types[precision], O, I}, .bias = random_floats((size_t)O), .precision = precision};
 }
 
 /* ---------------------------------------------------------------- time */
@@ -82,13 +85,14 @@ static double median(double *values, int n) {
 
 static void print(const Job *job, double duration, double fraction) {
     double gflops = job->flop / duration * 1e-9, gbytes = job->bytes / duration * 1e-9;
-    printf("%-7s %-28s %-4s %6d %3d", job->kind, job->name, precision_name(job->precision), job->size, job->threads);
+    printf("%-7s %-28s %-4s %6d %3d", job->kind, job->name, precision_name(job->precision), job->size,
+           job->threads);
     printf(job->flop > 0 ? " %10.5f s %8.1f GFLOP/s" : " %10.5f s %8.1f GB/s   ", duration,
            job->flop > 0 ? gflops : gbytes);
     printf(fraction > 0 ? " %4.0f %%\n" : "\n", 100 * fraction);
     fprintf(table, "%s\t%s\t%s\t%d\t%d\t%.6f\t%.4f\t%.2f\t%.4f\t%.4f\t%.2f\n", job->kind, job->name,
-            precision_name(job->precision), job->size, job->threads, duration, job->flop * 1e-9, gflops, fraction,
-            job->bytes * 1e-9, gbytes);
+            precision_name(job->precision), job->size, job->threads, duration, job->flop * 1e-9, gflops,
+            fraction, job->bytes * 1e-9, gbytes);
     fflush(NULL);
 }
 
@@ -137,13 +141,15 @@ static void run_part(const char *name) {
 
 int main(int argc, char **argv) {
     Precision precision;
-    if (argc < 3) die(STATUS_USAGE, "usage: bench FILE.tsv PART..., or bench FILE.tsv STAGE PRECISION SIZE [THREADS]");
+    if (argc < 3)
+        die(STATUS_USAGE, "usage: bench FILE.tsv PART..., or bench FILE.tsv STAGE PRECISION SIZE [THREADS]");
     kernels_choose("auto");
     table = fopen(argv[1], "w");
     if (!table) die(STATUS_RESOURCE, "%s: cannot be written", argv[1]);
     fputs("kind\tname\tprecision\tsize\tthreads\tseconds\tgflop\tgflop/s\tof_peak\tgbyte\tgbyte/s\n", table);
     printf("kernels %s, threads %d\n", kernels->name, threads_count());
-    printf("%-7s %-28s %-4s %6s %3s %12s %16s %6s\n", "kind", "name", "", "size", "thr", "seconds", "rate", "peak");
+    printf("%-7s %-28s %-4s %6s %3s %12s %16s %6s\n", "kind", "name", "", "size", "thr", "seconds", "rate",
+           "peak");
     if (argc > 4 && precision_parse(argv[3], &precision))
         bench_stage(argv[2], precision, argv[4], argc > 5 ? atoi(argv[5]) : 0);
     else

@@ -25,9 +25,11 @@ static void run_linear(void *with) {
 }
 
 static void bench_linear(Precision precision, int L, int I, int O) {
-    Product p = {random_linear(precision, O, I), random_floats((size_t)L * I), hold(sizeof(float) * (size_t)L * O), L};
+    Product p = {random_linear(precision, O, I), random_floats((size_t)L * I),
+                 hold(sizeof(float) * (size_t)L * O), L};
     double bytes = 4.0 * L * ((double)I + O) + (double)type_bytes(p.layer.weight.type, (size_t)O * I);
-    measure(&(Job){"kernel", label("linear %d->%d", I, O), precision, L, 0, 2.0 * L * I * O, bytes, run_linear, &p});
+    measure(&(Job){"kernel", label("linear %d->%d", I, O), precision, L, 0, 2.0 * L * I * O, bytes,
+                   run_linear, &p});
     release();
 }
 
@@ -38,9 +40,10 @@ static void run_attention(void *with) { attention(with); }
 static void bench_attention(Precision precision, int queries, int keys) {
     enum { HEADS = 12, WIDTH = 128, D = HEADS * WIDTH };
     size_t n = (size_t)queries * D, m = (size_t)keys * D;
-    Attention a = {.precision = precision, .q = random_floats(n), .k = random_floats(m), .v = random_floats(m),
-                   .out = hold(n * sizeof(float)), .queries = queries, .keys = keys, .heads = HEADS, .d = WIDTH,
-                   .q_stride = D, .kv_stride = D, .out_stride = D, .scale = 1.0f / sqrtf(WIDTH)};
+    Attention a = {.precision = precision, .q = random_floats(n), .k = random_floats(m),
+                   .v = random_floats(m), .out = hold(n * sizeof(float)), .queries = queries, .keys = keys,
+                   .heads = HEADS, .d = WIDTH, .q_stride = D, .kv_stride = D, .out_stride = D,
+                   .scale = 1.0f / sqrtf(WIDTH)};
     const char *name = queries == keys ? "self attention" : label("cross attention, %d keys", keys, 0);
     measure(&(Job){"kernel", name, precision, queries, 0, 4.0 * queries * keys * D, 8.0 * (double)(n + m),
                    run_attention, &a});
@@ -79,7 +82,8 @@ static void run_convolution(void *with) {
 static void bench_convolution(Precision precision, int side, int channels) {
     int pixels = side * side;
     char *operands = hold(3 * pixels * row_bytes(precision, channels));
-    narrow_rows(precision, operands, random_floats(3 * (size_t)pixels * channels), channels, 3 * pixels, channels);
+    narrow_rows(precision, operands, random_floats(3 * (size_t)pixels * channels), channels, 3 * pixels,
+                channels);
     Convolution c = {random_linear(precision, channels, TAPS * channels), side, channels, operands,
                      hold(row_bytes(precision, channels)), row_bytes(precision, channels),
                      hold(sizeof(float) * (size_t)pixels * channels)};
@@ -92,8 +96,8 @@ static void bench_convolution(Precision precision, int side, int channels) {
 
 /* ---------------------------------------------------------------- all of them */
 
-/* 256x256 and 480x832 pixels of 17 frames are 1,280 and 7,800 tokens. The decoder's four levels at 256x256 pixels have
- * 32, 64, 128 and 256 a side. */
+/* 256x256 and 480x832 pixels of 17 frames are 1,280 and 7,800 tokens. The decoder's four levels at 256x256
+ * pixels have 32, 64, 128 and 256 a side. */
 void bench_kernels(void) {
     static const int tokens[] = {1280, 7800};
     for (Precision p = F32; p < PRECISIONS; p++) {

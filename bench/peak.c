@@ -1,9 +1,10 @@
 /* peak.c - what the machine can do: the yardstick for everything that bench measures.
  *
- * Arithmetic. A processor multiplies fastest when nothing but registers takes part: CHAINS independent sums, so many
- * that a new instruction starts every cycle in every unit while earlier ones are under way, each one instruction over
- * and over. There is a row for each such instruction: fused multiply-add of floats, dot products of bfloat16 pairs, of
- * four bytes. No kernel can be faster; one that reaches nine tenths has nothing left to gain but that tenth.
+ * Arithmetic. A processor multiplies fastest when nothing but registers takes part: CHAINS independent sums,
+ * so many that a new instruction starts every cycle in every unit while earlier ones are under way, each one
+ * instruction over and over. There is a row for each such instruction: fused multiply-add of floats, dot
+ * products of bfloat16 pairs, of four bytes. No kernel can be faster; one that reaches nine tenths has
+ * nothing left to gain but that tenth.
  *
  * Memory. All threads read a region larger than the caches, each element once. */
 #include "bench/bench.h"
@@ -18,23 +19,24 @@ enum { CHAINS = 12, ROUNDS = 1 << 16 };
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-/* A function that runs `sum = instruction` ROUNDS times in CHAINS chains. Bytes of 0x3f are 0.75 in any of the types.
- * OPAQUE tells the compiler that a register may hold anything, or it would see that all chains are equal. */
+/* A function that runs `sum = instruction` ROUNDS times in CHAINS chains. Bytes of 0x3f are 0.75 in any of
+ * the types. OPAQUE tells the compiler that a register may hold anything, or it would see
+ * that all chains are equal. */
 #define OPAQUE(v) __asm__ volatile("" : "+" VECTOR(v))
-#define PEAK(name, target, V, instruction)                                                                           \
-    static target void name(void) {                                                                                  \
-        V sums[CHAINS], a;                                                                                           \
-        memset(&a, 0x3f, sizeof a);                                                                                  \
-        UNROLL for (int i = 0; i < CHAINS; i++) {                                                                    \
-            sums[i] = a;                                                                                             \
-            OPAQUE(sums[i]);                                                                                         \
-        }                                                                                                            \
-        for (int round = 0; round < ROUNDS; round++)                                                                 \
-            UNROLL for (int i = 0; i < CHAINS; i++) {                                                                \
-                V sum = sums[i];                                                                                     \
-                sums[i] = instruction;                                                                               \
-            }                                                                                                        \
-        UNROLL for (int i = 0; i < CHAINS; i++) OPAQUE(sums[i]);                                                     \
+#define PEAK(name, target, V, instruction)                                                                   \
+    static target void name(void) {                                                                          \
+        V sums[CHAINS], a;                                                                                   \
+        memset(&a, 0x3f, sizeof a);                                                                          \
+        UNROLL for (int i = 0; i < CHAINS; i++) {                                                            \
+            sums[i] = a;                                                                                     \
+            OPAQUE(sums[i]);                                                                                 \
+        }                                                                                                    \
+        for (int round = 0; round < ROUNDS; round++)                                                         \
+            UNROLL for (int i = 0; i < CHAINS; i++) {                                                        \
+                V sum = sums[i];                                                                             \
+                sums[i] = instruction;                                                                       \
+            }                                                                                                \
+        UNROLL for (int i = 0; i < CHAINS; i++) OPAQUE(sums[i]);                                             \
     }
 
 #if defined(__x86_64__)

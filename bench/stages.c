@@ -1,7 +1,7 @@
 /* stages.c - whole stages of sora at the released models' shapes, on random weights made in memory.
  *
- * A model of 30 equal blocks costs what its ends cost and 30 times a block, so one block and none are measured and the
- * rest is arithmetic. */
+ * A model of 30 equal blocks costs what its ends cost and 30 times a block, so one block and none are
+ * measured and the rest is arithmetic. */
 #include "bench/bench.h"
 
 #include <stdio.h>
@@ -14,8 +14,9 @@ enum { TEXT = 40 }; /* tokens of a prompt */
 
 static AttentionLayers random_attention(Precision precision, int D) {
     return (AttentionLayers){
-        .q = random_linear(precision, D, D), .k = random_linear(precision, D, D), .v = random_linear(precision, D, D),
-        .o = random_linear(precision, D, D), .norm_q = random_floats((size_t)D), .norm_k = random_floats((size_t)D)};
+        .q = random_linear(precision, D, D), .k = random_linear(precision, D, D),
+        .v = random_linear(precision, D, D), .o = random_linear(precision, D, D),
+        .norm_q = random_floats((size_t)D), .norm_k = random_floats((size_t)D)};
 }
 
 static TransformerBlock random_block(Precision precision, int D, int ffn_dim) {
@@ -72,7 +73,8 @@ static void bench_transformer(Precision precision, int layers, int T, int H, int
     transformer_read(&f.t, random_floats((size_t)TEXT * f.t.text_dim), TEXT, &f.context);
     f.latents = random_floats(n);
     f.velocity = hold(n * sizeof(float));
-    static const char *const names[] = {"transformer, no block", "transformer, 1 block", "transformer, 2 blocks"};
+    static const char *const names[] = {"transformer, no block", "transformer, 1 block",
+                                        "transformer, 2 blocks"};
     measure(&(Job){"stage", names[layers], precision, f.state.L, threads,
                    transformer_flops(&f.t, f.state.L, f.context.positions), 0, run_forward, &f});
     arena_close(&arena);
@@ -84,14 +86,16 @@ static void bench_transformer(Precision precision, int layers, int T, int H, int
 /* umT5-XXL with one block and few tokens to choose from. */
 static TextEncoder random_text_encoder(Precision precision) {
     enum { E = 4096, FFN = 10240, HEADS = 64, BUCKETS = 32, VOCABULARY = 1000 };
-    TextEncoder e = {.vocab_size = VOCABULARY, .dim = E, .ffn_dim = FFN, .num_heads = HEADS, .head_dim = E / HEADS,
-                     .num_layers = 1, .num_buckets = BUCKETS, .max_distance = 128, .eps = 1e-6f, .precision = precision,
+    TextEncoder e = {.vocab_size = VOCABULARY, .dim = E, .ffn_dim = FFN, .num_heads = HEADS,
+                     .head_dim = E / HEADS, .num_layers = 1, .num_buckets = BUCKETS, .max_distance = 128,
+                     .eps = 1e-6f, .precision = precision,
                      .token_embedding = random_linear(precision, VOCABULARY, E).weight,
                      .blocks = hold(sizeof(TextBlock)), .norm = random_floats(E)};
     e.blocks[0] = (TextBlock){
         .norm1 = random_floats(E), .norm2 = random_floats(E),
-        .q = random_linear(precision, E, E), .k = random_linear(precision, E, E), .v = random_linear(precision, E, E),
-        .o = random_linear(precision, E, E), .pos_embedding = random_floats(BUCKETS * HEADS),
+        .q = random_linear(precision, E, E), .k = random_linear(precision, E, E),
+        .v = random_linear(precision, E, E), .o = random_linear(precision, E, E),
+        .pos_embedding = random_floats(BUCKETS * HEADS),
         .gate = random_linear(precision, FFN, E), .fc1 = random_linear(precision, FFN, E),
         .fc2 = random_linear(precision, E, FFN)};
     return e;
@@ -123,26 +127,32 @@ static void bench_text_encoder(Precision precision, int n, int threads) {
 /* ---------------------------------------------------------------- VAE */
 
 static Conv random_conv(Precision precision, int O, int I, int kt, int k) {
-    return (Conv){.layer = random_linear(precision, O, kt * k * k * I), .kt = kt, .kh = k, .kw = k, .in = I, .out = O};
+    return (Conv){.layer = random_linear(precision, O, kt * k * k * I), .kt = kt, .kh = k, .kw = k,
+                  .in = I, .out = O};
 }
 
 static ResidualBlock random_residual(Precision precision, int I, int O) {
     ResidualBlock block = {.norm1 = random_floats((size_t)I), .norm2 = random_floats((size_t)O),
-                           .conv1 = random_conv(precision, O, I, 3, 3), .conv2 = random_conv(precision, O, O, 3, 3)};
+                           .conv1 = random_conv(precision, O, I, 3, 3),
+                           .conv2 = random_conv(precision, O, O, 3, 3)};
     if (I != O) block.shortcut = random_conv(precision, O, I, 1, 1);
     return block;
 }
 
-/* The decoder of Wan 2.1: four levels of 384, 384, 192 and 96 channels; the first two double the frame rate. */
+/* The decoder of Wan 2.1: four levels of 384, 384, 192 and 96 channels; the first two
+ * double the frame rate. */
 static Vae random_vae(Precision precision) {
     enum { LEVELS = 4, BLOCKS = 3, Z = 16, TOP = 384 };
     static const int channels[LEVELS] = {384, 384, 192, 96};
     Vae vae = {.z_dim = Z, .out_channels = 3, .patch_size = 1, .num_levels = LEVELS, .temporal_stride = 4,
                .spatial_stride = 8, .latents_mean = random_floats(Z), .latents_std = random_floats(Z),
                .conv2 = random_conv(precision, Z, Z, 1, 1), .conv1 = random_conv(precision, TOP, Z, 3, 3),
-               .qkv = random_conv(precision, 3 * TOP, TOP, 1, 1), .proj = random_conv(precision, TOP, TOP, 1, 1),
-               .middle_0 = random_residual(precision, TOP, TOP), .middle_2 = random_residual(precision, TOP, TOP),
-               .middle_norm = random_floats(TOP), .head = random_conv(precision, 3, channels[LEVELS - 1], 3, 3),
+               .qkv = random_conv(precision, 3 * TOP, TOP, 1, 1),
+               .proj = random_conv(precision, TOP, TOP, 1, 1),
+               .middle_0 = random_residual(precision, TOP, TOP),
+               .middle_2 = random_residual(precision, TOP, TOP),
+               .middle_norm = random_floats(TOP),
+               .head = random_conv(precision, 3, channels[LEVELS - 1], 3, 3),
                .head_norm = random_floats((size_t)channels[LEVELS - 1]),
                .levels = hold(sizeof(VaeLevel) * LEVELS), .precision = precision};
     for (int i = 0, in = TOP; i < LEVELS; i++) {
@@ -206,8 +216,8 @@ void bench_stages(void) {
 
 /* Tokens double up to those of 81 frames at 480x832; frames of the decoder are 128x128 pixels. */
 void bench_growth(void) {
-    static const int sizes[][3] = {{1, 32, 32}, {2, 32, 32}, {4, 32, 32}, {5, 44, 44}, {5, 60, 104}, {10, 60, 104},
-                                   {21, 60, 104}};
+    static const int sizes[][3] = {{1, 32, 32}, {2, 32, 32}, {4, 32, 32}, {5, 44, 44}, {5, 60, 104},
+                                   {10, 60, 104}, {21, 60, 104}};
     for (Precision p = F32; p < PRECISIONS; p++)
         for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
             for (int layers = 0; layers <= 1; layers++)

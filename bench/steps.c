@@ -1,9 +1,9 @@
 /* steps.c - from three loops to the tiled product, in steps: y (L,O) = x (L,I) @ w^T, w (O,I).
  *
- * docs/kernels.md walks through them. Each step computes the same bits: an element is one chain of fused multiply-adds
- * over k, and what changes is the order in which elements and pieces of their chains are visited. The steps are written
- * for AVX2 or NEON, with sizes that divide evenly; engine/product.c is the last step for all sizes, and goes to wider
- * registers where there are any. */
+ * docs/kernels.md walks through them. Each step computes the same bits: an element is one chain of fused
+ * multiply-adds over k, and what changes is the order in which elements and pieces of their chains are
+ * visited. The steps are written for AVX2 or NEON, with sizes that divide evenly; engine/product.c is the
+ * last step for all sizes, and goes to wider registers where there are any. */
 #include "bench/bench.h"
 
 #include <math.h>
@@ -28,8 +28,8 @@
 #define UNROLL _Pragma("GCC unroll 16")
 #endif
 
-/* The queries' layer of Wan 2.1 1.3B. A tile's R x VECTORS sums, VECTORS columns and one row element fill AVX2's 16
- * registers. */
+/* The queries' layer of Wan 2.1 1.3B. A tile's R x VECTORS sums, VECTORS columns and one row element
+ * fill AVX2's 16 registers. */
 enum { L = 1280, I = 1536, O = 1536, R = 4, VECTORS = 3, C = VECTORS * VLEN, CHUNK = 512 };
 
 typedef struct {
@@ -48,8 +48,8 @@ static TARGET void naive(void *with) {
         }
 }
 
-/* 2. Outputs side by side. Neighbouring outputs do not wait for each other, so the compiler puts them into one register
- * once w is transposed. Every product now loads and stores its sum. */
+/* 2. Outputs side by side. Neighbouring outputs do not wait for each other, so the compiler puts them into
+ * one register once w is transposed. Every product now loads and stores its sum. */
 static TARGET void side_by_side(void *with) {
     const Problem *p = with;
     memset(p->y, 0, sizeof(float) * L * O);
@@ -61,8 +61,8 @@ static TARGET void side_by_side(void *with) {
         }
 }
 
-/* y (R,C), rows O apart, += n elements of R rows of x times n rows of C columns, `stride` floats apart. The sums stay
- * in registers for all of n: R + C loads serve R*C products. */
+/* y (R,C), rows O apart, += n elements of R rows of x times n rows of C columns, `stride` floats apart. The
+ * sums stay in registers for all of n: R + C loads serve R*C products. */
 static inline TARGET void tile(float *y, const float *x, const float *columns, int stride, int n) {
     V sum[R][VECTORS];
     UNROLL for (int i = 0; i < R; i++)
@@ -93,7 +93,8 @@ static void pack(float *panel, const float *w, int n) {
         for (int k = 0; k < n; k++) panel[k * C + j] = w[j * I + k];
 }
 
-/* 4. A packed panel. C rows of w are copied once into the order in which all tiles of these columns read them. */
+/* 4. A packed panel. C rows of w are copied once into the order
+ * in which all tiles of these columns read them. */
 static TARGET void multiply_columns(const Problem *p, int o) {
     float panel[I * C];
     pack(panel, p->w + o * I, I);
@@ -106,8 +107,8 @@ static void packed_panel(void *with) {
     for (int o = 0; o < O; o += C) multiply_columns(p, o);
 }
 
-/* 5. k in chunks. A chunk of the panel stays in the first-level cache while all rows pass, and memory for the panel no
- * longer grows with I; but the sums go to memory and back between chunks. */
+/* 5. k in chunks. A chunk of the panel stays in the first-level cache while all rows pass, and memory for the
+ * panel no longer grows with I; but the sums go to memory and back between chunks. */
 static TARGET void k_in_chunks(void *with) {
     const Problem *p = with;
     float panel[CHUNK * C];
@@ -137,8 +138,12 @@ static const struct {
     void (*run)(void *);
     int threads; /* 0: all */
 } steps[] = {
-    {"naive loop", naive, 1},       {"outputs side by side", side_by_side, 1}, {"tile in registers", register_tile, 1},
-    {"packed panel", packed_panel, 1}, {"k in chunks", k_in_chunks, 1},        {"all threads", all_threads, 0},
+    {"naive loop", naive, 1},
+    {"outputs side by side", side_by_side, 1},
+    {"tile in registers", register_tile, 1},
+    {"packed panel", packed_panel, 1},
+    {"k in chunks", k_in_chunks, 1},
+    {"all threads", all_threads, 0},
     {"the engine", engine, 0},
 };
 
@@ -149,7 +154,8 @@ void bench_steps(void) {
         for (int k = 0; k < I; k++) wt[k * O + o] = p.w[o * I + k];
     double bytes = 4.0 * (L * I + O * I + L * O);
     for (size_t i = 0; i < sizeof steps / sizeof *steps; i++) {
-        measure(&(Job){"step", steps[i].name, F32, L, steps[i].threads, 2.0 * L * I * O, bytes, steps[i].run, &p});
+        measure(&(Job){"step", steps[i].name, F32, L, steps[i].threads, 2.0 * L * I * O, bytes, steps[i].run,
+                       &p});
         if (i == 0) memcpy(expected, p.y, sizeof(float) * L * O);
         if (memcmp(expected, p.y, sizeof(float) * L * O)) die(STATUS_CHECK, "'%s' differs", steps[i].name);
     }

@@ -1,10 +1,10 @@
 /* attention.c - softmax(scale q k^T + bias) v for every head, in tiles (Dao et al., FlashAttention, 2022).
  *
- * The scores of a block of queries against a tile of keys live in a small buffer; an online softmax keeps, for each
- * query, the largest score so far, the sum of the exponentials, and the weighted sum of values, and rescales them
- * when the maximum rises. Both products are the same tile as in product.c: keys and values are packed once per call
- * into its panels, per head. In BF16, queries, keys, values and the exponentials are narrowed; scores, sums and the
- * softmax stay in float32.
+ * The scores of a block of queries against a tile of keys live in a small buffer; an online softmax keeps,
+ * for each query, the largest score so far, the sum of the exponentials, and the weighted sum of values, and
+ * rescales them when the maximum rises. Both products are the same tile as in product.c: keys and values are
+ * packed once per call into its panels, per head. In BF16, queries, keys, values and the exponentials are
+ * narrowed; scores, sums and the softmax stay in float32.
  *
  *   scores (queries, TILE_KEYS) = q @ k^T        panels of k: C keys, over d
  *   out (queries, d)           += p @ v          panels of v: C of d, over the keys
@@ -63,8 +63,9 @@ static void multiply_keys(const Plan *plan, const Block *block, int head, int fi
     memset(block->scores, 0, sizeof(float) * (size_t)block->padded * TILE_KEYS);
     for (int j = 0; j < keys; j += plan->C, panel += plan->key_panel)
         for (int i = 0; i < block->padded; i += kernels->tile_rows)
-            kernels->tile[plan->precision](block->scores + (size_t)i * TILE_KEYS + j, TILE_KEYS, block->q + i, 0, panel,
-                                           1, plan->a->d, ahead(panel + plan->key_panel, plan->key_panel, i));
+            kernels->tile[plan->precision](block->scores + (size_t)i * TILE_KEYS + j, TILE_KEYS, block->q + i,
+                                           0, panel, 1, plan->a->d,
+                                           ahead(panel + plan->key_panel, plan->key_panel, i));
 }
 
 static void softmax_rows(const Plan *plan, Block *block, int head, int query, int first, int keys) {
@@ -72,7 +73,8 @@ static void softmax_rows(const Plan *plan, Block *block, int head, int query, in
     for (int i = 0; i < block->rows; i++) {
         const float *bias = NULL;
         if (a->bias) bias = a->bias + head * a->bias_head + (query + i) * a->bias_query + first;
-        float rescale, *out = block->out + (size_t)i * plan->width, *scores = block->scores + (size_t)i * TILE_KEYS;
+        float rescale, *out = block->out + (size_t)i * plan->width,
+              *scores = block->scores + (size_t)i * TILE_KEYS;
         block->maximum[i] = kernels->softmax_tile(scores, keys, a->scale, bias, block->maximum[i],
                                                   block->sums + i * LANES, &rescale);
         if (plan->precision != F32)
@@ -83,11 +85,14 @@ static void softmax_rows(const Plan *plan, Block *block, int head, int query, in
 }
 
 static void add_values(const Plan *plan, const Block *block, int head, int first, int keys) {
-    const char *panel = plan->packed + head * plan->head_size + plan->keys_size + panel_bytes(plan->precision, first);
+    const char *panel = plan->packed + head * plan->head_size + plan->keys_size +
+                        panel_bytes(plan->precision, first);
     for (int j = 0; j < plan->width; j += plan->C, panel += plan->value_panel)
         for (int i = 0; i < block->padded; i += kernels->tile_rows)
-            kernels->tile[plan->precision](block->out + (size_t)i * plan->width + j, plan->width, block->p + i, 0, panel,
-                                           1, keys, ahead(panel + plan->value_panel, panel_bytes(plan->precision, keys), i));
+            kernels->tile[plan->precision](block->out + (size_t)i * plan->width + j, plan->width,
+                                           block->p + i, 0, panel, 1, keys,
+                                           ahead(panel + plan->value_panel,
+                                                 panel_bytes(plan->precision, keys), i));
 }
 
 /* Lays a block out in a thread's memory. In float32, queries and weights are read where they lie. */
@@ -125,7 +130,8 @@ static void attend(const Plan *plan, int head, int query, int rows, char *memory
         add_values(plan, &block, head, first, keys);
     }
     for (int i = 0; i < rows; i++) {
-        float total = lanes_sum(block.sums + i * LANES), *out = a->out + (query + i) * a->out_stride + (size_t)head * a->d;
+        float total = lanes_sum(block.sums + i * LANES),
+              *out = a->out + (query + i) * a->out_stride + (size_t)head * a->d;
         for (int j = 0; j < a->d; j++) out[j] = block.out[(size_t)i * plan->width + j] / total;
     }
 }

@@ -1,7 +1,7 @@
 /* engine.h - the machine room: what the stages of sora.h stand on.
  *
- * Sections follow the files of this folder: util, text, profile, progress, weights, kernels, panel, product, attention,
- * rows, noise, npy, tap, sha256, json. Nothing here knows what a video model is.
+ * Sections follow the files of this folder: util, text, profile, progress, weights, kernels, panel, product,
+ * attention, rows, noise, npy, tap, sha256, json. Nothing here knows what a video model is.
  *
  * Two regimes for errors. Functions that read bytes from outside return NULL, or a one-line reason (a static
  * string that the next reason() overwrites), to which the caller adds the file's name. Everything else that
@@ -23,7 +23,8 @@ enum { STATUS_OK = 0, STATUS_CHECK = 1, STATUS_USAGE = 2, STATUS_RESOURCE = 3, S
 #else
 #define PRINTF_LIKE(string, rest)
 #endif
-/* Prints "sora: " and the message as one line on standard error, removes unfinished output files, and exits. */
+/* Prints "sora: " and the message as one line on standard error, removes unfinished output files,
+ * and exits. */
 _Noreturn void die(int status, const char *format, ...) PRINTF_LIKE(2, 3);
 void warn(const char *format, ...) PRINTF_LIKE(1, 2); /* "sora: warning: ..." on standard error */
 /* Formats a reason into one static buffer and returns it; control characters in it are replaced. */
@@ -50,10 +51,12 @@ typedef struct {
 } Bytes;
 const char *map_file(const char *path, Bytes *out); /* read-only */
 void unmap_file(Bytes bytes);
-const char *read_file(const char *path, size_t limit, Bytes *out); /* "-" is standard input; free() out->data */
+/* "-" is standard input; free() out->data. */
+const char *read_file(const char *path, size_t limit, Bytes *out);
 
 /* Output appears under its name only when complete: written beside it, then renamed. Standard output ("-") is
- * written straight, and so is what is no regular file (/dev/null). A failed write dies with STATUS_RESOURCE. */
+ * written straight, and so is what is no regular file (/dev/null). A failed write
+ * dies with STATUS_RESOURCE. */
 typedef struct {
     FILE *stream;
     char *path, *temporary; /* temporary is NULL on standard output */
@@ -89,7 +92,8 @@ typedef struct {
 void text_append(Text *text, const void *bytes, size_t size);
 void text_append_utf8(Text *text, Bytes bytes);           /* with U+FFFD for what is no UTF-8 */
 void text_append_character(Text *text, uint32_t code);
-/* Bytes of the character that text, not empty, begins with; if there is none, of what one U+FFFD stands for. */
+/* Bytes of the character that text, not empty, begins with; if there is none,
+ * of what one U+FFFD stands for. */
 size_t utf8_bytes(Bytes text, bool *valid);
 size_t utf8_decode(Bytes text, uint32_t *code); /* of valid UTF-8; returns its bytes */
 
@@ -105,11 +109,12 @@ void profile_print(void);         /* the lines of --profile, on standard error *
 /* ---------------------------------------------------------------- progress.c: one line on a terminal */
 
 void progress_enable(bool wanted); /* and then only if standard error is a terminal */
-/* "step 3/20  0:41  2:10 left": piece `done` of `total` of a stage is about to start. NULL clears the line. */
+/* "step 3/20  0:41  2:10 left": piece `done` of `total` of a stage is about to start.
+ * NULL clears the line. */
 void progress(const char *stage, int done, int total);
 void progress_note(const char *format, ...) PRINTF_LIKE(1, 2); /* a line that stays, above it */
 
-/* ---------------------------------------------------------------- weights.c: the flat weight file (GGUF v3) */
+/* -------------------------------------------------------------- weights.c: the flat weight file (GGUF v3) */
 
 /* Numbers as in ggml.h. */
 typedef enum { TYPE_F32 = 0, TYPE_F16 = 1, TYPE_Q8_0 = 8, TYPE_BF16 = 30 } Type;
@@ -129,7 +134,8 @@ void weights_close(WeightFile *file); /* frees the tables, not the mapping */
 /* Binds one tensor as a matrix whose cols are some of its inner sizes multiplied, and rows the rest; rows 1
  * binds a vector. Dies, with both shapes, if it is missing or differs. */
 Weight weights_bind(const WeightFile *file, int rows, int cols, const char *name, ...) PRINTF_LIKE(4, 5);
-/* As floats, whatever the shape: the mapped data where it is f32, else a converted copy that the file owns. */
+/* As floats, whatever the shape: the mapped data where it is f32,
+ * else a converted copy that the file owns. */
 const float *weights_floats(const WeightFile *file, int count, const char *name, ...) PRINTF_LIKE(3, 4);
 
 /* Value types of keys, as in gguf.h. */
@@ -138,11 +144,12 @@ enum {
     VALUE_ARRAY, VALUE_U64, VALUE_I64, VALUE_F64, VALUE_TYPES
 };
 
-/* Keys. The plain form dies if the key is missing or of another type; the _or form returns the fallback then. */
+/* Keys. The plain form dies if the key is missing or of another type;
+ * the _or form returns the fallback then. */
 int64_t weights_int(const WeightFile *file, const char *key);
 int64_t weights_int_or(const WeightFile *file, const char *key, int64_t fallback);
-/* A size, or `count` of them: integers from 1 to `most`, so that products of a few of them cannot overflow. They
- * die otherwise; the _or form returns the fallback only if there is no such key. */
+/* A size, or `count` of them: integers from 1 to `most`, so that products of a few of them cannot overflow.
+ * They die otherwise; the _or form returns the fallback only if there is no such key. */
 int weights_size(const WeightFile *file, const char *key, int most);
 int weights_size_or(const WeightFile *file, const char *key, int most, int fallback);
 void weights_sizes(const WeightFile *file, const char *key, int most, int *out, int count);
@@ -166,7 +173,7 @@ void weights_print(const WeightFile *file, FILE *out); /* --info: keys, then ten
 
 void weight_row(const Weight *weight, int row, float *out); /* one row as floats */
 
-/* ---------------------------------------------------------------- kernels.c: one table, chosen at start-up */
+/* --------------------------------------------------------------- kernels.c: one table, chosen at start-up */
 
 /* Threads: iterations of a loop marked so run on all cores, in any order; none may depend on another. */
 #ifdef _OPENMP
@@ -181,8 +188,8 @@ int thread_index(void); /* of the thread that runs this iteration */
 enum { LANES = 16 }; /* virtual lanes of every row reduction, whatever the width of a register */
 enum { MAX_TILE_ROWS = 14, MAX_TILE_COLS = 32, TILES_AHEAD = 8 };
 
-/* Arithmetic of the large products. What is multiplied is float32, bfloat16, or bytes with a scale for each 256;
- * what is summed is float32 (for bytes: exact integers, then float32). */
+/* Arithmetic of the large products. What is multiplied is float32, bfloat16, or bytes with a scale for each
+ * 256; what is summed is float32 (for bytes: exact integers, then float32). */
 typedef enum { F32, BF16, INT8, PRECISIONS, AUTOMATIC } Precision;
 bool precision_parse(const char *name, Precision *out); /* "f32", "bf16" or "int8"; false for any other */
 const char *precision_name(Precision precision);
@@ -199,24 +206,25 @@ typedef uint32_t Word;
 typedef struct {
     const char *name;         /* generic, avx2, avx512, neon */
     bool fast[PRECISIONS];    /* faster than float32; where BF16 is not, tiles take it as floats (panel.c) */
-    int byte_offset;          /* what INT8 row operands carry added to each byte: 128 where the dot product wants them
-                                 unsigned, else 0 */
+    /* What INT8 row operands carry added to each byte: 128 where the dot product wants them unsigned,
+     * else 0. */
+    int byte_offset;
     int tile_rows, tile_cols; /* R and C below; C divides MAX_TILE_COLS */
-    /* acc (R, C), rows ld apart, += the sum over segments s and k < n of row operands times a panel (panel.c). Row i
-     * of segment s starts at a[s*R + i] + from (bytes). An element of F32 is one chain of fused multiply-adds in the
-     * order of s, then k. INT8 takes one segment. Meanwhile a TILES_AHEADth of a panel as long as this one is fetched
-     * from `ahead` into the cache. */
-    void (*tile[PRECISIONS])(float *acc, int ld, const void *const *a, size_t from, const void *panel, int segments,
-                             int n, const char *ahead);
+    /* acc (R, C), rows ld apart, += the sum over segments s and k < n of row operands times a panel
+     * (panel.c). Row i of segment s starts at a[s*R + i] + from (bytes). An element of F32 is one chain of
+     * fused multiply-adds in the order of s, then k. INT8 takes one segment. Meanwhile a TILES_AHEADth of a
+     * panel as long as this one is fetched from `ahead` into the cache. */
+    void (*tile[PRECISIONS])(float *acc, int ld, const void *const *a, size_t from, const void *panel,
+                             int segments, int n, const char *ahead);
     void (*from_bf16)(float *y, const uint16_t *x, size_t n);
     void (*to_bf16)(uint16_t *y, const float *x, size_t n); /* to nearest, ties to even */
-    int (*to_int8)(uint8_t *y, const float *x, int n, float factor); /* x * factor, plus byte_offset; returns the sum
-                                                                        of the bytes without it */
-    float (*largest)(const float *x, int n);                         /* magnitude */
+    /* x * factor, plus byte_offset; returns the sum of the bytes without it. */
+    int (*to_int8)(uint8_t *y, const float *x, int n, float factor);
+    float (*largest)(const float *x, int n); /* magnitude */
     void (*transpose)(Word *out, size_t stride_out, const Word *in, size_t stride_in, int rows, int n);
     /* One row of one tile of an online softmax: scores [n], room for n rounded up to LANES, become
-     * exp(scale*scores + bias - m), m the new running maximum, which is returned; sums [LANES] and *rescale follow
-     * (what was summed under the old maximum is to be multiplied by *rescale). bias may be NULL. */
+     * exp(scale*scores + bias - m), m the new running maximum, which is returned; sums [LANES] and *rescale
+     * follow (what was summed under the old maximum is to be multiplied by *rescale). bias may be NULL. */
     float (*softmax_tile)(float *scores, int n, float scale, const float *bias, float maximum, float *sums,
                           float *rescale);
     float (*sum)(const float *x, int n);
@@ -245,13 +253,16 @@ void narrow_row(Precision precision, void *row, const float *x, int n);
 /* L rows, `stride` floats apart, to row operands side by side. */
 void narrow_rows(Precision precision, void *rows, const float *x, size_t stride, int L, int n);
 
-/* What tiles take for a precision: F32 where BF16 is not fast. And a row of it, rounded to bfloat16 all the same. */
+/* What tiles take for a precision: F32 where BF16 is not fast.
+ * And a row of it, rounded to bfloat16 all the same. */
 Precision tile_type(Precision precision);
 void tile_row(Precision precision, void *row, const float *x, int n);
 
-/* A panel: `cols` columns of n elements, the elements of one k (bfloat16: pair of k; INT8: four k) side by side. */
+/* A panel: `cols` columns of n elements,
+ * the elements of one k (bfloat16: pair of k; INT8: four k) side by side. */
 size_t panel_bytes(Precision precision, int n);
-/* From elements [from, from+n) of rows [first, first+C) of w; or from the first `cols` columns of w (n, stride). */
+/* From elements [from, from+n) of rows [first, first+C) of w; or from the first `cols`
+ * columns of w (n, stride). */
 void pack_rows(Precision precision, void *panel, const Weight *w, int first, int from, int n);
 void pack_columns(Precision precision, void *panel, const float *w, size_t stride, int cols, int n);
 
@@ -269,23 +280,25 @@ typedef struct {
     Precision precision;
 } Linear;
 enum { NO_BIAS, BIAS };
-Linear linear_bind(const WeightFile *file, Precision precision, int O, int I, int with_bias, const char *name, ...)
-    PRINTF_LIKE(6, 7);
+Linear linear_bind(const WeightFile *file, Precision precision, int O, int I, int with_bias,
+                   const char *name, ...) PRINTF_LIKE(6, 7);
 
 /* y (L,O) = x (L,I) @ weight^T + bias */
 void linear(float *y, const float *x, int L, const Linear *layer);
 
 /* Row operands that a product reads where they lie: row r of x is `segments` runs of n elements, narrowed to
- * the layer's precision; locate() writes where run s starts to where[s*stride]. A linear layer has one segment; a convolution has one per tap
- * (Dukhan, The Indirect Convolution Algorithm, 2019). */
+ * the layer's precision; locate() writes where run s starts to where[s*stride]. A linear layer has one
+ * segment; a convolution has one per tap (Dukhan, The Indirect Convolution Algorithm, 2019). */
 typedef struct {
     int rows, segments, n;
-    int skip; /* runs before these that are zeros: their weights are left out, which changes no bit of a sum */
+    /* Runs before these that are zeros: their weights are left out, which changes no bit of a sum. */
+    int skip;
     void (*locate)(const void *of, int row, const void **where, int stride);
     const void *of;
 } Rows;
 enum { REPLACE, ACCUMULATE };
-void product(float *y, Rows x, const Linear *layer, int mode); /* y = or += x @ weight (O, segments*n) + bias */
+/* y = or += x @ weight (O, segments*n) + bias */
+void product(float *y, Rows x, const Linear *layer, int mode);
 
 /* ---------------------------------------------------------------- attention.c */
 
@@ -308,7 +321,8 @@ size_t attention_memory(Precision precision, int keys, int heads, int d); /* byt
 
 /* All work on L rows of n floats; y may be x. */
 void rms_norm(float *y, const float *x, int L, int n, const float *gain, float eps);
-void l2_norm(float *y, const float *x, int L, int n, const float *gain); /* x / |x| * sqrt(n) * gain (the VAE's) */
+/* x / |x| * sqrt(n) * gain (the VAE's) */
+void l2_norm(float *y, const float *x, int L, int n, const float *gain);
 /* silu(l2_norm(x)) as row operands; n <= MAX_CHANNELS. */
 enum { MAX_CHANNELS = 4096 };
 void l2_norm_silu(Precision precision, void *rows, const float *x, int L, int n, const float *gain);
@@ -318,7 +332,8 @@ void gelu(float *y, const float *x, size_t n);
 void add(float *y, const float *x, size_t n);                                      /* y += x */
 void multiply(float *y, const float *x, size_t n);                                 /* y *= x */
 void add_gated(float *y, const float *x, int L, int n, const float *gate);         /* y += x * gate (n) */
-/* Rotates the pairs (x[2i], x[2i+1]) of every head of x (L, heads*d) by the angles of its row: cosine, sine (L, d/2). */
+/* Rotates the pairs (x[2i], x[2i+1]) of every head of x (L, heads*d) by the angles of its row:
+ * cosine, sine (L, d/2). */
 void rope(float *x, int L, int heads, int d, const float *cosine, const float *sine);
 
 /* ---------------------------------------------------------------- noise.c: torch's normal numbers */
@@ -331,7 +346,8 @@ typedef struct {
 } Generator;
 void generator_seed(Generator *generator, uint64_t seed);   /* torch.Generator().manual_seed(seed) */
 uint32_t generator_next(Generator *generator);
-void generator_randn(Generator *generator, float *out, size_t n); /* torch.randn(n, generator=...) on the CPU */
+/* torch.randn(n, generator=...) on the CPU */
+void generator_randn(Generator *generator, float *out, size_t n);
 
 /* ---------------------------------------------------------------- npy.c: arrays in files */
 
@@ -353,7 +369,8 @@ typedef struct {
     void *owned;
     Bytes mapping;
 } Npy;
-const char *npy_read(const char *path, Npy *out);             /* <f4, <f8 (narrowed), <i4, <i8 (narrowed); C order */
+/* <f4, <f8 (narrowed), <i4, <i8 (narrowed); C order */
+const char *npy_read(const char *path, Npy *out);
 const char *npy_parse(Bytes bytes, Npy *out);
 void npy_free(Npy *array);
 size_t npy_header(char *out, size_t size, const Shape *shape, char kind); /* as numpy writes it; bytes used */
@@ -371,7 +388,8 @@ void tap_floats(const float *values, Shape shape, const char *format, ...) PRINT
 void tap_ids(const int32_t *ids, int n, const char *format, ...) PRINTF_LIKE(3, 4);
 /* Frame `index` of a tensor [C,F,H,W] that never exists whole: frame is [C,H,W]; frames come in order. */
 void tap_frame(const float *frame, Shape shape, int index, const char *name);
-/* Prints --check's table on standard error, names the first tensor that fails in order of data flow; false then. */
+/* Prints --check's table on standard error, names the first tensor that fails in order of data flow;
+ * false then. */
 bool taps_report(void);
 
 /* ---------------------------------------------------------------- sha256.c, json.c: for the record */

@@ -3,20 +3,20 @@
  * The includer defines a vocabulary of vectors of VLEN floats and this file is written in nothing else:
  *   V, VLEN, TARGET, NAME(x), TILE_ROWS, TILE_VECTORS,
  *   V_LOAD V_STORE V_SET V_ADD V_SUB V_MUL V_DIV V_FMA(a,b,c)=a*b+c V_MAX V_MIN V_ABS V_ROUND V_POW2 V_HMAX
- *   W, vectors of VLEN 32-bit words: W_LOAD W_STORE W_SET W_FLOAT (integers to floats) W_TRANSPOSE (of VLEN vectors)
- *   W_KEEP (leaves a vector as it is, in a register), the two dot products
- *   DOT_INT8(sum, a, b): integers, four products of bytes;  DOT_BF16(sum, a, b): sum + two products of bfloat16, only
- *   where that is faster than two of float32
+ *   W, vectors of VLEN 32-bit words: W_LOAD W_STORE W_SET W_FLOAT (integers to floats)
+ *   W_TRANSPOSE (of VLEN vectors) W_KEEP (leaves a vector as it is, in a register), the two dot products
+ *   DOT_INT8(sum, a, b): integers, four products of bytes;
+ *   DOT_BF16(sum, a, b): sum + two products of bfloat16, only where that is faster than two of float32
  *   V_LOAD_BF16(p), V_STORE_BF16(p, v): widened; narrowed to nearest even
  * Scalar C is the same text with one lane.
  *
- * Why every instruction set gives the same bits: an element of a product is one chain of fused multiply-adds over k
- * in rising order, vectorised across outputs, so the width of a register never changes the order of a sum. Row
- * reductions run in 16 virtual lanes (element i goes to lane i % 16) and end in one fixed tree. What is done element
- * by element is the same formula in every lane, with every rounding written out. */
+ * Why every instruction set gives the same bits: an element of a product is one chain of fused multiply-adds
+ * over k in rising order, vectorised across outputs, so the width of a register never changes the order of a
+ * sum. Row reductions run in 16 virtual lanes (element i goes to lane i % 16) and end in one fixed tree. What
+ * is done element by element is the same formula in every lane, with every rounding written out. */
 
-/* exp(x), about 1 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial for exp(r) (Cephes' expf), times 2^n. Out of
- * range it stays at the nearest value that is a normal number; not-a-number passes through. */
+/* exp(x), about 1 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial for exp(r) (Cephes' expf), times
+ * 2^n. Out of range it stays at the nearest value that is a normal number; not-a-number passes through. */
 static inline TARGET V NAME(v_exp)(V x) {
     x = V_MIN(V_SET(88.3f), V_MAX(V_SET(-87.3f), x));
     V n = V_ROUND(V_MUL(x, V_SET(1.44269504f)));
@@ -32,8 +32,9 @@ static inline TARGET V NAME(v_exp)(V x) {
     return V_MUL(p, V_POW2(n));
 }
 
-/* A tile lives in registers while k runs: TILE_ROWS x TILE_VECTORS accumulators. Meanwhile it fetches what will be
- * multiplied next, so much in each round that TILES_AHEAD tiles fetch a panel as large as their own. */
+/* A tile lives in registers while k runs: TILE_ROWS x TILE_VECTORS accumulators. Meanwhile it fetches what
+ * will be multiplied next, so much in each round that TILES_AHEAD tiles fetch a panel as large
+ * as their own. */
 #define FOR_ROWS UNROLL for (int i = 0; i < TILE_ROWS; i++)
 #define FOR_VECTORS UNROLL for (int j = 0; j < TILE_VECTORS; j++)
 #define FETCH_AHEAD PREFETCH(ahead), ahead += TILE_VECTORS * VLEN * sizeof(float) / TILES_AHEAD
@@ -86,8 +87,9 @@ static TARGET void NAME(tile_bf16)(float *acc, int ld, const void *const *a, siz
 #define TILE_BF16 NAME(tile_f32)
 #endif
 
-/* Exact integers over a chunk, then one step in float32: acc += sum * (scale of the row * scale of the column). The
- * chunk's second line, minus byte_offset times the sum of each column, takes the rows' offset out again. */
+/* Exact integers over a chunk, then one step in float32: acc += sum * (scale of the row * scale of the
+ * column). The chunk's second line, minus byte_offset times the sum of each column, takes the rows' offset
+ * out again. */
 static TARGET void NAME(tile_int8)(float *acc, int ld, const void *const *a, size_t from, const void *panel,
                                    int segments, int n, const char *ahead) {
     const Word *b = panel;
@@ -149,7 +151,8 @@ static TARGET int NAME(to_int8)(uint8_t *y, const float *x, int n, float factor)
 }
 
 /* out [n][stride_out] = words of `rows` rows of n, transposed; rows is a multiple of VLEN. */
-static TARGET void NAME(transpose)(Word *out, size_t stride_out, const Word *in, size_t stride_in, int rows, int n) {
+static TARGET void NAME(transpose)(Word *out, size_t stride_out, const Word *in, size_t stride_in, int rows,
+                                   int n) {
     for (int j = 0; j < rows; j += VLEN) {
         int k = 0;
         for (; k + VLEN <= n; k += VLEN) {
@@ -159,7 +162,8 @@ static TARGET void NAME(transpose)(Word *out, size_t stride_out, const Word *in,
             UNROLL for (int i = 0; i < VLEN; i++) W_STORE(out + (size_t)(k + i) * stride_out + j, block[i]);
         }
         for (; k < n; k++)
-            for (int i = 0; i < VLEN; i++) out[(size_t)k * stride_out + j + i] = in[(size_t)(j + i) * stride_in + k];
+            for (int i = 0; i < VLEN; i++)
+                out[(size_t)k * stride_out + j + i] = in[(size_t)(j + i) * stride_in + k];
     }
 }
 
@@ -246,14 +250,14 @@ static inline TARGET V NAME(v_gelu)(V x) {
     return V_DIV(x, V_ADD(V_SET(1.0f), NAME(v_exp)(V_MUL(cubic, V_SET(-1.59576912f)))));
 }
 
-#define ELEMENTWISE(function, formula)                                                                              \
-    static TARGET void NAME(function)(float *y, const float *x, size_t n) {                                         \
-        size_t i = 0;                                                                                               \
-        for (; i + VLEN <= n; i += VLEN) V_STORE(y + i, formula(V_LOAD(x + i)));                                    \
-        float tail[VLEN] = {0};                                                                                     \
-        for (size_t j = i; j < n; j++) tail[j - i] = x[j];                                                          \
-        V_STORE(tail, formula(V_LOAD(tail)));                                                                       \
-        for (size_t j = i; j < n; j++) y[j] = tail[j - i];                                                          \
+#define ELEMENTWISE(function, formula)                                                                       \
+    static TARGET void NAME(function)(float *y, const float *x, size_t n) {                                  \
+        size_t i = 0;                                                                                        \
+        for (; i + VLEN <= n; i += VLEN) V_STORE(y + i, formula(V_LOAD(x + i)));                             \
+        float tail[VLEN] = {0};                                                                              \
+        for (size_t j = i; j < n; j++) tail[j - i] = x[j];                                                   \
+        V_STORE(tail, formula(V_LOAD(tail)));                                                                \
+        for (size_t j = i; j < n; j++) y[j] = tail[j - i];                                                   \
     }
 ELEMENTWISE(silu, NAME(v_silu))
 ELEMENTWISE(gelu, NAME(v_gelu))

@@ -1,11 +1,12 @@
 /* kernels.c - the kernel tables, and the choice among them when the program starts.
  *
- * kernel_body.h is written once in a small vocabulary of vector operations. The vocabulary is defined four times, in
- * vector_*.h: for one float (any machine, and the readable meaning of the rest), AVX2, AVX-512 and NEON. Functions
- * carry their instruction set as an attribute, so one binary holds them all and no compiler flag is needed.
+ * kernel_body.h is written once in a small vocabulary of vector operations. The vocabulary is defined four
+ * times, in vector_*.h: for one float (any machine, and the readable meaning of the rest), AVX2, AVX-512 and
+ * NEON. Functions carry their instruction set as an attribute, so one binary holds them all and no compiler
+ * flag is needed.
  *
- * TILE_ROWS x TILE_VECTORS is as many accumulators as the register file holds beside one row element and one vector
- * of each column: 14x2 of 32 registers on AVX-512, 6x2 of 16 on AVX2, 6x4 of 32 on NEON. */
+ * TILE_ROWS x TILE_VECTORS is as many accumulators as the register file holds beside one row element and one
+ * vector of each column: 14x2 of 32 registers on AVX-512, 6x2 of 16 on AVX2, 6x4 of 32 on NEON. */
 #include "engine/engine.h"
 
 #include <math.h>
@@ -71,7 +72,8 @@ static inline uint16_t nearest_bf16(float x) {
 
 /* ---------------------------------------------------------------- generic */
 
-/* Not-a-number takes the second way: C leaves its conversion undefined, and what it multiplies is one already. */
+/* Not-a-number takes the second way: C leaves its conversion undefined,
+ * and what it multiplies is one already. */
 static inline float power_of_two(float n) {
     uint32_t bits = (uint32_t)(n >= -127.0f ? (int)n + 127 : 0) << 23;
     float value;
@@ -117,7 +119,8 @@ static inline TARGET_AVX2 float avx2_highest(__m256 v) {
 }
 
 static inline TARGET_AVX2 void avx2_store_bf16(uint16_t *p, __m256 v) {
-    __m256i bits = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    __m256i bits = _mm256_castps_si256(v),
+            odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     bits = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
     bits = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x88);
     _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(bits));
@@ -152,12 +155,13 @@ static inline TARGET_AVX2 void transpose_8x8(__m256i r[8]) {
 #include "engine/vector_avx2.h"
 #include "engine/kernel_body.h"
 
-/* ---------------------------------------------------------------- avx512, with one, two or no dot products */
+/* --------------------------------------------------------------- avx512, with one, two or no dot products */
 
 #define TARGET_AVX512 __attribute__((target("avx512f,avx512bw")))
 
 static inline TARGET_AVX512 void avx512_store_bf16(uint16_t *p, __m512 v) {
-    __m512i bits = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i bits = _mm512_castps_si512(v),
+            odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     bits = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(bits));
 }
@@ -227,11 +231,13 @@ static inline TARGET_AVX512 void transpose_16x16(__m512i r[16]) {
 
 /* The compiler's builtin asks the operating system, too: it must save the registers. */
 static bool has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-static bool has_avx512(void) { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw"); }
+static bool has_avx512(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+}
 static bool has_avx512_vnni(void) { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
-/* Intel's processors start VDPBF16PS every second cycle, half the rate of float32 (80 against 140 GFLOP/s a core were
- * measured on Emerald Rapids); there the float32 unit does the work. */
+/* Intel's processors start VDPBF16PS every second cycle, half the rate of float32 (80 against 140 GFLOP/s a
+ * core were measured on Emerald Rapids); there the float32 unit does the work. */
 static bool has_avx512_bf16(void) {
     return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_is("intel");
 }
@@ -248,8 +254,10 @@ static inline void neon_store_bf16(uint16_t *p, float32x4_t v) {
 }
 
 static inline void transpose_4x4(uint32x4_t r[4]) {
-    uint64x2_t a = vreinterpretq_u64_u32(vtrn1q_u32(r[0], r[1])), b = vreinterpretq_u64_u32(vtrn2q_u32(r[0], r[1]));
-    uint64x2_t c = vreinterpretq_u64_u32(vtrn1q_u32(r[2], r[3])), d = vreinterpretq_u64_u32(vtrn2q_u32(r[2], r[3]));
+    uint64x2_t a = vreinterpretq_u64_u32(vtrn1q_u32(r[0], r[1])),
+               b = vreinterpretq_u64_u32(vtrn2q_u32(r[0], r[1]));
+    uint64x2_t c = vreinterpretq_u64_u32(vtrn1q_u32(r[2], r[3])),
+               d = vreinterpretq_u64_u32(vtrn2q_u32(r[2], r[3]));
     r[0] = vreinterpretq_u32_u64(vtrn1q_u64(a, c));
     r[1] = vreinterpretq_u32_u64(vtrn1q_u64(b, d));
     r[2] = vreinterpretq_u32_u64(vtrn2q_u64(a, c));

@@ -1,19 +1,22 @@
 /* panel.c - what the tiles multiply: row operands and panels, in the layout of each precision.
  *
- * A tile multiplies R rows by the C columns of a panel (kernels.c). Rows are read one element at a time and spread over
- * a register, columns a register at a time, so a panel holds the C elements of one k side by side:
+ * A tile multiplies R rows by the C columns of a panel (kernels.c). Rows are read one element at a time and
+ * spread over a register, columns a register at a time, so a panel holds the C elements of one k
+ * side by side:
  *
  *   F32    row: floats                       panel: [k][C] floats
  *   BF16   row: bfloat16, in pairs of k      panel: [k/2][C] pairs
- *   INT8   row: chunks of a scale and bytes  panel: chunks of [C] scales, [C] corrections, and [k/4][C] four bytes
+ *   INT8   row: chunks of a scale and bytes  panel: chunks of [C] scales, [C] corrections, and
+ *                                                   [k/4][C] four bytes
  *
- * The last pair or four is filled with zeros. A chunk of 256 has a scale of its own in every row and every column:
- * largest magnitude / 127. One scale a row would be cheaper still, but then one outlier takes the resolution of all.
+ * The last pair or four is filled with zeros. A chunk of 256 has a scale of its own in every row and every
+ * column: largest magnitude / 127. One scale a row would be cheaper still, but then one outlier takes the
+ * resolution of all.
  *
- * Few processors multiply pairs of bfloat16 faster than two floats. On all others BF16 is float32's arithmetic on
- * rounded numbers: rows are kept as bfloat16, which takes half the memory, but panels and the rows that a tile reads are
- * floats. The dot product of a pair adds its second product first; there pairs are kept the other way round, so that a
- * sum runs over k in rising order everywhere. */
+ * Few processors multiply pairs of bfloat16 faster than two floats. On all others BF16 is float32's
+ * arithmetic on rounded numbers: rows are kept as bfloat16, which takes half the memory, but panels and the
+ * rows that a tile reads are floats. The dot product of a pair adds its second product first; there pairs are
+ * kept the other way round, so that a sum runs over k in rising order everywhere. */
 #include "engine/engine.h"
 
 #include <math.h>
@@ -72,7 +75,8 @@ void narrow_row(Precision precision, void *row, const float *x, int n) {
 
 void narrow_rows(Precision precision, void *rows, const float *x, size_t stride, int L, int n) {
     size_t bytes = row_bytes(precision, n);
-    PARALLEL_FOR for (int l = 0; l < L; l++) narrow_row(precision, (char *)rows + l * bytes, x + l * stride, n);
+    PARALLEL_FOR for (int l = 0; l < L; l++)
+        narrow_row(precision, (char *)rows + l * bytes, x + l * stride, n);
 }
 
 Precision tile_type(Precision precision) {
@@ -98,7 +102,8 @@ size_t panel_bytes(Precision precision, int n) {
     size_t C = (size_t)kernels->tile_cols, rest = (size_t)(n % INT8_CHUNK);
     if (tile_type(precision) == F32) return 4 * C * (size_t)n;
     if (precision == BF16) return 2 * C * (size_t)round_up(n, 2);
-    return (size_t)(n / INT8_CHUNK) * C * (8 + INT8_CHUNK) + (rest ? C * (8 + (size_t)round_up((int)rest, 4)) : 0);
+    return (size_t)(n / INT8_CHUNK) * C * (8 + INT8_CHUNK) +
+           (rest ? C * (8 + (size_t)round_up((int)rest, 4)) : 0);
 }
 
 /* A chunk of a column as bytes; *scale and *correction are its own in the panel's first two lines. */
@@ -109,7 +114,8 @@ static void pack_bytes(Word *bytes, const float *column, int n, float *scale, in
     *correction = -kernels->byte_offset * sum;
 }
 
-/* At most INT8_CHUNK of a column, from element `at` of w, as words. `line` is its place in the panel's first line. */
+/* At most INT8_CHUNK of a column, from element `at` of w, as words.
+ * `line` is its place in the panel's first line. */
 static void pack_column(Precision precision, Word *words, const Weight *w, size_t at, int n, Word *line) {
     const char *data = (const char *)w->data + type_bytes(w->type, at);
     float column[INT8_CHUNK];
@@ -123,7 +129,8 @@ static void pack_column(Precision precision, Word *words, const Weight *w, size_
     else pack_bytes(words, column, n, (float *)line, (int32_t *)line + kernels->tile_cols);
 }
 
-/* At most INT8_CHUNK of k: columns as rows of words, which are then transposed. Columns past the last are zero. */
+/* At most INT8_CHUNK of k: columns as rows of words, which are then transposed.
+ * Columns past the last are zero. */
 static void pack_slice(Precision precision, Word *panel, const Weight *w, int first, int from, int n) {
     enum { WORDS = INT8_CHUNK };
     Word words[MAX_TILE_COLS * WORDS];

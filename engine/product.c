@@ -5,22 +5,23 @@
  *   for each row r of x, for each output o:
  *       sum = 0;  for k in 0..K-1:  sum = fma(x[r][k], w[o][k], sum);   y[r][o] = sum + b[o]
  *
- * This file computes exactly that, in another order of (r, o) and with k cut in parts, which changes no bit: a
- * product's sum is one chain over k, and a chain may stop in memory and go on. The plan is that of BLIS (Van Zee and
- * van de Geijn, 2015):
+ * This file computes exactly that, in another order of (r, o) and with k cut in parts, which changes no bit:
+ * a product's sum is one chain over k, and a chain may stop in memory and go on. The plan is that of BLIS
+ * (Van Zee and van de Geijn, 2015):
  *
- *   - w is packed into panels of C outputs (panel.c), transposed: panel[k][j] = w[o+j][k]. A group of panels that fits
- *     a budget is packed by all threads, then used by all threads.
+ *   - w is packed into panels of C outputs (panel.c), transposed: panel[k][j] = w[o+j][k]. A group of panels
+ *     that fits a budget is packed by all threads, then used by all threads.
  *   - a task is a block of rows against some panels of the group; its sums lie in a small buffer.
- *   - k runs in parts so short that a part of a panel and the block's rows stay in the second-level cache, all tiles of
- *     the block over each. Meanwhile the next panel's part is fetched.
+ *   - k runs in parts so short that a part of a panel and the block's rows stay in the second-level cache,
+ *     all tiles of the block over each. Meanwhile the next panel's part is fetched.
  *
- * Where all rows are one block (the few tokens of a prompt) a panel is used only once. It then never leaves the cache: a
- * task packs a part, multiplies it, and forgets it.
+ * Where all rows are one block (the few tokens of a prompt) a panel is used only once. It then never leaves
+ * the cache: a task packs a part, multiplies it, and forgets it.
  *
- * In float32, x is never copied; for narrower arithmetic its rows are narrowed first. bfloat16 that tiles want as floats
- * is widened again, a block and a part at a time. A convolution differs from a linear layer only in where its rows lie:
- * for each tap, the rows of the product are runs of channels at shifted pixels. */
+ * In float32, x is never copied; for narrower arithmetic its rows are narrowed first. bfloat16 that tiles
+ * want as floats is widened again, a block and a part at a time. A convolution differs from a linear layer
+ * only in where its rows lie: for each tap, the rows of the product are runs of channels
+ * at shifted pixels. */
 #include "engine/engine.h"
 
 #include <stdarg.h>
@@ -78,8 +79,10 @@ static bool next_part(const Product *p, Part *part) {
 }
 
 static void pack_part(const Product *p, const Part *part, int column, char *panel) {
-    for (int s = part->segment; s < part->segment + part->segments; s++, panel += panel_bytes(p->precision, part->n))
-        pack_rows(p->precision, panel, &p->layer->weight, column, (p->x->skip + s) * p->x->n + part->k, part->n);
+    for (int s = part->segment; s < part->segment + part->segments;
+         s++, panel += panel_bytes(p->precision, part->n))
+        pack_rows(p->precision, panel, &p->layer->weight, column, (p->x->skip + s) * p->x->n + part->k,
+                  part->n);
 }
 
 static void pack_panel(const Product *p, int column, char *panel) {
@@ -88,7 +91,8 @@ static void pack_panel(const Product *p, int column, char *panel) {
 
 /* ---------------------------------------------------------------- a task */
 
-/* A block of rows against panels of the group. Rows past the end of x read the last one, and are not written. */
+/* A block of rows against panels of the group. Rows past the end of x read the last one,
+ * and are not written. */
 typedef struct {
     int row, rows, tiles, panel, panels;
     float *acc, *wide; /* [panels][tiles][R][C]; a part of the rows, if they must be widened */
@@ -98,7 +102,9 @@ typedef struct {
 } Task;
 
 /* Floats in which a thread keeps a task's sums, and a part of its rows. */
-static size_t acc_size(void) { return (size_t)TASK_PANELS * BLOCK_TILES * kernels->tile_rows * kernels->tile_cols; }
+static size_t acc_size(void) {
+    return (size_t)TASK_PANELS * BLOCK_TILES * kernels->tile_rows * kernels->tile_cols;
+}
 static size_t wide_size(void) { return (size_t)BLOCK_TILES * kernels->tile_rows * CHUNK; }
 
 static size_t task_bytes(Precision precision) {
@@ -114,7 +120,8 @@ static void begin_task(const Product *p, Task *task, char *memory) {
     task->packed = (char *)(task->wide + wide_size());
     memset(task->acc, 0, sizeof(float) * (size_t)(task->panels * task->tiles * R * kernels->tile_cols));
     for (int i = 0; i < task->tiles * R; i++)
-        p->x->locate(p->x->of, task->row + smaller(i, task->rows - 1), task->where + i / R * segments * R + i % R, R);
+        p->x->locate(p->x->of, task->row + smaller(i, task->rows - 1),
+                     task->where + i / R * segments * R + i % R, R);
 }
 
 /* What tiles are given of the rows in a part. */
@@ -150,8 +157,8 @@ static void multiply_part(const Product *p, float *acc, int tiles, const Operand
     int R = kernels->tile_rows, C = kernels->tile_cols;
     size_t share = panel_bytes(p->precision, a->segments * a->n) / TILES_AHEAD;
     for (int t = 0; t < tiles; t++)
-        kernels->tile[p->precision](acc + t * R * C, C, a->rows + t * a->stride, a->from, panel, a->segments, a->n,
-                                    next + t * share);
+        kernels->tile[p->precision](acc + t * R * C, C, a->rows + t * a->stride, a->from, panel, a->segments,
+                                    a->n, next + t * share);
 }
 
 static void multiply_rows(const Product *p, Task *task, const Part *part) {
@@ -174,7 +181,8 @@ static void finish_tile(const Product *p, float *acc, int row, int rows, int col
     int O = p->layer->weight.rows, cols = smaller(kernels->tile_cols, O - column);
     const float *bias = p->layer->bias;
     for (int i = 0; i < rows; i++) {
-        float *restrict y = p->y + (size_t)(row + i) * O + column, *restrict sum = acc + i * kernels->tile_cols;
+        float *restrict y = p->y + (size_t)(row + i) * O + column,
+              *restrict sum = acc + i * kernels->tile_cols;
         if (bias)
             for (int j = 0; j < cols; j++) sum[j] += bias[column + j];
         if (p->mode == ACCUMULATE)
@@ -191,8 +199,8 @@ static void run_task(const Product *p, int row, int panel, int panels, char *mem
     for (Part part = {0}; next_part(p, &part);) multiply_rows(p, &task, &part);
     for (int i = 0; i < panels; i++)
         for (int t = 0; t < task.tiles; t++)
-            finish_tile(p, task.acc + (i * task.tiles + t) * R * C, row + t * R, smaller(R, task.rows - t * R),
-                        p->first + (panel + i) * C);
+            finish_tile(p, task.acc + (i * task.tiles + t) * R * C, row + t * R,
+                        smaller(R, task.rows - t * R), p->first + (panel + i) * C);
 }
 
 /* ---------------------------------------------------------------- all of them */
@@ -222,7 +230,8 @@ static void run_product(float *y, const Rows *x, const Linear *layer, int mode, 
     int blocks = ceiling(x->rows, block);
     Product p = {x, layer, layer->precision, y, mode, 0, blocks > 1 ? memory : NULL, panel_size_of(x, layer)};
     int group = blocks > 1 ? (int)(group_bytes(p.panel_size) / p.panel_size) : ceiling(O, C);
-    char *mine = memory + region_bytes(p.precision, p.panel_size) - task_bytes(p.precision) * (size_t)threads_count();
+    char *mine = memory + region_bytes(p.precision, p.panel_size) -
+                 task_bytes(p.precision) * (size_t)threads_count();
     for (; p.first < O; p.first += group * C) {
         int count = smaller(group, ceiling(O - p.first, C)), each = panels_per_task(blocks, count);
         int parts = ceiling(count, each);
@@ -256,7 +265,8 @@ static void locate_dense(const void *of, int row, const void **where, int stride
 
 /* A region, then x narrowed: float32 is read where it lies. */
 size_t product_memory(Precision precision, int L, int I) {
-    return region_bytes(precision, panel_bytes(precision, I)) + (precision == F32 ? 0 : L * row_bytes(precision, I));
+    return region_bytes(precision, panel_bytes(precision, I)) +
+           (precision == F32 ? 0 : L * row_bytes(precision, I));
 }
 
 void linear(float *y, const float *x, int L, const Linear *layer) {
@@ -272,7 +282,8 @@ void linear(float *y, const float *x, int L, const Linear *layer) {
     run_product(y, &rows, layer, REPLACE, memory);
 }
 
-Linear linear_bind(const WeightFile *file, Precision precision, int O, int I, int with_bias, const char *name, ...) {
+Linear linear_bind(const WeightFile *file, Precision precision, int O, int I, int with_bias,
+                   const char *name, ...) {
     char prefix[64];
     va_list arguments;
     va_start(arguments, name);

@@ -1,4 +1,5 @@
-/* progress.c - one line on a terminal: the stage, its piece, time elapsed and time left; nothing anywhere else.
+/* progress.c - one line on a terminal: the stage, its piece, time elapsed and time left;
+ * nothing anywhere else.
  *
  * The time left is the time that the pieces of this stage took, times the pieces that remain. */
 #include "engine/engine.h"

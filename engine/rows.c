@@ -1,7 +1,8 @@
-/* rows.c - what is done row by row or element by element between the large products: norms, activations, sums.
+/* rows.c - what is done row by row or element by element between the large products:
+ * norms, activations, sums.
  *
- * Sums over a row go through the kernels' virtual lanes. What remains is plain C, one rounding an operation; the
- * compiler vectorises it without changing a bit. */
+ * Sums over a row go through the kernels' virtual lanes. What remains is plain C, one rounding an operation;
+ * the compiler vectorises it without changing a bit. */
 #include "engine/engine.h"
 
 #include <math.h>
@@ -47,8 +48,8 @@ void layer_norm(float *y, const float *x, int L, int n, float eps, const float *
 
 /* Elementwise work is handed out in pieces of this many floats. */
 enum { PIECE = 1 << 14 };
-#define FOR_PIECES(n, start, length)                                                                                 \
-    PARALLEL_FOR for (size_t start = 0; start < (n); start += PIECE)                                                 \
+#define FOR_PIECES(n, start, length)                                                                         \
+    PARALLEL_FOR for (size_t start = 0; start < (n); start += PIECE)                                         \
         for (size_t length = (n) - start < PIECE ? (n) - start : PIECE; length; length = 0)
 
 void silu(float *y, const float *x, size_t n) {

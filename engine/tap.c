@@ -356,8 +356,8 @@ bool taps_report(void) {
         fprintf(stderr, "check failed: %d of %d tensors, the first in order of data flow is %s (%s)\n",
                 failed, taps.row_count, first->name, first->why);
     else if (taps.file_count > taps.row_count)
-        fprintf(stderr, "check passed: %d tensors within %g, but %d more in %s were not compared\n", taps.row_count,
-                taps.tolerance, taps.file_count - taps.row_count, taps.check_dir);
+        fprintf(stderr, "check passed: %d tensors within %g, but %d more in %s were not compared\n",
+                taps.row_count, taps.tolerance, taps.file_count - taps.row_count, taps.check_dir);
     else fprintf(stderr, "check passed: %d tensors within %g\n", taps.row_count, taps.tolerance);
     return !first;
 }

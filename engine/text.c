@@ -1,8 +1,8 @@
 /* text.c - bytes that grow, and UTF-8 in them.
  *
- * What is read here may be anything that somebody typed. A character is what RFC 3629 allows: the shortest form, no
- * surrogates, nothing beyond U+10FFFF. For what is none, one U+FFFD stands for each maximal part of a character
- * (Unicode, table 3-7), as in Python's bytes.decode(errors="replace"). */
+ * What is read here may be anything that somebody typed. A character is what RFC 3629 allows: the shortest
+ * form, no surrogates, nothing beyond U+10FFFF. For what is none, one U+FFFD stands for each maximal part of
+ * a character (Unicode, table 3-7), as in Python's bytes.decode(errors="replace"). */
 #include "engine/engine.h"
 
 #include <string.h>
@@ -23,7 +23,8 @@ size_t utf8_bytes(Bytes text, bool *valid) {
     uint8_t low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
     uint8_t high = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
     size_t at = 1;
-    for (; at < bytes && at < text.size && text.data[at] >= low && text.data[at] <= high; at++) low = 0x80, high = 0xBF;
+    for (; at < bytes && at < text.size && text.data[at] >= low && text.data[at] <= high; at++)
+        low = 0x80, high = 0xBF;
     *valid = at == bytes;
     return at;
 }

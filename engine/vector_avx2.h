@@ -4,7 +4,7 @@
 #define VLEN 8
 #define V_LOAD(p) _mm256_loadu_ps(p)
 #define V_STORE(p, v) _mm256_storeu_ps(p, v)
-#define V_LOAD_BF16(p)                                                                                               \
+#define V_LOAD_BF16(p)                                                                                       \
     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
 #define V_STORE_BF16(p, v) avx2_store_bf16(p, v)
 #define V_SET(x) _mm256_set1_ps(x)
@@ -17,8 +17,9 @@
 #define V_MIN(a, b) _mm256_min_ps(a, b)
 #define V_ABS(x) _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x)
 #define V_ROUND(x) _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
-#define V_POW2(n)                                                                                                    \
-    _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23))
+#define V_POW2(n)                                                                                            \
+    _mm256_castsi256_ps(                                                                                     \
+        _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23))
 #define V_HMAX(v) avx2_highest(v)
 #define W_LOAD(p) _mm256_loadu_si256((const __m256i *)(p))
 #define W_STORE(p, w) _mm256_storeu_si256((__m256i *)(p), w)
@@ -28,6 +29,6 @@
 #define W_FLOAT(w) _mm256_cvtepi32_ps(w)
 
 /* maddubs wants its first factor unsigned: |a| and b with a's sign; 127 * 127 * 2 does not saturate. */
-#define DOT_INT8(sum, a, b)                                                                                          \
-    _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_set1_epi16(1), _mm256_maddubs_epi16(_mm256_abs_epi8(a),           \
-                                                                                       _mm256_sign_epi8(b, a))))
+#define DOT_INT8(sum, a, b)                                                                                  \
+    _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_set1_epi16(1),                                            \
+                                            _mm256_maddubs_epi16(_mm256_abs_epi8(a), _mm256_sign_epi8(b, a))))

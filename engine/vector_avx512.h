@@ -5,8 +5,9 @@
 #define VLEN 16
 #define V_LOAD(p) _mm512_loadu_ps(p)
 #define V_STORE(p, v) _mm512_storeu_ps(p, v)
-#define V_LOAD_BF16(p)                                                                                               \
-    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
+#define V_LOAD_BF16(p)                                                                                       \
+    _mm512_castsi512_ps(                                                                                     \
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))
 #define V_STORE_BF16(p, v) avx512_store_bf16(p, v)
 #define V_SET(x) _mm512_set1_ps(x)
 #define V_ADD(a, b) _mm512_add_ps(a, b)
@@ -18,8 +19,9 @@
 #define V_MIN(a, b) _mm512_min_ps(a, b)
 #define V_ABS(x) _mm512_abs_ps(x)
 #define V_ROUND(x) _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
-#define V_POW2(n)                                                                                                    \
-    _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23))
+#define V_POW2(n)                                                                                            \
+    _mm512_castsi512_ps(                                                                                     \
+        _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23))
 #define V_HMAX(v) _mm512_reduce_max_ps(v)
 #define W_LOAD(p) _mm512_loadu_si512(p)
 #define W_STORE(p, w) _mm512_storeu_si512(p, w)
@@ -32,7 +34,7 @@
 #ifdef AVX512_VNNI
 #define DOT_INT8(sum, a, b) _mm512_dpbusd_epi32(sum, a, b)
 #else
-#define DOT_INT8(sum, a, b)                                                                                          \
-    _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_set1_epi16(1),                                                    \
+#define DOT_INT8(sum, a, b)                                                                                  \
+    _mm512_add_epi32(sum, _mm512_madd_epi16(_mm512_set1_epi16(1),                                            \
                                             _mm512_maddubs_epi16(_mm512_abs_epi8(a), avx512_sign(b, a))))
 #endif

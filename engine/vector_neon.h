@@ -1,5 +1,5 @@
-/* vector_neon.h - the vocabulary of kernel_body.h for NEON: 4 lanes, 32 registers. With NEON_DOTPROD the dot product of
- * bytes is an instruction (FEAT_DotProd). */
+/* vector_neon.h - the vocabulary of kernel_body.h for NEON: 4 lanes, 32 registers. With NEON_DOTPROD the dot
+ * product of bytes is an instruction (FEAT_DotProd). */
 #define V float32x4_t
 #define W uint32x4_t
 #define VLEN 4
@@ -28,7 +28,7 @@
 
 #define BYTES(w) vreinterpretq_s8_u32(w)
 #ifdef NEON_DOTPROD
-#define DOT_INT8(sum, a, b)                                                                                          \
+#define DOT_INT8(sum, a, b)                                                                                  \
     vreinterpretq_u32_s32(vdotq_s32(vreinterpretq_s32_u32(sum), BYTES(a), BYTES(b)))
 #else
 #define DOT_INT8(sum, a, b) neon_dot_int8(sum, BYTES(a), BYTES(b))

@@ -14,8 +14,8 @@ void check(bool claim, const char *file, int line, const char *format, ...)
 /* Largest difference over the largest magnitude of `expected`; infinite if anything is not a number. */
 double relative_error(const float *actual, const float *expected, size_t n);
 
-/* Runs a function in a process of its own, where it may die: its exit status, or 1000 + the signal that ended it.
- * `output` receives what it printed on standard error. */
+/* Runs a function in a process of its own, where it may die: its exit status, or 1000 + the signal that ended
+ * it. `output` receives what it printed on standard error. */
 int run_apart(void (*run)(void *), void *argument, char output[4096]);
 
 /* Path of a file in a folder that exists only while the tests run; free() it. */

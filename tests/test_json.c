@@ -31,7 +31,8 @@ static void test_object(void) {
 static void expect_string(const char *value, const char *expected) {
     Json json = {0};
     json_string(&json, NULL, value);
-    CHECK(!strcmp((char *)json.text.data, expected), "the string is %s, expected %s", (char *)json.text.data, expected);
+    CHECK(!strcmp((char *)json.text.data, expected), "the string is %s, expected %s",
+          (char *)json.text.data, expected);
     json_free(&json);
 }
 

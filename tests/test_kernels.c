@@ -1,5 +1,5 @@
-/* test_kernels.c - products and attention against their specification, and the numeric contract: the same bits from
- * every instruction set and every number of threads. */
+/* test_kernels.c - products and attention against their specification, and the numeric contract: the same
+ * bits from every instruction set and every number of threads. */
 #include "engine/engine.h"
 #include "tests/test.h"
 
@@ -17,7 +17,8 @@ static float *random_floats(size_t n, uint64_t seed) {
     return x;
 }
 
-/* Calls `compute` under every table that runs here, with 1 and 3 threads, and wants the same n floats each time. */
+/* Calls `compute` under every table that runs here, with 1 and 3 threads,
+ * and wants the same n floats each time. */
 static void same_everywhere(const char *what, size_t n, void (*compute)(void *, float *), void *with,
                             float *result) {
     float *again = allocate(n * sizeof *again);
@@ -31,16 +32,16 @@ static void same_everywhere(const char *what, size_t n, void (*compute)(void *, 
             threads_set(t);
             memset(again, 0xff, n * sizeof *again);
             compute(with, again);
-            CHECK(!memcmp(again, result, n * sizeof *again), "%s: %s with %d threads differs from generic", what,
-                  isas[i], t);
+            CHECK(!memcmp(again, result, n * sizeof *again), "%s: %s with %d threads differs from generic",
+                  what, isas[i], t);
         }
     kernels_choose("auto");
     threads_set(threads);
     free(again);
 }
 
-/* What a precision may be off by, relative to the largest value, when random numbers are multiplied: bytes only, since
- * bfloat16 is compared with the specification on rounded numbers. */
+/* What a precision may be off by, relative to the largest value, when random numbers are multiplied: bytes
+ * only, since bfloat16 is compared with the specification on rounded numbers. */
 static const double allowed[PRECISIONS] = {0, 0, 1.5e-2};
 
 /* ---------------------------------------------------------------- products */
@@ -71,14 +72,16 @@ static void specify_linear(const Product *p, const float *w, float *y) {
         for (int o = 0; o < p->O; o++) {
             const float *x = p->x + (size_t)l * p->I, *column = w + (size_t)o * p->I;
             float sum = 0;
-            for (int k = 0; k < p->I; k++) sum = fmaf(rounded(precision, x[k]), rounded(precision, column[k]), sum);
+            for (int k = 0; k < p->I; k++)
+                sum = fmaf(rounded(precision, x[k]), rounded(precision, column[k]), sum);
             y[(size_t)l * p->O + o] = p->layer.bias ? sum + p->layer.bias[o] : sum;
         }
 }
 
 static void check_linear(Precision precision, int L, int I, int O, bool bias) {
     size_t n = (size_t)L * O;
-    float *x = random_floats((size_t)L * I, 1), *w = random_floats((size_t)O * I, 2), *b = random_floats(O, 3);
+    float *x = random_floats((size_t)L * I, 1), *w = random_floats((size_t)O * I, 2),
+          *b = random_floats(O, 3);
     float *y = allocate(n * sizeof *y), *expected = allocate(n * sizeof *y);
     Product p = {L, I, O, x, {{w, TYPE_F32, O, I}, bias ? b : NULL, precision}};
     char what[64];
@@ -97,7 +100,8 @@ static void check_narrow(Type type) {
     float *w = allocate(sizeof(float) * I * O), *x = random_floats(L * I, 4), y[L * O], expected[L * O];
     Generator generator;
     generator_seed(&generator, 5);
-    for (size_t i = 0; i < type_bytes(type, I * O); i++) bytes[i] = (uint8_t)(generator_next(&generator) >> 7 & 0xbf);
+    for (size_t i = 0; i < type_bytes(type, I * O); i++)
+        bytes[i] = (uint8_t)(generator_next(&generator) >> 7 & 0xbf);
     convert_to_floats(w, bytes, type, I * O);
     Product p = {L, I, O, x, {{bytes, type, O, I}, NULL, F32}};
     compute_linear(&p, y);
@@ -123,7 +127,8 @@ static void specify_attention(const Attention *a, float *out) {
             for (int j = 0; j < a->keys; j++) {
                 p[j] = 0;
                 for (int k = 0; k < a->d; k++)
-                    p[j] += (double)a->q[i * a->q_stride + h * a->d + k] * a->k[j * a->kv_stride + h * a->d + k];
+                    p[j] += (double)a->q[i * a->q_stride + h * a->d + k] *
+                            a->k[j * a->kv_stride + h * a->d + k];
                 p[j] = p[j] * a->scale + (a->bias ? a->bias[h * a->bias_head + i * a->bias_query + j] : 0);
                 highest = fmax(highest, p[j]);
             }
@@ -140,13 +145,15 @@ static void specify_attention(const Attention *a, float *out) {
 static void check_attention(Precision precision, int queries, int keys, int heads, int d, bool bias) {
     size_t width = (size_t)heads * d, n = queries * width, longest = (size_t)queries + keys;
     float *q = random_floats(n, 6), *k = random_floats(keys * width, 7), *v = random_floats(keys * width, 8);
-    float *b = random_floats(heads * longest, 9), *y = allocate(n * sizeof *y), *expected = allocate(n * sizeof *y);
-    Attention a = {.precision = precision, .q = q, .k = k, .v = v, .queries = queries, .keys = keys, .heads = heads, .d = d,
-                   .q_stride = width, .kv_stride = width, .out_stride = width, .scale = 0.7f};
+    float *b = random_floats(heads * longest, 9), *y = allocate(n * sizeof *y),
+          *expected = allocate(n * sizeof *y);
+    Attention a = {.precision = precision, .q = q, .k = k, .v = v, .queries = queries, .keys = keys,
+                   .heads = heads, .d = d, .q_stride = width, .kv_stride = width, .out_stride = width,
+                   .scale = 0.7f};
     if (bias) a.bias = b + queries - 1, a.bias_head = (ptrdiff_t)longest, a.bias_query = -1;
     char what[64];
-    snprintf(what, sizeof what, "%s attention %dx%d, %d heads of %d", precision_name(precision), queries, keys, heads,
-             d);
+    snprintf(what, sizeof what, "%s attention %dx%d, %d heads of %d", precision_name(precision), queries,
+             keys, heads, d);
     same_everywhere(what, n, compute_attention, &a, y);
     specify_attention(&a, expected);
     double error = relative_error(y, expected, n);
@@ -173,8 +180,10 @@ static void check_rows(void) {
     for (int i = 0; i < L * N; i++) {
         double z = x[i], s = z / (1 + exp(-z));
         double g = 0.5 * z * (1 + tanh(sqrt(2 / acos(-1)) * (z + 0.044715 * z * z * z)));
-        CHECK(fabs(y[3 * L * N + i] - s) <= 3e-7 * fmax(1, fabs(s)), "silu(%g) = %g, not %g", z, y[3 * L * N + i], s);
-        CHECK(fabs(y[4 * L * N + i] - g) <= 3e-7 * fmax(1, fabs(g)), "gelu(%g) = %g, not %g", z, y[4 * L * N + i], g);
+        CHECK(fabs(y[3 * L * N + i] - s) <= 3e-7 * fmax(1, fabs(s)), "silu(%g) = %g, not %g", z,
+              y[3 * L * N + i], s);
+        CHECK(fabs(y[4 * L * N + i] - g) <= 3e-7 * fmax(1, fabs(g)), "gelu(%g) = %g, not %g", z,
+              y[4 * L * N + i], g);
     }
     free(x), free(y);
 }

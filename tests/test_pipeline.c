@@ -1,6 +1,6 @@
-/* test_pipeline.c - the whole program on a small model: the same bytes on every instruction set and number of threads,
- * the decoder as a stream, one frame as an image, narrow arithmetic within its bounds. What the numbers ought to be is
- * checked by --check against tensors from diffusers (cli.sh). */
+/* test_pipeline.c - the whole program on a small model: the same bytes on every instruction set and number of
+ * threads, the decoder as a stream, one frame as an image, narrow arithmetic within its bounds. What the
+ * numbers ought to be is checked by --check against tensors from diffusers (cli.sh). */
 #include "sora.h"
 #include "tests/test.h"
 
@@ -29,9 +29,9 @@ static Bytes run(Variant v) {
     kernels_choose(v.isa);
     threads_set(v.threads);
     Model model = model_load(model_path, v.precision);
-    Settings s = {.prompt = "a red fox", .negative = "", .output = path, .width = 48, .height = 32, .frames = v.frames,
-                  .steps = 2, .chroma = 444, .seconds = -1, .guidance = 3, .shift = 3, .sampler = UNIPC, .seed = 5,
-                  .quiet = true};
+    Settings s = {.prompt = "a red fox", .negative = "", .output = path, .width = 48, .height = 32,
+                  .frames = v.frames, .steps = 2, .chroma = 444, .seconds = -1, .guidance = 3, .shift = 3,
+                  .sampler = UNIPC, .seed = 5, .quiet = true};
     settings_complete(&s, &model);
     generate(&model, &s);
     model_free(&model);
@@ -52,7 +52,8 @@ static void check_bits(Precision precision) {
         for (int threads = 1; threads <= 3; threads += 2) {
             if (kernels_choose(isas[i])) continue;
             Bytes video = run((Variant){isas[i], threads, precision, 9});
-            CHECK(same(video, expected), "%s: %s kernels with %d threads give another video than generic ones",
+            CHECK(same(video, expected),
+                  "%s: %s kernels with %d threads give another video than generic ones",
                   precision_name(precision), isas[i], threads);
             free((void *)video.data);
         }
@@ -61,7 +62,8 @@ static void check_bits(Precision precision) {
 
 static double psnr(Bytes a, Bytes b) {
     double sum = 0;
-    for (size_t i = 0; i < a.size; i++) sum += ((double)a.data[i] - b.data[i]) * ((double)a.data[i] - b.data[i]);
+    for (size_t i = 0; i < a.size; i++)
+        sum += ((double)a.data[i] - b.data[i]) * ((double)a.data[i] - b.data[i]);
     return 10 * log10(255.0 * 255.0 * (double)a.size / sum);
 }
 
@@ -110,14 +112,17 @@ static Collected decode(Vae *vae, const float *latents, int of, int t) {
 static void check_stream(void) {
     Model model = model_load(model_path, F32);
     int z = model.vae.z_dim;
-    float *latents = allocate(sizeof(float) * (size_t)z * T * H * W), *shorter = allocate(sizeof(float) * (size_t)z * 2 * H * W);
+    float *latents = allocate(sizeof(float) * (size_t)z * T * H * W),
+          *shorter = allocate(sizeof(float) * (size_t)z * 2 * H * W);
     Generator generator;
     generator_seed(&generator, 1);
     generator_randn(&generator, latents, (size_t)z * T * H * W);
-    for (int c = 0; c < z; c++) memcpy(shorter + c * 2 * H * W, latents + c * T * H * W, sizeof(float) * 2 * H * W);
+    for (int c = 0; c < z; c++)
+        memcpy(shorter + c * 2 * H * W, latents + c * T * H * W, sizeof(float) * 2 * H * W);
     Collected whole = decode(&model.vae, latents, T, T), begun = decode(&model.vae, latents, T, 2);
     Collected cut = decode(&model.vae, shorter, 2, 2);
-    CHECK(whole.count == 1 + (T - 1) * model.vae.temporal_stride, "%d latent frames became %d frames", T, whole.count);
+    CHECK(whole.count == 1 + (T - 1) * model.vae.temporal_stride, "%d latent frames became %d frames", T,
+          whole.count);
     CHECK(!memcmp(whole.frames, begun.frames, sizeof(float) * begun.size * (size_t)begun.count),
           "the first frames of a clip depend on later ones");
     CHECK(!memcmp(whole.frames, cut.frames, sizeof(float) * cut.size * (size_t)cut.count),

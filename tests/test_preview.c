@@ -15,7 +15,8 @@ static void check_colours(void) {
     CHECK(n == strlen(expected) && !memcmp(text, expected, n), "24-bit colours are drawn as another text");
     n = preview_render(frame, 2, 2, (PreviewSize){2, 1}, false, text);
     expected = "\033[38;5;16m\033[48;5;196m\xe2\x96\x80\033[38;5;231m\033[48;5;145m\xe2\x96\x80\033[0m\n";
-    CHECK(n == strlen(expected) && !memcmp(text, expected, n), "the colours of the cube are drawn as another text");
+    CHECK(n == strlen(expected) && !memcmp(text, expected, n),
+          "the colours of the cube are drawn as another text");
 }
 
 static void check_fit(void) {
@@ -35,7 +36,8 @@ static void check_room(void) {
             char *text = allocate(preview_room(size));
             for (int i = 0; i < 3 * width * height; i++) white[i] = 1;
             size_t n = preview_render(white, width, height, size, true, text);
-            CHECK(n < preview_room(size), "%dx%d takes %zu bytes of %zu", width, height, n, preview_room(size));
+            CHECK(n < preview_room(size), "%dx%d takes %zu bytes of %zu", width, height, n,
+                  preview_room(size));
             free(white);
             free(text);
         }
