@@ -8,6 +8,7 @@ attributes at once.  --ceiling puts drawn clips through a run's VAE instead, whi
 """
 import argparse
 import concurrent.futures
+import functools
 import os
 import pathlib
 import subprocess
@@ -31,9 +32,10 @@ ATTRIBUTES = ("all", "background", "shape", "colour", "size", "motion", "relatio
 
 
 def question(index, kind, held_out):
-    """(scene, prompt) number `index` of a kind: scenes that training never draws, as their seed is another."""
+    """(scene, prompt) number `index` of a kind. Most scenes occur in training too, with other words, places and light; those
+    that are held out never do."""
     scene = world.scene(PROMPT_SEED, index, (kind,), held_out)
-    return scene, world.caption(scene, np.random.default_rng([PROMPT_SEED, index]))
+    return scene, world.caption(scene, np.random.default_rng([PROMPT_SEED, index, 1]))  # not the scene's own numbers
 
 
 def read_y4m(path):
@@ -51,9 +53,12 @@ def generate(sora, model, prompt, seed, options=()):
         return read_y4m(clip)
 
 
+load_vae = functools.lru_cache(vae.load)
+
+
 @torch.no_grad()
 def through_vae(autoencoder, light, scene):
-    """The drawn clip of a scene, encoded and decoded: uint8 [F, H, W, 3]."""
+    """The drawn clip of a scene, encoded and decoded: uint8 [F, H, W, 3], without the way through a Y4M file."""
     clip = draw.draw(scene, latents.SIZE, latents.FRAMES)
     pixels = vae.decode(autoencoder, light(vae.to_tensor(clip)[None]))[0]
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
@@ -64,7 +69,7 @@ def answer(index, args):
     torch.set_num_threads(1)
     scene, prompt = question(index, args.kind, args.held_out)
     if args.ceiling:
-        clip = through_vae(*vae.load(args.ceiling), scene)
+        clip = through_vae(*load_vae(args.ceiling), scene)
     else:
         clip = generate(args.sora, args.model, prompt, args.seed + index, args.option)
     return prompt, detect.compare(scene, detect.detect(clip)), clip[::4] if args.strip else None
