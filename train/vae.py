@@ -188,11 +188,11 @@ def _rate(step, steps):
 
 
 @torch.no_grad()
-def evaluate(autoencoder, module, count=4, seed=1, size=96, frames=33):
+def evaluate(autoencoder, module, count, seed=1, size=96, frames=33):
     """PSNR of whole clips that no stage trains on."""
     module.eval()
-    clips = np.stack([draw.draw(world.scene(seed, i), size, frames) for i in range(count)])
-    result = psnr(autoencoder(to_tensor(clips)), to_tensor(clips))
+    clips = (to_tensor(draw.draw(world.scene(seed, i), size, frames))[None] for i in range(count))
+    result = float(np.mean([psnr(autoencoder(clip), clip) for clip in clips]))
     module.train()
     return result
 
@@ -244,7 +244,7 @@ def train_decoder(out, steps, seed, clips, size, frames, noise=0.03):
         step += 1
         if step % 100 == 0 or step == steps:
             log.write(step=step, seconds=seconds + time.time() - start, loss=loss.item(),
-                      psnr=evaluate(lambda x: decode(vae, light(x)), both))
+                      psnr=evaluate(lambda x: decode(vae, light(x)), both, 64 if step == steps else 4))
         if time.time() - last > 90 or step == steps:
             save_atomically({"model": both.state_dict(), "optimisers": optimisers.state_dict(), "step": step,
                              "seconds": seconds + time.time() - start}, checkpoint)
@@ -286,7 +286,7 @@ def train_encoder(out, steps, seed, clips, size, frames):
         step += 1
         if step % 100 == 0 or step == steps:
             log.write(step=step, seconds=time.time() - start, loss=loss.item(),
-                      psnr=evaluate(lambda x: decode(vae, encode(vae, x)), half))
+                      psnr=evaluate(lambda x: decode(vae, encode(vae, x)), half, 64 if step == steps else 4))
         if time.time() - last > 90 or step == steps:
             save_atomically({"model": half.state_dict(), "optimisers": optimisers.state_dict(), "step": step}, checkpoint)
             last = time.time()
