@@ -1,8 +1,8 @@
-"""What every training stage needs: the Muon optimiser, checkpoints that a kill cannot tear, a log, and the averaged weights.
+"""What every training stage needs: the Muon optimiser, averaged weights, checkpoints that a kill cannot tear, a log.
 
-Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/) replaces each matrix's momentum by the nearest orthogonal
-matrix before it steps, so every direction of the matrix learns at the same pace.  Vectors (biases, norms) and embeddings
-take AdamW.
+Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/) replaces each matrix's momentum by the nearest
+orthogonal matrix before it steps, so every direction of the matrix learns at the same pace.  Vectors (biases, norms)
+and embeddings take AdamW.
 """
 import os
 import pathlib
@@ -38,8 +38,8 @@ class Muon(torch.optim.Optimizer):
     With several workers each orthogonalises its share of the matrices, and the updates are summed.
     """
 
-    def __init__(self, params, lr, momentum=0.95, weight_decay=0.0):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+    def __init__(self, params, lr, momentum=0.95):
+        super().__init__(params, dict(lr=lr, momentum=momentum))
 
     @torch.no_grad()
     def step(self):
@@ -49,10 +49,13 @@ class Muon(torch.optim.Optimizer):
             updates = [self._update(p, group["momentum"], i % world_size == rank) for i, p in enumerate(params)]
             sum_over_workers(updates)
             for p, update in zip(params, updates):
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+                p.add_(update, alpha=-group["lr"])
 
     def _update(self, p, momentum, mine):
-        buffer = self.state[p].setdefault("momentum", torch.zeros_like(p))
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        buffer = state["momentum"]
         buffer.lerp_(p.grad, 1 - momentum)
         if not mine:
             return torch.zeros_like(p)
@@ -61,18 +64,24 @@ class Muon(torch.optim.Optimizer):
         return orthogonalise(matrix).view_as(p) * max(1, rows / columns) ** 0.5
 
 
+# Parts of the names of tables, whose rows are looked up or added one by one: as matrices they mean nothing.
+TABLES = ("embed_tokens", "shared", "relative_attention_bias", "scale_shift_table")
+
+
+def is_matrix(name, p):
+    """Whether parameter p is for Muon: at least two rows and two columns, counted as in Muon, and not a table."""
+    return p.dim() > 1 and min(p.flatten(1).shape) > 1 and not any(table in name for table in TABLES)
+
+
 class Optimisers:
     """Muon on the matrices and AdamW on the rest of some named parameters, stepped together."""
 
-    def __init__(self, named, muon_lr, adam_lr, betas=(0.9, 0.98), weight_decay=0.0):
+    def __init__(self, named, muon_lr, adam_lr):
         named = [(n, p) for n, p in named if p.requires_grad]
-        matrices = [p for n, p in named if min(p.dim(), p.flatten(1).shape[1] if p.dim() > 1 else 1) > 1
-                    and "embed_tokens" not in n and "shared" not in n and "relative_attention_bias" not in n
-                    and "scale_shift_table" not in n and p.flatten(1).shape[0] > 1]
-        chosen = {id(p) for p in matrices}
-        rest = [p for _, p in named if id(p) not in chosen]
-        self.parts = [Muon(matrices, muon_lr, weight_decay=weight_decay),
-                      torch.optim.AdamW(rest, adam_lr, betas=betas, weight_decay=0.0, fused=True)]
+        matrices = [p for n, p in named if is_matrix(n, p)]
+        rest = [p for n, p in named if not is_matrix(n, p)]
+        self.parts = [Muon(matrices, muon_lr),
+                      torch.optim.AdamW(rest, adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
         self.base = [muon_lr, adam_lr]
 
     def step(self, factor=1.0):
@@ -119,7 +128,7 @@ def save_atomically(obj, path):
 
 
 class Log:
-    """A tab-separated file, one line a call; the first call names the columns. Also says the line on standard output."""
+    """A tab-separated file, one line a call; the first call names the columns. The lines also go to standard output."""
 
     def __init__(self, path):
         self.path = pathlib.Path(path)

@@ -1,8 +1,8 @@
 """Draws a Scene (world.py) as a clip: uint8 pixels [F, H, W, 3], RGB.
 
-Each subject is a signed distance field: for every pixel, how far it is from the outline, negative inside.  Coverage is the
-distance clipped over one pixel, so edges are smooth without supersampling.  All frames of a subject are evaluated at
-once, on a square just large enough to hold it, and blended over the background frame by frame.
+Each subject is a signed distance field: for every pixel, how far it is from the outline, negative inside.  Coverage is
+the distance clipped over one pixel, so edges are smooth without supersampling.  All frames of a subject are evaluated
+at once, on a square just large enough to hold it, and blended over the background frame by frame.
 
 Units: the frame is 1 wide and 1 high, x to the right, y down; time s runs from 0 to 1 over the clip.  A shape's own
 coordinates u, v have the subject's radius as unit.
@@ -10,6 +10,8 @@ coordinates u, v have the subject's radius as unit.
 import functools
 
 import numpy as np
+
+from world import FRAMES, SIZE
 
 GROUND = 0.86  # y of the floor on which subjects stand
 RADIUS = {"small": 0.14, "medium": 0.185, "large": 0.25}
@@ -81,15 +83,20 @@ def _character(u, v, stride):
     return np.minimum(body, np.minimum(left, right))
 
 
-SHAPE_SDF = {"circle": _circle, "square": _square, "triangle": _triangle, "star": _star, "heart": _heart, "cross": _cross}
+SHAPE_SDF = {"circle": _circle, "square": _square, "triangle": _triangle, "star": _star, "heart": _heart,
+             "cross": _cross}
 # How far below the centre a shape touches the ground, in radii.
 FOOT = {"circle": 0.92, "square": 0.80, "triangle": 0.68, "star": 0.86, "heart": 0.93, "cross": 0.94, "character": 1.03}
 
 
-# ---- motions: where the subject is at each time ---------------------------------------------------------------------
+# ---- motions: where the subject is at each time --------------------------------------------------------------------
 
 class Track:
-    """x, y, scale, angle, stride [F]: centre, size relative to the radius, clockwise turn, swing of the legs; facing -1, 0, 1."""
+    """The way of one subject.
+
+    x, y [F]: its centre. scale [F]: its size, relative to the radius. angle [F]: its clockwise turn in radians.
+    stride [F]: the swing of its legs. facing: -1 to the left, 1 to the right, 0 to the viewer.
+    """
 
     def __init__(self, s, x, y, scale=1.0, angle=0.0, stride=0.0, facing=0):
         self.x, self.y, self.scale, self.angle, self.stride = (np.broadcast_to(np.asarray(a, float), s.shape)
@@ -119,7 +126,7 @@ def _legs(s, steps):
 
 
 def move(motion, s, x0, y0, r, floor):
-    """The Track of one subject. x0, y0: where it would rest in the air; r: radius; floor: y of its centre on the ground."""
+    """The Track of a subject. x0, y0: where it would rest in the air; r: radius; floor: its y on the ground."""
     reach = 0.48 - r
     sign = -1 if motion.endswith("left") else 1
     ramp = 2 * s - 1
@@ -131,7 +138,7 @@ def move(motion, s, x0, y0, r, floor):
         bob = 0.03 * np.abs(_legs(s, 8))
         return Track(s, 0.5 + sign * 0.46 * ramp, floor - bob, angle=0.22 * sign, stride=1.4 * _legs(s, 8), facing=sign)
     top = 0.04 + r
-    still, up, down = Track(s, x0, floor), floor - (floor - top) * s, top + (floor - top) * s
+    up, down = floor - (floor - top) * s, top + (floor - top) * s
     return {
         "up": lambda: Track(s, x0, up),
         "down": lambda: Track(s, x0, down),
@@ -143,15 +150,15 @@ def move(motion, s, x0, y0, r, floor):
         "shrink": lambda: Track(s, x0, y0, scale=1.45 - 1.0 * s),
         "loop": lambda: Track(s, 0.5 + 0.22 * np.sin(2 * np.pi * s), 0.47 - 0.22 * np.cos(2 * np.pi * s)),
         "shake": lambda: Track(s, x0 + 0.04 * np.sin(2 * np.pi * 8 * s), y0),
-        "still": lambda: still,
+        "still": lambda: Track(s, x0, floor),
     }[motion]()
 
 
 def relate(relation, s, dx, floors):
-    """Tracks of the two subjects of a relation, the first coming from the left. floors: y of their centres on the ground."""
+    """Tracks of the two subjects of a relation, the first from the left. floors: y of their centres on the ground."""
     ramp = 2 * s - 1
-    on_ground = lambda i, x, facing, step=4: Track(s, x, floors[i], stride=_legs(s, step) * (np.abs(np.gradient(x)) > 1e-4),
-                                                   facing=facing)
+    on_ground = lambda i, x, facing, step=4: Track(
+        s, x, floors[i], stride=_legs(s, step) * (np.abs(np.gradient(x)) > 1e-4), facing=facing)
     if relation == "orbit":
         a = 2 * np.pi * s
         return [Track(s, 0.5 + 0.33 * np.sin(a), 0.47 - 0.31 * np.cos(a), scale=0.75), Track(s, 0.5, 0.47)]
@@ -183,7 +190,7 @@ def tracks(scene, frames):
             for x, home, r, floor in zip(scene.subjects, homes, radii, floors)]
 
 
-# ---- backgrounds ------------------------------------------------------------------------------------------------------
+# ---- backgrounds ---------------------------------------------------------------------------------------------------
 
 def _gradient(size, stops):
     """[size, size, 3]: colours (y, r, g, b) interpolated from top to bottom."""
@@ -275,10 +282,13 @@ def background(name, size, frames):
     return np.broadcast_to(np.stack(stills), (frames, size, size, 3)).astype(np.float32)
 
 
-# ---- subjects over backgrounds ------------------------------------------------------------------------------------------
+# ---- subjects over backgrounds -------------------------------------------------------------------------------------
 
 def _subject_layer(subject, track, radius, size):
-    """colour [F, K, K, 3], alpha [F, K, K] and the integer corner (x, y) [F] of one subject's square in each frame."""
+    """(colour [F, K, K, 3], alpha [F, K, K, 1], corner_x [F], corner_y [F]) of one subject's square in each frame.
+
+    K: pixels a side; the corners are integers and may lie outside of the frame.
+    """
     pixels = np.maximum(track.scale * radius * size, 1e-3)
     half = int(np.ceil(1.25 * pixels.max())) + 2
     corner_x = np.floor(track.x * size).astype(int) - half
@@ -304,6 +314,7 @@ def _subject_layer(subject, track, radius, size):
 
 
 def _blend(video, layer):
+    """Lays what _subject_layer returned over video [F, size, size, 3], in place."""
     colour, alpha, corner_x, corner_y = layer
     size, k = video.shape[1], alpha.shape[1]
     for f in range(video.shape[0]):
@@ -315,7 +326,7 @@ def _blend(video, layer):
             target += alpha[f][part] * (colour[f][part] - target)
 
 
-def draw(scene, size=96, frames=33):
+def draw(scene, size=SIZE, frames=FRAMES):
     """uint8 [frames, size, size, 3]. The second subject is drawn first, so the first passes in front of it."""
     video = background(scene.background, size, frames) * np.float32(scene.light)
     for subject, (track, radius) in reversed(list(zip(scene.subjects, tracks(scene, frames)))):

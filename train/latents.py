@@ -12,13 +12,14 @@ import torch
 import draw
 import vae
 import world
+from world import FRAMES, SIZE
 
 SHARD = 1024
 SINGLE_SHARDS = 12  # the first shards show one subject at a time: easy things first
-SIZE, FRAMES = 96, 33
 
 
 def shard_kinds(k):
+    """The kinds of scenes in shard k, as world.scene takes them: drawn from evenly."""
     return ("single",) if k < SINGLE_SHARDS else ("single", "single", "single", "pair", "relation")
 
 
@@ -60,5 +61,5 @@ class Pool:
         return self.shards[k][index % SHARD]
 
     def batch(self, indices, frames):
-        """float [len(indices), Z, frames, h, w]: the first `frames` latent frames of each clip."""
+        """float32 [len(indices), Z, frames, h, w]: the first `frames` latent frames of each clip."""
         return torch.from_numpy(np.stack([self[i][:, :frames] for i in indices]).astype(np.float32))

@@ -1,10 +1,10 @@
-"""The text encoder and the video transformer: transformers' UMT5EncoderModel and diffusers' WanTransformer3DModel, small.
+"""The text encoder and the video transformer: UMT5EncoderModel of transformers and WanTransformer3DModel of diffusers.
 
-Two things differ from how diffusers runs them, and neither changes a result:
+Both are small.  Two things differ from how diffusers runs them, and neither changes a result:
 
 - Attention is written as plain matrix products, because PyTorch's fused attention is very slow backwards on a CPU.
-- Wan attends to all 512 text positions, of which all but the prompt's are zeros.  Zeros have equal keys and values, so one
-  of them with its logit raised by log(count) stands for all; sixteen times less work for the prompts of this world.
+- Wan attends to all 512 text positions, of which all but the prompt's are zeros.  Zeros have equal keys and values, so
+  one of them with its logit raised by log(count) stands for all; sixteen times less work for the prompts of this world.
 """
 import math
 
@@ -18,8 +18,8 @@ import vae
 TEXT_LEN = 512  # text positions that Wan attends to
 TOKENS = 24  # longest caption in training, with its </s>
 TEXT_DIM = 128
-TRANSFORMER = dict(patch_size=(1, 3, 3), num_attention_heads=8, attention_head_dim=32, in_channels=vae.Z, out_channels=vae.Z,
-                   text_dim=TEXT_DIM, freq_dim=128, ffn_dim=576, num_layers=5, cross_attn_norm=True,
+TRANSFORMER = dict(patch_size=(1, 3, 3), num_attention_heads=8, attention_head_dim=32, in_channels=vae.Z,
+                   out_channels=vae.Z, text_dim=TEXT_DIM, freq_dim=128, ffn_dim=576, num_layers=5, cross_attn_norm=True,
                    qk_norm="rms_norm_across_heads", rope_max_seq_len=64)
 
 
@@ -32,11 +32,15 @@ def new_text_encoder(vocabulary):
 
 
 class MatmulAttention:
-    """Attention processor of WanAttention. text_bias [B, 1, 1, L]: added to the logits of cross-attention, None for none."""
+    """Attention processor of WanAttention. text_bias [B, 1, 1, L] is added to the logits of cross-attention, if any."""
 
     text_bias = None
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
+        """hidden_states [B, N, C] -> [B, N, C], by attention to encoder_hidden_states [B, L, C] or, if None, to itself.
+
+        rotary_emb: (cos, sin), each [1, N, 1, C / heads], for self-attention. attention_mask: unused, as in diffusers.
+        """
         is_self = encoder_hidden_states is None
         context = hidden_states if is_self else encoder_hidden_states
         heads = (attn.heads, -1)
@@ -106,9 +110,8 @@ def velocity(transformer, x, sigma, states, bias):
     return transformer(x, 1000 * sigma, states, return_dict=False)[0]
 
 
-def pad(ids_list, length=None):
-    """Lists of ids -> (ids, mask) [B, L] int64, padded with <pad> 0."""
-    length = length or max(len(x) for x in ids_list)
+def pad(ids_list, length):
+    """Lists of ids, none longer than `length` -> (ids, mask) [B, length] int64, padded with <pad> 0."""
     ids = torch.zeros(len(ids_list), length, dtype=torch.long)
     mask = torch.zeros(len(ids_list), length, dtype=torch.long)
     for row, x in enumerate(ids_list):

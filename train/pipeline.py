@@ -1,5 +1,5 @@
-"""Saves what was trained as an ordinary diffusers folder: model_index.json, scheduler, tokenizer, text_encoder, transformer,
-vae.  diffusers' WanPipeline.from_pretrained loads it, and export.py takes it like any other checkpoint.
+"""Saves what was trained as an ordinary diffusers folder: model_index.json, scheduler, tokenizer, text_encoder,
+transformer, vae.  diffusers' WanPipeline.from_pretrained loads it, and export.py takes it like any other checkpoint.
 
     python train/pipeline.py build/train && python export.py build/train/snapshot -o demo.gguf
 """
@@ -15,14 +15,14 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-import latents
 import model
 import vae
+import world
 
 SHIFT = 3.0
 # What export.py finds in sora.json beside a checkpoint, and puts into the file as its defaults.
-RUN = dict(width=latents.SIZE, height=latents.SIZE, frames=latents.FRAMES, fps=16, steps=12, guidance=3.0, negative_prompt="",
-           name="sora.c demo")
+RUN = dict(width=world.SIZE, height=world.SIZE, frames=world.FRAMES, fps=16, steps=12, guidance=3.0,
+           negative_prompt="", name="sora.c demo")
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
 
@@ -34,7 +34,8 @@ def _part(state, prefix):
 def build(tokenizer_folder, text_to_video, vae_state):
     """A WanPipeline in float32. text_to_video: state dict of TextToVideo; vae_state: of AutoencoderKLWan."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    text_encoder, transformer, autoencoder = model.new_text_encoder(len(tokenizer)), model.new_transformer(), vae.new_vae()
+    text_encoder, transformer = model.new_text_encoder(len(tokenizer)), model.new_transformer()
+    autoencoder = vae.new_vae()
     text_encoder.load_state_dict(_part(text_to_video, "text_encoder."))
     transformer.load_state_dict(_part(text_to_video, "transformer."))
     autoencoder.load_state_dict(vae_state)

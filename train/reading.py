@@ -1,10 +1,10 @@
 """The text encoder's first lesson: to read.
 
-Before the transformer listens, the encoder learns from captions alone to say what is in the scene.  The state of a colour
-word (every subject has one) must tell the shape, size, motion and role of the subject that it belongs to; the mean of all
-states must tell the background and the relation.  It takes minutes, and the transformer then starts with states in which
-"red" knows that it is the star that falls, instead of discovering words and pictures at the same time.  The heads that
-give the answers are thrown away.
+Before the transformer listens, the encoder learns from captions alone to say what is in the scene.  The state of a
+colour word (every subject has one) must tell the shape, size, motion and role of the subject that it belongs to; the
+mean of all states must tell the background and the relation.  It takes minutes, and the transformer then starts with
+states in which "red" knows that it is the star that falls, instead of discovering words and pictures at the same time.
+The heads that give the answers are thrown away.
 """
 import time
 
@@ -67,7 +67,11 @@ def captions(tokenizer, scenes, rng):
 
 
 def train(out, tokenizer, steps, seed, batch=64):
-    """Returns the encoder's state dict; kept in OUT/reading.ckpt, so that it is trained once."""
+    """{name: weight} of the encoder, the state dict of a model.new_text_encoder, without the heads.
+
+    out: folder of the run; it is kept there in reading.ckpt, so that it is trained once, but a kill starts it anew.
+    steps: of `batch` captions each. seed: of the world, and with the step of the batch and its captions.
+    """
     path, log, start = out / "reading.ckpt", Log(out / "log" / "reading.tsv"), time.time()
     if path.exists():
         return torch.load(path, weights_only=True)
@@ -81,7 +85,8 @@ def train(out, tokenizer, steps, seed, batch=64):
         ids, mask = model.pad(captions(tokenizer, scenes, rng), model.TOKENS)
         colour = colours[ids]
         subjects = [subject_answers(s) for s in scenes]
-        wanted = list(torch.tensor([subjects[row][int(colour[row, t])] for row, t in (colour >= 0).nonzero().tolist()]).T)
+        places = (colour >= 0).nonzero().tolist()
+        wanted = list(torch.tensor([subjects[row][int(colour[row, t])] for row, t in places]).T)
         wanted += [torch.tensor([a.index(getattr(s, name)) for s in scenes]) for name, a in OF_SCENE.items()]
         logits = reader(ids, mask, colour >= 0)
         loss = sum(F.cross_entropy(x, w) for x, w in zip(logits, wanted))
@@ -89,7 +94,8 @@ def train(out, tokenizer, steps, seed, batch=64):
         optimisers.step(min(1, step / 100, 4 * (1 - step / steps) + 1e-3))
         right.append([float((x.argmax(1) == w).float().mean()) for x, w in zip(logits, wanted)])
         if step % 100 == 0:
-            log.write(step=step, seconds=time.time() - start, loss=loss.item(), **dict(zip(names, np.mean(right, 0).tolist())))
+            shares = dict(zip(names, np.mean(right, 0).tolist()))
+            log.write(step=step, seconds=time.time() - start, loss=loss.item(), **shares)
             right = []
     state = reader.encoder.state_dict()
     save_atomically(state, path)

@@ -1,12 +1,13 @@
 """The tokenizer: a SentencePiece unigram model (spiece.model) in which every word of the world is one piece.
 
-SentencePiece's own training splits rare words into syllables that mean nothing here.  So the trainer only makes the frame
-(the normaliser and the special pieces, in T5's order: <pad> 0, </s> 1, <unk> 2), and the pieces are written into the
-model file directly: the words of world.py, then punctuation and single letters with a low score, which spell out every
-word that is not known.  The normaliser is 26 rules that make letters small, instead of the 240 kB of NFKC.
+SentencePiece's own training splits rare words into syllables that mean nothing here.  So the trainer only makes the
+frame (the normaliser and the special pieces, in T5's order: <pad> 0, </s> 1, <unk> 2), and the pieces are written into
+the model file directly: the words of world.py, then punctuation and single letters with a low score, which spell out
+every word that is not known.  The normaliser is 26 rules that make letters small, instead of the 240 kB of NFKC.
 """
 import io
 import pathlib
+import shutil
 import string
 import tempfile
 
@@ -47,11 +48,17 @@ def write_spiece(path):
 
 
 def save(folder):
-    """Writes a tokenizer folder that transformers loads, with spiece.model in it."""
+    """Writes a tokenizer folder that transformers loads, with spiece.model in it; there is none yet, or an empty one.
+
+    It gets its name only when it is whole, so that a kill leaves nothing that a later start would take for finished.
+    """
     folder = pathlib.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_spiece(folder / "spiece.model")
-    T5TokenizerFast.from_pretrained(folder, extra_ids=0).save_pretrained(folder)
+    new = folder.with_name(folder.name + ".new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    write_spiece(new / "spiece.model")
+    T5TokenizerFast.from_pretrained(new, extra_ids=0).save_pretrained(new)
+    new.rename(folder)
 
 
 class Tokenizer:

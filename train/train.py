@@ -4,16 +4,19 @@
 
     tokenizer    OUT/tokenizer/        seconds   the words of the world as a SentencePiece model
     reading      OUT/reading.ckpt      minutes   the text encoder learns to read captions
-    vae          OUT/vae.ckpt          half an hour   decoder and light encoder
+    vae          OUT/vae.ckpt          an hour   decoder and light encoder
     transformer  OUT/transformer.ckpt  hours     latents are drawn into OUT/latents/ as they are needed
     encoder      OUT/encoder.ckpt      minutes   Wan's own VAE encoder learns the light one's latents
     model        OUT/demo.gguf         seconds   the weight file, by export.py
 
 Beside OUT/transformer.ckpt stands OUT/snapshot/, a diffusers folder, written anew with every checkpoint.
 Loss curves stand in OUT/log/*.tsv, process ids in OUT/pids/.  The same command starts and resumes; --until stops early.
+
+Every batch follows from (options, step).  OUT/options.json keeps those options, so that a run goes on as it began.
 """
 import argparse
 import datetime
+import json
 import os
 import pathlib
 import subprocess
@@ -24,14 +27,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+import adherence
+import detect
 import pipeline
 import reading
 import tokenizer
 import transformer
 import vae
-from latents import FRAMES, SIZE
 
 STAGES = ["tokenizer", "reading", "vae", "transformer", "encoder", "model"]
+STREAM_OPTIONS = ["seed", "workers", "clips", "reading_steps", "vae_steps", "encoder_steps", "transformer_steps"]
+JUDGES_SEEDS = [vae.EVALUATION_SEED, detect.SEED, adherence.PROMPT_SEED]  # whose clips no training may see
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -44,11 +50,26 @@ def options():
     parser.add_argument("--threads", type=int, default=1, help="threads of every other stage")
     parser.add_argument("--clips", type=int, default=1500, help="drawn clips for the VAE")
     parser.add_argument("--reading-steps", type=int, default=1500)
-    parser.add_argument("--vae-steps", type=int, default=1000)
+    parser.add_argument("--vae-steps", type=int, default=3331)
     parser.add_argument("--encoder-steps", type=int, default=1500)
-    parser.add_argument("--transformer-steps", type=int, default=40000)
-    parser.add_argument("--eager", action="store_true", help="do without torch.compile and the C++ compiler that it needs")
-    return parser.parse_args()
+    parser.add_argument("--transformer-steps", type=int, default=8000)
+    parser.add_argument("--eager", action="store_true",
+                        help="do without torch.compile and the C++ compiler that it needs")
+    args = parser.parse_args()
+    if args.seed in JUDGES_SEEDS:
+        parser.error(f"--seed {args.seed}: the seeds {JUDGES_SEEDS} are those of clips that judge the model")
+    return args
+
+
+def keep_options(args):
+    """Keeps the options that the batches follow from in OUT/options.json, and exits if others stand there already."""
+    path, now = args.out / "options.json", {name: getattr(args, name) for name in STREAM_OPTIONS}
+    if not path.exists():
+        path.write_text(json.dumps(now, indent=2) + "\n")
+    for name, before in json.loads(path.read_text()).items():
+        if now[name] != before:
+            sys.exit(f"train.py: this run began with --{name.replace('_', '-')} {before}, not {now[name]}, and its "
+                     f"batches depend on it; who knows what they do may remove {path}")
 
 
 def note_pid(out, name):
@@ -74,6 +95,7 @@ def main():
     args = options()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
+    keep_options(args)
     note_pid(args.out, "train")
     wanted = STAGES[:STAGES.index(args.until) + 1]
     words = args.out / "tokenizer"
@@ -82,15 +104,16 @@ def main():
     if "reading" in wanted:
         reading.train(args.out, tokenizer.Tokenizer(words), args.reading_steps, args.seed)
     if "vae" in wanted:
-        vae.train_decoder(args.out, args.vae_steps, args.seed, args.clips, SIZE, FRAMES)
+        vae.train_decoder(args.out, args.vae_steps, args.seed, args.clips)
     if "transformer" in wanted:
         with tempfile.TemporaryDirectory() as folder:
             multiprocessing.spawn(transformer_worker, (args, f"{folder}/rendezvous"), args.workers)
     if "encoder" in wanted:
-        vae.train_encoder(args.out, args.encoder_steps, args.seed, args.clips, SIZE, FRAMES)
+        vae.train_encoder(args.out, args.encoder_steps, args.seed, args.clips)
     if "model" in wanted:
         pipeline.snapshot(args.out)
-        subprocess.run([sys.executable, ROOT / "export.py", args.out / "snapshot", "-o", args.out / "demo.gguf"], check=True)
+        subprocess.run([sys.executable, ROOT / "export.py", args.out / "snapshot", "-o", args.out / "demo.gguf"],
+                       check=True)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     x = (1 - sigma) * clean + sigma * noise,    wanted: velocity = noise - clean,    loss: their squared distance
 
-Every batch follows from (seed, step) alone, so a run that was killed goes on as if nothing had happened.  Two worker
-processes of one thread each share a batch and sum their gradients: on a machine that is busy with other things this
-loses far less than two threads that wait for each other at every operation.
+Every batch follows from (options, step) alone, the options being the seed and the numbers of workers and steps, so a
+run that was killed goes on as if nothing had happened.  Two worker processes of one thread each share a batch and sum
+their gradients: on a machine that is busy with other things this loses far less than two threads that wait for each
+other at every operation.
 """
 import time
 
@@ -67,7 +68,8 @@ def batch_at(step, steps, seed, rank, workers, pool, tokenizer):
     prompts = [[1] if rng.random() < DROPPED else ids for ids in prompts]
     generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
     clean = pool.batch(indices, frames)
-    return clean, torch.randn(clean.shape, generator=generator), sample_sigma(generator, count), *model.pad(prompts, model.TOKENS)
+    noise, sigma = torch.randn(clean.shape, generator=generator), sample_sigma(generator, count)
+    return clean, noise, sigma, *model.pad(prompts, model.TOKENS)
 
 
 def make_shards(step, seed, rank, workers, folder, light):
@@ -81,6 +83,8 @@ def make_shards(step, seed, rank, workers, folder, light):
 def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, saved=lambda: None, compiled=False):
     """Trains up to `steps` steps, going on from OUT/transformer.ckpt; saved() follows each save.
 
+    The logged seconds are those on the clock, saves included, of this start and, up to their last saves, earlier ones.
+
     compiled: by torch.compile, which takes minutes once and then makes a step a fifth shorter; needs a C++ compiler.
     """
     torch.manual_seed(seed)
@@ -89,17 +93,17 @@ def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, 
     optimisers = Optimisers(net.named_parameters(), MUON_LR, ADAM_LR)
     average = Average(net, EMA_DECAY)
     checkpoint, log = out / "transformer.ckpt", Log(out / "log" / "transformer.tsv")
-    step, samples, seconds = 0, 0, 0.0
+    step, samples, start = 0, 0, time.time()
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         net.load_state_dict(state["model"])
         optimisers.load_state_dict(state["optimisers"])
         average.shadow, average.count = state["average"], state["step"]
-        step, samples, seconds = state["step"], state["samples"], state["seconds"]
+        step, samples, start = state["step"], state["samples"], start - state["seconds"]
 
     def save():
         save_atomically({"model": net.state_dict(), "average": average.shadow, "optimisers": optimisers.state_dict(),
-                         "step": step, "samples": samples, "seconds": seconds}, checkpoint)
+                         "step": step, "samples": samples, "seconds": time.time() - start}, checkpoint)
         saved()
 
     forward = torch.compile(net, dynamic=False) if compiled else net
@@ -108,9 +112,9 @@ def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, 
         s = sigma[:, None, None, None, None]
         return (forward((1 - s) * clean + s * noise, sigma, ids, mask) - (noise - clean)).square().mean()
 
-    pool, shards, recent, last_save, logged = latents.Pool(out / "latents"), 0, [], time.time(), (seconds, samples)
+    pool, shards, recent, last_save = latents.Pool(out / "latents"), 0, [], time.time()
+    logged = time.time(), samples
     while step < steps:
-        begun = time.time()
         if shards_at(step) != shards:
             make_shards(step, seed, rank, workers, out / "latents", light)
             shards = shards_at(step)
@@ -122,12 +126,12 @@ def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, 
         optimisers.step(rate(step, steps))
         average.update(net)
         step, samples = step + 1, samples + workers * len(parts[0])
-        seconds += time.time() - begun
         recent.append(loss.item())
         if rank == 0 and step % 50 == 0:
-            log.write(step=step, samples=samples, seconds=seconds, loss=float(np.mean(recent)), norm=norm.item(),
-                      samples_per_second=(samples - logged[1]) / (seconds - logged[0]))
-            recent, logged = [], (seconds, samples)
+            now = time.time()
+            log.write(step=step, samples=samples, seconds=now - start, loss=float(np.mean(recent)), norm=norm.item(),
+                      samples_per_second=(samples - logged[1]) / (now - logged[0]))
+            recent, logged = [], (now, samples)
         if rank == 0 and (time.time() - last_save > SAVE_SECONDS or step == steps):
             save()
             last_save = time.time()

@@ -2,15 +2,17 @@
 
     pixels [B, 3, F, H, W] in [-1, 1]  <->  latents [B, Z, 1 + (F-1)/4, H/8, W/8]
 
-Training Wan's encoder and decoder together costs twice the decoder alone and starts slowly.  So the decoder is trained
-with a light encoder (principal components of 4x8x8 blocks and a small residual net) that is thrown away, and Wan's own
-encoder is regressed onto the light one's latents afterwards, once the transformer no longer waits for it.
+Training Wan's encoder and decoder together costs twice the decoder alone and starts slowly.  So the decoder is
+trained with a light encoder (principal components of 4x8x8 blocks and a small residual net) that is thrown away, and
+Wan's own encoder is regressed onto the light one's latents afterwards, once the transformer no longer waits for it.
 
-The latents leave the light encoder through a batch norm without weights, so every channel has mean 0 and deviation 1, and
-the decoder sees them with noise on: a latent that is slightly off, as the transformer's will be, still decodes well.
+The latents leave the light encoder through a batch norm without weights, so every channel has mean 0 and deviation 1,
+and the decoder sees them with noise on: a latent that is slightly off, as the transformer's will be, still decodes
+well.
 
-diffusers runs the VAE frame by frame with caches.  Without caches its up- and downsampling skip the temporal convolution,
-so the two classes here do what the cached walk does, over the whole clip at once, which is what a gradient needs.
+diffusers runs the VAE frame by frame with caches.  Without caches its up- and downsampling skip the temporal
+convolution, so WholeClipResample does what the cached walk does, over the whole clip at once, which is what a gradient
+needs.
 """
 import pathlib
 import time
@@ -24,16 +26,17 @@ from torch import nn
 
 import draw
 import world
-from common import Average, Log, Optimisers, save_atomically
+from common import Log, Optimisers, save_atomically
+from world import FRAMES, SIZE
 
 Z = 16
-CONFIG = dict(base_dim=32, z_dim=Z, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True], patch_size=2,
-              in_channels=12, out_channels=12, latents_mean=[0.0] * Z, latents_std=[1.0] * Z,
+CONFIG = dict(base_dim=32, z_dim=Z, dim_mult=[1, 2, 2], num_res_blocks=1, temperal_downsample=[True, True],
+              patch_size=2, in_channels=12, out_channels=12, latents_mean=[0.0] * Z, latents_std=[1.0] * Z,
               scale_factor_temporal=4, scale_factor_spatial=8)
 
 
 class WholeClipResample(WanResample):
-    """WanResample over a whole clip: the first frame has no past, so it skips the temporal convolution, as in the cache."""
+    """WanResample over a whole clip: the first frame has no past and skips the temporal convolution, as with caches."""
 
     def forward(self, x, feat_cache=None, feat_idx=None):
         if self.mode == "upsample3d" and x.shape[2] > 1:
@@ -83,10 +86,11 @@ class _Residual(nn.Module):
 
 
 class LightEncoder(nn.Module):
-    """pixels [B, 3, F, H, W] -> latents [B, Z, T, H/8, W/8]; each latent frame sees only its own four frames.
+    """pixels [B, 3, F, H, W] -> latents [B, Z, T, H/8, W/8], T = 1 + (F-1)/4.
 
+    Each latent frame sees only its own four pixel frames; the first stands for one, which is shown to it four times.
     Starts as the principal components of 4x8x8 blocks, each scaled to deviation 1; a residual net, silent at first,
-    learns what the decoder would rather know. The first latent frame stands for one pixel frame, shown to it four times.
+    learns what the decoder would rather know.
     """
 
     def __init__(self, width=64):
@@ -140,19 +144,19 @@ def psnr(y, x):
 class Crops:
     """Random crops of drawn clips. A crop is centred near the subject two times in three; the rest is anywhere."""
 
-    def __init__(self, path, seed, count, size, frames):
+    def __init__(self, path, seed, count):
         self.scenes = [world.scene(seed, i) for i in range(count)]
-        self.tracks = [draw.tracks(s, frames) for s in self.scenes]
+        self.tracks = [draw.tracks(s, FRAMES) for s in self.scenes]
         path = pathlib.Path(path)
         if not path.exists():
-            self._draw(path, size, frames)
+            self._draw(path)
         self.clips = np.lib.format.open_memmap(path, mode="r")
 
-    def _draw(self, path, size, frames):
+    def _draw(self, path):
         temporary = path.with_suffix(".tmp")
-        out = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(self.scenes), frames, size, size, 3))
+        out = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(self.scenes), FRAMES, SIZE, SIZE, 3))
         for i, s in enumerate(self.scenes):
-            out[i] = draw.draw(s, size, frames)
+            out[i] = draw.draw(s)
         out.flush()
         temporary.rename(path)
 
@@ -171,6 +175,8 @@ class Crops:
         return to_tensor(np.stack(out))
 
 
+EVALUATION_SEED = 1  # of the clips that judge the VAE
+SAVE_SECONDS = 90
 CROPS_SHARE = 0.8  # of all steps; the rest sees whole frames, and the light encoder then stands still
 
 
@@ -179,7 +185,7 @@ def _phase(step, steps):
 
     Never a batch of one, for which PyTorch chooses convolutions that are four times slower.
     """
-    return (8, 32, 9) if step < CROPS_SHARE * steps else (2, 96, 9)
+    return (8, 32, 9) if step < CROPS_SHARE * steps else (2, SIZE, 9)
 
 
 def _rate(step, steps):
@@ -188,11 +194,11 @@ def _rate(step, steps):
 
 
 @torch.no_grad()
-def evaluate(autoencoder, module, count=4, seed=1, size=96, frames=33):
-    """PSNR of whole clips that no stage trains on."""
+def evaluate(autoencoder, module, count):
+    """PSNR in decibels, averaged over `count` whole clips that no stage trains on; leaves `module` in train mode."""
     module.eval()
-    clips = np.stack([draw.draw(world.scene(seed, i), size, frames) for i in range(count)])
-    result = psnr(autoencoder(to_tensor(clips)), to_tensor(clips))
+    clips = (to_tensor(draw.draw(world.scene(EVALUATION_SEED, i)))[None] for i in range(count))
+    result = float(np.mean([psnr(autoencoder(clip), clip) for clip in clips]))
     module.train()
     return result
 
@@ -211,82 +217,79 @@ def load(out):
     return vae.eval().requires_grad_(False), light.eval().requires_grad_(False)
 
 
-def train_decoder(out, steps, seed, clips, size, frames, noise=0.03):
-    """Trains decoder and light encoder together into OUT/vae.ckpt, from which it also resumes."""
-    torch.manual_seed(seed)
-    vae, light = new_vae(), LightEncoder()
-    both = _decoding_half(vae, light)
-    optimisers = Optimisers(both.named_parameters(), 0.012, 2e-3)
-    checkpoint, log, step, start, seconds = out / "vae.ckpt", Log(out / "log" / "vae.tsv"), 0, time.time(), 0.0
+def _fit(out, name, module, steps, seed, clips, loss_of, autoencoder, max_norm=float("inf")):
+    """Trains `module` up to `steps` steps into OUT/NAME.ckpt, from which it also resumes; the log is OUT/log/NAME.tsv.
+
+    clips: how many are drawn for the Crops. loss_of(crops, step): the loss of a step. autoencoder: pixels -> pixels,
+    for the log. max_norm: what the norm of the gradient is clipped to.
+    """
+    optimisers = Optimisers(module.named_parameters(), 0.012, 2e-3)
+    checkpoint, log, step, start = out / f"{name}.ckpt", Log(out / "log" / f"{name}.tsv"), 0, time.time()
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
-        both.load_state_dict(state["model"])
+        module.load_state_dict(state["model"])
         optimisers.load_state_dict(state["optimisers"])
-        step, seconds = state["step"], state["seconds"]
-    if step == steps:
+        step, start = state["step"], start - state["seconds"]
+    if step >= steps:
         return
-    crops = Crops(out / "crops.npy", seed, clips, size, frames)
-    if step == 0:
-        light.start_from_components(crops.batch(np.random.default_rng(seed), 400, 32, 4))
-    last = time.time()
+    crops, last_save = Crops(out / "crops.npy", seed, clips), time.time()
     while step < steps:
-        rng = np.random.default_rng([seed, step])
-        light.norm.train(step < 0.5 * steps)  # later the scale of the latents stands still, as it will in use
-        light.requires_grad_(step < CROPS_SHARE * steps)
-        x = crops.batch(rng, *_phase(step, steps))
-        b, _, f, h, w = x.shape
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        n = noise * torch.randn(b, Z, 1 + (f - 1) // 4, h // 8, w // 8, generator=generator)
-        loss = reconstruction_loss(decode(vae, light(x) + n), x)
+        loss = loss_of(crops, step)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm)
         optimisers.step(_rate(step, steps))
         step += 1
         if step % 100 == 0 or step == steps:
-            log.write(step=step, seconds=seconds + time.time() - start, loss=loss.item(),
-                      psnr=evaluate(lambda x: decode(vae, light(x)), both))
-        if time.time() - last > 90 or step == steps:
-            save_atomically({"model": both.state_dict(), "optimisers": optimisers.state_dict(), "step": step,
-                             "seconds": seconds + time.time() - start}, checkpoint)
-            last = time.time()
+            log.write(step=step, seconds=time.time() - start, loss=loss.item(),
+                      psnr=evaluate(autoencoder, module, 64 if step == steps else 4))
+        if time.time() - last_save > SAVE_SECONDS or step == steps:
+            save_atomically({"model": module.state_dict(), "optimisers": optimisers.state_dict(), "step": step,
+                             "seconds": time.time() - start}, checkpoint)
+            last_save = time.time()
+
+
+def train_decoder(out, steps, seed, clips, noise=0.03):
+    """Trains decoder and light encoder together into OUT/vae.ckpt.
+
+    clips: how many are drawn for it. noise: deviation of what is added to the latents, in units of their own.
+    """
+    torch.manual_seed(seed)
+    vae, light = new_vae(), LightEncoder()
+    both = _decoding_half(vae, light)
+
+    def loss_of(crops, step):
+        if step == 0:
+            light.start_from_components(crops.batch(np.random.default_rng(seed), 400, 32, 4))
+        light.norm.train(step < 0.5 * steps)  # later the scale of the latents stands still, as it will in use
+        light.requires_grad_(step < CROPS_SHARE * steps)
+        x = crops.batch(np.random.default_rng([seed, step]), *_phase(step, steps))
+        z = light(x)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        return reconstruction_loss(decode(vae, z + noise * torch.randn(z.shape, generator=generator)), x)
+
+    _fit(out, "vae", both, steps, seed, clips, loss_of, lambda x: decode(vae, light(x)), max_norm=1.0)
 
 
 def _encoding_half(vae):
+    """What train_encoder trains, as one module: Wan's own encoder."""
     return nn.ModuleDict({"encoder": vae.encoder, "quant_conv": vae.quant_conv})
 
 
-def train_encoder(out, steps, seed, clips, size, frames):
+def train_encoder(out, steps, seed, clips):
     """Regresses Wan's own encoder onto the light encoder's latents, into OUT/encoder.ckpt.
 
-    The second half of quant_conv's output, the log-variance, is left at zero weights and a small constant: the latents are
-    meant to be used at their mean.
+    The second half of quant_conv's output, the log-variance, is left at zero weights and a small constant: the latents
+    are meant to be used at their mean.
     """
     torch.manual_seed(seed)
     vae, light = new_vae(), LightEncoder()
     _decoding_half(vae, light).load_state_dict(torch.load(out / "vae.ckpt", weights_only=True)["model"])
     light.eval().requires_grad_(False)
-    half = _encoding_half(vae)
     vae.quant_conv.weight.data[Z:] = 0
     vae.quant_conv.bias.data[Z:] = -8
-    optimisers = Optimisers(half.named_parameters(), 0.012, 2e-3)
-    checkpoint, log, step, start, last = out / "encoder.ckpt", Log(out / "log" / "encoder.tsv"), 0, time.time(), time.time()
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        half.load_state_dict(state["model"])
-        optimisers.load_state_dict(state["optimisers"])
-        step = state["step"]
-    if step == steps:
-        return
-    crops = Crops(out / "crops.npy", seed, clips, size, frames)
-    while step < steps:
+
+    def loss_of(crops, step):
         x = crops.batch(np.random.default_rng([seed, step, 1]), *_phase(step, steps))
-        loss = (encode(vae, x) - light(x)).square().mean()
-        loss.backward()
-        optimisers.step(_rate(step, steps))
-        step += 1
-        if step % 100 == 0 or step == steps:
-            log.write(step=step, seconds=time.time() - start, loss=loss.item(),
-                      psnr=evaluate(lambda x: decode(vae, encode(vae, x)), half))
-        if time.time() - last > 90 or step == steps:
-            save_atomically({"model": half.state_dict(), "optimisers": optimisers.state_dict(), "step": step}, checkpoint)
-            last = time.time()
+        return (encode(vae, x) - light(x)).square().mean()
+
+    _fit(out, "encoder", _encoding_half(vae), steps, seed, clips, loss_of, lambda x: decode(vae, encode(vae, x)))

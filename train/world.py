@@ -3,8 +3,8 @@
     (seed, index) -> Scene -> caption (here)
                            -> pixels  (draw.py)
 
-A Scene is the one record from which both the sentence and the pixels are made, so what the sentence asks for is what the
-clip shows, and following a prompt can be measured (detect.py reads the record back from pixels).  Nothing that the
+A Scene is the one record from which both the sentence and the pixels are made, so what the sentence asks for is what
+the clip shows, and following a prompt can be measured (detect.py reads the record back from pixels).  Nothing that the
 sentence leaves open is left to chance except a little position and light: no background named means the plain one, no
 size named means medium.  That keeps the answer to a prompt narrow enough for a model of a few million weights.
 
@@ -16,6 +16,7 @@ import zlib
 
 import numpy as np
 
+SIZE, FRAMES = 96, 33  # of every clip: pixels a side, and frames
 SHAPES = {
     "circle": ["circle", "circle", "disc", "ball"],
     "square": ["square", "square", "box", "block"],
@@ -40,7 +41,8 @@ BACKGROUNDS = {
     "plain": ["on a plain background", "on a blank background", "in front of a plain wall"],
     "night": ["at night", "at night", "under the stars", "on a starry night", "beneath the stars", "in the dark",
               "under the starry sky"],
-    "meadow": ["on the grass", "on the grass", "in a meadow", "in the meadow", "in a field", "in the park", "on a lawn"],
+    "meadow": ["on the grass", "on the grass", "in a meadow", "in the meadow", "in a field", "in the park",
+               "on a lawn"],
     "sunset": ["at sunset", "at sunset", "at dusk", "in the evening", "as the sun sets", "under the setting sun"],
     "sea": ["under water", "underwater", "in the sea", "in the ocean", "beneath the waves", "at the bottom of the sea"],
     "snow": ["in the snow", "in the snow", "on the snow", "in winter", "on a snowy day", "while it snows"],
@@ -56,14 +58,16 @@ _SIDE = {"left": ["left", "to the left", "leftward", "from right to left", "towa
 
 def _phrases(verbs, tails):
     """Every verb (third person, participle) with every tail: [("moves left", "moving left"), ...]."""
-    return [(f"{third} {tail}".strip(), f"{participle} {tail}".strip()) for third, participle in verbs for tail in tails]
+    return [(f"{third} {tail}".strip(), f"{participle} {tail}".strip())
+            for third, participle in verbs for tail in tails]
 
 
 MOTIONS = {
     "left": _phrases(_GO, _SIDE["left"]),
     "right": _phrases(_GO, _SIDE["right"]),
     "up": _phrases([("moves", "moving"), ("goes", "going"), ("flies", "flying"), ("floats", "floating")],
-                   ["up", "upward", "up to the top"]) + [("rises", "rising"), ("rises", "rising"), ("ascends", "ascending")],
+                   ["up", "upward", "up to the top"])
+          + [("rises", "rising"), ("rises", "rising"), ("ascends", "ascending")],
     "down": _phrases([("moves", "moving"), ("goes", "going"), ("glides", "gliding"), ("floats", "floating")],
                      ["down", "downward"]) + [("sinks", "sinking"), ("sinks", "sinking"), ("descends", "descending")],
     "fall": _phrases([("falls", "falling"), ("falls", "falling"), ("drops", "dropping")],
@@ -106,7 +110,8 @@ RELATIONS = {
 }
 _KIND_WORDS = ["nice", "happy", "cute", "pretty", "lovely", "funny", "bright", "shiny"]
 _ADVERBS = ["now", "here", "again", "happily", "gently", "today", "all alone"]
-_OPENINGS = ["a video of", "a clip of", "an animation of", "a short film of", "a cartoon of", "we see", "there is", "watch"]
+_OPENINGS = ["a video of", "a clip of", "an animation of", "a short film of", "a cartoon of", "we see", "there is",
+             "watch"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +140,7 @@ def is_held_out(shape, colour, motion):
 
 
 def motions_of(shape):
-    """The motions that one subject of this shape may have: only the character walks, and a spinning circle shows nothing."""
+    """The motions that a subject of this shape may have: only characters walk, and a spinning circle shows nothing."""
     if shape == "character":
         return [m for m in MOTIONS if m not in ("left", "right")]
     return [m for m in MOTIONS if not m.startswith(("walk", "run")) and (shape, m) != ("circle", "spin")]
@@ -175,13 +180,14 @@ def scene(seed, index, kinds=("single", "single", "single", "pair", "relation"),
     while True:
         s = _try_scene(rng, kind)
         distinct = len({subject.colour for subject in s.subjects}) == len(s.subjects)
-        together = s.relation is None and all(x.motion == "jump" for x in s.subjects[1:] + s.subjects[:-1]) and kind == "pair"
+        # Two that happen to jump would look like the relation "jump together".
+        together = kind == "pair" and all(x.motion == "jump" for x in s.subjects)
         if distinct and not together and all(is_held_out(x.shape, x.colour, x.motion) == held_out for x in s.subjects):
             return s
 
 
 def _noun_phrase(rng, subject):
-    """"a small red star", "the star that is red", "one big, happy blue box" ..."""
+    """"a small red star", "the star that is red", "one big happy blue box" ..."""
     noun, colour = rng.choice(SHAPES[subject.shape]), rng.choice(COLOURS[subject.colour])
     size = rng.choice(SIZES[subject.size]) if SIZES[subject.size] else ""
     kind = rng.choice(_KIND_WORDS) if rng.random() < 0.08 else ""
