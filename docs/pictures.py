@@ -15,50 +15,37 @@ import subprocess
 import sys
 import tempfile
 
-import av
-import numpy as np
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "train"))
 
+import video  # noqa: E402
 import world  # noqa: E402
 
 GRID = ROOT / "docs" / "demo"
 COLUMNS, SEED, ENLARGED = 4, 1, 2
-# Each with the shape, colour and motion of its only subject, which say whether training ever drew them together.
+# Each with the shape, colour and motion or relation of its subjects: did training ever draw these together?
 PROMPTS = [
-    ("a blue star bounces on the grass", ("star", "blue", "bounce")),
-    ("a pink heart grows at sunset", ("heart", "pink", "grow")),
-    ("a small yellow circle goes up under water", ("circle", "yellow", "up")),
-    ("the green character walks to the left in the snow", ("character", "green", "walk left")),
-    ("a red cross spins at night", ("cross", "red", "spin")),
-    ("one tiny yellow triangle flies up", ("triangle", "yellow", "up")),
-    ("a purple creature runs through the dunes", ("character", "purple", "run right")),
-    ("at dusk, a green heart moves in a circle", ("heart", "green", "loop")),
-    ("a red ball orbits a blue box at night", None),
-    ("a green star chases a pink heart on the grass", None),
-    ("a yellow circle and a purple square collide", None),
-    ("an orange character spins and a blue star jumps under water", None),
+    ("a blue star bounces on the grass", [("star", "blue", "bounce")]),
+    ("a pink heart grows at sunset", [("heart", "pink", "grow")]),
+    ("a small yellow circle goes up under water", [("circle", "yellow", "up")]),
+    ("the green character walks to the left in the snow", [("character", "green", "walk left")]),
+    ("a red cross spins at night", [("cross", "red", "spin")]),
+    ("one tiny yellow triangle flies up", [("triangle", "yellow", "up")]),
+    ("a purple creature runs through the dunes", [("character", "purple", "run right")]),
+    ("at dusk, a green heart moves in a circle", [("heart", "green", "loop")]),
+    ("a red ball orbits a blue box at night", [("circle", "red", "orbit"), ("square", "blue", "orbit")]),
+    ("a green star chases a pink heart on the grass", [("star", "green", "chase"), ("heart", "pink", "chase")]),
+    ("a yellow circle and a purple square collide", [("circle", "yellow", "collide"), ("square", "purple", "collide")]),
+    ("an orange character spins and a blue star jumps under water",
+     [("character", "orange", "spin"), ("star", "blue", "jump")]),
 ]
-
-
-def read(path):
-    """(frames uint8 [F, H, W, 3], frames a second) of a video file."""
-    with av.open(str(path)) as container:
-        stream = container.streams.video[0]
-        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(stream)]), float(stream.average_rate)
-
-
-def strip(source, target, every=4):
-    """Every so many frames of a clip side by side."""
-    frames, _ = read(source)
-    Image.fromarray(np.concatenate(list(frames[::every]), 1)).save(target)
 
 
 def animate(source, target):
     """A clip as an animation that repeats."""
-    frames, rate = read(source)
+    frames, rate = video.read(source)
     size = (ENLARGED * frames.shape[2], ENLARGED * frames.shape[1])
     images = [Image.fromarray(f).resize(size, Image.Resampling.BICUBIC) for f in frames]
     images[0].save(target, save_all=True, append_images=images[1:], duration=round(1000 / rate), loop=0, quality=80)
@@ -69,12 +56,14 @@ def grid():
     GRID.mkdir(exist_ok=True)
     cells = []
     with tempfile.TemporaryDirectory() as folder:
-        for i, (prompt, combination) in enumerate(PROMPTS):
+        for i, (prompt, combinations) in enumerate(PROMPTS):
             clip, picture = pathlib.Path(folder) / "clip.y4m", GRID / f"{i:02}.webp"
-            subprocess.run([ROOT / "sora", "-q", "--no-record", "--seed", str(SEED), "-o", clip, prompt], check=True, cwd=ROOT)
+            command = [ROOT / "sora", "-q", "--no-record", "--seed", str(SEED), "-o", clip, prompt]
+            subprocess.run(command, check=True)
             animate(clip, picture)
-            mark = "&nbsp;*" if combination and world.is_held_out(*combination) else ""
-            cells.append(f'<td width="25%"><img src="{picture.relative_to(ROOT)}" alt=""><br>{html.escape(prompt)}{mark}</td>')
+            mark = "&nbsp;*" if any(world.is_held_out(*c) for c in combinations) else ""
+            image = f'<img src="{picture.relative_to(ROOT)}" alt="">'
+            cells.append(f'<td width="25%">{image}<br>{html.escape(prompt)}{mark}</td>')
     rows = [f"<tr>{''.join(cells[i:i + COLUMNS])}</tr>" for i in range(0, len(cells), COLUMNS)]
     readme = ROOT / "README.md"
     table = "\n".join(["<!-- grid -->", "<table>", *rows, "</table>", "<!-- /grid -->"])
@@ -92,8 +81,10 @@ def main():
     args = parser.parse_args()
     if args.command == "grid":
         grid()
+    elif args.command == "strip":
+        video.save_strips(args.target, [video.read(args.source)[0]])
     else:
-        {"strip": strip, "animate": animate}[args.command](args.source, args.target)
+        animate(args.source, args.target)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How often does the model do as it is told?  Prompts from the world, clips from the C program, answers from the detector.
+"""How often does the model do as it is told?  The world asks, the C program makes the clip, the detector answers.
 
     python train/adherence.py models/demo.gguf --prompts 200 --kind single --held-out
 
@@ -15,7 +15,6 @@ import subprocess
 import tempfile
 import time
 
-import av
 import numpy as np
 import torch
 
@@ -23,6 +22,7 @@ import detect
 import draw
 import latents
 import vae
+import video
 import world
 from common import Log
 
@@ -32,25 +32,19 @@ ATTRIBUTES = ("all", "background", "shape", "colour", "size", "motion", "relatio
 
 
 def question(index, kind, held_out):
-    """(scene, prompt) number `index` of a kind. Most scenes occur in training too, with other words, places and light; those
-    that are held out never do."""
+    """(scene, prompt) number `index` of a kind. Most scenes occur in training too, with other words, places and light;
+    those that are held out never do."""
     scene = world.scene(PROMPT_SEED, index, (kind,), held_out)
     return scene, world.caption(scene, np.random.default_rng([PROMPT_SEED, index, 1]))  # not the scene's own numbers
-
-
-def read_y4m(path):
-    """uint8 [F, H, W, 3] of a video file."""
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def generate(sora, model, prompt, seed, options=()):
     """The C program's clip of a prompt, uint8 [F, H, W, 3]."""
     with tempfile.TemporaryDirectory() as folder:
         clip = pathlib.Path(folder) / "clip.y4m"
-        subprocess.run([sora.resolve(), "-m", model, "--seed", str(seed), "-t", "1", "-q", "--no-record", *options, "-o", clip,
-                        "--prompt", prompt], check=True)
-        return read_y4m(clip)
+        subprocess.run([sora.resolve(), "-m", model, "--seed", str(seed), "-t", "1", "-q", "--no-record", *options,
+                        "-o", clip, "--prompt", prompt], check=True)
+        return video.read(clip)[0]
 
 
 load_vae = functools.lru_cache(vae.load)
@@ -65,18 +59,18 @@ def through_vae(autoencoder, light, scene):
 
 
 def answer(index, args):
-    """(prompt, {attribute: right or not}, frames) of one question."""
+    """(prompt, {attribute: right or not}, clip or None) of one question."""
     torch.set_num_threads(1)
     scene, prompt = question(index, args.kind, args.held_out)
     if args.ceiling:
         clip = through_vae(*load_vae(args.ceiling), scene)
     else:
         clip = generate(args.sora, args.model, prompt, args.seed + index, args.option)
-    return prompt, detect.compare(scene, detect.detect(clip)), clip[::4] if args.strip else None
+    return prompt, detect.compare(scene, detect.detect(clip)), clip if args.strip else None
 
 
 def shares(marks):
-    """{attribute: share right, "all": share of clips in which every attribute is right}; those of two subjects together."""
+    """{attribute: share right, of two subjects together, "all": share of clips in which every attribute is right}."""
     right = {}
     for clip in marks:
         for name, ok in [*clip.items(), ("all", all(clip.values()))]:
@@ -96,12 +90,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=pathlib.Path, nargs="?", default=ROOT / "models" / "demo.gguf")
     parser.add_argument("--sora", type=pathlib.Path, default=ROOT / "sora")
-    parser.add_argument("--option", action="append", default=[], help="passed on to the program, as in --option=--steps=8")
+    parser.add_argument("--option", action="append", default=[], help="for the program, as in --option=--steps=8")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--kind", choices=["single", "pair", "relation"], default="single")
     parser.add_argument("--held-out", action="store_true")
     parser.add_argument("--seed", type=int, default=0, help="of the first clip; the next one's is one more")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="clips made at the same time, on one thread each")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="clips made at a time, on one thread each")
     parser.add_argument("--ceiling", type=pathlib.Path, metavar="OUT", help="judge OUT's VAE on drawn clips instead")
     parser.add_argument("--log", type=pathlib.Path, help="append the shares to this table")
     parser.add_argument("--results", type=pathlib.Path, help="write the prompts, with what was wrong, into this table")
@@ -113,19 +107,13 @@ def main():
     if args.results:
         write_results(args.results, args, answers)
     if args.strip:
-        save_strip(args.strip, [frames for _, _, frames in answers[:10]])
+        video.save_strips(args.strip, [clip for _, _, clip in answers[:10]])
         print(*(f"{prompt}\t{[n for n, ok in marks.items() if not ok]}" for prompt, marks, _ in answers[:10]), sep="\n")
     found = shares([marks for _, marks, _ in answers])
     row = dict(kind=args.kind, held_out=args.held_out, prompts=args.prompts, seconds=time.time() - start)
     if args.log:
         Log(args.log).write(**row, **{name: found.get(name, float("nan")) for name in ATTRIBUTES})
     print(*(f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in {**row, **found}.items()))
-
-
-def save_strip(path, clips):
-    """One row a clip."""
-    from PIL import Image
-    Image.fromarray(np.concatenate([np.concatenate(list(clip), 1) for clip in clips])).save(path)
 
 
 if __name__ == "__main__":

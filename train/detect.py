@@ -32,7 +32,7 @@ GHOST = 0.15  # a colour with more than this share of its pixels astray, in half
 
 @dataclasses.dataclass
 class Seen:
-    """What the detector followed of one colour: centre [F, 2], area [F] (share of the frame; 0 is not seen), mask [F, H, W]."""
+    """What was followed of one colour: centre [F, 2], area [F] (share of the frame; 0 is not seen), mask [F, H, W]."""
     colour: str
     centre: np.ndarray
     area: np.ndarray
@@ -48,7 +48,7 @@ class Seen:
         return self.area > 0.15 * np.median(self.area[self.area > 0]) if self.area.any() else self.area > 0
 
 
-# ---- colour ---------------------------------------------------------------------------------------------------------------
+# ---- colour ---------------------------------------------------------------------------------------------
 
 def _erode(mask):
     out = mask.copy()
@@ -65,7 +65,7 @@ def _dilate(mask):
 
 
 def colour_masks(video):
-    """{colour: mask [F, H, W]}: pixels closest to that fill, and close enough, at any brightness that shading may give."""
+    """{colour: mask [F, H, W]}: pixels closest to that fill, and close enough, at any brightness that shading gives."""
     pixels = video.astype(np.float32)
     fills = np.stack(list(draw.FILL.values()))
     gain = np.clip(pixels @ fills.T / (fills * fills).sum(1), 0.93, 1.08)
@@ -119,10 +119,10 @@ def subjects_of(video):
     return [s for s in seen if not _are_eyes(s, [other for other in seen if other is not s])]
 
 
-# ---- shape ----------------------------------------------------------------------------------------------------------------
+# ---- shape ----------------------------------------------------------------------------------------------
 
 def _patches(mask):
-    """Each frame's mask [F, H, W] as [F, PATCH^2], moved to its centre and scaled to one size; False where nothing is."""
+    """Each frame's mask [F, H, W] as [F, PATCH^2], moved to its centre and scaled to one size; False for nothing."""
     size = mask.shape[1]
     out = np.zeros((len(mask), PATCH * PATCH), bool)
     steps = (np.arange(PATCH) + 0.5) / PATCH * 2 - 1
@@ -153,7 +153,7 @@ def _fill(shape, colour, track, radius, size):
 
 @functools.lru_cache(maxsize=4)
 def _templates(size):
-    """(patches [N, PATCH^2], shape names [N], angles [N]) of every shape at every angle, and strides of the character."""
+    """(patches [N, PATCH^2], shape names [N], angles [N]) of every shape at every angle, every stride of a character."""
     names, angles, masks = [], [], []
     for shape, symmetry in SYMMETRY.items():
         count = 1 if shape == "circle" else 36 // symmetry
@@ -195,7 +195,7 @@ def fill_area(shape, radius, size):
     return max(_fill(shape, "red", draw.Track(np.zeros(1), 0.5, 0.5), radius, size).mean(), 1e-5)
 
 
-# ---- motion ---------------------------------------------------------------------------------------------------------------
+# ---- motion ---------------------------------------------------------------------------------------------
 
 def _centre_offset(shape):
     """How far below a track's centre the middle of the fill is, in radii."""
@@ -203,8 +203,8 @@ def _centre_offset(shape):
 
 
 def _cost(seen, track, radius, free_x, free_y, free_scale=0.0):
-    """Mean squared error per frame between what was seen and a track; how much the track may be moved, and (as a logarithm)
-    scaled, to fit."""
+    """Mean squared error per frame between what was seen and a track; how much the track may be moved, and (as a
+    logarithm) scaled, to fit."""
     size = seen.mask.shape[1]
     visible = seen.visible
     offset = _centre_offset(seen.shape) * radius * track.scale
@@ -264,7 +264,7 @@ def _relation(seen):
     return best
 
 
-# ---- background and the whole ---------------------------------------------------------------------------------------------
+# ---- background and the whole ---------------------------------------------------------------------------
 
 def _is_behind(seen, other):
     """Whether a subject is covered where the two are closest."""
@@ -308,8 +308,8 @@ def _actions(seen):
 def detect(video):
     """uint8 [F, S, S, 3] -> {"background", "relation", "count", "subjects": [{"shape", "colour", "size", "motion"}]}.
 
-    A shape, motion or relation that is none of the world's is None.  count is None if a subject is not there all the time
-    or there are two of it.
+    A shape, motion or relation that is none of the world's is None.  count is None if a subject is not there all the
+    time or there are two of it.
     """
     seen = subjects_of(video)
     for x in seen:
@@ -359,7 +359,7 @@ def account(clips, seed, held_out=False, size=96, frames=33):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=SEED, help="of the drawn scenes; the default played no part in tuning")
+    parser.add_argument("--seed", type=int, default=SEED, help="of the scenes; the default had no part in tuning")
     parser.add_argument("--held-out", action="store_true")
     args = parser.parse_args()
     shares, wrong = account(args.clips, args.seed, args.held_out)
