@@ -153,7 +153,7 @@ def _fill(shape, colour, track, radius, size):
 
 @functools.lru_cache(maxsize=4)
 def _templates(size):
-    """(patches [N, PATCH^2], shape names [N], angles [N]) of every shape at every angle, every stride of a character."""
+    """(patches [N, PATCH^2], shape names [N], angles [N]) of every shape at every angle, and the strides."""
     names, angles, masks = [], [], []
     for shape, symmetry in SYMMETRY.items():
         count = 1 if shape == "circle" else 36 // symmetry

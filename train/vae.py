@@ -177,11 +177,11 @@ class Crops:
 
 EVALUATION_SEED = 1  # of the clips that judge the VAE
 SAVE_SECONDS = 90
-CROPS_SHARE = 0.8  # of all steps; the rest sees whole frames, and the light encoder then stands still
+CROPS_SHARE = 0.5  # of all steps; the rest sees whole frames, and the light encoder then stands still
 
 
 def _phase(step, steps):
-    """(batch, crop, frames) of a step: crops most of the way, then whole frames, whose borders crops seldom show.
+    """(batch, crop, frames) of a step: crops first, then whole frames, whose borders crops seldom show.
 
     Never a batch of one, for which PyTorch chooses convolutions that are four times slower.
     """
