@@ -117,8 +117,8 @@ streams() {
     claim "SIGTERM: nothing left" [ -z "$(ls "$work" | grep clip)" ]
 }
 
-frames() { # of a clip of 32x16
-    echo $((($(wc -c <"$work/clip.y4m") - $(head -n 1 "$work/clip.y4m" | wc -c)) / (6 + 32 * 16 * 3 / 2)))
+frames() { # frames WIDTH HEIGHT: how many the clip has
+    echo $((($(wc -c <"$work/clip.y4m") - $(head -n 1 "$work/clip.y4m" | wc -c)) / (6 + $1 * $2 * 3 / 2)))
 }
 
 generation() {
@@ -127,7 +127,7 @@ generation() {
     claim "equal to diffusers: 25 tensors" grep -q "check passed: 25 tensors within 1e-05" "$work/err"
     header="YUV4MPEG2 W32 H16 F16:1 Ip A1:1 C420jpeg XCOLORRANGE=LIMITED XAIGEN=sora.c"
     claim "the header" [ "$(head -n 1 "$work/clip.y4m")" = "$header" ]
-    claim "five frames" [ "$(frames)" -eq 5 ]
+    claim "five frames" [ "$(frames 32 16)" -eq 5 ]
     claim "the record names no prompt" [ "$(grep -c fox "$work/clip.y4m.json")" -eq 0 ]
     if command -v sha256sum >/dev/null; then
         claim "the record's hash" grep -q "$(sha256sum <"$work/clip.y4m" | cut -c 1-64)" "$work/clip.y4m.json"
@@ -171,7 +171,7 @@ options() {
     claim "--record-prompt" grep -q '"a red fox"' "$work/clip.y4m.json"
     run -m $model -s 32x16 --steps 1 --seed 7 -o "$work/clip.y4m" --no-record --seconds 0.3 x
     claim "--no-record" [ ! -e "$work/clip.y4m.json" ]
-    claim "--seconds 0.3 is 5 frames" [ "$(frames)" -eq 5 ]
+    claim "--seconds 0.3 is 5 frames" [ "$(frames 32 16)" -eq 5 ]
     run -m $model -s 32x16 -f 1 --steps 1 -o "$work/clip.y4m" x
     claim "a random seed is printed" grep -q "^seed [0-9]*$" "$work/err"
     mv "$work/clip.y4m" "$work/random.y4m"
@@ -202,6 +202,23 @@ information() {
     claim "--tokenize" [ "$(cat "$work/out")" = "$(od -A n -t d4 -j 128 $golden/prompt.ids.npy | xargs)" ]
 }
 
+# The bundled model: a few of its tensors against diffusers, its defaults, and prompts from outside its world.
+demo() {
+    for check in "tests/goldens/demo --tolerance 1e-5" "tests/goldens/demo/decoded --tolerance 5e-5"; do
+        run -m models/demo.gguf -f 5 --steps 2 --seed 7 --precision f32 -o "$work/clip.y4m" --check $check \
+            "a blue star bounces on the grass"
+        claim "the bundled model equals diffusers, $check: status 0, not $status" [ $status -eq 0 ]
+    done
+    run -m models/demo.gguf --seed 7 -o "$work/clip.y4m" "a blue star bounces on the grass"
+    claim "its defaults: 96x96 at 16 a second" grep -aq "^YUV4MPEG2 W96 H96 F16:1 " "$work/clip.y4m"
+    claim "its defaults: 33 frames" [ "$(frames 96 96)" -eq 33 ]
+    page=$(head -c 4000 README.md)
+    for prompt in "" "un renard roux court dans la neige" "红色的狐狸 🦊" "$page"; do
+        run -m models/demo.gguf -f 1 --steps 1 --seed 7 -o "$work/clip.y4m" --prompt "$prompt"
+        claim "a prompt from outside its world, $(printf %.10s "$prompt" | tr '\n' ' '): status 0, not $status" [ $status -eq 0 ]
+    done
+}
+
 printf "a red fox" >"$work/prompt"
 usage
 input
@@ -211,3 +228,4 @@ generation
 checks
 options
 information
+demo
