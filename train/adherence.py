@@ -20,7 +20,6 @@ import torch
 
 import detect
 import draw
-import latents
 import vae
 import video
 import world
@@ -28,7 +27,6 @@ from common import Log
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROMPT_SEED = 3
-ATTRIBUTES = ("all", "background", "shape", "colour", "size", "motion", "relation", "roles", "count")
 
 
 def question(index, kind, held_out):
@@ -53,7 +51,7 @@ load_vae = functools.lru_cache(vae.load)
 @torch.no_grad()
 def through_vae(autoencoder, light, scene):
     """The drawn clip of a scene, encoded and decoded: uint8 [F, H, W, 3], without the way through a Y4M file."""
-    clip = draw.draw(scene, latents.SIZE, latents.FRAMES)
+    clip = draw.draw(scene)
     pixels = vae.decode(autoencoder, light(vae.to_tensor(clip)[None]))[0]
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
 
@@ -67,15 +65,6 @@ def answer(index, args):
     else:
         clip = generate(args.sora, args.model, prompt, args.seed + index, args.option)
     return prompt, detect.compare(scene, detect.detect(clip)), clip if args.strip else None
-
-
-def shares(marks):
-    """{attribute: share right, of two subjects together, "all": share of clips in which every attribute is right}."""
-    right = {}
-    for clip in marks:
-        for name, ok in [*clip.items(), ("all", all(clip.values()))]:
-            right.setdefault(name.rstrip("01"), []).append(ok)
-    return {name: float(np.mean(right[name])) for name in ATTRIBUTES if name in right}
 
 
 def write_results(path, args, answers):
@@ -109,10 +98,10 @@ def main():
     if args.strip:
         video.save_strips(args.strip, [clip for _, _, clip in answers[:10]])
         print(*(f"{prompt}\t{[n for n, ok in marks.items() if not ok]}" for prompt, marks, _ in answers[:10]), sep="\n")
-    found = shares([marks for _, marks, _ in answers])
+    found = detect.shares([marks for _, marks, _ in answers])
     row = dict(kind=args.kind, held_out=args.held_out, prompts=args.prompts, seconds=time.time() - start)
     if args.log:
-        Log(args.log).write(**row, **{name: found.get(name, float("nan")) for name in ATTRIBUTES})
+        Log(args.log).write(**row, **{name: found.get(name, float("nan")) for name in detect.ATTRIBUTES})
     print(*(f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in {**row, **found}.items()))
 
 

@@ -284,7 +284,7 @@ def background(name, size, frames):
 
 # ---- subjects over backgrounds -------------------------------------------------------------------------------------
 
-def _subject_layer(subject, track, radius, size):
+def subject_layer(subject, track, radius, size):
     """(colour [F, K, K, 3], alpha [F, K, K, 1], corner_x [F], corner_y [F]) of one subject's square in each frame.
 
     K: pixels a side; the corners are integers and may lie outside of the frame.
@@ -313,8 +313,8 @@ def _subject_layer(subject, track, radius, size):
     return colour, np.clip(0.5 - distance, 0, 1)[..., None], corner_x, corner_y
 
 
-def _blend(video, layer):
-    """Lays what _subject_layer returned over video [F, size, size, 3], in place."""
+def blend(video, layer):
+    """Lays what subject_layer returned over video [F, size, size, 3], in place."""
     colour, alpha, corner_x, corner_y = layer
     size, k = video.shape[1], alpha.shape[1]
     for f in range(video.shape[0]):
@@ -330,5 +330,5 @@ def draw(scene, size=SIZE, frames=FRAMES):
     """uint8 [frames, size, size, 3]. The second subject is drawn first, so the first passes in front of it."""
     video = background(scene.background, size, frames) * np.float32(scene.light)
     for subject, (track, radius) in reversed(list(zip(scene.subjects, tracks(scene, frames)))):
-        _blend(video, _subject_layer(subject, track, radius, size))
+        blend(video, subject_layer(subject, track, radius, size))
     return np.clip(video + 0.5, 0, 255).astype(np.uint8)

@@ -97,10 +97,10 @@ def test_a_second_subject_of_the_same_colour_is_one_too_many():
 def test_passing_behind_is_not_passing_in_front():
     scenes = (world.scene(11, i, ("relation",)) for i in range(1000))
     for scene in itertools.islice((s for s in scenes if s.relation == "pass"), 3):
-        layers = [draw._subject_layer(x, t, r, 96) for x, (t, r) in zip(scene.subjects, draw.tracks(scene, 33))]
+        layers = [draw.subject_layer(x, t, r, 96) for x, (t, r) in zip(scene.subjects, draw.tracks(scene, 33))]
         video = draw.background(scene.background, 96, 33) * np.float32(scene.light)
         for layer in layers:
-            draw._blend(video, layer)
+            draw.blend(video, layer)
         assert "relation" in wrong(scene, video.clip(0, 255).astype(np.uint8))
 
 
