@@ -81,7 +81,7 @@ def main():
     parser.add_argument("--sora", type=pathlib.Path, default=ROOT / "sora")
     parser.add_argument("--option", action="append", default=[], help="for the program, as in --option=--steps=8")
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--kind", choices=["single", "pair", "relation"], default="single")
+    parser.add_argument("--kind", choices=world.KINDS, default="single")
     parser.add_argument("--held-out", action="store_true")
     parser.add_argument("--seed", type=int, default=0, help="of the first clip; the next one's is one more")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="clips made at a time, on one thread each")

@@ -245,7 +245,7 @@ def _single(seen):
 def _pair_motion(seen):
     """(cost, motion) of a subject that has a companion but moves on its own."""
     s, r = np.linspace(0, 1, len(seen.area)), draw.PAIR_RADIUS
-    home = 0.27 if np.median(seen.centre[:, 0]) < 0.5 else 0.73
+    home = draw.PAIR_HOMES[int(np.median(seen.centre[:, 0]) > 0.5)]
     floor = draw.GROUND - draw.FOOT[seen.shape] * r
     motions = [m for m in world.motions_of(seen.shape) if m in world.PAIR_MOTIONS]
     return min((_cost(seen, draw.move(m, s, home, 0.48, r, floor), r, 0.07, 0.06, PAIR_SCALE), m) for m in motions)

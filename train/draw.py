@@ -14,8 +14,9 @@ import numpy as np
 from world import FRAMES, SIZE
 
 GROUND = 0.86  # y of the floor on which subjects stand
-RADIUS = {"small": 0.14, "medium": 0.185, "large": 0.25}
-PAIR_RADIUS = 0.15
+RADIUS = {"small": 0.155, "medium": 0.20, "large": 0.26}
+PAIR_RADIUS = 0.17
+PAIR_HOMES = 0.25, 0.75  # x of two subjects that each move on their own
 OUTLINE_COLOUR = np.array([36, 30, 46], np.float32)
 OUTLINE_WIDTH = 0.014  # of the frame
 FILL = {name: np.array(rgb, np.float32) for name, rgb in {
@@ -47,7 +48,7 @@ def _star(u, v):
     """Five points: fold the angle into one tenth of the turn, where the outline is one straight edge."""
     r, a = np.hypot(u, v), np.arctan2(u, -v)
     a = np.abs((a + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
-    inner, outer = 0.46, 1.06
+    inner, outer = 0.50, 1.06
     p, q = r * np.sin(a), r * np.cos(a)
     ex, ey = inner * np.sin(np.pi / 5), inner * np.cos(np.pi / 5) - outer
     length = np.hypot(ex, ey)
@@ -64,7 +65,7 @@ def _heart(u, v):
 
 
 def _cross(u, v):
-    return np.minimum(_box(u, v, 0.34, 0.94, 0.06), _box(u, v, 0.94, 0.34, 0.06))
+    return np.minimum(_box(u, v, 0.38, 0.94, 0.06), _box(u, v, 0.94, 0.38, 0.06))
 
 
 def _leg(u, v, foot_u, foot_v, hip_u):
@@ -149,7 +150,7 @@ def move(motion, s, x0, y0, r, floor):
         "grow": lambda: Track(s, x0, y0, scale=0.45 + 1.0 * s),
         "shrink": lambda: Track(s, x0, y0, scale=1.45 - 1.0 * s),
         "loop": lambda: Track(s, 0.5 + 0.22 * np.sin(2 * np.pi * s), 0.47 - 0.22 * np.cos(2 * np.pi * s)),
-        "shake": lambda: Track(s, x0 + 0.04 * np.sin(2 * np.pi * 8 * s), y0),
+        "shake": lambda: Track(s, x0 + 0.05 * np.sin(2 * np.pi * 4 * s), y0),
         "still": lambda: Track(s, x0, floor),
     }[motion]()
 
@@ -161,17 +162,17 @@ def relate(relation, s, dx, floors):
         s, x, floors[i], stride=_legs(s, step) * (np.abs(np.gradient(x)) > 1e-4), facing=facing)
     if relation == "orbit":
         a = 2 * np.pi * s
-        return [Track(s, 0.5 + 0.33 * np.sin(a), 0.47 - 0.31 * np.cos(a), scale=0.75), Track(s, 0.5, 0.47)]
+        return [Track(s, 0.5 + 0.34 * np.sin(a), 0.47 - 0.31 * np.cos(a), scale=0.85), Track(s, 0.5, 0.47, scale=0.85)]
     if relation == "jump together":
         height = 0.34 * (_parabola(s, 0.06, 0.46) + _parabola(s, 0.54, 0.94))
         return [Track(s, 0.5 + dx - 0.2, floors[0] - height), Track(s, 0.5 + dx + 0.2, floors[1] - height)]
     if relation == "chase":
-        lead = 0.5 + 0.30 * ramp
+        lead = 0.5 + 0.24 * ramp
         return [on_ground(0, lead - 0.18, 1, 8), on_ground(1, lead + 0.18, 1, 8)]
     if relation == "pass":
         return [on_ground(0, 0.5 + 0.42 * ramp, 1), Track(s, 0.5, floors[1] - 0.10)]
-    touch = 0.155  # half the distance between the centres of two subjects side by side
-    way_in = touch + 0.20 * np.maximum(1 - s / 0.55, 0)
+    touch = 0.175  # half the distance between the centres of two subjects side by side
+    way_in = touch + 0.19 * np.maximum(1 - s / 0.55, 0)
     if relation == "collide":
         way_in = way_in + 0.20 * np.maximum(s - 0.55, 0) / 0.45
     return [on_ground(0, 0.5 - way_in, 1), on_ground(1, 0.5 + way_in, -1)]
@@ -185,7 +186,7 @@ def tracks(scene, frames):
     floors = [GROUND - FOOT[x.shape] * r for x, r in zip(scene.subjects, radii)]
     if scene.relation:
         return list(zip(relate(scene.relation, s, scene.dx, floors), radii))
-    homes = [0.5 + scene.dx] if single else [0.27 + scene.dx, 0.73 + scene.dx]
+    homes = [0.5 + scene.dx] if single else [home + scene.dx for home in PAIR_HOMES]
     return [(move(x.motion, s, home, 0.48 + scene.dy, r, floor), r)
             for x, home, r, floor in zip(scene.subjects, homes, radii, floors)]
 

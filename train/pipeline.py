@@ -21,7 +21,7 @@ import world
 
 SHIFT = 3.0
 # What export.py finds in sora.json beside a checkpoint, and puts into the file as its defaults.
-RUN = dict(width=world.SIZE, height=world.SIZE, frames=world.FRAMES, fps=16, steps=12, guidance=3.0,
+RUN = dict(width=world.SIZE, height=world.SIZE, frames=world.FRAMES, fps=16, steps=12, guidance=1.5,
            negative_prompt="", name="sora.c demo")
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()

@@ -77,7 +77,7 @@ def train(out, tokenizer, steps, seed, batch=64):
         return torch.load(path, weights_only=True)
     torch.manual_seed(seed)
     reader, colours = Reader(model.new_text_encoder(len(tokenizer))), colour_of_token(tokenizer)
-    optimisers = Optimisers(reader.named_parameters(), 0.01, 2e-3)
+    optimisers = Optimisers(reader.named_parameters(), 0.01, 5e-3)
     names, right = [*OF_SUBJECT, *OF_SCENE], []
     for step in range(1, steps + 1):
         rng = np.random.default_rng([seed, step])

@@ -70,6 +70,21 @@ def test_one_zero_position_stands_for_all_of_them(words, tmp_path):
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
+def test_the_text_encoder_hears_the_order_of_words_from_the_start(words):
+    torch.manual_seed(0)
+    ours = tokenizer.Tokenizer(words)
+    encoder, red = model.new_text_encoder(len(ours)).eval(), ours("red")[0]
+
+    def state_of_red(text):
+        ids = ours(text)
+        with torch.no_grad():
+            return encoder(input_ids=torch.tensor([ids])).last_hidden_state[0, ids.index(red)]
+
+    first = state_of_red("a red star falls and a blue box jumps")
+    last = state_of_red("a blue box jumps and a red star falls")
+    assert (first - last).norm() > 0.2 * first.norm()
+
+
 def test_an_update_of_muon_is_nearly_orthogonal():
     u = common.orthogonalise(torch.randn(24, 40, generator=torch.Generator().manual_seed(0)))
     assert torch.linalg.svdvals(u).min() > 0.5 and torch.linalg.svdvals(u).max() < 1.3
@@ -96,7 +111,7 @@ def interrupted_at(step, batch_at):
 
 def test_a_resumed_run_equals_an_uninterrupted_one(words, tmp_path, monkeypatch):
     monkeypatch.setattr(latents, "SHARD", 8)
-    for name, value in dict(SHARDS=1, NEW_SHARDS_EVERY=100, BEGINNING=(1, 2), WHOLE=(2, 2)).items():
+    for name, value in dict(SHARDS=1, NEW_SHARDS_EVERY=100, EXTENTS=[(1, 2), (2, 2)]).items():
         monkeypatch.setattr(transformer, name, value)
     tokens, reader = tokenizer.Tokenizer(words), model.new_text_encoder(len(tokenizer.Tokenizer(words))).state_dict()
     for run in ("whole", "parted"):

@@ -49,7 +49,7 @@ def options():
     parser.add_argument("--workers", type=int, default=2, help="processes of the transformer stage, one thread each")
     parser.add_argument("--threads", type=int, default=1, help="threads of every other stage")
     parser.add_argument("--clips", type=int, default=1500, help="drawn clips for the VAE")
-    parser.add_argument("--reading-steps", type=int, default=1500)
+    parser.add_argument("--reading-steps", type=int, default=1000)
     parser.add_argument("--vae-steps", type=int, default=5330)
     parser.add_argument("--encoder-steps", type=int, default=1500)
     parser.add_argument("--transformer-steps", type=int, default=8000)

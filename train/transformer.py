@@ -19,10 +19,9 @@ import model
 import reading
 from common import Average, Log, Optimisers, save_atomically, sum_over_workers
 
-MIXED_SHARE = 0.2  # of all steps: until then, two steps of three see only the beginnings of clips
-BEGINNING = (3, 64)  # latent frames, clips a worker
-WHOLE = (9, 24)
-SHARDS, NEW_SHARDS_EVERY, MOST_SHARDS = 4, 250, 96  # at first; two more every so many steps; in all
+MIXED_SHARE = 0.8  # of all steps: until then, steps take turns with EXTENTS; after it, whole clips alone
+EXTENTS = [(1, 192), (3, 64), (9, 24)]  # (latent frames, clips a worker): pictures, beginnings, whole clips
+SHARDS, NEW_SHARDS_EVERY, MOST_SHARDS = 4, 400, 96  # at first; two more every so many steps; in all
 MUON_LR, ADAM_LR, EMA_DECAY = 0.01, 1e-3, 0.999
 DROPPED = 0.1  # share of prompts replaced by the empty one, for guidance
 SAVE_SECONDS = 120
@@ -41,8 +40,8 @@ class TextToVideo(nn.Module):
 
 
 def extent(step, steps):
-    """(latent frames, clips a worker) of a step: mostly beginnings at first, which teach what things look like."""
-    return BEGINNING if step < MIXED_SHARE * steps and step % 3 else WHOLE
+    """(latent frames, clips a worker) of a step. Pictures teach what is where for a ninth of a clip's price."""
+    return EXTENTS[step % len(EXTENTS)] if step < MIXED_SHARE * steps else EXTENTS[-1]
 
 
 def shards_at(step):
@@ -112,7 +111,8 @@ def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, 
         s = sigma[:, None, None, None, None]
         return (forward((1 - s) * clean + s * noise, sigma, ids, mask) - (noise - clean)).square().mean()
 
-    pool, shards, recent, last_save = latents.Pool(out / "latents"), 0, [], time.time()
+    pool, shards, last_save = latents.Pool(out / "latents"), 0, time.time()
+    recent = {frames: [] for frames, _ in EXTENTS}
     logged = time.time(), samples
     while step < steps:
         if shards_at(step) != shards:
@@ -126,12 +126,14 @@ def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, 
         optimisers.step(rate(step, steps))
         average.update(net)
         step, samples = step + 1, samples + workers * len(parts[0])
-        recent.append(loss.item())
+        recent[parts[0].shape[2]].append(loss.item())
         if rank == 0 and step % 50 == 0:
             now = time.time()
-            log.write(step=step, samples=samples, seconds=now - start, loss=float(np.mean(recent)), norm=norm.item(),
-                      samples_per_second=(samples - logged[1]) / (now - logged[0]))
-            recent, logged = [], (now, samples)
+            log.write(step=step, samples=samples, seconds=now - start, norm=norm.item(),
+                      samples_per_second=(samples - logged[1]) / (now - logged[0]),
+                      **{f"loss{frames}": float(np.mean(x or [np.nan])) for frames, x in recent.items()})
+            logged = now, samples
+            recent = {frames: [] for frames in recent}
         if rank == 0 and (time.time() - last_save > SAVE_SECONDS or step == steps):
             save()
             last_save = time.time()
