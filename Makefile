@@ -69,7 +69,7 @@ fuzz:
 # Comparisons with the reference implementations, in an environment of their own (or PYTHON=... that has them).
 PYTHON ?= .venv/bin/python
 
-.venv/installed: requirements.txt tests/requirements.txt
+.venv/installed: requirements.txt tests/requirements.txt train/requirements.txt
 	python3 -m venv .venv
 	.venv/bin/pip install -q "$$(grep ^torch== requirements.txt)"
 	.venv/bin/pip install -q -r tests/requirements.txt
@@ -77,6 +77,7 @@ PYTHON ?= .venv/bin/python
 
 test-reference: sora $(if $(filter .venv/%,$(PYTHON)),.venv/installed)
 	$(PYTHON) -m pytest -q tests/test_export.py
+	$(PYTHON) -m pytest -q train
 	$(PYTHON) tests/reference_tokenizer.py
 	$(PYTHON) tests/reference.py
 	$(PYTHON) tests/reference_y4m.py
