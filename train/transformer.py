@@ -49,8 +49,8 @@ def shards_at(step):
 
 
 def rate(step, steps):
-    """Factor of the learning rate: a short rise, then full, then linearly down over the last fifth."""
-    return min(1, (step + 1) / 200, max(5 * (1 - step / steps), 1e-3))
+    """Factor of the learning rate: a short rise, then full, then linearly down while whole clips are alone."""
+    return min(1, (step + 1) / 200, max((1 - step / steps) / (1 - MIXED_SHARE), 1e-3))
 
 
 def sample_sigma(generator, count):
