@@ -14,7 +14,7 @@ import numpy as np
 from world import FRAMES, SIZE
 
 GROUND = 0.86  # y of the floor on which subjects stand
-RADIUS = {"small": 0.155, "medium": 0.20, "large": 0.26}
+RADIUS = {"small": 0.16, "medium": 0.205, "large": 0.265}
 PAIR_RADIUS = 0.17
 PAIR_HOMES = 0.25, 0.75  # x of two subjects that each move on their own
 OUTLINE_COLOUR = np.array([36, 30, 46], np.float32)
@@ -70,24 +70,24 @@ def _cross(u, v):
 
 def _leg(u, v, foot_u, foot_v, hip_u):
     """Distance to the segment from the hip to the foot, less half the leg's width."""
-    du, dv = foot_u - hip_u, foot_v - 0.40
-    along = np.clip(((u - hip_u) * du + (v - 0.40) * dv) / (du * du + dv * dv), 0, 1)
-    return np.hypot(u - hip_u - along * du, v - 0.40 - along * dv) - 0.15
+    du, dv = foot_u - hip_u, foot_v - 0.30
+    along = np.clip(((u - hip_u) * du + (v - 0.30) * dv) / (du * du + dv * dv), 0, 1)
+    return np.hypot(u - hip_u - along * du, v - 0.30 - along * dv) - 0.20
 
 
 def _character(u, v, stride):
     """A rounded body on two legs; stride (broadcast over frames) is how far the feet are swung apart."""
-    body = _box(u, v + 0.28, 0.62, 0.74, 0.54)
+    body = _box(u, v + 0.30, 0.80, 0.76, 0.60)
     lift = 0.12 * np.abs(stride)
-    left = _leg(u, v, -0.24 + 0.5 * stride, 0.88 - lift, -0.24)
-    right = _leg(u, v, 0.24 - 0.5 * stride, 0.88 - lift, 0.24)
+    left = _leg(u, v, -0.36 + 0.5 * stride, 0.82 - lift, -0.36)
+    right = _leg(u, v, 0.36 - 0.5 * stride, 0.82 - lift, 0.36)
     return np.minimum(body, np.minimum(left, right))
 
 
 SHAPE_SDF = {"circle": _circle, "square": _square, "triangle": _triangle, "star": _star, "heart": _heart,
              "cross": _cross}
 # How far below the centre a shape touches the ground, in radii.
-FOOT = {"circle": 0.92, "square": 0.80, "triangle": 0.68, "star": 0.86, "heart": 0.93, "cross": 0.94, "character": 1.03}
+FOOT = {"circle": 0.92, "square": 0.80, "triangle": 0.68, "star": 0.86, "heart": 0.93, "cross": 0.94, "character": 1.02}
 
 
 # ---- motions: where the subject is at each time --------------------------------------------------------------------
@@ -146,7 +146,7 @@ def move(motion, s, x0, y0, r, floor):
         "fall": lambda: Track(s, x0, np.minimum(top + (floor - top) * (s / 0.5) ** 2, floor)),
         "bounce": lambda: Track(s, x0, floor - (floor - top) * _bouncing(s)),
         "jump": lambda: Track(s, x0, floor - 0.34 * (_parabola(s, 0.06, 0.46) + _parabola(s, 0.54, 0.94))),
-        "spin": lambda: Track(s, x0, y0, angle=2 * np.pi * s),
+        "spin": lambda: Track(s, x0, y0, angle=np.pi * s),
         "grow": lambda: Track(s, x0, y0, scale=0.45 + 1.0 * s),
         "shrink": lambda: Track(s, x0, y0, scale=1.45 - 1.0 * s),
         "loop": lambda: Track(s, 0.5 + 0.22 * np.sin(2 * np.pi * s), 0.47 - 0.22 * np.cos(2 * np.pi * s)),
@@ -308,9 +308,9 @@ def subject_layer(subject, track, radius, size):
     colour = OUTLINE_COLOUR + inner * (fill - OUTLINE_COLOUR)
     if subject.shape == "character":
         look = 0.14 * track.facing
-        for side in (-0.23, 0.23):
-            _paint(colour, (np.hypot(u - side - look, v + 0.50) - 0.17) * scale, (255, 255, 255))
-            _paint(colour, (np.hypot(u - side - 1.6 * look, v + 0.50) - 0.09) * scale, OUTLINE_COLOUR)
+        for side in (-0.31, 0.31):
+            _paint(colour, (np.hypot(u - side - look, v + 0.42) - 0.25) * scale, (255, 255, 255))
+            _paint(colour, (np.hypot(u - side - 1.6 * look, v + 0.42) - 0.13) * scale, OUTLINE_COLOUR)
     return colour, np.clip(0.5 - distance, 0, 1)[..., None], corner_x, corner_y
 
 

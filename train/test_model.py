@@ -99,6 +99,15 @@ def test_a_run_goes_on_only_with_the_options_that_it_began_with(tmp_path):
         train.keep_options(args)
 
 
+def test_a_run_may_change_its_length_until_its_rate_falls():
+    transformer.check_length(step=800, before=1000, steps=2000)
+    transformer.check_length(step=900, before=1000, steps=1000)
+    for step, before, steps in ((801, 1000, 2000), (801, 2000, 1000)):
+        assert transformer.rate(step, 1000) < transformer.rate(step, 2000)
+        with pytest.raises(SystemExit, match=f"at step {step} a run of {before} steps"):
+            transformer.check_length(step, before, steps)
+
+
 def interrupted_at(step, batch_at):
     """batch_at, but whoever asks for the batch of `step` is interrupted."""
     def interrupted(now, *rest):

@@ -12,7 +12,8 @@
 Beside OUT/transformer.ckpt stands OUT/snapshot/, a diffusers folder, written anew with every checkpoint.
 Loss curves stand in OUT/log/*.tsv, process ids in OUT/pids/.  The same command starts and resumes; --until stops early.
 
-Every batch follows from (options, step).  OUT/options.json keeps those options, so that a run goes on as it began.
+Every batch follows from (options, step).  OUT/options.json keeps those options, so that a run goes on as it began;
+--transformer-steps alone may still change, until the rate falls: a long run begins as a short one does.
 """
 import argparse
 import datetime
@@ -36,7 +37,7 @@ import transformer
 import vae
 
 STAGES = ["tokenizer", "reading", "vae", "transformer", "encoder", "model"]
-STREAM_OPTIONS = ["seed", "workers", "clips", "reading_steps", "vae_steps", "encoder_steps", "transformer_steps"]
+STREAM_OPTIONS = ["seed", "workers", "clips", "reading_steps", "vae_steps", "encoder_steps"]
 JUDGES_SEEDS = [vae.EVALUATION_SEED, detect.SEED, adherence.PROMPT_SEED]  # whose clips no training may see
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -50,7 +51,7 @@ def options():
     parser.add_argument("--threads", type=int, default=1, help="threads of every other stage")
     parser.add_argument("--clips", type=int, default=1500, help="drawn clips for the VAE")
     parser.add_argument("--reading-steps", type=int, default=1000)
-    parser.add_argument("--vae-steps", type=int, default=5330)
+    parser.add_argument("--vae-steps", type=int, default=8000)
     parser.add_argument("--encoder-steps", type=int, default=1500)
     parser.add_argument("--transformer-steps", type=int, default=8000)
     parser.add_argument("--eager", action="store_true",
@@ -104,12 +105,12 @@ def main():
     if "reading" in wanted:
         reading.train(args.out, tokenizer.Tokenizer(words), args.reading_steps, args.seed)
     if "vae" in wanted:
-        vae.train_decoder(args.out, args.vae_steps, args.seed, args.clips)
+        vae.train_decoder(args.out, args.vae_steps, args.seed, args.clips, compiled=not args.eager)
     if "transformer" in wanted:
         with tempfile.TemporaryDirectory() as folder:
             multiprocessing.spawn(transformer_worker, (args, f"{folder}/rendezvous"), args.workers)
     if "encoder" in wanted:
-        vae.train_encoder(args.out, args.encoder_steps, args.seed, args.clips)
+        vae.train_encoder(args.out, args.encoder_steps, args.seed, args.clips, compiled=not args.eager)
     if "model" in wanted:
         pipeline.snapshot(args.out)
         subprocess.run([sys.executable, ROOT / "export.py", args.out / "snapshot", "-o", args.out / "demo.gguf"],

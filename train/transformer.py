@@ -7,6 +7,7 @@ run that was killed goes on as if nothing had happened.  Two worker processes of
 their gradients: on a machine that is busy with other things this loses far less than two threads that wait for each
 other at every operation.
 """
+import sys
 import time
 
 import numpy as np
@@ -21,6 +22,7 @@ from common import Average, Log, Optimisers, save_atomically, sum_over_workers
 
 MIXED_SHARE = 0.8  # of all steps: until then, steps take turns with EXTENTS; after it, whole clips alone
 EXTENTS = [(1, 192), (3, 64), (9, 24)]  # (latent frames, clips a worker): pictures, beginnings, whole clips
+PIECES = 2  # of a worker's part of a batch, one after the other: what is half as large stays in the cache longer
 SHARDS, NEW_SHARDS_EVERY, MOST_SHARDS = 4, 400, 96  # at first; two more every so many steps; in all
 MUON_LR, ADAM_LR, EMA_DECAY = 0.01, 1e-3, 0.999
 DROPPED = 0.1  # share of prompts replaced by the empty one, for guidance
@@ -51,6 +53,13 @@ def shards_at(step):
 def rate(step, steps):
     """Factor of the learning rate: a short rise, then full, then linearly down while whole clips are alone."""
     return min(1, (step + 1) / 200, max((1 - step / steps) / (1 - MIXED_SHARE), 1e-3))
+
+
+def check_length(step, before, steps):
+    """Exits if a run of `before` steps, now at `step`, cannot become one of `steps`: up to where the rate falls, and
+    the mix ends, the two are the same run, and after that no longer."""
+    if step > MIXED_SHARE * min(before, steps) and before != steps:
+        sys.exit(f"transformer.py: at step {step} a run of {before} steps can no longer become one of {steps}")
 
 
 def sample_sigma(generator, count):
@@ -95,6 +104,7 @@ def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, 
     step, samples, start = 0, 0, time.time()
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
+        check_length(state["step"], state["steps"], steps)
         net.load_state_dict(state["model"])
         optimisers.load_state_dict(state["optimisers"])
         average.shadow, average.count = state["average"], state["step"]
@@ -102,14 +112,23 @@ def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, 
 
     def save():
         save_atomically({"model": net.state_dict(), "average": average.shadow, "optimisers": optimisers.state_dict(),
-                         "step": step, "samples": samples, "seconds": time.time() - start}, checkpoint)
+                         "step": step, "steps": steps, "samples": samples, "seconds": time.time() - start}, checkpoint)
         saved()
 
     forward = torch.compile(net, dynamic=False) if compiled else net
 
     def loss_of(clean, noise, sigma, ids, mask):
         s = sigma[:, None, None, None, None]
-        return (forward((1 - s) * clean + s * noise, sigma, ids, mask) - (noise - clean)).square().mean()
+        return (forward((1 - s) * clean + s * noise, sigma, ids, mask) - (noise - clean)).square().mean() / PIECES
+
+    def accumulate(batch):
+        """Adds the gradients of a batch, and returns its loss."""
+        total = 0.0
+        for piece in zip(*(part.chunk(PIECES) for part in batch)):
+            loss = loss_of(*piece)
+            loss.backward()
+            total += loss.item()
+        return total
 
     pool, shards, last_save = latents.Pool(out / "latents"), 0, time.time()
     recent = {frames: [] for frames, _ in EXTENTS}
@@ -119,14 +138,13 @@ def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, 
             make_shards(step, seed, rank, workers, out / "latents", light)
             shards = shards_at(step)
         parts = batch_at(step, steps, seed, rank, workers, pool, tokenizer)
-        loss = loss_of(*parts)
-        loss.backward()
+        loss = accumulate(parts)
         sum_over_workers([p.grad for p in net.parameters()], 1 / workers)
         norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimisers.step(rate(step, steps))
         average.update(net)
         step, samples = step + 1, samples + workers * len(parts[0])
-        recent[parts[0].shape[2]].append(loss.item())
+        recent[parts[0].shape[2]].append(loss)
         if rank == 0 and step % 50 == 0:
             now = time.time()
             log.write(step=step, samples=samples, seconds=now - start, norm=norm.item(),

@@ -64,6 +64,12 @@ def new_vae():
     return whole_clips(AutoencoderKLWan(**CONFIG))
 
 
+def latent_shape(x):
+    """The shape of the latents of pixels x."""
+    b, _, f, h, w = x.shape
+    return b, Z, 1 + (f - 1) // 4, h // 8, w // 8
+
+
 def decode(vae, z):
     """pixels [B, 3, F, H, W] of latents z, unclamped."""
     return unpatchify(vae.decoder(vae.post_quant_conv(z)), CONFIG["patch_size"])
@@ -248,14 +254,18 @@ def _fit(out, name, module, steps, seed, clips, loss_of, autoencoder, max_norm=f
             last_save = time.time()
 
 
-def train_decoder(out, steps, seed, clips, noise=0.03):
+def train_decoder(out, steps, seed, clips, noise=0.03, compiled=False):
     """Trains decoder and light encoder together into OUT/vae.ckpt.
 
     clips: how many are drawn for it. noise: deviation of what is added to the latents, in units of their own.
+    compiled: by torch.compile; a step on whole frames then takes two thirds of the time.
     """
     torch.manual_seed(seed)
     vae, light = new_vae(), LightEncoder()
     both = _decoding_half(vae, light)
+    reconstruct = lambda x, noise: reconstruction_loss(decode(vae, light(x) + noise), x)
+    if compiled:
+        reconstruct = torch.compile(reconstruct, dynamic=False)
 
     def loss_of(crops, step):
         if step == 0:
@@ -263,9 +273,8 @@ def train_decoder(out, steps, seed, clips, noise=0.03):
         light.norm.train(step < 0.5 * steps)  # later the scale of the latents stands still, as it will in use
         light.requires_grad_(step < CROPS_SHARE * steps)
         x = crops.batch(np.random.default_rng([seed, step]), *_phase(step, steps))
-        z = light(x)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        return reconstruction_loss(decode(vae, z + noise * torch.randn(z.shape, generator=generator)), x)
+        return reconstruct(x, noise * torch.randn(latent_shape(x), generator=generator))
 
     _fit(out, "vae", both, steps, seed, clips, loss_of, lambda x: decode(vae, light(x)), max_norm=1.0)
 
@@ -275,8 +284,8 @@ def _encoding_half(vae):
     return nn.ModuleDict({"encoder": vae.encoder, "quant_conv": vae.quant_conv})
 
 
-def train_encoder(out, steps, seed, clips):
-    """Regresses Wan's own encoder onto the light encoder's latents, into OUT/encoder.ckpt.
+def train_encoder(out, steps, seed, clips, compiled=False):
+    """Regresses Wan's own encoder onto the light encoder's latents, into OUT/encoder.ckpt; compiled: as above.
 
     The second half of quant_conv's output, the log-variance, is left at zero weights and a small constant: the latents
     are meant to be used at their mean.
@@ -288,8 +297,11 @@ def train_encoder(out, steps, seed, clips):
     vae.quant_conv.weight.data[Z:] = 0
     vae.quant_conv.bias.data[Z:] = -8
 
+    distance = lambda x: (encode(vae, x) - light(x)).square().mean()
+    if compiled:
+        distance = torch.compile(distance, dynamic=False)
+
     def loss_of(crops, step):
-        x = crops.batch(np.random.default_rng([seed, step, 1]), *_phase(step, steps))
-        return (encode(vae, x) - light(x)).square().mean()
+        return distance(crops.batch(np.random.default_rng([seed, step, 1]), *_phase(step, steps)))
 
     _fit(out, "encoder", _encoding_half(vae), steps, seed, clips, loss_of, lambda x: decode(vae, encode(vae, x)))
