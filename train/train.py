@@ -67,10 +67,11 @@ def keep_options(args):
     path, now = args.out / "options.json", {name: getattr(args, name) for name in STREAM_OPTIONS}
     if not path.exists():
         path.write_text(json.dumps(now, indent=2) + "\n")
-    for name, before in json.loads(path.read_text()).items():
-        if now[name] != before:
-            sys.exit(f"train.py: this run began with --{name.replace('_', '-')} {before}, not {now[name]}, and its "
-                     f"batches depend on it; who knows what they do may remove {path}")
+    before = json.loads(path.read_text())
+    for name in STREAM_OPTIONS:
+        if before[name] != now[name]:
+            sys.exit(f"train.py: this run began with --{name.replace('_', '-')} {before[name]}, not {now[name]}, and "
+                     f"its batches depend on it; who knows what they do may remove {path}")
 
 
 def note_pid(out, name):
