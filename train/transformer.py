@@ -88,6 +88,67 @@ def make_shards(step, seed, rank, workers, folder, light):
         dist.barrier()
 
 
+class Run:
+    """What training changes: the network, its optimisers and average, and how far it has come."""
+
+    def __init__(self, vocabulary, encoder_state):
+        self.net = TextToVideo(vocabulary)
+        self.net.text_encoder.load_state_dict(encoder_state)
+        self.forward = self.net
+        self.optimisers = Optimisers(self.net.named_parameters(), MUON_LR, ADAM_LR)
+        self.average = Average(self.net, EMA_DECAY)
+        self.step, self.samples, self.start = 0, 0, time.time()
+
+    def restore(self, checkpoint, steps):
+        """Goes on from a checkpoint, of a run that may have been meant to be of another length."""
+        state = torch.load(checkpoint, weights_only=True)
+        check_length(state["step"], state["steps"], steps)
+        self.net.load_state_dict(state["model"])
+        self.optimisers.load_state_dict(state["optimisers"])
+        self.average.shadow, self.average.count = state["average"], state["step"]
+        self.step, self.samples, self.start = state["step"], state["samples"], self.start - state["seconds"]
+
+    def save(self, checkpoint, steps):
+        save_atomically({"model": self.net.state_dict(), "average": self.average.shadow, "step": self.step,
+                         "optimisers": self.optimisers.state_dict(), "steps": steps, "samples": self.samples,
+                         "seconds": time.time() - self.start}, checkpoint)
+
+    def loss(self, clean, noise, sigma, ids, mask):
+        s = sigma[:, None, None, None, None]
+        return (self.forward((1 - s) * clean + s * noise, sigma, ids, mask) - (noise - clean)).square().mean()
+
+    def learn(self, batch, factor, workers):
+        """One step on this worker's part of a batch; (its loss, the norm of the gradient)."""
+        total = 0.0
+        for piece in zip(*(part.chunk(PIECES) for part in batch)):
+            loss = self.loss(*piece) / PIECES
+            loss.backward()
+            total += loss.item()
+        sum_over_workers([p.grad for p in self.net.parameters()], 1 / workers)
+        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.optimisers.step(factor)
+        self.average.update(self.net)
+        self.step, self.samples = self.step + 1, self.samples + workers * len(batch[0])
+        return total, norm.item()
+
+
+class Curve:
+    """The loss curve in OUT/log/transformer.tsv: a row for every 50 steps, with the mean loss of each extent."""
+
+    def __init__(self, path, samples):
+        self.log, self.losses, self.since = Log(path), {}, (time.time(), samples)
+
+    def add(self, run, frames, loss, norm):
+        self.losses.setdefault(frames, []).append(loss)
+        if run.step % 50:
+            return
+        now = time.time()
+        self.log.write(step=run.step, samples=run.samples, seconds=now - run.start, norm=norm,
+                       samples_per_second=(run.samples - self.since[1]) / (now - self.since[0]),
+                       **{f"loss{n}": float(np.mean(self.losses.get(n, np.nan))) for n, _ in EXTENTS})
+        self.losses, self.since = {}, (now, run.samples)
+
+
 def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, saved=lambda: None, compiled=False):
     """Trains up to `steps` steps, going on from OUT/transformer.ckpt; saved() follows each save.
 
@@ -96,63 +157,23 @@ def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, 
     compiled: by torch.compile, which takes minutes once and then makes a step a fifth shorter; needs a C++ compiler.
     """
     torch.manual_seed(seed)
-    net = TextToVideo(len(tokenizer))
-    net.text_encoder.load_state_dict(encoder_state)
-    optimisers = Optimisers(net.named_parameters(), MUON_LR, ADAM_LR)
-    average = Average(net, EMA_DECAY)
-    checkpoint, log = out / "transformer.ckpt", Log(out / "log" / "transformer.tsv")
-    step, samples, start = 0, 0, time.time()
+    run, checkpoint = Run(len(tokenizer), encoder_state), out / "transformer.ckpt"
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        check_length(state["step"], state["steps"], steps)
-        net.load_state_dict(state["model"])
-        optimisers.load_state_dict(state["optimisers"])
-        average.shadow, average.count = state["average"], state["step"]
-        step, samples, start = state["step"], state["samples"], start - state["seconds"]
-
-    def save():
-        save_atomically({"model": net.state_dict(), "average": average.shadow, "optimisers": optimisers.state_dict(),
-                         "step": step, "steps": steps, "samples": samples, "seconds": time.time() - start}, checkpoint)
-        saved()
-
-    forward = torch.compile(net, dynamic=False) if compiled else net
-
-    def loss_of(clean, noise, sigma, ids, mask):
-        s = sigma[:, None, None, None, None]
-        return (forward((1 - s) * clean + s * noise, sigma, ids, mask) - (noise - clean)).square().mean() / PIECES
-
-    def accumulate(batch):
-        """Adds the gradients of a batch, and returns its loss."""
-        total = 0.0
-        for piece in zip(*(part.chunk(PIECES) for part in batch)):
-            loss = loss_of(*piece)
-            loss.backward()
-            total += loss.item()
-        return total
-
-    pool, shards, last_save = latents.Pool(out / "latents"), 0, time.time()
-    recent = {frames: [] for frames, _ in EXTENTS}
-    logged = time.time(), samples
-    while step < steps:
-        if shards_at(step) != shards:
-            make_shards(step, seed, rank, workers, out / "latents", light)
-            shards = shards_at(step)
-        parts = batch_at(step, steps, seed, rank, workers, pool, tokenizer)
-        loss = accumulate(parts)
-        sum_over_workers([p.grad for p in net.parameters()], 1 / workers)
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimisers.step(rate(step, steps))
-        average.update(net)
-        step, samples = step + 1, samples + workers * len(parts[0])
-        recent[parts[0].shape[2]].append(loss)
-        if rank == 0 and step % 50 == 0:
-            now = time.time()
-            log.write(step=step, samples=samples, seconds=now - start, norm=norm.item(),
-                      samples_per_second=(samples - logged[1]) / (now - logged[0]),
-                      **{f"loss{frames}": float(np.mean(x or [np.nan])) for frames, x in recent.items()})
-            logged = now, samples
-            recent = {frames: [] for frames in recent}
-        if rank == 0 and (time.time() - last_save > SAVE_SECONDS or step == steps):
-            save()
+        run.restore(checkpoint, steps)
+    if compiled:
+        run.forward = torch.compile(run.net, dynamic=False)
+    curve, pool = Curve(out / "log" / "transformer.tsv", run.samples), latents.Pool(out / "latents")
+    shards, last_save = 0, time.time()
+    while run.step < steps:
+        if shards_at(run.step) != shards:
+            make_shards(run.step, seed, rank, workers, out / "latents", light)
+            shards = shards_at(run.step)
+        batch = batch_at(run.step, steps, seed, rank, workers, pool, tokenizer)
+        loss, norm = run.learn(batch, rate(run.step, steps), workers)
+        if rank == 0:
+            curve.add(run, batch[0].shape[2], loss, norm)
+        if rank == 0 and (time.time() - last_save > SAVE_SECONDS or run.step == steps):
+            run.save(checkpoint, steps)
+            saved()
             last_save = time.time()
-    return average.shadow
+    return run.average.shadow
