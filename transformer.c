@@ -66,11 +66,11 @@ static void read_config(const WeightFile *file, Transformer *t) {
     t->eps = (float)weights_double(file, "wan.eps");
     weights_sizes(file, "wan.patch_size", 16, t->patch_size, 3);
     if (t->patch_size[0] != 1)
-        die(STATUS_USAGE, "weight file: wan.patch_size %d in time: only patches within a frame are run",
+        weights_refuse(file, "wan.patch_size %d in time: only patches within a frame are run",
             t->patch_size[0]);
-    if (t->freq_dim % 2) die(STATUS_USAGE, "weight file: wan.freq_dim %d is odd", t->freq_dim);
+    if (t->freq_dim % 2) weights_refuse(file, "wan.freq_dim %d is odd", t->freq_dim);
     if (t->dim % t->num_heads || t->dim / t->num_heads % 2)
-        die(STATUS_USAGE, "weight file: wan.dim %d is not wan.num_heads %d heads of even width", t->dim,
+        weights_refuse(file, "wan.dim %d is not wan.num_heads %d heads of even width", t->dim,
             t->num_heads);
 }
 

@@ -130,6 +130,8 @@ typedef struct WeightFile WeightFile;
 const char *weights_open(const char *path, WeightFile **out);              /* maps and checks everything */
 const char *weights_parse(Bytes bytes, const char *path, WeightFile **out); /* the same on bytes in memory */
 void weights_close(WeightFile *file); /* frees the tables, not the mapping */
+/* Ends the program with a line that names the file. */
+_Noreturn void weights_refuse(const WeightFile *file, const char *format, ...) PRINTF_LIKE(2, 3);
 
 /* Binds one tensor as a matrix whose cols are some of its inner sizes multiplied, and rows the rest; rows 1
  * binds a vector. Dies, with both shapes, if it is missing or differs. */

@@ -200,7 +200,10 @@ static _Noreturn void die_writing(const char *path) {
 
 /* Where the bytes of `path` end up: the target of a symbolic link, else the path itself. A new string. */
 static char *resolve(const char *path) {
+    struct stat status;
     char *target = realpath(path, NULL);
+    if (!target && !lstat(path, &status) && S_ISLNK(status.st_mode))
+        die(STATUS_RESOURCE, "%s: a symbolic link whose target is not there", path);
     return target ? target : format_string("%s", path);
 }
 

@@ -365,6 +365,15 @@ static bool splits_into(const Tensor *tensor, int rows, int cols) {
     return inner == (size_t)cols && tensor_count(tensor) == (size_t)rows * (size_t)cols;
 }
 
+void weights_refuse(const WeightFile *file, const char *format, ...) {
+    char text[512];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    die(STATUS_USAGE, "%s: %s", file->path, text);
+}
+
 #define FORMAT_NAME(name, format)                        \
     char name[MAX_NAME];                                 \
     do {                                                 \
@@ -376,7 +385,7 @@ static bool splits_into(const Tensor *tensor, int rows, int cols) {
 
 static const Tensor *need_tensor(const WeightFile *file, const char *name) {
     const Tensor *tensor = find_tensor(file, name);
-    if (!tensor) die(STATUS_USAGE, "%s: tensor \"%s\" is missing", file->path, name);
+    if (!tensor) weights_refuse(file, "tensor \"%s\" is missing", name);
     return tensor;
 }
 
@@ -392,7 +401,7 @@ Weight weights_bind(const WeightFile *file, int rows, int cols, const char *form
     const Tensor *tensor = need_tensor(file, name);
     char sizes[64];
     if (!splits_into(tensor, rows, cols))
-        die(STATUS_USAGE, "%s: tensor \"%s\" has shape %s, expected [%d, %d]", file->path, name,
+        weights_refuse(file, "tensor \"%s\" has shape %s, expected [%d, %d]", name,
             sizes_string(tensor, sizes), rows, cols);
     return (Weight){tensor->data, tensor->type, rows, cols};
 }
@@ -402,7 +411,7 @@ const float *weights_floats(const WeightFile *file, int count, const char *forma
     const Tensor *tensor = need_tensor(file, name);
     char sizes[64];
     if (tensor_count(tensor) != (size_t)count)
-        die(STATUS_USAGE, "%s: tensor \"%s\" has shape %s, expected %d elements", file->path, name,
+        weights_refuse(file, "tensor \"%s\" has shape %s, expected %d elements", name,
             sizes_string(tensor, sizes), count);
     if (tensor->type == TYPE_F32) return (const float *)(const void *)tensor->data;
     float *copy = keep_copy(file, allocate((size_t)count * sizeof(float)));
@@ -462,8 +471,8 @@ Bytes array_next_string(const WeightArray *array, const uint8_t **cursor) {
 static const Key *need_key(const WeightFile *file, const char *name, bool (*fits)(uint32_t type),
                            const char *what) {
     const Key *key = find_key(file, name);
-    if (!key) die(STATUS_USAGE, "%s: key \"%s\" is missing", file->path, name);
-    if (!fits(key->type)) die(STATUS_USAGE, "%s: key \"%s\" is not %s", file->path, name, what);
+    if (!key) weights_refuse(file, "key \"%s\" is missing", name);
+    if (!fits(key->type)) weights_refuse(file, "key \"%s\" is not %s", name, what);
     return key;
 }
 
@@ -478,7 +487,7 @@ int64_t weights_int_or(const WeightFile *file, const char *name, int64_t fallbac
 
 static int check_size(const WeightFile *file, const char *name, int64_t size, int most) {
     if (size < 1 || size > most)
-        die(STATUS_USAGE, "%s: key \"%s\" is %" PRId64 ", expected 1 to %d", file->path, name, size, most);
+        weights_refuse(file, "key \"%s\" is %" PRId64 ", expected 1 to %d", name, size, most);
     return (int)size;
 }
 
@@ -493,7 +502,7 @@ int weights_size_or(const WeightFile *file, const char *name, int most, int fall
 void weights_sizes(const WeightFile *file, const char *name, int most, int *out, int count) {
     WeightArray array;
     if (!weights_array(file, name, &array) || !is_integer(array.type) || array.count != (size_t)count)
-        die(STATUS_USAGE, "%s: key \"%s\" is not an array of %d integers", file->path, name, count);
+        weights_refuse(file, "key \"%s\" is not an array of %d integers", name, count);
     for (int i = 0; i < count; i++) out[i] = check_size(file, name, array_int(&array, (size_t)i), most);
 }
 
