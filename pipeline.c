@@ -371,28 +371,40 @@ static int tokens_of(const Run *run) {
     return run->T * run->H * run->W / (patch[0] * patch[1] * patch[2]);
 }
 
-/* Bytes of private memory at the highest point: each stage's buffers, and what its products
- * and attention pack. */
-static size_t run_memory(const Run *run) {
-    Model *m = run->model;
-    const Transformer *t = &m->transformer;
-    const Vae *vae = &m->vae;
-    int n = run->prompt.n, longer = n > run->negative.n ? n : run->negative.n, L = tokens_of(run), taps = 27;
+/* Each stage's memory: its buffers, and what its products and attention pack. */
+
+static int longer_prompt(const Run *run) { return (int)larger(run->prompt.n, run->negative.n); }
+
+static size_t encoding_memory(const Run *run) {
+    const TextEncoder *e = &run->model->text_encoder;
+    int n = longer_prompt(run);
+    return text_encoder_memory(e, n) + larger(product_memory(e->precision, n, e->ffn_dim),
+                                              attention_memory(F32, n, e->num_heads, e->head_dim));
+}
+
+static size_t denoising_memory(const Run *run) {
+    const Transformer *t = &run->model->transformer;
+    int positions = longer_prompt(run) + 1, L = tokens_of(run);
     Arena denoiser = {0};
     denoiser_take(&denoiser, run);
-    const TextEncoder *e = &m->text_encoder;
-    size_t text = text_encoder_memory(e, longer) +
-                  larger(product_memory(e->precision, longer, e->ffn_dim),
-                         attention_memory(F32, longer, e->num_heads, e->head_dim));
-    size_t reading = sizeof(float) * (size_t)(longer + 1) * (size_t)(t->text_dim + 2 * t->dim);
-    size_t denoising = denoiser.used +
-                       larger(reading + product_memory(F32, longer + 1, t->text_dim),
-                              larger(attention_memory(t->precision, L, t->num_heads, t->dim / t->num_heads),
-                                     product_memory(t->precision, L, t->ffn_dim)));
-    size_t decoding = vae_decode_memory(&m->vae, run->H, run->W) +
-                      larger(attention_memory(vae->precision, run->H * run->W, 1, vae->proj.in),
-                             product_memory(vae->precision, 0, taps * vae->proj.in));
-    return larger(text, larger(denoising, decoding)) + run->elements * sizeof(float);
+    size_t reading = sizeof(float) * (size_t)positions * (size_t)(t->text_dim + 2 * t->dim);
+    return denoiser.used +
+           larger(reading + product_memory(F32, positions, t->text_dim),
+                  larger(attention_memory(t->precision, L, t->num_heads, t->dim / t->num_heads),
+                         product_memory(t->precision, L, t->ffn_dim)));
+}
+
+static size_t decoding_memory(const Run *run) {
+    Vae *vae = &run->model->vae;
+    return vae_decode_memory(vae, run->H, run->W) +
+           larger(attention_memory(vae->precision, run->H * run->W, 1, vae->proj.in),
+                  product_memory(vae->precision, 0, 27 * vae->proj.in)); /* a 3x3x3 convolution */
+}
+
+/* Bytes of private memory at the highest point. */
+static size_t run_memory(const Run *run) {
+    return larger(encoding_memory(run), larger(denoising_memory(run), decoding_memory(run))) +
+           run->elements * sizeof(float);
 }
 
 static double run_flops(const Run *run) {
@@ -415,7 +427,8 @@ static void estimate(const Run *run) {
             s->width, s->height, s->frames, bytes / 0x1p30, available / 0x1p30);
     int longest = weights_size_or(run->model->file, "default.frames", 1 << 20, s->frames);
     if (s->frames > longest)
-        warn("%d frames: the model made clips of %d, and beyond them motion tends to repeat", s->frames, longest);
+        warn("%d frames: the model made clips of %d, and beyond them motion tends to repeat", s->frames,
+             longest);
     progress_note("%dx%d, %d frames, %d steps: %.4g TFLOP in %s, %.2f GiB of memory beside the weights",
                   s->width, s->height, s->frames, s->steps, run_flops(run) * 1e-12,
                   precision_name(run->model->precision), bytes / 0x1p30);

@@ -70,7 +70,7 @@ typedef struct {
 
 typedef struct {
     AttentionLayers self_attn, cross_attn;
-    const float *norm3_weight, *norm3_bias; /* (D), or NULL where cross_attn_norm is off */
+    const float *norm3_weight, *norm3_bias; /* (D) */
     Linear ffn_0, ffn_2;
     const float *modulation; /* (6,D) */
 } TransformerBlock;

@@ -472,7 +472,7 @@ static const char *load_pieces(Tokenizer *t, const WeightArray *tokens) {
     t->symbols = set_new(count_symbols(t));
     memset(t->byte_ids, 0xff, sizeof t->byte_ids);
     for (int32_t id = 0; id < t->count; id++) {
-        t->pieces[id] = array_next_string(tokens, &cursor);
+        t->pieces[id] = next_string(&cursor);
         const char *why = load_piece(t, id, &smallest);
         if (why) return why;
     }

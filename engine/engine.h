@@ -59,7 +59,7 @@ const char *read_file(const char *path, size_t limit, Bytes *out);
  * dies with STATUS_RESOURCE. */
 typedef struct {
     FILE *stream;
-    char *path, *temporary; /* temporary is NULL on standard output */
+    char *path, *temporary; /* temporary is NULL on standard output, devices and FIFOs */
 } OutputFile;
 OutputFile output_open(const char *path);
 void output_write(OutputFile *out, const void *data, size_t bytes);
@@ -73,10 +73,9 @@ void interrupts_catch(void);
 
 double seconds(void);           /* a monotonic clock */
 size_t memory_available(void);  /* bytes that can be had without swapping; SIZE_MAX if unknown */
-void memory_note(void);         /* takes the present memory into account; arena_close() does so by itself */
-size_t memory_peak(void);       /* private bytes at the highest point noted: mapped weights do not count */
+size_t memory_peak(void);       /* private bytes at the highest point: mapped weights do not count */
 
-/* Small integers, as everywhere. */
+/* Sizes and counts; none comes near the limit of its type. */
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 static inline size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 static inline int ceiling(int a, int b) { return (a + b - 1) / b; } /* of a / b */
@@ -92,9 +91,6 @@ typedef struct {
 void text_append(Text *text, const void *bytes, size_t size);
 void text_append_utf8(Text *text, Bytes bytes);           /* with U+FFFD for what is no UTF-8 */
 void text_append_character(Text *text, uint32_t code);
-/* Bytes of the character that text, not empty, begins with; if there is none,
- * of what one U+FFFD stands for. */
-size_t utf8_bytes(Bytes text, bool *valid);
 size_t utf8_decode(Bytes text, uint32_t *code); /* of valid UTF-8; returns its bytes */
 
 /* ---------------------------------------------------------------- profile.c: where the time goes */
@@ -170,7 +166,7 @@ int64_t array_int(const WeightArray *array, size_t index); /* 0 if the elements 
 double array_double(const WeightArray *array, size_t index);
 bool array_is_number(const WeightArray *array);
 /* The next string of a string array; *cursor starts at array->data. Lengths were checked when parsing. */
-Bytes array_next_string(const WeightArray *array, const uint8_t **cursor);
+Bytes next_string(const uint8_t **cursor);
 void weights_print(const WeightFile *file, FILE *out); /* --info: keys, then tensors with type and shape */
 
 void weight_row(const Weight *weight, int row, float *out); /* one row as floats */
@@ -204,7 +200,8 @@ typedef uint32_t Word;
 #endif
 
 /* The functions that have a body per instruction set (kernel_body.h). With F32 every table gives
- * the same bits; INT8 too, and BF16 but for subnormal numbers, which some dot products flush. */
+ * the same bits; so does INT8 on finite numbers, and BF16 but for subnormal ones, which some dot products
+ * flush. */
 typedef struct {
     const char *name;         /* generic, avx2, avx512, neon */
     bool fast[PRECISIONS];    /* faster than float32; where BF16 is not, tiles take it as floats (panel.c) */

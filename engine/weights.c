@@ -152,8 +152,11 @@ static bool take_string(Reader *reader, Bytes *out) {
 /* A name for a message: "%.*s" takes these two. */
 #define NAMED(bytes) (int)((bytes).size < MAX_NAME ? (bytes).size : MAX_NAME), (const char *)(bytes).data
 
+/* On one line, and harmless to a terminal. */
 static bool good_name(Bytes name) {
-    return name.size > 0 && name.size < MAX_NAME && !memchr(name.data, 0, name.size);
+    for (size_t i = 0; i < name.size; i++)
+        if (name.data[i] < 0x20 || name.data[i] == 0x7f) return false;
+    return name.size > 0 && name.size < MAX_NAME;
 }
 
 static const char *take_elements(Reader *reader, WeightArray *out) {
@@ -461,8 +464,7 @@ double array_double(const WeightArray *array, size_t index) {
     return array->type == VALUE_F64 ? value : (double)array_int(array, index);
 }
 
-Bytes array_next_string(const WeightArray *array, const uint8_t **cursor) {
-    (void)array;
+Bytes next_string(const uint8_t **cursor) {
     Bytes string = {*cursor + 8, (size_t)little_endian(*cursor, 8)};
     *cursor = string.data + string.size;
     return string;
@@ -524,7 +526,7 @@ const char *weights_string_or(const WeightFile *file, const char *name, const ch
     const Key *key = find_key(file, name);
     if (!key || key->type != VALUE_STRING) return fallback;
     const uint8_t *cursor = key->value.data;
-    Bytes string = array_next_string(&key->value, &cursor);
+    Bytes string = next_string(&cursor);
     char *copy = keep_copy(file, allocate(string.size + 1));
     memcpy(copy, string.data, string.size);
     return copy;
@@ -549,7 +551,7 @@ static void print_text(Bytes text, FILE *out) {
 }
 
 static void print_element(const WeightArray *array, size_t index, const uint8_t **cursor, FILE *out) {
-    if (array->type == VALUE_STRING) print_text(array_next_string(array, cursor), out);
+    if (array->type == VALUE_STRING) print_text(next_string(cursor), out);
     else if (array->type == VALUE_BOOL) fputs(array->data[index] ? "true" : "false", out);
     else if (is_integer(array->type)) fprintf(out, "%" PRId64, array_int(array, index));
     else fprintf(out, "%.9g", array_double(array, index));

@@ -114,7 +114,10 @@ streams() {
     claim "a closed pipe: one line" [ "$(cat "$work/err")" = "sora: standard output: closed by its reader" ]
 
     "$sora" $small --steps 1000 -f 81 -o "$work/clip.y4m" x 2>"$work/err" &
-    sleep 0.5
+    for _ in $(seq 100); do # until it is at work
+        ls "$work" | grep -q "clip.y4m.*part" && break
+        sleep 0.1
+    done
     kill -TERM $!
     wait $!
     status=$?
@@ -201,8 +204,8 @@ information() {
     claim "--help: status 0" [ $status -eq 0 ]
     for option in model prompt prompt-file negative output size frames seconds fps steps guidance shift sampler seed \
         threads precision isa noise dump dump-only check tolerance chroma record-prompt no-record profile info \
-        tokenize quiet help version; do
-        claim "--help lists --$option" grep -q -- "--$option" "$work/out"
+        tokenize preview quiet help version; do
+        claim "--help lists --$option" grep -q -- "--$option " "$work/out"
     done
     run --version
     claim "--version" grep -q "^sora [0-9.]*, [a-z0-9]* kernels" "$work/out"
