@@ -93,6 +93,22 @@ void text_append_utf8(Text *text, Bytes bytes);           /* with U+FFFD for wha
 void text_append_character(Text *text, uint32_t code);
 size_t utf8_decode(Bytes text, uint32_t *code); /* of valid UTF-8; returns its bytes */
 
+/* ---------------------------------------------------------------- index.c: names to numbers */
+
+/* The names stand in the caller's entries, which begin with them as Bytes, are `stride` bytes apart, and stay
+ * where they are. A place holds the number of an entry, or -1 while it is free. free() the places. */
+typedef struct {
+    int32_t *places;
+    size_t mask;
+    const void *names;
+    size_t stride;
+} Index;
+#define HASH_START 14695981039346656037u
+uint64_t hash_next(uint64_t hash, uint8_t byte); /* of a name and one more byte, from that of the name */
+Index index_new(size_t count, const void *names, size_t stride);
+int32_t *index_place(const Index *index, Bytes name); /* where it is, or the free one where it belongs */
+int32_t *index_hashed(const Index *index, Bytes name, uint64_t hash); /* the same, if its hash is known */
+
 /* ---------------------------------------------------------------- profile.c: where the time goes */
 
 typedef enum { LOAD, TEXT_ENCODER, TRANSFORMER, SAMPLER, VAE_ENCODE, VAE_DECODE, OUTPUT, STAGES } Stage;

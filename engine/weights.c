@@ -10,8 +10,8 @@
  *
  * Parsing is the border: a file that has passed weights_parse() can be used without further checks. Every
  * count is held against the bytes that are left before anything is allocated or skipped, so a file of n
- * bytes costs O(n) whatever its numbers say. Tensors have to follow one another without gaps, as every
- * writer of the format lays them out; a wrong size or offset is caught there.
+ * bytes costs O(n) whatever its sizes and counts say. Tensors have to follow one another without gaps, as
+ * every writer of the format lays them out; a wrong size or offset is caught there.
  *
  * A tensor is used as a matrix (rows, cols). Any split of its sizes into an outer and an inner part will do:
  * the kernel of a convolution (O, I, t, h, w) is bound as the matrix (O, I*t*h*w), and folded sizes bind the
@@ -43,12 +43,6 @@ typedef struct {
     const uint8_t *data;
 } Tensor;
 
-/* Names to indices: open addressing in a table at most half full; -1 is a free place. */
-typedef struct {
-    int32_t *places;
-    size_t mask;
-} Index;
-
 struct WeightFile {
     char *path;
     Key *keys;
@@ -61,44 +55,15 @@ struct WeightFile {
 
 /* ---------------------------------------------------------------- names */
 
-static uint64_t hash_name(Bytes name) { /* FNV-1a */
-    uint64_t hash = 14695981039346656037u;
-    for (size_t i = 0; i < name.size; i++) hash = (hash ^ name.data[i]) * 1099511628211u;
-    return hash ^ hash >> 32;
-}
-
-static bool same_name(Bytes a, Bytes b) {
-    return a.size == b.size && !memcmp(a.data, b.data, a.size);
-}
-
-static Index index_new(size_t count) {
-    size_t places = 16;
-    while (places < 2 * count) places *= 2;
-    Index index = {allocate(places * sizeof(int32_t)), places - 1};
-    memset(index.places, 0xff, places * sizeof(int32_t));
-    return index;
-}
-
-/* The place of a name: where it is, or the free one where it belongs. `names` is the first of entries that
- * begin with their name and are `stride` bytes apart. */
-static int32_t *index_find(const Index *index, const void *names, size_t stride, Bytes name) {
-    for (size_t p = hash_name(name);; p++) {
-        int32_t *place = &index->places[p & index->mask];
-        if (*place < 0) return place;
-        const Bytes *other = (const Bytes *)(const void *)((const char *)names + (size_t)*place * stride);
-        if (same_name(*other, name)) return place;
-    }
-}
-
 static const Key *find_key(const WeightFile *file, const char *name) {
     Bytes bytes = {(const uint8_t *)name, strlen(name)};
-    int32_t at = *index_find(&file->key_index, file->keys, sizeof(Key), bytes);
+    int32_t at = *index_place(&file->key_index, bytes);
     return at < 0 ? NULL : &file->keys[at];
 }
 
 static const Tensor *find_tensor(const WeightFile *file, const char *name) {
     Bytes bytes = {(const uint8_t *)name, strlen(name)};
-    int32_t at = *index_find(&file->tensor_index, file->tensors, sizeof(Tensor), bytes);
+    int32_t at = *index_place(&file->tensor_index, bytes);
     return at < 0 ? NULL : &file->tensors[at];
 }
 
@@ -193,7 +158,7 @@ static const char *parse_keys(WeightFile *file, Reader *reader) {
         if (!good_name(key->name)) return reason("key %zu has no usable name", i + 1);
         const char *why = take_value(reader, key);
         if (why) return reason("key \"%.*s\" %s", NAMED(key->name), why);
-        int32_t *place = index_find(&file->key_index, file->keys, sizeof(Key), key->name);
+        int32_t *place = index_place(&file->key_index, key->name);
         if (*place >= 0) return reason("key \"%.*s\" appears twice", NAMED(key->name));
         *place = (int32_t)i;
     }
@@ -238,7 +203,7 @@ static const char *parse_tensors(WeightFile *file, Reader *reader, uint64_t *off
         if (!good_name(tensor->name)) return reason("tensor %zu has no usable name", i + 1);
         const char *why = take_tensor(reader, tensor, &offsets[i]);
         if (why) return reason("tensor \"%.*s\" %s", NAMED(tensor->name), why);
-        int32_t *place = index_find(&file->tensor_index, file->tensors, sizeof(Tensor), tensor->name);
+        int32_t *place = index_place(&file->tensor_index, tensor->name);
         if (*place >= 0) return reason("tensor \"%.*s\" appears twice", NAMED(tensor->name));
         *place = (int32_t)i;
     }
@@ -305,8 +270,8 @@ static const char *parse(WeightFile *file, Bytes bytes) {
     if (why) return why;
     file->keys = allocate(file->key_count * sizeof(Key));
     file->tensors = allocate(file->tensor_count * sizeof(Tensor));
-    file->key_index = index_new(file->key_count);
-    file->tensor_index = index_new(file->tensor_count);
+    file->key_index = index_new(file->key_count, file->keys, sizeof(Key));
+    file->tensor_index = index_new(file->tensor_count, file->tensors, sizeof(Tensor));
     uint64_t *offsets = allocate(file->tensor_count * sizeof *offsets);
     why = parse_keys(file, &reader);
     if (!why) why = read_alignment(file);
