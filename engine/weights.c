@@ -37,8 +37,7 @@ typedef struct {
 typedef struct {
     Bytes name;
     Type type;
-    int n;
-    int sizes[MAX_SIZES]; /* innermost first */
+    Shape shape;
     size_t bytes;
     const uint8_t *data;
 } Tensor;
@@ -167,15 +166,17 @@ static const char *parse_keys(WeightFile *file, Reader *reader) {
 
 #define MAX_ELEMENTS (SIZE_MAX / 65536) /* so that no later product with a few bytes overflows */
 
+/* The file's sizes are innermost first, a shape is outermost first as everywhere else. */
 static const char *check_sizes(Tensor *tensor, const uint64_t *sizes) {
+    Shape *shape = &tensor->shape;
     uint64_t count = 1;
-    for (int d = 0; d < tensor->n; d++) {
+    for (int d = 0; d < shape->n; d++) {
         if (sizes[d] == 0 || sizes[d] > INT_MAX) return "has a size of 0 or beyond 2147483647";
         if (sizes[d] > MAX_ELEMENTS / count) return "has more elements than a file can hold";
         count *= sizes[d];
-        tensor->sizes[d] = (int)sizes[d];
+        shape->d[shape->n - 1 - d] = (int)sizes[d];
     }
-    if (tensor->type == TYPE_Q8_0 && tensor->sizes[0] % 32) return "is q8_0 with rows of no multiple of 32";
+    if (tensor->type == TYPE_Q8_0 && sizes[0] % 32) return "is q8_0 with rows of no multiple of 32";
     tensor->bytes = type_bytes(tensor->type, (size_t)count);
     return NULL;
 }
@@ -188,7 +189,7 @@ static const char *take_tensor(Reader *reader, Tensor *tensor, uint64_t *offset)
     for (uint32_t d = 0; d < n; d++)
         if (!take_u64(reader, &sizes[d])) return "is cut off";
     if (!take_u32(reader, &type) || !take_u64(reader, offset)) return "is cut off";
-    tensor->n = (int)n;
+    tensor->shape.n = (int)n;
     tensor->type = (Type)type;
     if (!type_name(tensor->type)) return "is of a type other than f32, f16, bf16 and q8_0";
     return check_sizes(tensor, sizes);
@@ -311,26 +312,13 @@ void weights_close(WeightFile *file) {
 
 /* ---------------------------------------------------------------- tensors */
 
-/* "[5120, 1536]", outermost first as everywhere outside the file. */
-static char *sizes_string(const Tensor *tensor, char buffer[64]) {
-    int at = 0;
-    for (int d = tensor->n; d-- > 0;)
-        at += snprintf(buffer + at, 64 - (size_t)at, "%s%d", at ? ", " : "[", tensor->sizes[d]);
-    snprintf(buffer + at, 64 - (size_t)at, "]");
-    return buffer;
-}
-
-static size_t tensor_count(const Tensor *tensor) {
-    size_t count = 1;
-    for (int d = 0; d < tensor->n; d++) count *= (size_t)tensor->sizes[d];
-    return count;
-}
-
 /* Whether some inner sizes multiply to cols, and the rest to rows. */
 static bool splits_into(const Tensor *tensor, int rows, int cols) {
-    size_t inner = (size_t)tensor->sizes[0];
-    for (int d = 1; d < tensor->n && inner < (size_t)cols; d++) inner *= (size_t)tensor->sizes[d];
-    return inner == (size_t)cols && tensor_count(tensor) == (size_t)rows * (size_t)cols;
+    const Shape *shape = &tensor->shape;
+    int d = shape->n - 1;
+    size_t inner = (size_t)shape->d[d];
+    while (d > 0 && inner < (size_t)cols) inner *= (size_t)shape->d[--d];
+    return inner == (size_t)cols && shape_count(shape) == (size_t)rows * (size_t)cols;
 }
 
 void weights_refuse(const WeightFile *file, const char *format, ...) {
@@ -367,20 +355,20 @@ static void *keep_copy(const WeightFile *file, void *copy) {
 Weight weights_bind(const WeightFile *file, int rows, int cols, const char *format, ...) {
     FORMAT_NAME(name, format);
     const Tensor *tensor = need_tensor(file, name);
-    char sizes[64];
+    char shape[64];
     if (!splits_into(tensor, rows, cols))
         weights_refuse(file, "tensor \"%s\" has shape %s, expected [%d, %d]", name,
-            sizes_string(tensor, sizes), rows, cols);
+            shape_string(&tensor->shape, shape), rows, cols);
     return (Weight){tensor->data, tensor->type, rows, cols};
 }
 
 const float *weights_floats(const WeightFile *file, int count, const char *format, ...) {
     FORMAT_NAME(name, format);
     const Tensor *tensor = need_tensor(file, name);
-    char sizes[64];
-    if (tensor_count(tensor) != (size_t)count)
+    char shape[64];
+    if (shape_count(&tensor->shape) != (size_t)count)
         weights_refuse(file, "tensor \"%s\" has shape %s, expected %d elements", name,
-            sizes_string(tensor, sizes), count);
+            shape_string(&tensor->shape, shape), count);
     if (tensor->type == TYPE_F32) return (const float *)(const void *)tensor->data;
     float *copy = keep_copy(file, allocate((size_t)count * sizeof(float)));
     weight_row(&(Weight){tensor->data, tensor->type, 1, count}, 0, copy);
@@ -536,13 +524,13 @@ static void print_key(const Key *key, FILE *out) {
 
 void weights_print(const WeightFile *file, FILE *out) {
     double elements = 0, bytes = 0;
-    char sizes[64];
+    char shape[64];
     for (size_t i = 0; i < file->key_count; i++) print_key(&file->keys[i], out);
     for (size_t i = 0; i < file->tensor_count; i++) {
         const Tensor *tensor = &file->tensors[i];
         fprintf(out, "%-60.*s %-5s %s\n", NAMED(tensor->name), type_name(tensor->type),
-                sizes_string(tensor, sizes));
-        elements += (double)tensor_count(tensor);
+                shape_string(&tensor->shape, shape));
+        elements += (double)shape_count(&tensor->shape);
         bytes += (double)tensor->bytes;
     }
     fprintf(out, "%zu keys, %zu tensors, %.0f parameters, %.1f MiB\n", file->key_count, file->tensor_count,
