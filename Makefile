@@ -25,7 +25,12 @@ sora: $(BUILD)/sora
 $(BUILD)/sora: $(BUILD)/sora.o $(OBJECTS)
 	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ -lm
 
-$(BUILD)/%.o: %.c
+# Written anew only when they change; whatever was compiled otherwise is then compiled again.
+$(BUILD)/flags: FORCE
+	@mkdir -p $(dir $@)
+	@echo '$(CC) $(CFLAGS)' | cmp -s - $@ || echo '$(CC) $(CFLAGS)' > $@
+
+$(BUILD)/%.o: %.c $(BUILD)/flags
 	@mkdir -p $(dir $@)
 	$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
 
@@ -104,4 +109,4 @@ clean:
 	rm -rf build sora
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
-.PHONY: demo install test sanitize fuzz test-reference clean
+.PHONY: FORCE demo install test sanitize fuzz test-reference clean

@@ -115,7 +115,7 @@ def export(args):
                *plan(transformer, rows, wanted, loras),
                *plan(vae, vae_rows(sizes[2]), wanted)]
     matrix = next(t for t in planned if t.name == "blocks.0.self_attn.q.weight")
-    values = run_defaults(args, sources, sizes[0])
+    values = run_defaults(args, sources, sizes[0], sizes[2])
     files = [*text.files, *transformer.files, *vae.files, tokenizer_path, sources.scheduler, sources.settings,
              *(lora.path for lora in loras)]
     write(output, {

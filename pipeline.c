@@ -6,21 +6,37 @@
  * need is added up before it starts, by the same functions that lay the buffers out. */
 #include "sora.h"
 
+#include <inttypes.h>
 #include <limits.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 /* ---------------------------------------------------------------- the model */
 
+/* A later format, or weights that lie in another order, would load and give garbage. */
+static void check_format(const WeightFile *file) {
+    static const char *const layouts[][2] = {{"wan.patch_embedding_layout", "O,I,T,Y,X"},
+                                             {"vae.conv_layout", "O,T,Y,X,I"}};
+    int64_t version = weights_int_or(file, "sora.format_version", FORMAT_VERSION);
+    if (version != FORMAT_VERSION)
+        weights_refuse(file, "sora.format_version is %" PRId64 ", expected %d", version, FORMAT_VERSION);
+    for (size_t i = 0; i < sizeof layouts / sizeof *layouts; i++) {
+        const char *key = layouts[i][0], *expected = layouts[i][1];
+        const char *layout = weights_string_or(file, key, expected);
+        if (strcmp(layout, expected)) weights_refuse(file, "%s is %s, expected %s", key, layout, expected);
+    }
+}
+
 static void check_parts(const Model *m) {
     if (m->transformer.text_dim != m->text_encoder.dim)
-        die(STATUS_USAGE, "%s: the text encoder is %d wide, the transformer expects %d", m->path,
-            m->text_encoder.dim, m->transformer.text_dim);
+        weights_refuse(m->file, "the text encoder is %d wide, the transformer expects %d",
+                       m->text_encoder.dim, m->transformer.text_dim);
     if (m->transformer.in_dim != m->vae.z_dim || m->transformer.out_dim != m->vae.z_dim)
-        die(STATUS_USAGE,
-            "%s: the transformer maps %d channels to %d, the VAE has %d: not a text-to-video model",
-            m->path, m->transformer.in_dim, m->transformer.out_dim, m->vae.z_dim);
+        weights_refuse(m->file,
+                       "the transformer maps %d channels to %d, the VAE has %d: not a text-to-video model",
+                       m->transformer.in_dim, m->transformer.out_dim, m->vae.z_dim);
 }
 
 /* The arithmetic that suits the weights of the transformer's large products. */
@@ -37,10 +53,11 @@ static Precision suited(const WeightFile *file) {
 }
 
 Model model_load(const char *path, Precision precision) {
-    Model m = {.path = path};
+    Model m = {0};
     const char *why = weights_open(path, &m.file);
     if (!why) why = tokenizer_load(m.file, &m.tokenizer);
     if (why) die(STATUS_USAGE, "%s: %s", path, why);
+    check_format(m.file);
     m.precision = precision == AUTOMATIC ? suited(m.file) : precision;
     m.text_encoder = text_encoder_load(m.file, m.precision);
     m.transformer = transformer_load(m.file, m.precision);
@@ -68,7 +85,7 @@ static void take_default_number(double *setting, const Model *m, const char *key
     if (*setting >= 0) return;
     *setting = weights_double_or(m->file, key, otherwise);
     if (!(*setting >= least && *setting <= 1000))
-        die(STATUS_USAGE, "%s: key \"%s\" is %g, expected %g to 1000", m->path, key, *setting, least);
+        weights_refuse(m->file, "key \"%s\" is %g, expected %g to 1000", key, *setting, least);
 }
 
 static void check_size(const char *option, int pixels, int multiple) {
@@ -95,8 +112,8 @@ void settings_complete(Settings *s, const Model *m) {
     take_default_number(&s->shift, m, "scheduler.shift", 1e-3, 3.0);
     if (s->sampler == SAMPLERS &&
         !sampler_parse(weights_string_or(m->file, "scheduler.sampler", "unipc"), &s->sampler))
-        die(STATUS_USAGE, "%s: scheduler.sampler '%s' is unknown; give --sampler", m->path,
-            weights_string_or(m->file, "scheduler.sampler", ""));
+        weights_refuse(m->file, "scheduler.sampler '%s' is unknown; give --sampler",
+                       weights_string_or(m->file, "scheduler.sampler", ""));
     if (!s->negative) s->negative = weights_string_or(m->file, "default.negative_prompt", "");
     check_size("width", s->width, vae->spatial_stride * patch[2]);
     check_size("height", s->height, vae->spatial_stride * patch[1]);
@@ -277,7 +294,7 @@ static void make_latents(Run *run, float *latents) {
 typedef struct {
     const Run *run;
     VideoFormat format;
-    OutputFile file;
+    OutputFile file, record; /* the record is open where there will be one */
     uint8_t *planes;
     Sha256 sha;
     int index;
@@ -305,10 +322,16 @@ static void write_frame(void *to, const float *frame) {
     profile_resume(VAE_DECODE);
 }
 
+/* Both files are opened before the work begins, so that what cannot be written is known then. Standard output
+ * and devices, which are written straight, have no record. */
 static Video video_open(const Run *run) {
     const Settings *s = run->settings;
     Video video = {.run = run, .format = {s->width, s->height, s->fps_num, s->fps_den, s->chroma}};
     video.file = output_open(s->output);
+    char *record = video.file.temporary ? record_path(s) : NULL;
+    if (record && s->record) video.record = output_open(record);
+    if (record && !s->record && !access(record, F_OK)) warn("%s will not be of this video", record);
+    free(record);
     video.planes = allocate(y4m_frame_bytes(&video.format));
     sha256_start(&video.sha);
     return video;
@@ -330,14 +353,13 @@ static void decode(const Run *run, Video *video, const float *latents) {
     scratch_free();
 }
 
-/* The record comes first: a video without one would look as if none had been wanted. Standard output and
- * devices, which are written straight, have none. */
+/* The record comes first: a video without one would look as if none had been wanted. */
 static void video_close(Video *video) {
     const Run *run = video->run;
     char sha[65];
     sha256_finish(&video->sha, sha);
     output_flush(&video->file);
-    if (run->settings->record && video->file.temporary) record_write(run->model, run->settings, sha);
+    if (video->record.stream) record_write(&video->record, run->model, run->settings, sha);
     output_commit(&video->file);
     free(video->planes);
 }
@@ -349,28 +371,40 @@ static int tokens_of(const Run *run) {
     return run->T * run->H * run->W / (patch[0] * patch[1] * patch[2]);
 }
 
-/* Bytes of private memory at the highest point: each stage's buffers, and what its products
- * and attention pack. */
-static size_t run_memory(const Run *run) {
-    Model *m = run->model;
-    const Transformer *t = &m->transformer;
-    const Vae *vae = &m->vae;
-    int n = run->prompt.n, longer = n > run->negative.n ? n : run->negative.n, L = tokens_of(run), taps = 27;
+/* Each stage's memory: its buffers, and what its products and attention pack. */
+
+static int longer_prompt(const Run *run) { return (int)larger(run->prompt.n, run->negative.n); }
+
+static size_t encoding_memory(const Run *run) {
+    const TextEncoder *e = &run->model->text_encoder;
+    int n = longer_prompt(run);
+    return text_encoder_memory(e, n) + larger(product_memory(e->precision, n, e->ffn_dim),
+                                              attention_memory(F32, n, e->num_heads, e->head_dim));
+}
+
+static size_t denoising_memory(const Run *run) {
+    const Transformer *t = &run->model->transformer;
+    int positions = longer_prompt(run) + 1, L = tokens_of(run);
     Arena denoiser = {0};
     denoiser_take(&denoiser, run);
-    const TextEncoder *e = &m->text_encoder;
-    size_t text = text_encoder_memory(e, longer) +
-                  larger(product_memory(e->precision, longer, e->ffn_dim),
-                         attention_memory(F32, longer, e->num_heads, e->head_dim));
-    size_t reading = sizeof(float) * (size_t)(longer + 1) * (size_t)(t->text_dim + 2 * t->dim);
-    size_t denoising = denoiser.used +
-                       larger(reading + product_memory(F32, longer + 1, t->text_dim),
-                              larger(attention_memory(t->precision, L, t->num_heads, t->dim / t->num_heads),
-                                     product_memory(t->precision, L, t->ffn_dim)));
-    size_t decoding = vae_decode_memory(&m->vae, run->H, run->W) +
-                      larger(attention_memory(vae->precision, run->H * run->W, 1, vae->proj.in),
-                             product_memory(vae->precision, 0, taps * vae->proj.in));
-    return larger(text, larger(denoising, decoding)) + run->elements * sizeof(float);
+    size_t reading = sizeof(float) * (size_t)positions * (size_t)(t->text_dim + 2 * t->dim);
+    return denoiser.used +
+           larger(reading + product_memory(F32, positions, t->text_dim),
+                  larger(attention_memory(t->precision, L, t->num_heads, t->dim / t->num_heads),
+                         product_memory(t->precision, L, t->ffn_dim)));
+}
+
+static size_t decoding_memory(const Run *run) {
+    Vae *vae = &run->model->vae;
+    return vae_decode_memory(vae, run->H, run->W) +
+           larger(attention_memory(vae->precision, run->H * run->W, 1, vae->proj.in),
+                  product_memory(vae->precision, 0, 27 * vae->proj.in)); /* a 3x3x3 convolution */
+}
+
+/* Bytes of private memory at the highest point. */
+static size_t run_memory(const Run *run) {
+    return larger(encoding_memory(run), larger(denoising_memory(run), decoding_memory(run))) +
+           run->elements * sizeof(float);
 }
 
 static double run_flops(const Run *run) {
@@ -391,6 +425,10 @@ static void estimate(const Run *run) {
     if (bytes > available)
         die(STATUS_RESOURCE, "%dx%d with %d frames needs %.1f GiB of memory and %.1f GiB can be had",
             s->width, s->height, s->frames, bytes / 0x1p30, available / 0x1p30);
+    int longest = weights_size_or(run->model->file, "default.frames", 1 << 20, s->frames);
+    if (s->frames > longest)
+        warn("%d frames: the model made clips of %d, and beyond them motion tends to repeat", s->frames,
+             longest);
     progress_note("%dx%d, %d frames, %d steps: %.4g TFLOP in %s, %.2f GiB of memory beside the weights",
                   s->width, s->height, s->frames, s->steps, run_flops(run) * 1e-12,
                   precision_name(run->model->precision), bytes / 0x1p30);

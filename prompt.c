@@ -205,6 +205,7 @@ static void squeeze_white_space(Text *text) {
         if (!space) text_append(&out, text->data + at, bytes);
         pending = space;
     }
+    text_append(&out, "", 0); /* never NULL, even if nothing is left */
     become(text, out);
 }
 

@@ -58,7 +58,11 @@ static void write_settings(Json *json, const Model *model, const Settings *s) {
     json_close(json);
 }
 
-void record_write(const Model *model, const Settings *s, const char *y4m_sha256) {
+char *record_path(const Settings *s) {
+    return format_string("%s.json", s->output);
+}
+
+void record_write(OutputFile *file, const Model *model, const Settings *s, const char *y4m_sha256) {
     Json json = {0};
     json_open(&json, NULL);
     json_bool(&json, "generated", true);
@@ -72,10 +76,7 @@ void record_write(const Model *model, const Settings *s, const char *y4m_sha256)
     write_settings(&json, model, s);
     json_string(&json, "y4m_sha256", y4m_sha256);
     json_close(&json);
-    char *path = format_string("%s.json", s->output);
-    OutputFile file = output_open(path);
-    output_write(&file, json.text.data, json.text.size);
-    output_commit(&file);
-    free(path);
+    output_write(file, json.text.data, json.text.size);
+    output_commit(file);
     json_free(&json);
 }

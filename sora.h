@@ -20,6 +20,7 @@
 #include "engine/engine.h"
 
 #define SORA_VERSION "0.1.0"
+#define FORMAT_VERSION 1 /* of weight files, as export.py writes it */
 
 /* ---------------------------------------------------------------- prompt.c: what was typed -> clean text */
 
@@ -69,7 +70,7 @@ typedef struct {
 
 typedef struct {
     AttentionLayers self_attn, cross_attn;
-    const float *norm3_weight, *norm3_bias; /* (D), or NULL where cross_attn_norm is off */
+    const float *norm3_weight, *norm3_bias; /* (D) */
     Linear ffn_0, ffn_2;
     const float *modulation; /* (6,D) */
 } TransformerBlock;
@@ -241,7 +242,6 @@ typedef struct {
 
 typedef struct {
     WeightFile *file;
-    const char *path;
     Precision precision;
     Tokenizer *tokenizer;
     TextEncoder text_encoder;
@@ -259,7 +259,8 @@ void generate(Model *model, const Settings *settings);
 
 /* ---------------------------------------------------------------- record.c: what made the file, beside it */
 
-/* Writes OUTPUT.json: settings that make the same file again, and hashes of what went in and came out. */
-void record_write(const Model *model, const Settings *settings, const char *y4m_sha256);
+char *record_path(const Settings *settings); /* OUTPUT.json, a new string */
+/* Writes and commits it: settings that make the same file again, and hashes of what went in and came out. */
+void record_write(OutputFile *file, const Model *model, const Settings *settings, const char *y4m_sha256);
 
 #endif

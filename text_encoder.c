@@ -33,8 +33,8 @@ TextEncoder text_encoder_load(const WeightFile *file, Precision precision) {
     };
     int inner = e.num_heads * e.head_dim;
     if (e.num_buckets % 4 || e.max_distance <= e.num_buckets / 4)
-        die(STATUS_USAGE, "weight file: %d buckets of relative positions do not reach to %d", e.num_buckets,
-            e.max_distance);
+        weights_refuse(file, "%d buckets of relative positions do not reach to %d", e.num_buckets,
+                       e.max_distance);
     e.token_embedding = weights_bind(file, e.vocab_size, e.dim, "token_embd.weight");
     e.blocks = allocate(sizeof *e.blocks * (size_t)e.num_layers);
     for (int i = 0; i < e.num_layers; i++)

@@ -39,10 +39,10 @@
 enum { NORMAL = 1, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE };
 enum { MAX_PIECE = 8000, NONE = -1 };
 
-/* Ids by their pieces: open addressing, at most half full. */
+/* Ids by their pieces. */
 typedef struct {
-    int32_t *slots;
-    size_t mask, longest; /* bytes of the longest piece */
+    Index index;
+    size_t longest; /* bytes of the longest piece */
 } PieceSet;
 
 struct Tokenizer {
@@ -65,37 +65,11 @@ enum { SPACE_BYTES = 3 };
 
 /* ---------------------------------------------------------------- sets of pieces */
 
-static const uint64_t HASH_START = 14695981039346656037u;
-
-static uint64_t hash_next(uint64_t hash, uint8_t byte) { /* FNV-1a */
-    return (hash ^ byte) * 1099511628211u;
-}
-
-static PieceSet set_new(size_t count) {
-    size_t slots = 16;
-    while (slots < 2 * count) slots *= 2;
-    PieceSet set = {allocate(slots * sizeof(int32_t)), slots - 1, 0};
-    memset(set.slots, 0xff, slots * sizeof(int32_t));
-    return set;
-}
-
-/* The slot of a piece with this hash: the one that holds its id, or the free one where it belongs. */
-static int32_t *set_slot(const Tokenizer *t, const PieceSet *set, uint64_t hash, Bytes piece) {
-    for (size_t s = hash ^ hash >> 32;; s++) {
-        int32_t *slot = &set->slots[s & set->mask];
-        if (*slot == NONE) return slot;
-        Bytes other = t->pieces[*slot];
-        if (other.size == piece.size && !memcmp(other.data, piece.data, piece.size)) return slot;
-    }
-}
-
 /* Adds a piece, or gives an equal one the new id; returns the old id or NONE. */
 static int32_t set_add(const Tokenizer *t, PieceSet *set, int32_t id) {
     Bytes piece = t->pieces[id];
-    uint64_t hash = HASH_START;
-    for (size_t i = 0; i < piece.size; i++) hash = hash_next(hash, piece.data[i]);
-    int32_t *slot = set_slot(t, set, hash, piece), old = *slot;
-    *slot = id;
+    int32_t *place = index_place(&set->index, piece), old = *place;
+    *place = id;
     if (piece.size > set->longest) set->longest = piece.size;
     return old;
 }
@@ -114,21 +88,21 @@ static Walk walk_start(const PieceSet *set, Bytes text) {
 }
 
 /* The id of the next prefix, whose size is then walk->size; NONE after the last. */
-static int32_t walk_next(const Tokenizer *t, Walk *walk) {
+static int32_t walk_next(Walk *walk) {
     while (walk->size < walk->text.size) {
         walk->hash = hash_next(walk->hash, walk->text.data[walk->size++]);
-        int32_t id = *set_slot(t, walk->set, walk->hash, (Bytes){walk->text.data, walk->size});
+        int32_t id = *index_hashed(&walk->set->index, (Bytes){walk->text.data, walk->size}, walk->hash);
         if (id != NONE) return id;
     }
     return NONE;
 }
 
 /* The longest prefix in the set: its id, and its size in *size; NONE and 0 if there is none. */
-static int32_t longest_prefix(const Tokenizer *t, const PieceSet *set, Bytes text, size_t *size) {
+static int32_t longest_prefix(const PieceSet *set, Bytes text, size_t *size) {
     int32_t best = NONE;
     Walk walk = walk_start(set, text);
     *size = 0;
-    for (int32_t id; (id = walk_next(t, &walk)) != NONE; best = id) *size = walk.size;
+    for (int32_t id; (id = walk_next(&walk)) != NONE; best = id) *size = walk.size;
     return best;
 }
 
@@ -195,7 +169,7 @@ static void find_best_path(const Tokenizer *t, Bytes text, Node *nodes) {
         rebase(t, nodes, start, frontier);
         bool spanned = false;
         Walk walk = walk_start(&t->vocabulary, rest);
-        for (int32_t id; (id = walk_next(t, &walk)) != NONE; spanned |= walk.size == bytes) {
+        for (int32_t id; (id = walk_next(&walk)) != NONE; spanned |= walk.size == bytes) {
             relax(t, nodes, start, start + walk.size, id, piece_score(t, id, walk.size));
             if (start + walk.size > frontier) frontier = start + walk.size;
         }
@@ -207,7 +181,7 @@ static void find_best_path(const Tokenizer *t, Bytes text, Node *nodes) {
 /* A run of unknown characters. That it is a piece after all takes scores above 0, or the text "<unk>". */
 static void push_unknown(const Tokenizer *t, Bytes run, Ids *out) {
     size_t size;
-    int32_t id = t->sentencepiece ? NONE : longest_prefix(t, &t->vocabulary, run, &size);
+    int32_t id = t->sentencepiece ? NONE : longest_prefix(&t->vocabulary, run, &size);
     if (id != NONE && size == run.size) {
         push(out, id);
         return;
@@ -271,7 +245,7 @@ static void encode_tokenizers(const Tokenizer *t, Bytes text, Ids *out) {
     size_t part = 0, at = 0;
     while (at < text.size && out->n < out->room) {
         size_t size;
-        int32_t id = longest_prefix(t, &t->symbols, tail(text, at), &size);
+        int32_t id = longest_prefix(&t->symbols, tail(text, at), &size);
         if (id == NONE) {
             at++;
             continue;
@@ -319,7 +293,7 @@ static size_t find_rule(const Tokenizer *t, Bytes text, Bytes *replacement) {
  * rule of the map is applied, else it is one character. */
 static size_t normalize_prefix(const Tokenizer *t, Bytes text, Bytes *becomes) {
     size_t size;
-    longest_prefix(t, &t->symbols, text, &size);
+    longest_prefix(&t->symbols, text, &size);
     if (size == 0) {
         size = find_rule(t, text, becomes);
         if (size) return size;
@@ -468,11 +442,11 @@ static const char *load_pieces(Tokenizer *t, const WeightArray *tokens) {
     const uint8_t *cursor = tokens->data;
     double smallest = t->sentencepiece ? FLT_MAX : DBL_MAX;
     t->pieces = allocate(tokens->count * sizeof *t->pieces);
-    t->vocabulary = set_new(tokens->count);
-    t->symbols = set_new(count_symbols(t));
+    t->vocabulary.index = index_new(tokens->count, t->pieces, sizeof(Bytes));
+    t->symbols.index = index_new(count_symbols(t), t->pieces, sizeof(Bytes));
     memset(t->byte_ids, 0xff, sizeof t->byte_ids);
     for (int32_t id = 0; id < t->count; id++) {
-        t->pieces[id] = array_next_string(tokens, &cursor);
+        t->pieces[id] = next_string(&cursor);
         const char *why = load_piece(t, id, &smallest);
         if (why) return why;
     }
@@ -514,7 +488,7 @@ const char *tokenizer_load(const WeightFile *file, Tokenizer **out) {
 void tokenizer_free(Tokenizer *tokenizer) {
     if (!tokenizer) return;
     free(tokenizer->pieces);
-    free(tokenizer->vocabulary.slots);
-    free(tokenizer->symbols.slots);
+    free(tokenizer->vocabulary.index.places);
+    free(tokenizer->symbols.index.places);
     free(tokenizer);
 }

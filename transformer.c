@@ -33,20 +33,16 @@ static AttentionLayers bind_attention(const WeightFile *file, const Transformer 
     };
 }
 
-static TransformerBlock bind_block(const WeightFile *file, const Transformer *t, int i,
-                                   bool cross_attn_norm) {
-    TransformerBlock block = {
+static TransformerBlock bind_block(const WeightFile *file, const Transformer *t, int i) {
+    return (TransformerBlock){
         .self_attn = bind_attention(file, t, i, "self_attn"),
         .cross_attn = bind_attention(file, t, i, "cross_attn"),
         .ffn_0 = linear_bind(file, t->precision, t->ffn_dim, t->dim, BIAS, "blocks.%d.ffn.0", i),
         .ffn_2 = linear_bind(file, t->precision, t->dim, t->ffn_dim, BIAS, "blocks.%d.ffn.2", i),
+        .norm3_weight = weights_floats(file, t->dim, "blocks.%d.norm3.weight", i),
+        .norm3_bias = weights_floats(file, t->dim, "blocks.%d.norm3.bias", i),
         .modulation = weights_floats(file, 6 * t->dim, "blocks.%d.modulation", i),
     };
-    if (cross_attn_norm) {
-        block.norm3_weight = weights_floats(file, t->dim, "blocks.%d.norm3.weight", i);
-        block.norm3_bias = weights_floats(file, t->dim, "blocks.%d.norm3.bias", i);
-    }
-    return block;
 }
 
 static int patch_volume(const Transformer *t) {
@@ -66,12 +62,14 @@ static void read_config(const WeightFile *file, Transformer *t) {
     t->eps = (float)weights_double(file, "wan.eps");
     weights_sizes(file, "wan.patch_size", 16, t->patch_size, 3);
     if (t->patch_size[0] != 1)
-        die(STATUS_USAGE, "weight file: wan.patch_size %d in time: only patches within a frame are run",
-            t->patch_size[0]);
-    if (t->freq_dim % 2) die(STATUS_USAGE, "weight file: wan.freq_dim %d is odd", t->freq_dim);
+        weights_refuse(file, "wan.patch_size %d in time: only patches within a frame are run",
+                       t->patch_size[0]);
+    if (!weights_bool_or(file, "wan.cross_attn_norm", true))
+        weights_refuse(file, "wan.cross_attn_norm is false: such blocks are not run");
+    if (t->freq_dim % 2) weights_refuse(file, "wan.freq_dim %d is odd", t->freq_dim);
     if (t->dim % t->num_heads || t->dim / t->num_heads % 2)
-        die(STATUS_USAGE, "weight file: wan.dim %d is not wan.num_heads %d heads of even width", t->dim,
-            t->num_heads);
+        weights_refuse(file, "wan.dim %d is not wan.num_heads %d heads of even width", t->dim,
+                       t->num_heads);
 }
 
 /* What is small next to the blocks stays in float32 whatever the precision:
@@ -80,7 +78,6 @@ Transformer transformer_load(const WeightFile *file, Precision precision) {
     Transformer t = {.precision = precision};
     read_config(file, &t);
     int D = t.dim, patch = patch_volume(&t);
-    bool cross_attn_norm = weights_bool_or(file, "wan.cross_attn_norm", true);
     t.patch_embedding = linear_bind(file, F32, D, t.in_dim * patch, BIAS, "patch_embedding");
     t.text_embedding_0 = linear_bind(file, F32, D, t.text_dim, BIAS, "text_embedding.0");
     t.text_embedding_2 = linear_bind(file, F32, D, D, BIAS, "text_embedding.2");
@@ -88,7 +85,7 @@ Transformer transformer_load(const WeightFile *file, Precision precision) {
     t.time_embedding_2 = linear_bind(file, F32, D, D, BIAS, "time_embedding.2");
     t.time_projection_1 = linear_bind(file, F32, 6 * D, D, BIAS, "time_projection.1");
     t.blocks = allocate(sizeof *t.blocks * (size_t)t.num_layers);
-    for (int i = 0; i < t.num_layers; i++) t.blocks[i] = bind_block(file, &t, i, cross_attn_norm);
+    for (int i = 0; i < t.num_layers; i++) t.blocks[i] = bind_block(file, &t, i);
     t.head = linear_bind(file, F32, t.out_dim * patch, D, BIAS, "head.head");
     t.head_modulation = weights_floats(file, 2 * D, "head.modulation");
     return t;
@@ -267,8 +264,7 @@ static void forward_block(const Transformer *t, TransformerState *s, const TextC
     self_attention(t, s, &block->self_attn);
     add_gated(s->x, s->wide, L, D, e + 2 * D);
 
-    if (block->norm3_weight) layer_norm(s->y, s->x, L, D, t->eps, block->norm3_weight, block->norm3_bias);
-    else memcpy(s->y, s->x, sizeof(float) * (size_t)L * D);
+    layer_norm(s->y, s->x, L, D, t->eps, block->norm3_weight, block->norm3_bias);
     cross_attention(t, s, &block->cross_attn, context, i);
     add(s->x, s->wide, (size_t)L * D);
 

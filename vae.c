@@ -32,7 +32,7 @@ static Conv bind_conv(const WeightFile *file, Precision precision, int O, int I,
                       const char *name) {
     Conv conv = {.kt = kt, .kh = k, .kw = k, .in = I, .out = O};
     if (I > MAX_CHANNELS)
-        die(STATUS_USAGE, "weight file: vae.%s reads %d channels, more than %d", name, I, MAX_CHANNELS);
+        weights_refuse(file, "vae.%s reads %d channels, more than %d", name, I, MAX_CHANNELS);
     conv.layer = linear_bind(file, precision, O, kt * k * k * I, BIAS, "vae.%s", name);
     return conv;
 }
@@ -54,7 +54,7 @@ static ResidualBlock bind_residual(const WeightFile *file, Precision precision, 
 static const float *config_floats(const WeightFile *file, const char *key, int count) {
     WeightArray array;
     if (!weights_array(file, key, &array) || array.count != (size_t)count || !array_is_number(&array))
-        die(STATUS_USAGE, "weight file: %s is not an array of %d numbers", key, count);
+        weights_refuse(file, "%s is not an array of %d numbers", key, count);
     float *values = allocate(sizeof(float) * (size_t)count);
     for (int i = 0; i < count; i++) values[i] = (float)array_double(&array, (size_t)i);
     return values;
@@ -66,7 +66,7 @@ static void bind_levels(const WeightFile *file, Vae *vae, const int *dims, int b
     char path[64];
     int last = vae->num_levels - 1, in = dims[last], index = 0;
     if (!weights_array(file, "vae.temperal_downsample", &temporal) || temporal.count != (size_t)last)
-        die(STATUS_USAGE, "weight file: vae.temperal_downsample is not an array of %d", last);
+        weights_refuse(file, "vae.temperal_downsample is not an array of %d", last);
     for (int i = 0; i <= last; i++) { /* the file lists the finest level first */
         VaeLevel *level = &vae->levels[i];
         int out = dims[last - i];
@@ -103,7 +103,7 @@ static void bind_middle(const WeightFile *file, Vae *vae, int top) {
 static int read_dims(const WeightFile *file, int dims[MAX_LEVELS]) {
     WeightArray mult;
     if (!weights_array(file, "vae.dim_mult", &mult) || mult.count < 1 || mult.count > MAX_LEVELS)
-        die(STATUS_USAGE, "weight file: vae.dim_mult is not an array of 1 to %d", MAX_LEVELS);
+        weights_refuse(file, "vae.dim_mult is not an array of 1 to %d", MAX_LEVELS);
     int base = weights_size(file, "vae.base_dim", MAX_CHANNELS);
     base = weights_size_or(file, "vae.decoder_base_dim", MAX_CHANNELS, base);
     weights_sizes(file, "vae.dim_mult", 64, dims, (int)mult.count);

@@ -59,7 +59,7 @@ const char *read_file(const char *path, size_t limit, Bytes *out);
  * dies with STATUS_RESOURCE. */
 typedef struct {
     FILE *stream;
-    char *path, *temporary; /* temporary is NULL on standard output */
+    char *path, *temporary; /* temporary is NULL on standard output, devices and FIFOs */
 } OutputFile;
 OutputFile output_open(const char *path);
 void output_write(OutputFile *out, const void *data, size_t bytes);
@@ -73,10 +73,9 @@ void interrupts_catch(void);
 
 double seconds(void);           /* a monotonic clock */
 size_t memory_available(void);  /* bytes that can be had without swapping; SIZE_MAX if unknown */
-void memory_note(void);         /* takes the present memory into account; arena_close() does so by itself */
-size_t memory_peak(void);       /* private bytes at the highest point noted: mapped weights do not count */
+size_t memory_peak(void);       /* private bytes at the highest point: mapped weights do not count */
 
-/* Small integers, as everywhere. */
+/* Sizes and counts; none comes near the limit of its type. */
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 static inline size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 static inline int ceiling(int a, int b) { return (a + b - 1) / b; } /* of a / b */
@@ -92,10 +91,23 @@ typedef struct {
 void text_append(Text *text, const void *bytes, size_t size);
 void text_append_utf8(Text *text, Bytes bytes);           /* with U+FFFD for what is no UTF-8 */
 void text_append_character(Text *text, uint32_t code);
-/* Bytes of the character that text, not empty, begins with; if there is none,
- * of what one U+FFFD stands for. */
-size_t utf8_bytes(Bytes text, bool *valid);
 size_t utf8_decode(Bytes text, uint32_t *code); /* of valid UTF-8; returns its bytes */
+
+/* ---------------------------------------------------------------- index.c: names to numbers */
+
+/* The names stand in the caller's entries, which begin with them as Bytes, are `stride` bytes apart, and stay
+ * where they are. A place holds the number of an entry, or -1 while it is free. free() the places. */
+typedef struct {
+    int32_t *places;
+    size_t mask;
+    const void *names;
+    size_t stride;
+} Index;
+#define HASH_START 14695981039346656037u
+uint64_t hash_next(uint64_t hash, uint8_t byte); /* of a name and one more byte, from that of the name */
+Index index_new(size_t count, const void *names, size_t stride);
+int32_t *index_place(const Index *index, Bytes name); /* where it is, or the free one where it belongs */
+int32_t *index_hashed(const Index *index, Bytes name, uint64_t hash); /* the same, if its hash is known */
 
 /* ---------------------------------------------------------------- profile.c: where the time goes */
 
@@ -130,6 +142,8 @@ typedef struct WeightFile WeightFile;
 const char *weights_open(const char *path, WeightFile **out);              /* maps and checks everything */
 const char *weights_parse(Bytes bytes, const char *path, WeightFile **out); /* the same on bytes in memory */
 void weights_close(WeightFile *file); /* frees the tables, not the mapping */
+/* Ends the program with a line that names the file. */
+_Noreturn void weights_refuse(const WeightFile *file, const char *format, ...) PRINTF_LIKE(2, 3);
 
 /* Binds one tensor as a matrix whose cols are some of its inner sizes multiplied, and rows the rest; rows 1
  * binds a vector. Dies, with both shapes, if it is missing or differs. */
@@ -168,7 +182,7 @@ int64_t array_int(const WeightArray *array, size_t index); /* 0 if the elements 
 double array_double(const WeightArray *array, size_t index);
 bool array_is_number(const WeightArray *array);
 /* The next string of a string array; *cursor starts at array->data. Lengths were checked when parsing. */
-Bytes array_next_string(const WeightArray *array, const uint8_t **cursor);
+Bytes next_string(const uint8_t **cursor);
 void weights_print(const WeightFile *file, FILE *out); /* --info: keys, then tensors with type and shape */
 
 void weight_row(const Weight *weight, int row, float *out); /* one row as floats */
@@ -202,7 +216,8 @@ typedef uint32_t Word;
 #endif
 
 /* The functions that have a body per instruction set (kernel_body.h). With F32 every table gives
- * the same bits; INT8 too, and BF16 but for subnormal numbers, which some dot products flush. */
+ * the same bits; so does INT8 on finite numbers, and BF16 but for subnormal ones, which some dot products
+ * flush. */
 typedef struct {
     const char *name;         /* generic, avx2, avx512, neon */
     bool fast[PRECISIONS];    /* faster than float32; where BF16 is not, tiles take it as floats (panel.c) */

@@ -142,7 +142,7 @@ static TARGET int NAME(to_int8)(uint8_t *y, const float *x, int n, float factor)
         for (; j + VLEN <= count; j += VLEN) V_STORE(rounded + j, V_ROUND(V_MUL(V_LOAD(x + i + j), f)));
         for (; j < count; j++) rounded[j] = rintf(x[i + j] * factor);
         for (j = 0; j < count; j++) {
-            int value = (int)rounded[j];
+            int value = fabsf(rounded[j]) <= 127.0f ? (int)rounded[j] : 0; /* not-a-number has no byte */
             y[i + j] = (uint8_t)(value + BYTE_OFFSET);
             sum += value;
         }

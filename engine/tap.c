@@ -23,7 +23,7 @@
 
 bool taps_on;
 
-enum { MAX_NAME = 128, MAX_STREAMS = 8 };
+enum { MAX_NAME = 128 };
 
 /* A line of the table; `why` is NULL if the tensor agrees. */
 typedef struct {
@@ -41,9 +41,8 @@ typedef struct {
     const char *bad; /* whose number at `worst` is not finite; NULL if all are */
 } Difference;
 
-/* A tensor that arrives in frames. */
+/* A tensor that arrives in frames; one at a time does. */
 typedef struct {
-    char *name;
     OutputFile file;
     Npy reference;
     Difference difference;
@@ -60,7 +59,7 @@ static struct {
     int file_count;
     Row *rows;
     int row_count;
-    Stream streams[MAX_STREAMS];
+    Stream stream;
 } taps;
 
 /* ---------------------------------------------------------------- folders */
@@ -259,25 +258,14 @@ void tap_ids(const int32_t *ids, int n, const char *format, ...) {
     if (taps.check_dir) check_ids(name, ids, &SHAPE(n));
 }
 
-static Stream *stream_find(const char *name) {
-    for (int i = 0; i < MAX_STREAMS; i++)
-        if (taps.streams[i].name && !strcmp(taps.streams[i].name, name)) return &taps.streams[i];
-    return NULL;
-}
-
-static Stream *stream_open(const char *name, const Shape *shape) {
-    int i = 0;
-    while (i < MAX_STREAMS && taps.streams[i].name) i++;
-    if (i == MAX_STREAMS) die(STATUS_RESOURCE, "more than %d tensors come in frames (a bug)", MAX_STREAMS);
-    Stream *stream = &taps.streams[i];
-    *stream = (Stream){.name = format_string("%s", name), .row = -1};
+static void stream_open(Stream *stream, const char *name, const Shape *shape) {
+    *stream = (Stream){.row = -1};
     if (dump_wants(name)) stream->file = dump_open(name, shape, 'f');
     Row *row = taps.check_dir ? check_open(name, shape, 'f', &stream->reference) : NULL;
     if (row) {
         stream->row = (int)(row - taps.rows);
         row->why = format_string("frames are missing");
     }
-    return stream;
 }
 
 static void stream_close(Stream *stream) {
@@ -289,15 +277,13 @@ static void stream_close(Stream *stream) {
         conclude(&stream->difference, row);
         npy_free(&stream->reference);
     }
-    free(stream->name);
-    stream->name = NULL;
 }
 
 /* A frame's plane of channel c starts at element (c*F + index)*H*W of the whole. */
 void tap_frame(const float *frame, Shape shape, int index, const char *name) {
     if (!taps_on) return;
-    Stream *stream = index ? stream_find(name) : stream_open(name, &shape);
-    if (!stream) die(STATUS_RESOURCE, "frame %d of %s came without the first (a bug)", index, name);
+    Stream *stream = &taps.stream;
+    if (index == 0) stream_open(stream, name, &shape);
     size_t plane = (size_t)shape.d[2] * (size_t)shape.d[3];
     const float *expected = stream->reference.values;
     char header[256];

@@ -17,7 +17,9 @@ void text_append(Text *text, const void *bytes, size_t size) {
     text->data[text->size] = 0;
 }
 
-size_t utf8_bytes(Bytes text, bool *valid) {
+/* Bytes of the character that text, not empty, begins with; if there is none, of what one U+FFFD stands
+ * for. */
+static size_t utf8_bytes(Bytes text, bool *valid) {
     uint8_t lead = text.data[0];
     size_t bytes = lead < 0x80 ? 1 : lead < 0xC2 || lead > 0xF4 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
     uint8_t low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;

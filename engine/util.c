@@ -101,6 +101,23 @@ char *format_string(const char *format, ...) {
     return text;
 }
 
+/* Resident pages that no file backs: the mapped weights do not count, they can be had again at any time. */
+static size_t memory_private(void) {
+    long resident = 0, shared = 0;
+    FILE *status = fopen("/proc/self/statm", "r");
+    if (!status) return 0;
+    if (fscanf(status, "%*d %ld %ld", &resident, &shared) != 2) resident = shared = 0;
+    fclose(status);
+    return (size_t)(resident - shared) * (size_t)sysconf(_SC_PAGESIZE);
+}
+
+static size_t highest;
+
+static void memory_note(void) {
+    size_t now = memory_private();
+    if (now > highest) highest = now;
+}
+
 void *arena_take(Arena *arena, size_t bytes) {
     size_t at = arena->used;
     arena->used += aligned(bytes);
@@ -200,7 +217,10 @@ static _Noreturn void die_writing(const char *path) {
 
 /* Where the bytes of `path` end up: the target of a symbolic link, else the path itself. A new string. */
 static char *resolve(const char *path) {
+    struct stat status;
     char *target = realpath(path, NULL);
+    if (!target && !lstat(path, &status) && S_ISLNK(status.st_mode))
+        die(STATUS_RESOURCE, "%s: a symbolic link whose target is not there", path);
     return target ? target : format_string("%s", path);
 }
 
@@ -303,31 +323,10 @@ size_t memory_available(void) {
     return available > 0 ? (size_t)available : pages > 0 ? 0 : SIZE_MAX;
 }
 
-/* Resident pages that no file backs: the mapped weights do not count, they can be had again at any time. */
-static size_t memory_private(void) {
-    long resident = 0, shared = 0;
-    FILE *status = fopen("/proc/self/statm", "r");
-    if (!status) return 0;
-    if (fscanf(status, "%*d %ld %ld", &resident, &shared) != 2) resident = shared = 0;
-    fclose(status);
-    return (size_t)(resident - shared) * (size_t)sysconf(_SC_PAGESIZE);
-}
-
-static size_t highest;
-
-void memory_note(void) {
-    size_t now = memory_private();
-    if (now > highest) highest = now;
-}
-
 size_t memory_peak(void) {
     struct rusage usage;
     memory_note();
     if (highest > 0) return highest;
     getrusage(RUSAGE_SELF, &usage);
-#ifdef __APPLE__
-    return (size_t)usage.ru_maxrss;
-#else
     return (size_t)usage.ru_maxrss * 1024;
-#endif
 }

@@ -10,8 +10,8 @@
  *
  * Parsing is the border: a file that has passed weights_parse() can be used without further checks. Every
  * count is held against the bytes that are left before anything is allocated or skipped, so a file of n
- * bytes costs O(n) whatever its numbers say. Tensors have to follow one another without gaps, as every
- * writer of the format lays them out; a wrong size or offset is caught there.
+ * bytes costs O(n) whatever its sizes and counts say. Tensors have to follow one another without gaps, as
+ * every writer of the format lays them out; a wrong size or offset is caught there.
  *
  * A tensor is used as a matrix (rows, cols). Any split of its sizes into an outer and an inner part will do:
  * the kernel of a convolution (O, I, t, h, w) is bound as the matrix (O, I*t*h*w), and folded sizes bind the
@@ -37,17 +37,10 @@ typedef struct {
 typedef struct {
     Bytes name;
     Type type;
-    int n;
-    int sizes[MAX_SIZES]; /* innermost first */
+    Shape shape;
     size_t bytes;
     const uint8_t *data;
 } Tensor;
-
-/* Names to indices: open addressing in a table at most half full; -1 is a free place. */
-typedef struct {
-    int32_t *places;
-    size_t mask;
-} Index;
 
 struct WeightFile {
     char *path;
@@ -61,44 +54,15 @@ struct WeightFile {
 
 /* ---------------------------------------------------------------- names */
 
-static uint64_t hash_name(Bytes name) { /* FNV-1a */
-    uint64_t hash = 14695981039346656037u;
-    for (size_t i = 0; i < name.size; i++) hash = (hash ^ name.data[i]) * 1099511628211u;
-    return hash ^ hash >> 32;
-}
-
-static bool same_name(Bytes a, Bytes b) {
-    return a.size == b.size && !memcmp(a.data, b.data, a.size);
-}
-
-static Index index_new(size_t count) {
-    size_t places = 16;
-    while (places < 2 * count) places *= 2;
-    Index index = {allocate(places * sizeof(int32_t)), places - 1};
-    memset(index.places, 0xff, places * sizeof(int32_t));
-    return index;
-}
-
-/* The place of a name: where it is, or the free one where it belongs. `names` is the first of entries that
- * begin with their name and are `stride` bytes apart. */
-static int32_t *index_find(const Index *index, const void *names, size_t stride, Bytes name) {
-    for (size_t p = hash_name(name);; p++) {
-        int32_t *place = &index->places[p & index->mask];
-        if (*place < 0) return place;
-        const Bytes *other = (const Bytes *)(const void *)((const char *)names + (size_t)*place * stride);
-        if (same_name(*other, name)) return place;
-    }
-}
-
 static const Key *find_key(const WeightFile *file, const char *name) {
     Bytes bytes = {(const uint8_t *)name, strlen(name)};
-    int32_t at = *index_find(&file->key_index, file->keys, sizeof(Key), bytes);
+    int32_t at = *index_place(&file->key_index, bytes);
     return at < 0 ? NULL : &file->keys[at];
 }
 
 static const Tensor *find_tensor(const WeightFile *file, const char *name) {
     Bytes bytes = {(const uint8_t *)name, strlen(name)};
-    int32_t at = *index_find(&file->tensor_index, file->tensors, sizeof(Tensor), bytes);
+    int32_t at = *index_place(&file->tensor_index, bytes);
     return at < 0 ? NULL : &file->tensors[at];
 }
 
@@ -152,8 +116,11 @@ static bool take_string(Reader *reader, Bytes *out) {
 /* A name for a message: "%.*s" takes these two. */
 #define NAMED(bytes) (int)((bytes).size < MAX_NAME ? (bytes).size : MAX_NAME), (const char *)(bytes).data
 
+/* On one line, and harmless to a terminal. */
 static bool good_name(Bytes name) {
-    return name.size > 0 && name.size < MAX_NAME && !memchr(name.data, 0, name.size);
+    for (size_t i = 0; i < name.size; i++)
+        if (name.data[i] < 0x20 || name.data[i] == 0x7f) return false;
+    return name.size > 0 && name.size < MAX_NAME;
 }
 
 static const char *take_elements(Reader *reader, WeightArray *out) {
@@ -190,7 +157,7 @@ static const char *parse_keys(WeightFile *file, Reader *reader) {
         if (!good_name(key->name)) return reason("key %zu has no usable name", i + 1);
         const char *why = take_value(reader, key);
         if (why) return reason("key \"%.*s\" %s", NAMED(key->name), why);
-        int32_t *place = index_find(&file->key_index, file->keys, sizeof(Key), key->name);
+        int32_t *place = index_place(&file->key_index, key->name);
         if (*place >= 0) return reason("key \"%.*s\" appears twice", NAMED(key->name));
         *place = (int32_t)i;
     }
@@ -199,15 +166,17 @@ static const char *parse_keys(WeightFile *file, Reader *reader) {
 
 #define MAX_ELEMENTS (SIZE_MAX / 65536) /* so that no later product with a few bytes overflows */
 
+/* The file's sizes are innermost first, a shape is outermost first as everywhere else. */
 static const char *check_sizes(Tensor *tensor, const uint64_t *sizes) {
+    Shape *shape = &tensor->shape;
     uint64_t count = 1;
-    for (int d = 0; d < tensor->n; d++) {
+    for (int d = 0; d < shape->n; d++) {
         if (sizes[d] == 0 || sizes[d] > INT_MAX) return "has a size of 0 or beyond 2147483647";
         if (sizes[d] > MAX_ELEMENTS / count) return "has more elements than a file can hold";
         count *= sizes[d];
-        tensor->sizes[d] = (int)sizes[d];
+        shape->d[shape->n - 1 - d] = (int)sizes[d];
     }
-    if (tensor->type == TYPE_Q8_0 && tensor->sizes[0] % 32) return "is q8_0 with rows of no multiple of 32";
+    if (tensor->type == TYPE_Q8_0 && sizes[0] % 32) return "is q8_0 with rows of no multiple of 32";
     tensor->bytes = type_bytes(tensor->type, (size_t)count);
     return NULL;
 }
@@ -220,7 +189,7 @@ static const char *take_tensor(Reader *reader, Tensor *tensor, uint64_t *offset)
     for (uint32_t d = 0; d < n; d++)
         if (!take_u64(reader, &sizes[d])) return "is cut off";
     if (!take_u32(reader, &type) || !take_u64(reader, offset)) return "is cut off";
-    tensor->n = (int)n;
+    tensor->shape.n = (int)n;
     tensor->type = (Type)type;
     if (!type_name(tensor->type)) return "is of a type other than f32, f16, bf16 and q8_0";
     return check_sizes(tensor, sizes);
@@ -235,7 +204,7 @@ static const char *parse_tensors(WeightFile *file, Reader *reader, uint64_t *off
         if (!good_name(tensor->name)) return reason("tensor %zu has no usable name", i + 1);
         const char *why = take_tensor(reader, tensor, &offsets[i]);
         if (why) return reason("tensor \"%.*s\" %s", NAMED(tensor->name), why);
-        int32_t *place = index_find(&file->tensor_index, file->tensors, sizeof(Tensor), tensor->name);
+        int32_t *place = index_place(&file->tensor_index, tensor->name);
         if (*place >= 0) return reason("tensor \"%.*s\" appears twice", NAMED(tensor->name));
         *place = (int32_t)i;
     }
@@ -302,8 +271,8 @@ static const char *parse(WeightFile *file, Bytes bytes) {
     if (why) return why;
     file->keys = allocate(file->key_count * sizeof(Key));
     file->tensors = allocate(file->tensor_count * sizeof(Tensor));
-    file->key_index = index_new(file->key_count);
-    file->tensor_index = index_new(file->tensor_count);
+    file->key_index = index_new(file->key_count, file->keys, sizeof(Key));
+    file->tensor_index = index_new(file->tensor_count, file->tensors, sizeof(Tensor));
     uint64_t *offsets = allocate(file->tensor_count * sizeof *offsets);
     why = parse_keys(file, &reader);
     if (!why) why = read_alignment(file);
@@ -343,26 +312,22 @@ void weights_close(WeightFile *file) {
 
 /* ---------------------------------------------------------------- tensors */
 
-/* "[5120, 1536]", outermost first as everywhere outside the file. */
-static char *sizes_string(const Tensor *tensor, char buffer[64]) {
-    int at = 0;
-    for (int d = tensor->n; d-- > 0;)
-        at += snprintf(buffer + at, 64 - (size_t)at, "%s%d", at ? ", " : "[", tensor->sizes[d]);
-    snprintf(buffer + at, 64 - (size_t)at, "]");
-    return buffer;
-}
-
-static size_t tensor_count(const Tensor *tensor) {
-    size_t count = 1;
-    for (int d = 0; d < tensor->n; d++) count *= (size_t)tensor->sizes[d];
-    return count;
-}
-
 /* Whether some inner sizes multiply to cols, and the rest to rows. */
 static bool splits_into(const Tensor *tensor, int rows, int cols) {
-    size_t inner = (size_t)tensor->sizes[0];
-    for (int d = 1; d < tensor->n && inner < (size_t)cols; d++) inner *= (size_t)tensor->sizes[d];
-    return inner == (size_t)cols && tensor_count(tensor) == (size_t)rows * (size_t)cols;
+    const Shape *shape = &tensor->shape;
+    int d = shape->n - 1;
+    size_t inner = (size_t)shape->d[d];
+    while (d > 0 && inner < (size_t)cols) inner *= (size_t)shape->d[--d];
+    return inner == (size_t)cols && shape_count(shape) == (size_t)rows * (size_t)cols;
+}
+
+void weights_refuse(const WeightFile *file, const char *format, ...) {
+    char text[512];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    die(STATUS_USAGE, "%s: %s", file->path, text);
 }
 
 #define FORMAT_NAME(name, format)                        \
@@ -376,7 +341,7 @@ static bool splits_into(const Tensor *tensor, int rows, int cols) {
 
 static const Tensor *need_tensor(const WeightFile *file, const char *name) {
     const Tensor *tensor = find_tensor(file, name);
-    if (!tensor) die(STATUS_USAGE, "%s: tensor \"%s\" is missing", file->path, name);
+    if (!tensor) weights_refuse(file, "tensor \"%s\" is missing", name);
     return tensor;
 }
 
@@ -390,20 +355,20 @@ static void *keep_copy(const WeightFile *file, void *copy) {
 Weight weights_bind(const WeightFile *file, int rows, int cols, const char *format, ...) {
     FORMAT_NAME(name, format);
     const Tensor *tensor = need_tensor(file, name);
-    char sizes[64];
+    char shape[64];
     if (!splits_into(tensor, rows, cols))
-        die(STATUS_USAGE, "%s: tensor \"%s\" has shape %s, expected [%d, %d]", file->path, name,
-            sizes_string(tensor, sizes), rows, cols);
+        weights_refuse(file, "tensor \"%s\" has shape %s, expected [%d, %d]", name,
+            shape_string(&tensor->shape, shape), rows, cols);
     return (Weight){tensor->data, tensor->type, rows, cols};
 }
 
 const float *weights_floats(const WeightFile *file, int count, const char *format, ...) {
     FORMAT_NAME(name, format);
     const Tensor *tensor = need_tensor(file, name);
-    char sizes[64];
-    if (tensor_count(tensor) != (size_t)count)
-        die(STATUS_USAGE, "%s: tensor \"%s\" has shape %s, expected %d elements", file->path, name,
-            sizes_string(tensor, sizes), count);
+    char shape[64];
+    if (shape_count(&tensor->shape) != (size_t)count)
+        weights_refuse(file, "tensor \"%s\" has shape %s, expected %d elements", name,
+            shape_string(&tensor->shape, shape), count);
     if (tensor->type == TYPE_F32) return (const float *)(const void *)tensor->data;
     float *copy = keep_copy(file, allocate((size_t)count * sizeof(float)));
     weight_row(&(Weight){tensor->data, tensor->type, 1, count}, 0, copy);
@@ -452,8 +417,7 @@ double array_double(const WeightArray *array, size_t index) {
     return array->type == VALUE_F64 ? value : (double)array_int(array, index);
 }
 
-Bytes array_next_string(const WeightArray *array, const uint8_t **cursor) {
-    (void)array;
+Bytes next_string(const uint8_t **cursor) {
     Bytes string = {*cursor + 8, (size_t)little_endian(*cursor, 8)};
     *cursor = string.data + string.size;
     return string;
@@ -462,8 +426,8 @@ Bytes array_next_string(const WeightArray *array, const uint8_t **cursor) {
 static const Key *need_key(const WeightFile *file, const char *name, bool (*fits)(uint32_t type),
                            const char *what) {
     const Key *key = find_key(file, name);
-    if (!key) die(STATUS_USAGE, "%s: key \"%s\" is missing", file->path, name);
-    if (!fits(key->type)) die(STATUS_USAGE, "%s: key \"%s\" is not %s", file->path, name, what);
+    if (!key) weights_refuse(file, "key \"%s\" is missing", name);
+    if (!fits(key->type)) weights_refuse(file, "key \"%s\" is not %s", name, what);
     return key;
 }
 
@@ -478,7 +442,7 @@ int64_t weights_int_or(const WeightFile *file, const char *name, int64_t fallbac
 
 static int check_size(const WeightFile *file, const char *name, int64_t size, int most) {
     if (size < 1 || size > most)
-        die(STATUS_USAGE, "%s: key \"%s\" is %" PRId64 ", expected 1 to %d", file->path, name, size, most);
+        weights_refuse(file, "key \"%s\" is %" PRId64 ", expected 1 to %d", name, size, most);
     return (int)size;
 }
 
@@ -493,7 +457,7 @@ int weights_size_or(const WeightFile *file, const char *name, int most, int fall
 void weights_sizes(const WeightFile *file, const char *name, int most, int *out, int count) {
     WeightArray array;
     if (!weights_array(file, name, &array) || !is_integer(array.type) || array.count != (size_t)count)
-        die(STATUS_USAGE, "%s: key \"%s\" is not an array of %d integers", file->path, name, count);
+        weights_refuse(file, "key \"%s\" is not an array of %d integers", name, count);
     for (int i = 0; i < count; i++) out[i] = check_size(file, name, array_int(&array, (size_t)i), most);
 }
 
@@ -515,7 +479,7 @@ const char *weights_string_or(const WeightFile *file, const char *name, const ch
     const Key *key = find_key(file, name);
     if (!key || key->type != VALUE_STRING) return fallback;
     const uint8_t *cursor = key->value.data;
-    Bytes string = array_next_string(&key->value, &cursor);
+    Bytes string = next_string(&cursor);
     char *copy = keep_copy(file, allocate(string.size + 1));
     memcpy(copy, string.data, string.size);
     return copy;
@@ -540,7 +504,7 @@ static void print_text(Bytes text, FILE *out) {
 }
 
 static void print_element(const WeightArray *array, size_t index, const uint8_t **cursor, FILE *out) {
-    if (array->type == VALUE_STRING) print_text(array_next_string(array, cursor), out);
+    if (array->type == VALUE_STRING) print_text(next_string(cursor), out);
     else if (array->type == VALUE_BOOL) fputs(array->data[index] ? "true" : "false", out);
     else if (is_integer(array->type)) fprintf(out, "%" PRId64, array_int(array, index));
     else fprintf(out, "%.9g", array_double(array, index));
@@ -560,13 +524,13 @@ static void print_key(const Key *key, FILE *out) {
 
 void weights_print(const WeightFile *file, FILE *out) {
     double elements = 0, bytes = 0;
-    char sizes[64];
+    char shape[64];
     for (size_t i = 0; i < file->key_count; i++) print_key(&file->keys[i], out);
     for (size_t i = 0; i < file->tensor_count; i++) {
         const Tensor *tensor = &file->tensors[i];
         fprintf(out, "%-60.*s %-5s %s\n", NAMED(tensor->name), type_name(tensor->type),
-                sizes_string(tensor, sizes));
-        elements += (double)tensor_count(tensor);
+                shape_string(&tensor->shape, shape));
+        elements += (double)shape_count(&tensor->shape);
         bytes += (double)tensor->bytes;
     }
     fprintf(out, "%zu keys, %zu tensors, %.0f parameters, %.1f MiB\n", file->key_count, file->tensor_count,

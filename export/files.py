@@ -29,9 +29,11 @@ def reading(path):
     """Whatever a library dislikes about a file becomes one line that names it."""
     try:
         yield
-    except (ExportError, OSError, MemoryError):
+    except (ExportError, MemoryError):
         raise
     except Exception as error:  # each library raises its own kinds on a corrupt file
+        if getattr(error, "filename", None):  # an OSError that names the file itself
+            raise
         detail = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ExportError(f"{path}: cannot be read: {detail[:200]}") from error
 

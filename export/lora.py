@@ -7,6 +7,7 @@ all are renamed as the checkpoint's own keys are. A key that matches no tensor i
 """
 
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,9 @@ def open_lora(option, rows):
         try:
             scale = float(number)
         except ValueError:
-            raise ExportError(f"--lora {option}: {number!r} is not a scale") from None
+            scale = math.nan
+        if not math.isfinite(scale):
+            raise ExportError(f"--lora {option}: {number!r} is not a scale")
     file = open_file(Path(path))
     modules = {}
     for key, tensor in file.tensors.items():

@@ -129,6 +129,8 @@ class Part:
 
 def open_part(name, path, pattern="*"):
     """Opens the files of one part and renames their tensors; refuses what sora cannot run, by name."""
+    if expert := re.search(r"(high|low)_noise", f"{path.parent.name}/{path.name}"):
+        raise ExportError(f"{path}: Wan 2.2 A14B (two experts) cannot be run yet ({expert[0]})")
     paths = weight_files(path, pattern)
     stored = {}
     for file in map(open_file, paths):

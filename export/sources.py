@@ -85,6 +85,10 @@ def original_sources(root):
 DEFAULTS = {"width": 832, "height": 480, "frames": 81, "fps": "16", "steps": 50, "guidance": 5.0, "shift": 3.0,
             "sampler": "unipc", "negative_prompt": "", "name": "Wan"}
 
+# What sora takes.
+RANGES = {"width": (1, 16384), "height": (1, 16384), "frames": (1, 1000001), "steps": (1, 1000),
+          "guidance": (0, 1000), "shift": (1e-3, 1000)}
+
 # wan/configs/shared_config.py: sample_neg_prompt, part of the released models' configuration.
 NEGATIVE_PROMPT = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
                    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
@@ -124,10 +128,10 @@ def scheduler_defaults(path):
     return {"sampler": sampler, "shift": float(config.get(shift, 1.0))}
 
 
-def run_defaults(args, sources, sizes):
+def run_defaults(args, sources, transformer, vae):
     """What sora does when no option says otherwise, from the general to the particular: this script, the release, the
-    scheduler's configuration, sora.json beside the checkpoint, options of this command."""
-    values = {**DEFAULTS, **RELEASED.get((sizes["dim"], sizes["num_layers"]), {})}
+    scheduler's configuration, sora.json beside the checkpoint, options of this command. transformer, vae: sizes."""
+    values = {**DEFAULTS, **RELEASED.get((transformer["dim"], transformer["num_layers"]), {})}
     if sources.scheduler:
         values.update(scheduler_defaults(sources.scheduler))
     if sources.settings:
@@ -135,6 +139,7 @@ def run_defaults(args, sources, sizes):
     values.update({key: getattr(args, key) for key in DEFAULTS if getattr(args, key) is not None})
     for key, value in values.items():
         check_default(key, value)
+    check_clip(values, transformer, vae)
     return values
 
 
@@ -143,10 +148,24 @@ def check_default(key, value):
     if key not in DEFAULTS:
         raise ExportError(f"sora.json: {key!r} is none of {', '.join(DEFAULTS)}")
     kinds = {int: (int,), float: (int, float), str: (str, int) if key == "fps" else (str,)}[type(DEFAULTS[key])]
-    if type(value) not in kinds or (type(value) is int and not 0 < value < 1 << 31):
-        raise ExportError(f"{key} is {value!r}, expected {'a positive number' if kinds[0] is not str else 'a text'}")
+    if type(value) not in kinds:
+        raise ExportError(f"{key} is {value!r}, expected {'a text' if kinds[0] is str else 'a number'}")
+    least, most = RANGES.get(key, (value, value))
+    if not least <= value <= most:
+        raise ExportError(f"{key} is {value!r}, expected {least:g} to {most:g}")
     if key == "sampler" and value not in SAMPLERS:
         raise ExportError(f"sampler is {value!r}, expected one of {', '.join(SAMPLERS)}")
+
+
+def check_clip(values, transformer, vae):
+    """Width, height and length must be ones that the model can make."""
+    levels, patch = vae["temperal_downsample"], transformer["patch_size"]
+    space, time = vae["patch_size"] << len(levels), 1 << sum(levels)
+    for key, multiple in (("height", space * patch[1]), ("width", space * patch[2])):
+        if values[key] % multiple:
+            raise ExportError(f"{key} is {values[key]}, expected a multiple of {multiple}")
+    if (values["frames"] - 1) % time:
+        raise ExportError(f"frames is {values['frames']}, expected {time}k+1")
 
 
 def default_keys(values):

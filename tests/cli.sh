@@ -69,6 +69,8 @@ input() {
     refused 2 "missing.gguf: tensor \"blocks.1.ffn.2.weight\" is missing" -m "$work/missing.gguf" x
     refused 2 "shape.gguf: tensor .* has shape .*, expected" -m "$work/shape.gguf" x
     refused 2 "tokenizer.gguf: .*tokenizer" -m "$work/tokenizer.gguf" x
+    refused 2 "version.gguf: sora.format_version is 0, expected 1" -m "$work/version.gguf" x
+    refused 2 "layout.gguf: vae.conv_layout is N,T,Y,X,I, expected O,T,Y,X,I" -m "$work/layout.gguf" x
     refused 2 "--noise nowhere.npy: No such file" $small --noise nowhere.npy x
     refused 2 "found float32 of \[3\], expected float32 of \[4, 2, 4, 8\]" $small --noise tests/goldens/npy/f4_3.npy x
     refused 2 "not an .npy file" $small --noise Makefile x
@@ -83,6 +85,10 @@ input() {
 resources() {
     refused 3 "nowhere/clip.y4m: cannot write: No such file" $small -o "$work/nowhere/clip.y4m" x
     refused 3 "cannot write: Is a directory" $small -o "$work" x
+    mkdir "$work/taken.y4m.json"
+    refused 3 "taken.y4m.json: cannot write: Is a directory" $small --steps 1000 -f 81 -o "$work/taken.y4m" x
+    ln -s "$work/nowhere" "$work/link.y4m"
+    refused 3 "link.y4m: a symbolic link whose target is not there" $small -o "$work/link.y4m" x
     refused 3 "--dump $work/nowhere/below: No such file" $small --dump "$work/nowhere/below" x
     refused 3 "needs .* GiB of memory and .* GiB can be had" -m $model -s 4096x4096 -f 4001 x
     if [ -c /dev/full ]; then
@@ -108,7 +114,10 @@ streams() {
     claim "a closed pipe: one line" [ "$(cat "$work/err")" = "sora: standard output: closed by its reader" ]
 
     "$sora" $small --steps 1000 -f 81 -o "$work/clip.y4m" x 2>"$work/err" &
-    sleep 0.5
+    for _ in $(seq 100); do # until it is at work
+        ls "$work" | grep -q "clip.y4m.*part" && break
+        sleep 0.1
+    done
     kill -TERM $!
     wait $!
     status=$?
@@ -172,6 +181,11 @@ options() {
     run -m $model -s 32x16 --steps 1 --seed 7 -o "$work/clip.y4m" --no-record --seconds 0.3 x
     claim "--no-record" [ ! -e "$work/clip.y4m.json" ]
     claim "--seconds 0.3 is 5 frames" [ "$(frames 32 16)" -eq 5 ]
+    claim "--no-record: no word where none is" [ ! -s "$work/err" ]
+    echo old >"$work/kept.y4m.json"
+    run $small -o "$work/kept.y4m" --no-record x
+    claim "--no-record: a warning of an older one" grep -q "warning: .*kept.y4m.json will not be of this video" "$work/err"
+    claim "--no-record: which stays" [ "$(cat "$work/kept.y4m.json")" = old ]
     run -m $model -s 32x16 -f 1 --steps 1 -o "$work/clip.y4m" x
     claim "a random seed is printed" grep -q "^seed [0-9]*$" "$work/err"
     mv "$work/clip.y4m" "$work/random.y4m"
@@ -190,8 +204,8 @@ information() {
     claim "--help: status 0" [ $status -eq 0 ]
     for option in model prompt prompt-file negative output size frames seconds fps steps guidance shift sampler seed \
         threads precision isa noise dump dump-only check tolerance chroma record-prompt no-record profile info \
-        tokenize quiet help version; do
-        claim "--help lists --$option" grep -q -- "--$option" "$work/out"
+        tokenize preview quiet help version; do
+        claim "--help lists --$option" grep -q -- "--$option " "$work/out"
     done
     run --version
     claim "--version" grep -q "^sora [0-9.]*, [a-z0-9]* kernels" "$work/out"
@@ -212,6 +226,8 @@ demo() {
     run -m models/demo.gguf --seed 7 -o "$work/clip.y4m" "a blue star bounces on the grass"
     claim "its defaults: 96x96 at 16 a second" grep -aq "^YUV4MPEG2 W96 H96 F16:1 " "$work/clip.y4m"
     claim "its defaults: 33 frames" [ "$(frames 96 96)" -eq 33 ]
+    run -m models/demo.gguf -f 37 --steps 1 -g 1 --seed 7 -o "$work/clip.y4m" x
+    claim "a warning of more frames than it learned" grep -q "warning: 37 frames: the model made clips of 33" "$work/err"
     page=$(head -c 4000 README.md)
     for prompt in "" "un renard roux court dans la neige" "红色的狐狸 🦊" "$page"; do
         run -m models/demo.gguf -f 1 --steps 1 --seed 7 -o "$work/clip.y4m" --prompt "$prompt"

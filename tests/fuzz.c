@@ -115,7 +115,7 @@ static bool run_y4m(Bytes in) {
 }
 
 static bool run_model(Bytes in) {
-    Model model = {.path = "fuzz"};
+    Model model = {0};
     Settings settings = {.prompt = "", .seconds = -1, .guidance = -1, .shift = -1, .sampler = SAMPLERS};
     if (weights_parse(in, "fuzz", &model.file)) return false;
     if (tokenizer_load(model.file, &model.tokenizer)) return false;

@@ -49,6 +49,8 @@ static void write_models(void) {
     write_changed("shape.gguf", "wan.ffn_dim",
                   strlen("wan.ffn_dim") + 4); /* behind the name: type, then value */
     write_changed("tokenizer.gguf", "tokenizer.ggml.scores", 0);
+    write_changed("version.gguf", "sora.format_version", strlen("sora.format_version") + 4);
+    write_changed("layout.gguf", "O,T,Y,X,I", 0);
     write_perturbed("changed.gguf", "blocks.1.ffn.2.weight", 24, 40);
 }
 

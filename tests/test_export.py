@@ -420,6 +420,10 @@ WRONG = [  # (what is done to a diffusers folder, what the line says)
     (lambda f: (f / "tokenizer/spiece.model").unlink(), "no tokenizer.json or spiece.model"),
     (lambda f: (f / "sora.json").write_text('{"stepps": 3}'), "'stepps' is none of"),
     (lambda f: (f / "sora.json").write_text('{"steps": "3"}'), "steps is '3'"),
+    (lambda f: (f / "sora.json").write_text('{"steps": 5000}'), "steps is 5000, expected 1 to 1000"),
+    (lambda f: (f / "sora.json").write_text('{"guidance": NaN}'), "guidance is nan, expected 0 to 1000"),
+    (lambda f: (f / "sora.json").write_text('{"width": 100}'), "width is 100, expected a multiple of"),
+    (lambda f: (f / "sora.json").write_text('{"frames": 6}'), "frames is 6, expected 4k+1"),
     (lambda f: shutil.rmtree(f / "vae"), "vae: no such file or folder"),
 ]
 
@@ -456,6 +460,19 @@ def test_missing_parts_are_named(tmp_path, folders, capsys):
     transformer = folders / "diffusers/transformer"
     assert "--text-encoder" in refused(capsys, tmp_path / "out.gguf", "--transformer", transformer)
     assert "no such file" in refused(capsys, tmp_path / "out.gguf", tmp_path / "nothing")
+
+
+def test_an_expert_of_two_is_refused_where_it_is_named_alone(tmp_path, folders, capsys):
+    expert = shutil.copytree(folders / "diffusers/transformer", tmp_path / "high_noise_model")
+    assert "two experts" in refused(capsys, tmp_path / "out.gguf", folders / "diffusers", "--transformer", expert)
+
+
+@pytest.mark.parametrize("option, says", [
+    ("nowhere.safetensors", "nowhere.safetensors: "), ("a.safetensors:nan", "'nan' is not a scale"),
+    ("a.safetensors:half", "'half' is not a scale")])
+def test_a_lora_that_cannot_be_applied_is_named(tmp_path, folders, capsys, option, says):
+    line = refused(capsys, tmp_path / "out.gguf", folders / "diffusers", "--lora", tmp_path / option)
+    assert says in line and "None" not in line
 
 
 def test_outputs_that_cannot_be_written(tmp_path, folders, capsys):

@@ -70,7 +70,7 @@ static void test_arrays(const WeightFile *file) {
     CHECK(weights_array(file, "test.words", &array) && array.count == 3, "array of strings");
     const uint8_t *cursor = array.data;
     for (int i = 0; i < 3; i++) {
-        Bytes word = array_next_string(&array, &cursor);
+        Bytes word = next_string(&cursor);
         CHECK(word.size == strlen(expected[i]) && !memcmp(word.data, expected[i], word.size), "word %d", i);
     }
     CHECK(weights_array(file, "test.scores", &array) && array.count == 2, "array of floats");

@@ -4,7 +4,7 @@ Both are small.  Two things differ from how diffusers runs them, and neither cha
 
 - Attention is written as plain matrix products, because PyTorch's fused attention is very slow backwards on a CPU.
 - Wan attends to all 512 text positions, of which all but the prompt's are zeros.  Zeros have equal keys and values, so
-  one of them with its logit raised by log(count) stands for all; sixteen times less work for the prompts of this world.
+  one of them with its logit raised by log(count) stands for all; twenty times less work for the prompts of this world.
 """
 import math
 
