@@ -93,6 +93,11 @@ static void check_size(const char *option, int pixels, int multiple) {
         die(STATUS_USAGE, "--size: %s %d is not a multiple of %d", option, pixels, multiple);
 }
 
+/* The length of the clips that the model was made for. */
+static int model_frames(const Model *m) {
+    return weights_size_or(m->file, "default.frames", 1000001, 81);
+}
+
 void settings_complete(Settings *s, const Model *m) {
     const Vae *vae = &m->vae;
     const int *patch = m->transformer.patch_size;
@@ -107,7 +112,7 @@ void settings_complete(Settings *s, const Model *m) {
             die(STATUS_USAGE, "--seconds: %g is more than can be counted in frames", s->seconds);
         s->frames = (int)floor(chunks + 0.5) * vae->temporal_stride + 1;
     }
-    take_default(&s->frames, m, "default.frames", 1000001, 81);
+    if (s->frames == 0) s->frames = model_frames(m);
     take_default_number(&s->guidance, m, "default.guidance", 0, 5.0);
     take_default_number(&s->shift, m, "scheduler.shift", 1e-3, 3.0);
     if (s->sampler == SAMPLERS &&
@@ -328,10 +333,12 @@ static Video video_open(const Run *run) {
     const Settings *s = run->settings;
     Video video = {.run = run, .format = {s->width, s->height, s->fps_num, s->fps_den, s->chroma}};
     video.file = output_open(s->output);
-    char *record = video.file.temporary ? record_path(s) : NULL;
-    if (record && s->record) video.record = output_open(record);
-    if (record && !s->record && !access(record, F_OK)) warn("%s will not be of this video", record);
-    free(record);
+    if (video.file.temporary) {
+        char *record = record_path(s);
+        if (s->record) video.record = output_open(record);
+        else if (!access(record, F_OK)) warn("%s will not be of this video", record);
+        free(record);
+    }
     video.planes = allocate(y4m_frame_bytes(&video.format));
     sha256_start(&video.sha);
     return video;
@@ -425,7 +432,7 @@ static void estimate(const Run *run) {
     if (bytes > available)
         die(STATUS_RESOURCE, "%dx%d with %d frames needs %.1f GiB of memory and %.1f GiB can be had",
             s->width, s->height, s->frames, bytes / 0x1p30, available / 0x1p30);
-    int longest = weights_size_or(run->model->file, "default.frames", 1 << 20, s->frames);
+    int longest = model_frames(run->model);
     if (s->frames > longest)
         warn("%d frames: the model made clips of %d, and beyond them motion tends to repeat", s->frames,
              longest);

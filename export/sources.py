@@ -88,6 +88,7 @@ DEFAULTS = {"width": 832, "height": 480, "frames": 81, "fps": "16", "steps": 50,
 # What sora takes.
 RANGES = {"width": (1, 16384), "height": (1, 16384), "frames": (1, 1000001), "steps": (1, 1000),
           "guidance": (0, 1000), "shift": (1e-3, 1000)}
+MAX_RATE = 1000000  # of either side of fps
 
 # wan/configs/shared_config.py: sample_neg_prompt, part of the released models' configuration.
 NEGATIVE_PROMPT = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
@@ -150,9 +151,8 @@ def check_default(key, value):
     kinds = {int: (int,), float: (int, float), str: (str, int) if key == "fps" else (str,)}[type(DEFAULTS[key])]
     if type(value) not in kinds:
         raise ExportError(f"{key} is {value!r}, expected {'a text' if kinds[0] is str else 'a number'}")
-    least, most = RANGES.get(key, (value, value))
-    if not least <= value <= most:
-        raise ExportError(f"{key} is {value!r}, expected {least:g} to {most:g}")
+    if key in RANGES and not RANGES[key][0] <= value <= RANGES[key][1]:
+        raise ExportError("{} is {!r}, expected {:g} to {:g}".format(key, value, *RANGES[key]))
     if key == "sampler" and value not in SAMPLERS:
         raise ExportError(f"sampler is {value!r}, expected one of {', '.join(SAMPLERS)}")
 
@@ -189,6 +189,6 @@ def parse_rate(text):
         rate = Fraction(str(text).replace(":", "/"))
     except (ValueError, ZeroDivisionError):
         rate = Fraction(0)
-    if rate <= 0:
-        raise ExportError(f"fps is {text!r}, expected N or N:D")
+    if not 0 < rate.numerator <= MAX_RATE >= rate.denominator:
+        raise ExportError(f"fps is {text!r}, expected N or N:D of at most {MAX_RATE}")
     return rate

@@ -424,6 +424,7 @@ WRONG = [  # (what is done to a diffusers folder, what the line says)
     (lambda f: (f / "sora.json").write_text('{"guidance": NaN}'), "guidance is nan, expected 0 to 1000"),
     (lambda f: (f / "sora.json").write_text('{"width": 100}'), "width is 100, expected a multiple of"),
     (lambda f: (f / "sora.json").write_text('{"frames": 6}'), "frames is 6, expected 4k+1"),
+    (lambda f: (f / "sora.json").write_text('{"fps": 2147483648}'), "fps is 2147483648, expected N or N:D"),
     (lambda f: shutil.rmtree(f / "vae"), "vae: no such file or folder"),
 ]
 
