@@ -2,10 +2,10 @@
 
     x = (1 - sigma) * clean + sigma * noise,    wanted: velocity = noise - clean,    loss: their squared distance
 
-Every batch follows from (options, step) alone, the options being the seed and the numbers of workers and steps, so a
-run that was killed goes on as if nothing had happened.  Two worker processes of one thread each share a batch and sum
-their gradients: on a machine that is busy with other things this loses far less than two threads that wait for each
-other at every operation.
+Every batch follows from (options, step) alone, the options being the seed and the number of workers, so a run that was
+killed goes on as if nothing had happened.  Two worker processes of one thread each share a batch and sum their
+gradients: on a machine that is busy with other things this loses far less than two threads that wait for each other at
+every operation.
 """
 import sys
 import time
@@ -20,8 +20,9 @@ import model
 import reading
 from common import Average, Log, Optimisers, save_atomically, sum_over_workers
 
-MIXED_SHARE = 0.8  # of all steps: until then, steps take turns with EXTENTS; after it, whole clips alone
 EXTENTS = [(1, 192), (3, 64), (9, 24)]  # (latent frames, clips a worker): pictures, beginnings, whole clips
+MIXED_STEPS = 4500  # until then, steps take turns with EXTENTS; after it, whole clips alone
+FALLING_SHARE = 0.2  # of all steps: the last, in which the rate falls
 PIECES = 2  # of a worker's part of a batch, one after the other: what is half as large stays in the cache longer
 SHARDS, NEW_SHARDS_EVERY, MOST_SHARDS = 4, 400, 96  # at first; two more every so many steps; in all
 MUON_LR, ADAM_LR, EMA_DECAY = 0.01, 1e-3, 0.999
@@ -41,9 +42,9 @@ class TextToVideo(nn.Module):
         return model.velocity(self.transformer, x, sigma, *model.embed(self.text_encoder, ids, mask))
 
 
-def extent(step, steps):
+def extent(step):
     """(latent frames, clips a worker) of a step. Pictures teach what is where for a ninth of a clip's price."""
-    return EXTENTS[step % len(EXTENTS)] if step < MIXED_SHARE * steps else EXTENTS[-1]
+    return EXTENTS[step % len(EXTENTS)] if step < MIXED_STEPS else EXTENTS[-1]
 
 
 def shards_at(step):
@@ -51,14 +52,14 @@ def shards_at(step):
 
 
 def rate(step, steps):
-    """Factor of the learning rate: a short rise, then full, then linearly down while whole clips are alone."""
-    return min(1, (step + 1) / 200, max((1 - step / steps) / (1 - MIXED_SHARE), 1e-3))
+    """Factor of the learning rate: a short rise, then full, then linearly down."""
+    return min(1, (step + 1) / 200, max((1 - step / steps) / FALLING_SHARE, 1e-3))
 
 
 def check_length(step, before, steps):
-    """Exits if a run of `before` steps, now at `step`, cannot become one of `steps`: up to where the rate falls, and
-    the mix ends, the two are the same run, and after that no longer."""
-    if step > MIXED_SHARE * min(before, steps) and before != steps:
+    """Exits if a run of `before` steps, now at `step`, cannot become one of `steps`: up to where the rate falls the two
+    are the same run, and after that no longer."""
+    if step > (1 - FALLING_SHARE) * min(before, steps) and before != steps:
         sys.exit(f"transformer.py: at step {step} a run of {before} steps can no longer become one of {steps}")
 
 
@@ -67,9 +68,9 @@ def sample_sigma(generator, count):
     return torch.sigmoid(0.6 + 1.2 * torch.randn(count, generator=generator))
 
 
-def batch_at(step, steps, seed, rank, workers, pool, tokenizer):
+def batch_at(step, seed, rank, workers, pool, tokenizer):
     """(clean, noise, sigma, ids, mask): this worker's part of the batch of a step."""
-    frames, count = extent(step, steps)
+    frames, count = extent(step)
     rng = np.random.default_rng([seed, step, rank, workers])
     indices = rng.integers(shards_at(step) * latents.SHARD, size=count)
     prompts = reading.captions(tokenizer, [latents.shard_scene(seed, int(i)) for i in indices], rng)
@@ -168,7 +169,7 @@ def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, 
         if shards_at(run.step) != shards:
             make_shards(run.step, seed, rank, workers, out / "latents", light)
             shards = shards_at(run.step)
-        batch = batch_at(run.step, steps, seed, rank, workers, pool, tokenizer)
+        batch = batch_at(run.step, seed, rank, workers, pool, tokenizer)
         loss, norm = run.learn(batch, rate(run.step, steps), workers)
         if rank == 0:
             curve.add(run, batch[0].shape[2], loss, norm)
