@@ -309,7 +309,7 @@ def detect(video):
     """uint8 [F, S, S, 3] -> {"background", "relation", "count", "subjects": [{"shape", "colour", "size", "motion"}]}.
 
     A shape, motion or relation that is none of the world's is None.  count is None if a subject is not there all the
-    time or there are two of it.
+    time, or a second, smaller one of it is; two of about one size come out as a wrong shape, size or motion.
     """
     seen = subjects_of(video)
     for x in seen:
@@ -326,21 +326,24 @@ SYMMETRIC = ("meet", "jump together", "collide")  # relations whose two subjects
 
 
 def compare(scene, found):
-    """{attribute: True or False} for every attribute that the scene asks for; subjects are matched by their colours."""
+    """{attribute: True or False} for every attribute that the scene asks for.
+
+    Subjects are matched by their colours; one that is missing is matched with one of a colour that nobody asked for.
+    """
     marks = {"background": found["background"] == scene.background, "relation": found["relation"] == scene.relation,
              "count": found["count"] == len(scene.subjects)}
     nothing = dict(shape=None, colour=None, size=None, motion=None)
-    by_colour = {x["colour"]: x for x in found["subjects"]}
+    by_colour, asked = {x["colour"]: x for x in found["subjects"]}, [x.colour for x in scene.subjects]
+    strangers = [x for x in found["subjects"] if x["colour"] not in asked]
     for i, subject in enumerate(scene.subjects):
-        other = found["subjects"][i] if i < len(found["subjects"]) else nothing
-        match = by_colour.get(subject.colour, other)
+        match = by_colour.get(subject.colour) or (strangers.pop(0) if strangers else nothing)
         marks[f"colour{i}"] = match["colour"] == subject.colour
         marks[f"shape{i}"] = match["shape"] == subject.shape
         marks[f"motion{i}"] = match["motion"] == subject.motion
         if len(scene.subjects) == 1:
             marks[f"size{i}"] = match["size"] == subject.size
     if scene.relation and scene.relation not in SYMMETRIC:
-        marks["roles"] = [x["colour"] for x in found["subjects"]] == [x.colour for x in scene.subjects]
+        marks["roles"] = [x["colour"] for x in found["subjects"]] == asked
     return marks
 
 

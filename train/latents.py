@@ -2,7 +2,7 @@
 
 Shard k holds the clips of indices k*SHARD ... of the world, encoded by the frozen light encoder.  A shard is a pure
 function of the world and the encoder, so a lost one is simply made again.  The pool of shards grows as training goes
-on: drawing takes a tenth of the time, and no clip is seen very often.
+on, so that later clips are seen only a few times; drawing takes a tenth of the time.
 """
 import pathlib
 

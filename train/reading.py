@@ -66,6 +66,20 @@ def captions(tokenizer, scenes, rng):
     return out
 
 
+def batch_at(step, seed, tokenizer, colours, batch):
+    """(ids, mask, is_colour), each [batch, L], of a step, and the right answers to what Reader makes of them."""
+    rng = np.random.default_rng([seed, step])
+    scenes = [world.scene(seed, int(i)) for i in rng.integers(1 << 40, size=batch)]
+    ids, mask = model.pad(captions(tokenizer, scenes, rng), model.TOKENS)
+    colour, subjects = colours[ids], [subject_answers(s) for s in scenes]
+    for row, answers in enumerate(subjects):  # a word that means nothing may begin with the piece "red"
+        colour[row, ~torch.isin(colour[row], torch.tensor(list(answers)))] = -1
+    places = (colour >= 0).nonzero().tolist()
+    right = list(torch.tensor([subjects[row][int(colour[row, t])] for row, t in places]).T)
+    right += [torch.tensor([a.index(getattr(s, name)) for s in scenes]) for name, a in OF_SCENE.items()]
+    return ids, mask, colour >= 0, right
+
+
 def train(out, tokenizer, steps, seed, batch=64):
     """{name: weight} of the encoder, the state dict of a model.new_text_encoder, without the heads.
 
@@ -80,15 +94,8 @@ def train(out, tokenizer, steps, seed, batch=64):
     optimisers = Optimisers(reader.named_parameters(), 0.01, 5e-3)
     names, right = [*OF_SUBJECT, *OF_SCENE], []
     for step in range(1, steps + 1):
-        rng = np.random.default_rng([seed, step])
-        scenes = [world.scene(seed, int(i)) for i in rng.integers(1 << 40, size=batch)]
-        ids, mask = model.pad(captions(tokenizer, scenes, rng), model.TOKENS)
-        colour = colours[ids]
-        subjects = [subject_answers(s) for s in scenes]
-        places = (colour >= 0).nonzero().tolist()
-        wanted = list(torch.tensor([subjects[row][int(colour[row, t])] for row, t in places]).T)
-        wanted += [torch.tensor([a.index(getattr(s, name)) for s in scenes]) for name, a in OF_SCENE.items()]
-        logits = reader(ids, mask, colour >= 0)
+        ids, mask, is_colour, wanted = batch_at(step, seed, tokenizer, colours, batch)
+        logits = reader(ids, mask, is_colour)
         loss = sum(F.cross_entropy(x, w) for x, w in zip(logits, wanted))
         loss.backward()
         optimisers.step(min(1, step / 100, 4 * (1 - step / steps) + 1e-3))

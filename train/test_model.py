@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
 from diffusers import AutoencoderKLWan
 from transformers import AutoTokenizer
 
@@ -90,6 +92,40 @@ def test_an_update_of_muon_is_nearly_orthogonal():
     assert torch.linalg.svdvals(u).min() > 0.5 and torch.linalg.svdvals(u).max() < 1.3
 
 
+def matrices_after_a_step(gradients):
+    """Three matrices after a step of Muon by the mean of gradients over the workers."""
+    params = [torch.nn.Parameter(torch.zeros(4, 6 + i)) for i in range(3)]
+    for p, gradient in zip(params, gradients):
+        p.grad = gradient
+    workers = dist.get_world_size() if dist.is_initialized() else 1
+    common.sum_over_workers([p.grad for p in params], 1 / workers)
+    common.Muon(params, 0.1).step()
+    return [p.detach() for p in params]
+
+
+def gradients_of(rank):
+    generator = torch.Generator().manual_seed(rank)
+    return [torch.randn(4, 6 + i, generator=generator) for i in range(3)]
+
+
+def step_of_worker(rank, folder):
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.save(matrices_after_a_step(gradients_of(rank)), folder / f"{rank}.pt")
+
+
+def test_two_workers_step_as_one_that_has_the_mean_of_their_gradients(tmp_path):
+    multiprocessing.spawn(step_of_worker, (tmp_path,), 2)
+    mean = [(a + b) / 2 for a, b in zip(gradients_of(0), gradients_of(1))]
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), matrices_after_a_step(mean))
+
+
+def test_only_one_process_trains_in_a_folder(tmp_path):
+    with train.lock(tmp_path), pytest.raises(SystemExit, match="another process is training"):
+        train.lock(tmp_path)
+    train.lock(tmp_path).close()
+
+
 def test_a_run_goes_on_only_with_the_options_that_it_began_with(tmp_path):
     args = argparse.Namespace(out=tmp_path, **{name: 7 for name in train.STREAM_OPTIONS})
     train.keep_options(args)
@@ -135,4 +171,27 @@ def test_a_resumed_run_equals_an_uninterrupted_one(words, tmp_path, monkeypatch)
                           saved=lambda: patch.setattr(transformer, "SAVE_SECONDS", 1000))
     assert torch.load(tmp_path / "parted" / "transformer.ckpt", weights_only=True)["step"] == 1  # of three steps made
     resumed = transformer.train(tmp_path / "parted", tokens, reader, None, steps=4, seed=0)
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_a_resumed_vae_equals_an_uninterrupted_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(vae, "evaluate", lambda *_: 0.0)
+
+    def decoder(run):
+        (tmp_path / run).mkdir(exist_ok=True)
+        vae.train_decoder(tmp_path / run, steps=4, seed=0, clips=4)
+        return torch.load(tmp_path / run / "vae.ckpt", weights_only=True)["model"]
+
+    def save_and_stop(*args):
+        common.save_atomically(*args)
+        raise KeyboardInterrupt
+
+    expected = decoder("whole")
+    for steps_made in (1, 2):  # of two on crops and two on whole frames
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(vae, "SAVE_SECONDS", -1)
+            patch.setattr(vae, "save_atomically", save_and_stop)
+            decoder("parted")
+        assert torch.load(tmp_path / "parted" / "vae.ckpt", weights_only=True)["step"] == steps_made
+    resumed = decoder("parted")
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)

@@ -1,4 +1,4 @@
-"""Trains the bundled model from nothing, in stages; a stage that was killed goes on where it stopped.
+"""Trains the bundled model from nothing, in stages; a stage that was killed goes on where it stopped (reading: anew).
 
     python train/train.py --out build/train
 
@@ -12,11 +12,12 @@
 Beside OUT/transformer.ckpt stands OUT/snapshot/, a diffusers folder, written anew with every checkpoint.
 Loss curves stand in OUT/log/*.tsv, process ids in OUT/pids/.  The same command starts and resumes; --until stops early.
 
-Every batch follows from (options, step).  OUT/options.json keeps those options, so that a run goes on as it began;
---transformer-steps alone may still change, until the rate falls: a long run begins as a short one does.
+Every batch follows from (options, step).  OUT/options.json keeps those options, so that a run goes on as it began; of
+the lengths, --transformer-steps alone may still change, until the rate falls: a long run begins as a short one does.
 """
 import argparse
 import datetime
+import fcntl
 import json
 import os
 import pathlib
@@ -47,7 +48,8 @@ def options():
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "build" / "train")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2, help="processes of the transformer stage, one thread each")
+    parser.add_argument("--workers", type=int, default=2, help="processes of the transformer stage, one thread each; the batch grows with them, so another "
+                             "number is another training")
     parser.add_argument("--threads", type=int, default=1, help="threads of every other stage")
     parser.add_argument("--clips", type=int, default=1500, help="drawn clips for the VAE")
     parser.add_argument("--reading-steps", type=int, default=1000)
@@ -66,12 +68,24 @@ def keep_options(args):
     """Keeps the options that the batches follow from in OUT/options.json, and exits if others stand there already."""
     path, now = args.out / "options.json", {name: getattr(args, name) for name in STREAM_OPTIONS}
     if not path.exists():
-        path.write_text(json.dumps(now, indent=2) + "\n")
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(now, indent=2) + "\n")
+        temporary.replace(path)
     before = json.loads(path.read_text())
     for name in STREAM_OPTIONS:
         if before[name] != now[name]:
             sys.exit(f"train.py: this run began with --{name.replace('_', '-')} {before[name]}, not {now[name]}, and "
                      f"its batches depend on it; who knows what they do may remove {path}")
+
+
+def lock(out):
+    """A file to keep open while training in `out`; exits if another process holds it."""
+    file = open(out / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"train.py: another process is training in {out}")
+    return file
 
 
 def note_pid(out, name):
@@ -97,6 +111,7 @@ def main():
     args = options()
     torch.set_num_threads(args.threads)
     args.out.mkdir(parents=True, exist_ok=True)
+    held = lock(args.out)  # until this process ends
     keep_options(args)
     note_pid(args.out, "train")
     wanted = STAGES[:STAGES.index(args.until) + 1]

@@ -3,7 +3,7 @@
     x = (1 - sigma) * clean + sigma * noise,    wanted: velocity = noise - clean,    loss: their squared distance
 
 Every batch follows from (options, step) alone, the options being the seed and the number of workers, so a run that was
-killed goes on as if nothing had happened.  Two worker processes of one thread each share a batch and sum their
+killed goes on as if nothing had happened.  Worker processes of one thread each make a batch together and sum their
 gradients: on a machine that is busy with other things this loses far less than two threads that wait for each other at
 every operation.
 """

@@ -6,9 +6,9 @@ Training Wan's encoder and decoder together costs twice the decoder alone and st
 trained with a light encoder (principal components of 4x8x8 blocks and a small residual net) that is thrown away, and
 Wan's own encoder is regressed onto the light one's latents afterwards, once the transformer no longer waits for it.
 
-The latents leave the light encoder through a batch norm without weights, so every channel has mean 0 and deviation 1,
-and the decoder sees them with noise on: a latent that is slightly off, as the transformer's will be, still decodes
-well.
+The latents leave the light encoder through a batch norm without weights, so every channel has mean 0 and deviation 1 on
+the crops that it learns from, and about 0.8 on whole frames; and the decoder sees them with noise on: a latent that is
+slightly off, as the transformer's will be, still decodes well.
 
 diffusers runs the VAE frame by frame with caches.  Without caches its up- and downsampling skip the temporal
 convolution, so WholeClipResample does what the cached walk does, over the whole clip at once, which is what a gradient
@@ -94,7 +94,8 @@ class _Residual(nn.Module):
 class LightEncoder(nn.Module):
     """pixels [B, 3, F, H, W] -> latents [B, Z, T, H/8, W/8], T = 1 + (F-1)/4.
 
-    Each latent frame sees only its own four pixel frames; the first stands for one, which is shown to it four times.
+    The convolutions of a latent frame see its own four pixel frames alone; the first stands for one, which is shown to
+    them four times. The norms take their scale from the whole clip, which moves latents by a few per cent.
     Starts as the principal components of 4x8x8 blocks, each scaled to deviation 1; a residual net, silent at first,
     learns what the decoder would rather know.
     """
@@ -183,15 +184,9 @@ class Crops:
 
 EVALUATION_SEED = 1  # of the clips that judge the VAE
 SAVE_SECONDS = 90
-CROPS_SHARE = 0.5  # of all steps; the rest sees whole frames, and the light encoder then stands still
-
-
-def _phase(step, steps):
-    """(batch, crop, frames) of a step: crops first, then whole frames, whose borders crops seldom show.
-
-    Never a batch of one, for which PyTorch chooses convolutions that are four times slower.
-    """
-    return (8, 32, 9) if step < CROPS_SHARE * steps else (2, SIZE, 9)
+# (batch, crop, frames). Never a batch of one, for which PyTorch chooses convolutions that are four times slower.
+CROPS, WHOLE_FRAMES = (8, 32, 9), (2, SIZE, 9)
+CROPS_SHARE = 0.5  # of train_decoder's steps; the rest sees whole frames, whose borders crops seldom show
 
 
 def _rate(step, steps):
@@ -270,9 +265,10 @@ def train_decoder(out, steps, seed, clips, noise=0.03, compiled=False):
     def loss_of(crops, step):
         if step == 0:
             light.start_from_components(crops.batch(np.random.default_rng(seed), 400, 32, 4))
-        light.norm.train(step < 0.5 * steps)  # later the scale of the latents stands still, as it will in use
-        light.requires_grad_(step < CROPS_SHARE * steps)
-        x = crops.batch(np.random.default_rng([seed, step]), *_phase(step, steps))
+        learning = step < CROPS_SHARE * steps  # later its latents stand still, as they will in use
+        light.norm.train(learning)
+        light.requires_grad_(learning)
+        x = crops.batch(np.random.default_rng([seed, step]), *(CROPS if learning else WHOLE_FRAMES))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         return reconstruct(x, noise * torch.randn(latent_shape(x), generator=generator))
 
@@ -287,6 +283,7 @@ def _encoding_half(vae):
 def train_encoder(out, steps, seed, clips, compiled=False):
     """Regresses Wan's own encoder onto the light encoder's latents, into OUT/encoder.ckpt; compiled: as above.
 
+    On whole frames alone: in a crop of 4x4 latents the border reaches every one of them, and they are others.
     The second half of quant_conv's output, the log-variance, is left at zero weights and a small constant: the latents
     are meant to be used at their mean.
     """
@@ -302,6 +299,6 @@ def train_encoder(out, steps, seed, clips, compiled=False):
         distance = torch.compile(distance, dynamic=False)
 
     def loss_of(crops, step):
-        return distance(crops.batch(np.random.default_rng([seed, step, 1]), *_phase(step, steps)))
+        return distance(crops.batch(np.random.default_rng([seed, step, 1]), *WHOLE_FRAMES))
 
     _fit(out, "encoder", _encoding_half(vae), steps, seed, clips, loss_of, lambda x: decode(vae, encode(vae, x)))
