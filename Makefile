@@ -1,5 +1,6 @@
-# make            builds ./sora           make demo   makes demo.y4m       make test   runs the tests
-# make OPENMP=0   builds without threads  make CC=clang, CFLAGS=..., PREFIX=... as everywhere
+# make            builds ./sora            make test   runs the tests
+# make demo       makes demo.y4m           make demo PROMPT="a red cross spins at night"
+# make OPENMP=0   builds without threads   make CC=clang, CFLAGS=..., PREFIX=... as everywhere
 
 CC      ?= cc
 CFLAGS  ?= -O3 -g
@@ -40,11 +41,14 @@ TESTS = $(patsubst tests/%.c,$(BUILD)/tests/%.o,tests/main.c $(wildcard tests/te
 $(BUILD)/run-tests: $(TESTS) $(OBJECTS)
 	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ -lm
 
-PROMPT ?= a blue star bounces on the grass
+# The prompt reaches the program as it was typed: through the environment, past make's and the shell's own signs.
+PROMPT = a blue star bounces on the grass
 
+demo: export DEMO_PROMPT := $(value PROMPT)
 demo: sora
-	./sora -o demo.y4m "$(PROMPT)"
-	@echo "Watch it: ffplay demo.y4m (or mpv, vlc); or convert it: ffmpeg -i demo.y4m demo.mp4"
+	./sora -o demo.y4m --prompt "$$DEMO_PROMPT"
+	@echo "Watch it: ffplay -loop 0 -x 480 -y 480 demo.y4m (or mpv, vlc); or convert it: ffmpeg -i demo.y4m demo.mp4"
+	@echo "No screen? ./sora --preview \"a blue star bounces on the grass\" draws in the terminal."
 
 install: sora
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/sora

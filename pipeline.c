@@ -300,6 +300,7 @@ typedef struct {
     const Run *run;
     VideoFormat format;
     OutputFile file, record; /* the record is open where there will be one */
+    Preview preview;
     uint8_t *planes;
     Sha256 sha;
     int index;
@@ -321,9 +322,9 @@ static void write_frame(void *to, const float *frame) {
     write_bytes(video, "FRAME\n", 6);
     write_bytes(video, video->planes, y4m_frame_bytes(&video->format));
     output_flush(&video->file);
-    if (s->preview) preview_frame(frame, s->width, s->height, video->index);
-    progress("frame", ++video->index, s->frames);
     profile_end(OUTPUT);
+    preview_frame(&video->preview, &video->format, frame, video->index); /* may wait: no stage's time */
+    progress("frame", ++video->index, s->frames);
     profile_resume(VAE_DECODE);
 }
 
@@ -339,6 +340,7 @@ static Video video_open(const Run *run) {
         else if (!access(record, F_OK)) warn("%s will not be of this video", record);
         free(record);
     }
+    if (s->preview) video.preview = preview_open();
     video.planes = allocate(y4m_frame_bytes(&video.format));
     sha256_start(&video.sha);
     return video;

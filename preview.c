@@ -2,13 +2,15 @@
  *
  * A character cell is about twice as high as wide, so the upper half block (U+2580) in one colour on a
  * background of another shows two square pixels. A frame is shrunk to the window by averaging, never enlarged
- * beyond it, and drawn over the one before. Colours are 24 bits where COLORTERM says so, else the 6x6x6 cube
- * of 256 colours. It goes to standard error, since standard output may carry the video. */
+ * beyond it, and drawn over the one before; one that is decoded before its time waits for it. Colours are
+ * 24 bits where COLORTERM says so, else the 6x6x6 cube of 256 colours. It goes to standard error, since
+ * standard output may carry the video. */
 #include "sora.h"
 
 #include <stdlib.h>
 #include <string.h>
 #include <sys/ioctl.h>
+#include <time.h>
 #include <unistd.h>
 
 /* The average of a box of one colour's plane, as a byte. */
@@ -62,18 +64,50 @@ size_t preview_render(const float *frame, int width, int height, PreviewSize siz
     return (size_t)(out - start);
 }
 
-void preview_frame(const float *frame, int width, int height, int index) {
+static const char *variable(const char *name) {
+    const char *value = getenv(name);
+    return value ? value : "";
+}
+
+Preview preview_open(void) {
+    Preview preview = {0};
+    const char *terminal = variable("TERM"), *colours = variable("COLORTERM");
+    if (!isatty(STDERR_FILENO)) warn("--preview: standard error is no terminal");
+    else if (!*terminal || !strcmp(terminal, "dumb")) warn("--preview: the terminal (TERM) has no colours");
+    else if (*variable("NO_COLOR")) warn("--preview: NO_COLOR is set");
+    else preview.enabled = true;
+    preview.true_colour = strstr(colours, "truecolor") || strstr(colours, "24bit");
+    return preview;
+}
+
+/* Sleeps until `when` by the clock of seconds(). */
+static void wait_until(double when) {
+    double rest = when - seconds();
+    if (rest <= 0) return;
+    struct timespec time = {(time_t)rest, (long)((rest - (double)(time_t)rest) * 1e9)};
+    nanosleep(&time, NULL);
+}
+
+/* A window of another size may have moved what was drawn: from there on it is cleared. */
+static void move_to_start(PreviewSize drawn, PreviewSize size) {
+    fprintf(stderr, "\r\033[K");
+    if (drawn.rows) fprintf(stderr, "\033[%dA", drawn.rows);
+    if (drawn.rows && (drawn.rows != size.rows || drawn.columns != size.columns)) fprintf(stderr, "\033[J");
+}
+
+void preview_frame(Preview *preview, const VideoFormat *format, const float *frame, int index) {
     struct winsize window = {0};
-    if (!isatty(STDERR_FILENO) || ioctl(STDERR_FILENO, TIOCGWINSZ, &window) || window.ws_col < 2 ||
+    if (!preview->enabled || ioctl(STDERR_FILENO, TIOCGWINSZ, &window) || window.ws_col < 2 ||
         window.ws_row < 4)
         return;
-    const char *colours = getenv("COLORTERM");
-    bool true_colour = colours && (strstr(colours, "truecolor") || strstr(colours, "24bit"));
-    PreviewSize size = preview_fit(width, height, window.ws_col, window.ws_row - 2);
+    double time = (double)index * format->rate_den / format->rate_num;
+    if (!preview->drawn.rows) preview->start = seconds() - time;
+    wait_until(preview->start + time);
+    PreviewSize size = preview_fit(format->width, format->height, window.ws_col, window.ws_row - 2);
     char *text = allocate(preview_room(size));
-    size_t length = preview_render(frame, width, height, size, true_colour, text);
-    fprintf(stderr, "\r\033[K");
-    if (index > 0) fprintf(stderr, "\033[%dA", size.rows);
+    size_t length = preview_render(frame, format->width, format->height, size, preview->true_colour, text);
+    move_to_start(preview->drawn, size);
     fwrite(text, 1, length, stderr);
     free(text);
+    preview->drawn = size;
 }

@@ -224,8 +224,17 @@ size_t preview_room(PreviewSize size); /* bytes that preview_render may write */
 /* Lines of half blocks from a frame [3,Y,X] in [-1,1]; returns the bytes written. */
 size_t preview_render(const float *frame, int width, int height, PreviewSize size, bool true_colour,
                       char *out);
-/* Draws a clip's frame `index` over the one before; nothing where standard error is no terminal. */
-void preview_frame(const float *frame, int width, int height, int index);
+
+typedef struct {
+    bool enabled, true_colour;
+    PreviewSize drawn; /* what stands on the screen: no rows before the first frame */
+    double start;      /* when frame 0 was due */
+} Preview;
+/* On standard error; not enabled, after a warning, where that is no terminal or wants no colours. */
+Preview preview_open(void);
+/* Draws a clip's frame `index` over the one before, no sooner than the clip's rate has it; nothing where the
+ * preview is not enabled or the window too small. */
+void preview_frame(Preview *preview, const VideoFormat *format, const float *frame, int index);
 
 /* ---------------------------------------------------------------- pipeline.c: the stages on one string */
 

@@ -62,7 +62,7 @@ def grid():
             subprocess.run(command, check=True)
             animate(clip, picture)
             mark = "&nbsp;*" if any(world.is_held_out(*c) for c in combinations) else ""
-            image = f'<img src="{picture.relative_to(ROOT)}" alt="">'
+            image = f'<img src="{picture.relative_to(ROOT)}" alt="{html.escape(prompt)}">'
             cells.append(f'<td width="25%">{image}<br>{html.escape(prompt)}{mark}</td>')
     rows = [f"<tr>{''.join(cells[i:i + COLUMNS])}</tr>" for i in range(0, len(cells), COLUMNS)]
     readme = ROOT / "README.md"

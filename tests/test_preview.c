@@ -1,9 +1,13 @@
-/* test_preview.c - what the preview draws, to the letter, and that it stays within its room. */
+/* test_preview.c - what the preview draws, to the letter; when, and over what, on a pseudo-terminal. */
+#define _XOPEN_SOURCE 700 /* posix_openpt */
 #include "sora.h"
 #include "tests/test.h"
 
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
+#include <unistd.h>
 
 static void check_colours(void) {
     /* Two pixels wide, two high: black, white / red, mid grey. */
@@ -43,8 +47,84 @@ static void check_room(void) {
         }
 }
 
+/* Standard error becomes a pseudo-terminal, whose other end is returned; *kept is what it was. */
+static int open_terminal(int *kept) {
+    int master = posix_openpt(O_RDWR | O_NOCTTY);
+    bool ready = master >= 0 && !grantpt(master) && !unlockpt(master);
+    int slave = ready ? open(ptsname(master), O_RDWR | O_NOCTTY) : -1;
+    *kept = dup(STDERR_FILENO);
+    if (slave >= 0) {
+        dup2(slave, STDERR_FILENO);
+        close(slave);
+    }
+    return slave >= 0 ? master : -1;
+}
+
+static void close_terminal(int master, int kept) {
+    dup2(kept, STDERR_FILENO);
+    close(kept);
+    close(master);
+}
+
+/* What drawing a frame in a window of so many cells writes before the frame itself. */
+static const char *escapes_before(Preview *preview, int master, int columns, int rows, int index) {
+    static const float frame[3 * 8 * 8];
+    static char text[4096];
+    VideoFormat format = {8, 8, 50, 1, 420};
+    struct winsize window = {.ws_col = (unsigned short)columns, .ws_row = (unsigned short)rows};
+    ioctl(master, TIOCSWINSZ, &window);
+    preview_frame(preview, &format, frame, index);
+    fprintf(stderr, "|"); /* the end of what there is to read */
+    size_t size = 0;
+    while (size < sizeof text - 1 && !memchr(text, '|', size) && read(master, text + size, 1) == 1) size++;
+    text[size] = 0;
+    char *picture = strstr(text, "\033[38;");
+    if (picture) *picture = 0;
+    return text;
+}
+
+static void check_terminal(void) {
+    int kept, master = open_terminal(&kept);
+    setenv("TERM", "xterm", 1);
+    unsetenv("NO_COLOR");
+    Preview preview = preview_open();
+    double start = seconds();
+    const char *steps[] = {"\r\033[K", "\r\033[K\033[4A", "\r\033[K\033[4A\033[J", "|"};
+    const int windows[][2] = {{80, 24}, {80, 24}, {6, 24}, {80, 3}};
+    bool same[4];
+    for (int i = 0; i < 4; i++)
+        same[i] = !strcmp(escapes_before(&preview, master, windows[i][0], windows[i][1], i), steps[i]);
+    double elapsed = seconds() - start;
+    close_terminal(master, kept);
+    CHECK(master >= 0 && preview.enabled, "a pseudo-terminal cannot be drawn on");
+    CHECK(same[0] && same[1], "a frame is not drawn over the one before");
+    CHECK(same[2], "in a window of another size, what was drawn is not cleared");
+    CHECK(same[3], "a window of three rows is drawn on");
+    CHECK(elapsed >= 0.039 && elapsed < 5, "three frames of 20 ms, the first at once, took %.3f s", elapsed);
+}
+
+/* Whether a preview is drawn with this variable, on a terminal that takes colours otherwise. */
+static bool draws_with(const char *name, const char *value) {
+    int kept, master = open_terminal(&kept);
+    setenv("TERM", "xterm", 1);
+    unsetenv("NO_COLOR");
+    setenv(name, value, 1);
+    Preview preview = preview_open();
+    close_terminal(master, kept);
+    unsetenv("NO_COLOR");
+    return preview.enabled;
+}
+
+static void check_wishes(void) {
+    CHECK(draws_with("NO_COLOR", ""), "an empty NO_COLOR stops the preview");
+    CHECK(!draws_with("NO_COLOR", "1"), "NO_COLOR does not stop the preview");
+    CHECK(!draws_with("TERM", "dumb"), "a dumb terminal is drawn on");
+}
+
 void test_preview(void) {
     check_colours();
     check_fit();
     check_room();
+    check_terminal();
+    check_wishes();
 }
