@@ -4,17 +4,21 @@
     python docs/pictures.py strip demo.y4m strip.png         # every fourth frame, side by side
     python docs/pictures.py animate demo.y4m demo.webp       # twice as large as the clip, at its own rate
     python docs/pictures.py grid                             # runs ./sora on PROMPTS, into docs/demo/ and the README
-
-Needs PyAV and Pillow (train/requirements.txt).
+    python docs/pictures.py curves build/train               # a training run's logs, into docs/training/ as they are
+                                                             # and as a plot
+Needs what train/requirements.txt names.
 """
 import argparse
+import csv
 import html
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 
+import matplotlib
 from PIL import Image
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -23,7 +27,11 @@ sys.path.insert(0, str(ROOT / "train"))
 import video  # noqa: E402
 import world  # noqa: E402
 
-GRID = ROOT / "docs" / "demo"
+matplotlib.use("svg")
+matplotlib.rcParams["svg.hashsalt"] = "sora.c"  # the same curves make the same file
+from matplotlib import pyplot  # noqa: E402
+
+GRID, TRAINING = ROOT / "docs" / "demo", ROOT / "docs" / "training"
 COLUMNS, SEED, ENLARGED = 4, 1, 2
 # Each with the shape, colour and motion or relation of its subjects: did training ever draw these together?
 PROMPTS = [
@@ -70,6 +78,34 @@ def grid():
     readme.write_text(re.sub(r"<!-- grid -->.*<!-- /grid -->", lambda _: table, readme.read_text(), flags=re.S))
 
 
+def read_log(path):
+    """{column: numbers} of a stage's log; of steps that a resumed run made again, the last row."""
+    with open(path) as file:
+        rows = {int(row["step"]): row for row in csv.DictReader(file, delimiter="\t")}
+    rows = [rows[step] for step in sorted(rows)]
+    return {name: [float(row[name]) for row in rows] for name in rows[0] if name != "utc"}
+
+
+def curves(run):
+    """Copies a run's logs into docs/training/, and draws there what each stage learned, over its steps."""
+    TRAINING.mkdir(exist_ok=True)
+    for log in (run / "log").glob("*.tsv"):
+        shutil.copy(log, TRAINING)
+    panels = {"reading": {"shape": "shape", "motion": "motion", "role": "first or second"}, "vae": {"psnr": "PSNR, dB"},
+              "transformer": {"loss1": "pictures", "loss3": "beginnings", "loss9": "whole clips"},
+              "encoder": {"psnr": "PSNR, dB"}}
+    figure, axes = pyplot.subplots(1, len(panels), figsize=(13, 3.2), layout="constrained")
+    for ax, (stage, labels) in zip(axes, panels.items()):
+        log = read_log(TRAINING / f"{stage}.tsv")
+        for name, label in labels.items():
+            ax.plot(log["step"], log[name], label=label, lw=1)
+        ax.set(title=f"{stage}: {log['seconds'][-1] / 60:.0f} minutes", xlabel="step")
+        ax.legend()
+        ax.grid(True, lw=0.3)
+    axes[2].set_ylim(0.08, 0.3)  # the first steps would flatten the rest
+    figure.savefig(TRAINING / "curves.svg", metadata={"Date": None})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, dest="command")
@@ -78,9 +114,12 @@ def main():
         command.add_argument("source", type=pathlib.Path)
         command.add_argument("target", type=pathlib.Path)
     commands.add_parser("grid")
+    commands.add_parser("curves").add_argument("run", type=pathlib.Path)
     args = parser.parse_args()
     if args.command == "grid":
         grid()
+    elif args.command == "curves":
+        curves(args.run)
     elif args.command == "strip":
         video.save_strips(args.target, [video.read(args.source)[0]])
     else:

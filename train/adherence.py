@@ -10,6 +10,7 @@ encoder's latents would be credited with.
 import argparse
 import concurrent.futures
 import functools
+import hashlib
 import os
 import pathlib
 import subprocess
@@ -68,6 +69,12 @@ def answer(index, args):
     return prompt, detect.compare(scene, detect.detect(clip)), clip if args.strip else None
 
 
+def weights_id(args):
+    """What was judged: the first digits of the SHA-256 of the model's file or, with --ceiling, of the VAE's."""
+    with open(args.ceiling / "vae.ckpt" if args.ceiling else args.model, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:12]
+
+
 def write_results(path, args, answers):
     """A table of every prompt, its seed, and the attributes that were wrong."""
     lines = ["seed\tprompt\twrong"]
@@ -100,7 +107,8 @@ def main():
         video.save_strips(args.strip, [clip for _, _, clip in answers[:10]])
         print(*(f"{prompt}\t{[n for n, ok in marks.items() if not ok]}" for prompt, marks, _ in answers[:10]), sep="\n")
     found = detect.shares([marks for _, marks, _ in answers])
-    row = dict(kind=args.kind, held_out=args.held_out, prompts=args.prompts, seconds=time.time() - start)
+    row = dict(model=weights_id(args), kind=args.kind, held_out=args.held_out, prompts=args.prompts,
+               seconds=time.time() - start)
     if args.log:
         Log(args.log).write(**row, **{name: found.get(name, float("nan")) for name in detect.ATTRIBUTES})
     print(*(f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in {**row, **found}.items()))

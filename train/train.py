@@ -48,8 +48,9 @@ def options():
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "build" / "train")
     parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2, help="processes of the transformer stage, one thread each; the batch grows with them, so another "
-                             "number is another training")
+    parser.add_argument("--workers", type=int, default=2,
+                        help="processes of the transformer stage, one thread each; the batch grows with them, so "
+                             "another number is another training")
     parser.add_argument("--threads", type=int, default=1, help="threads of every other stage")
     parser.add_argument("--clips", type=int, default=1500, help="drawn clips for the VAE")
     parser.add_argument("--reading-steps", type=int, default=1000)
