@@ -236,7 +236,7 @@ def _single(seen):
     for motion in world.motions_of(seen.shape):
         for size in ("medium",) if motion in ("grow", "shrink") else world.SIZES:
             r = draw.RADIUS[size]
-            track = draw.move(motion, s, 0.5, 0.48, r, draw.GROUND - draw.FOOT[seen.shape] * r)
+            track = draw.move(motion, s, 0.5, 0.48, r, draw.floor_of(seen.shape, r))
             costs[motion, size] = _cost(seen, track, r, 0.07, 0.06)
     motion, size = min(costs, key=costs.get)
     return motion if _moves(seen, costs[motion, size]) else None, size
@@ -246,7 +246,7 @@ def _pair_motion(seen):
     """(cost, motion) of a subject that has a companion but moves on its own."""
     s, r = np.linspace(0, 1, len(seen.area)), draw.PAIR_RADIUS
     home = draw.PAIR_HOMES[int(np.median(seen.centre[:, 0]) > 0.5)]
-    floor = draw.GROUND - draw.FOOT[seen.shape] * r
+    floor = draw.floor_of(seen.shape, r)
     motions = [m for m in world.motions_of(seen.shape) if m in world.PAIR_MOTIONS]
     return min((_cost(seen, draw.move(m, s, home, 0.48, r, floor), r, 0.07, 0.06, PAIR_SCALE), m) for m in motions)
 
@@ -255,9 +255,8 @@ def _relation(seen):
     """(cost, relation, subjects in the order of their roles)."""
     s, best = np.linspace(0, 1, len(seen[0].area)), (np.inf, None, seen)
     for order in (seen, seen[::-1]):
-        floors = [draw.GROUND - draw.FOOT[x.shape] * draw.PAIR_RADIUS for x in order]
         for relation in world.RELATIONS:
-            found = draw.relate(relation, s, 0.0, floors)
+            found = draw.relate(relation, s, 0.0, [x.shape for x in order])
             cost = sum(_cost(x, t, draw.PAIR_RADIUS, 0.06, 0.02, PAIR_SCALE) for x, t in zip(order, found))
             if cost < best[0]:
                 best = (cost, relation, order)

@@ -88,6 +88,8 @@ SHAPE_SDF = {"circle": _circle, "square": _square, "triangle": _triangle, "star"
              "cross": _cross}
 # How far below the centre a shape touches the ground, in radii.
 FOOT = {"circle": 0.92, "square": 0.80, "triangle": 0.68, "star": 0.86, "heart": 0.93, "cross": 0.94, "character": 1.02}
+# How far it reaches to either side.
+SIDE = {"circle": 0.92, "square": 0.80, "triangle": 0.97, "star": 1.01, "heart": 1.00, "cross": 0.94, "character": 0.80}
 
 
 # ---- motions: where the subject is at each time --------------------------------------------------------------------
@@ -155,9 +157,14 @@ def move(motion, s, x0, y0, r, floor):
     }[motion]()
 
 
-def relate(relation, s, dx, floors):
-    """Tracks of the two subjects of a relation, the first from the left. floors: y of their centres on the ground."""
-    ramp = 2 * s - 1
+def floor_of(shape, r):
+    """y of the centre of a shape of radius r that stands on the ground."""
+    return GROUND - FOOT[shape] * r
+
+
+def relate(relation, s, dx, shapes):
+    """Tracks of the two subjects of a relation, the first from the left, by their shapes."""
+    ramp, floors = 2 * s - 1, [floor_of(shape, PAIR_RADIUS) for shape in shapes]
     on_ground = lambda i, x, facing, step=4: Track(
         s, x, floors[i], stride=_legs(s, step) * (np.abs(np.gradient(x)) > 1e-4), facing=facing)
     if relation == "orbit":
@@ -171,10 +178,11 @@ def relate(relation, s, dx, floors):
         return [on_ground(0, lead - 0.18, 1, 8), on_ground(1, lead + 0.18, 1, 8)]
     if relation == "pass":
         return [on_ground(0, 0.5 + 0.42 * ramp, 1), Track(s, 0.5, floors[1] - 0.10)]
-    touch = 0.175  # half the distance between the centres of two subjects side by side
-    way_in = touch + 0.19 * np.maximum(1 - s / 0.55, 0)
+    touch = (SIDE[shapes[0]] + SIDE[shapes[1]]) * PAIR_RADIUS / 2  # half the distance between their centres
+    speed, restitution = 0.36, 0.75
+    way_in = touch + speed * np.maximum(0.55 - s, 0)
     if relation == "collide":
-        way_in = way_in + 0.20 * np.maximum(s - 0.55, 0) / 0.45
+        way_in = way_in + restitution * speed * np.maximum(s - 0.55, 0)
     return [on_ground(0, 0.5 - way_in, 1), on_ground(1, 0.5 + way_in, -1)]
 
 
@@ -183,12 +191,11 @@ def tracks(scene, frames):
     s = np.linspace(0, 1, frames)
     single = len(scene.subjects) == 1
     radii = [RADIUS[x.size] if single else PAIR_RADIUS for x in scene.subjects]
-    floors = [GROUND - FOOT[x.shape] * r for x, r in zip(scene.subjects, radii)]
     if scene.relation:
-        return list(zip(relate(scene.relation, s, scene.dx, floors), radii))
+        return list(zip(relate(scene.relation, s, scene.dx, [x.shape for x in scene.subjects]), radii))
     homes = [0.5 + scene.dx] if single else [home + scene.dx for home in PAIR_HOMES]
-    return [(move(x.motion, s, home, 0.48 + scene.dy, r, floor), r)
-            for x, home, r, floor in zip(scene.subjects, homes, radii, floors)]
+    return [(move(x.motion, s, home, 0.48 + scene.dy, r, floor_of(x.shape, r)), r)
+            for x, home, r in zip(scene.subjects, homes, radii)]
 
 
 # ---- backgrounds ---------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from world import FRAMES, SIZE
 
 SHARD = 1024
 SINGLE_SHARDS = 4  # the first shards show one subject at a time: easy things first
+WEIGHTS = {"spin": 4, "loop": 2, "jump": 2, "walk left": 2, "walk right": 2, "run left": 3, "run right": 3,
+           "character": 2, "star": 1.5, "cross": 2, "orbit": 1.5, "jump together": 1.5}  # what is learned last
 
 
 def shard_kinds(k):
@@ -25,7 +27,7 @@ def shard_kinds(k):
 
 def shard_scene(seed, index):
     """The scene of clip `index` of the training world."""
-    return world.scene(seed, index, shard_kinds(index // SHARD))
+    return world.scene(seed, index, shard_kinds(index // SHARD), weights=WEIGHTS)
 
 
 def shard_path(folder, k):

@@ -187,7 +187,7 @@ def test_a_resumed_vae_equals_an_uninterrupted_one(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     expected = decoder("whole")
-    for steps_made in (1, 2):  # of two on crops and two on whole frames
+    for steps_made in (1, 2):  # of the two in which the light encoder learns
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(vae, "SAVE_SECONDS", -1)
             patch.setattr(vae, "save_atomically", save_and_stop)

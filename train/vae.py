@@ -6,22 +6,21 @@ Training Wan's encoder and decoder together costs twice the decoder alone and st
 trained with a light encoder (principal components of 4x8x8 blocks and a small residual net) that is thrown away, and
 Wan's own encoder is regressed onto the light one's latents afterwards, once the transformer no longer waits for it.
 
-The latents leave the light encoder through a batch norm without weights, so every channel has mean 0 and deviation 1 on
-the crops that it learns from, and about 0.8 on whole frames; and the decoder sees them with noise on: a latent that is
-slightly off, as the transformer's will be, still decodes well.
+The latents leave the light encoder through a batch norm without weights, so every channel has mean 0 and deviation 1,
+and the decoder sees them with noise on: a latent that is slightly off, as the transformer's will be, still decodes
+well.
 
 diffusers runs the VAE frame by frame with caches.  Without caches its up- and downsampling skip the temporal
 convolution, so WholeClipResample does what the cached walk does, over the whole clip at once, which is what a gradient
 needs.
 """
-import pathlib
 import time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKLWan
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, patchify, unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanResample, WanRMS_norm, patchify, unpatchify
 from torch import nn
 
 import draw
@@ -83,7 +82,7 @@ def encode(vae, x):
 class _Residual(nn.Module):
     def __init__(self, width):
         super().__init__()
-        self.norm = nn.GroupNorm(1, width)
+        self.norm = WanRMS_norm(width, images=False)  # over channels alone: no frame depends on another
         self.conv = nn.Conv3d(width, width, (1, 3, 3), padding=(0, 1, 1))
         self.mix = nn.Conv3d(width, width, 1)
 
@@ -94,8 +93,7 @@ class _Residual(nn.Module):
 class LightEncoder(nn.Module):
     """pixels [B, 3, F, H, W] -> latents [B, Z, T, H/8, W/8], T = 1 + (F-1)/4.
 
-    The convolutions of a latent frame see its own four pixel frames alone; the first stands for one, which is shown to
-    them four times. The norms take their scale from the whole clip, which moves latents by a few per cent.
+    Each latent frame sees only its own four pixel frames; the first stands for one, which is shown to it four times.
     Starts as the principal components of 4x8x8 blocks, each scaled to deviation 1; a residual net, silent at first,
     learns what the decoder would rather know.
     """
@@ -112,7 +110,7 @@ class LightEncoder(nn.Module):
 
     @torch.no_grad()
     def start_from_components(self, x):
-        """Sets the linear part from crops x [B, 3, 4, H, W]."""
+        """Sets the linear part from pixels x [B, 3, 4, H, W]."""
         b, _, _, h, w = x.shape
         blocks = x.view(b, 3, 4, h // 8, 8, w // 8, 8).permute(0, 3, 5, 1, 2, 4, 6).reshape(-1, 768)
         mean = blocks.mean(0)
@@ -148,45 +146,33 @@ def psnr(y, x):
     return float((-10 * error.log10()).mean())
 
 
-class Crops:
-    """Random crops of drawn clips. A crop is centred near the subject two times in three; the rest is anywhere."""
+class Clips:
+    """Drawn clips, kept in a file, and random stretches of them."""
 
     def __init__(self, path, seed, count):
-        self.scenes = [world.scene(seed, i) for i in range(count)]
-        self.tracks = [draw.tracks(s, FRAMES) for s in self.scenes]
-        path = pathlib.Path(path)
         if not path.exists():
-            self._draw(path)
+            self._draw(path, seed, count)
         self.clips = np.lib.format.open_memmap(path, mode="r")
 
-    def _draw(self, path):
+    @staticmethod
+    def _draw(path, seed, count):
         temporary = path.with_suffix(".tmp")
-        out = np.lib.format.open_memmap(temporary, "w+", np.uint8, (len(self.scenes), FRAMES, SIZE, SIZE, 3))
-        for i, s in enumerate(self.scenes):
-            out[i] = draw.draw(s)
+        out = np.lib.format.open_memmap(temporary, "w+", np.uint8, (count, FRAMES, SIZE, SIZE, 3))
+        for i in range(count):
+            out[i] = draw.draw(world.scene(seed, i))
         out.flush()
         temporary.rename(path)
 
-    def batch(self, rng, count, crop, frames):
-        """float [count, 3, frames, crop, crop], every crop from another clip."""
-        out = []
-        for i in rng.integers(len(self.clips), size=count):
-            size = self.clips.shape[2]
-            f = rng.integers(self.clips.shape[1] - frames + 1)
-            x, y = rng.integers(0, size - crop + 1, 2)
-            if rng.random() < 0.67:
-                track, _ = self.tracks[i][rng.integers(len(self.tracks[i]))]
-                middle = np.array([track.x[f + frames // 2], track.y[f + frames // 2]]) * size
-                x, y = np.clip(middle - crop / 2 + rng.uniform(-0.4, 0.4, 2) * crop, 0, size - crop).astype(int)
-            out.append(self.clips[i, f:f + frames, y:y + crop, x:x + crop])
-        return to_tensor(np.stack(out))
+    def batch(self, rng, count, frames):
+        """float [count, 3, frames, SIZE, SIZE]: as many frames in a row of each of so many clips."""
+        clips, starts = rng.integers(len(self.clips), size=count), rng.integers(FRAMES - frames + 1, size=count)
+        return to_tensor(np.stack([self.clips[i, f:f + frames] for i, f in zip(clips, starts)]))
 
 
 EVALUATION_SEED = 1  # of the clips that judge the VAE
 SAVE_SECONDS = 90
-# (batch, crop, frames). Never a batch of one, for which PyTorch chooses convolutions that are four times slower.
-CROPS, WHOLE_FRAMES = (8, 32, 9), (2, SIZE, 9)
-CROPS_SHARE = 0.5  # of train_decoder's steps; the rest sees whole frames, whose borders crops seldom show
+BATCH = 2, 9  # clips and frames; one clip alone would get convolutions from PyTorch that are four times slower
+LEARNING_SHARE = 0.5  # of train_decoder's steps: then the light encoder stands still, as it will in use
 
 
 def _rate(step, steps):
@@ -221,7 +207,7 @@ def load(out):
 def _fit(out, name, module, steps, seed, clips, loss_of, autoencoder, max_norm=float("inf")):
     """Trains `module` up to `steps` steps into OUT/NAME.ckpt, from which it also resumes; the log is OUT/log/NAME.tsv.
 
-    clips: how many are drawn for the Crops. loss_of(crops, step): the loss of a step. autoencoder: pixels -> pixels,
+    clips: how many are drawn. loss_of(clips, step): the loss of a step. autoencoder: pixels -> pixels,
     for the log. max_norm: what the norm of the gradient is clipped to.
     """
     optimisers = Optimisers(module.named_parameters(), 0.012, 2e-3)
@@ -233,9 +219,9 @@ def _fit(out, name, module, steps, seed, clips, loss_of, autoencoder, max_norm=f
         step, start = state["step"], start - state["seconds"]
     if step >= steps:
         return
-    crops, last_save = Crops(out / "crops.npy", seed, clips), time.time()
+    clips, last_save = Clips(out / "clips.npy", seed, clips), time.time()
     while step < steps:
-        loss = loss_of(crops, step)
+        loss = loss_of(clips, step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm)
         optimisers.step(_rate(step, steps))
@@ -262,13 +248,12 @@ def train_decoder(out, steps, seed, clips, noise=0.03, compiled=False):
     if compiled:
         reconstruct = torch.compile(reconstruct, dynamic=False)
 
-    def loss_of(crops, step):
+    def loss_of(clips, step):
         if step == 0:
-            light.start_from_components(crops.batch(np.random.default_rng(seed), 400, 32, 4))
-        learning = step < CROPS_SHARE * steps  # later its latents stand still, as they will in use
-        light.norm.train(learning)
-        light.requires_grad_(learning)
-        x = crops.batch(np.random.default_rng([seed, step]), *(CROPS if learning else WHOLE_FRAMES))
+            light.start_from_components(clips.batch(np.random.default_rng(seed), 100, 4))
+        light.norm.train(step < LEARNING_SHARE * steps)
+        light.requires_grad_(step < LEARNING_SHARE * steps)
+        x = clips.batch(np.random.default_rng([seed, step]), *BATCH)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         return reconstruct(x, noise * torch.randn(latent_shape(x), generator=generator))
 
@@ -282,8 +267,6 @@ def _encoding_half(vae):
 
 def train_encoder(out, steps, seed, clips, compiled=False):
     """Regresses Wan's own encoder onto the light encoder's latents, into OUT/encoder.ckpt; compiled: as above.
-
-    On whole frames alone: in a crop of 4x4 latents the border reaches every one of them, and they are others.
     The second half of quant_conv's output, the log-variance, is left at zero weights and a small constant: the latents
     are meant to be used at their mean.
     """
@@ -298,7 +281,7 @@ def train_encoder(out, steps, seed, clips, compiled=False):
     if compiled:
         distance = torch.compile(distance, dynamic=False)
 
-    def loss_of(crops, step):
-        return distance(crops.batch(np.random.default_rng([seed, step, 1]), *WHOLE_FRAMES))
+    def loss_of(clips, step):
+        return distance(clips.batch(np.random.default_rng([seed, step, 1]), *BATCH))
 
     _fit(out, "encoder", _encoding_half(vae), steps, seed, clips, loss_of, lambda x: decode(vae, encode(vae, x)))

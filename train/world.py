@@ -6,7 +6,8 @@
 A Scene is the one record from which both the sentence and the pixels are made, so what the sentence asks for is what
 the clip shows, and following a prompt can be measured (detect.py reads the record back from pixels).  Nothing that the
 sentence leaves open is left to chance except a little position and light: no background named means the plain one, no
-size named means medium.  That keeps the answer to a prompt narrow enough for a model of a few million weights.
+size named means medium, no colour named means red.  That keeps the answer to a prompt narrow enough for a model of a
+few million weights.
 
 About one in seven of the combinations shape x colour x motion is held out: a fixed hash decides, training never draws
 them, and they are the test of whether the model composes what it learned or remembers whole sentences.
@@ -148,39 +149,44 @@ def motions_of(shape):
     return [m for m in MOTIONS if not m.startswith(("walk", "run")) and (shape, m) != ("circle", "spin")]
 
 
-def _subject(rng, motions, sizes):
-    shape = rng.choice(list(SHAPES))
-    allowed = [m for m in motions_of(shape) if m in motions] if motions else motions_of(shape)
-    motion = str(rng.choice(allowed))
+def _choose(rng, names, weights):
+    """One of the names, each as likely as its weight says; 1 where there is none."""
+    p = np.array([weights.get(name, 1) for name in names], float)
+    return str(rng.choice(names, p=p / p.sum()))
+
+
+def _subject(rng, motions, sizes, weights):
+    shape = _choose(rng, list(SHAPES), weights)
+    motion = _choose(rng, [m for m in motions_of(shape) if m in motions], weights)
     size = "medium" if motion in ("grow", "shrink") else str(rng.choice(sizes))
     return Subject(str(shape), str(rng.choice(list(COLOURS))), size, motion)
 
 
-def _try_scene(rng, kind):
+def _try_scene(rng, kind, weights):
     """One scene of a kind (of KINDS), which may turn out to be held out."""
     background = str(rng.choice(list(BACKGROUNDS)))
     relation = None
     if kind == "single":
-        subjects = (_subject(rng, None, list(SIZES)),)
+        subjects = (_subject(rng, MOTIONS, list(SIZES), weights),)
     else:
-        subjects = tuple(_subject(rng, PAIR_MOTIONS, ["medium"]) for _ in range(2))
+        subjects = tuple(_subject(rng, PAIR_MOTIONS, ["medium"], weights) for _ in range(2))
     if kind == "relation":
-        relation = str(rng.choice(list(RELATIONS)))
+        relation = _choose(rng, list(RELATIONS), weights)
         subjects = tuple(dataclasses.replace(s, motion=relation) for s in subjects)
     dx, dy = rng.uniform(-0.05, 0.05, 2)
     return Scene(background, subjects, relation, float(dx), float(dy), float(rng.uniform(0.96, 1.04)))
 
 
-def scene(seed, index, kinds=KINDS, held_out=False):
+def scene(seed, index, kinds=KINDS, held_out=False, weights={}):
     """The scene number `index` of world `seed`: a pure function of its arguments.
 
     kinds: drawn from evenly. held_out: False never gives a scene with a held-out combination, True gives only scenes in
-    which every subject is one.
+    which every subject is one. weights: {shape, motion or relation: how often it is drawn, instead of once}.
     """
     rng = np.random.default_rng([seed, index])
     kind = str(rng.choice(kinds))
     while True:
-        s = _try_scene(rng, kind)
+        s = _try_scene(rng, kind, weights)
         distinct = len({subject.colour for subject in s.subjects}) == len(s.subjects)
         # Two that happen to jump would look like the relation "jump together".
         together = kind == "pair" and all(x.motion == "jump" for x in s.subjects)
@@ -188,12 +194,14 @@ def scene(seed, index, kinds=KINDS, held_out=False):
             return s
 
 
-def _noun_phrase(rng, subject):
-    """"a small red star", "the star that is red", "one big happy blue box" ..."""
+def _noun_phrase(rng, subject, alone):
+    """"a small red star", "the star that is red", "one big happy blue box" ...; if it is alone, perhaps "a star"."""
     noun, colour = rng.choice(SHAPES[subject.shape]), rng.choice(COLOURS[subject.colour])
+    if alone and subject.colour == "red" and rng.random() < 0.3:
+        colour = ""
     size = rng.choice(SIZES[subject.size]) if SIZES[subject.size] else ""
     kind = rng.choice(_KIND_WORDS) if rng.random() < 0.08 else ""
-    if rng.random() < 0.08:
+    if colour and rng.random() < 0.08:
         words = f"{kind} {noun} that is {size} and {colour}" if size else f"{kind} {noun} that is {colour}"
     else:
         words = f"{size} {kind} {colour} {noun}" if rng.random() < 0.9 else f"{kind} {colour} {size} {noun}"
@@ -206,7 +214,7 @@ def _noun_phrase(rng, subject):
 
 def _event(rng, s):
     """What happens, without the place: (sentence, noun-phrase form), the second for use after "a video of"."""
-    names = [_noun_phrase(rng, subject) for subject in s.subjects]
+    names = [_noun_phrase(rng, subject, len(s.subjects) == 1) for subject in s.subjects]
     if s.relation:
         text = str(rng.choice(RELATIONS[s.relation])).format(A=names[0], B=names[1])
         return text, text
