@@ -47,8 +47,11 @@ static void check_room(void) {
         }
 }
 
-/* Standard error becomes a pseudo-terminal, whose other end is returned; *kept is what it was. */
+/* Standard error becomes a pseudo-terminal that takes colours, whose other end is returned; *kept is what it
+ * was. */
 static int open_terminal(int *kept) {
+    setenv("TERM", "xterm", 1);
+    unsetenv("NO_COLOR");
     int master = posix_openpt(O_RDWR | O_NOCTTY);
     bool ready = master >= 0 && !grantpt(master) && !unlockpt(master);
     int slave = ready ? open(ptsname(master), O_RDWR | O_NOCTTY) : -1;
@@ -85,8 +88,6 @@ static const char *escapes_before(Preview *preview, int master, int columns, int
 
 static void check_terminal(void) {
     int kept, master = open_terminal(&kept);
-    setenv("TERM", "xterm", 1);
-    unsetenv("NO_COLOR");
     Preview preview = preview_open();
     double start = seconds();
     const char *steps[] = {"\r\033[K", "\r\033[K\033[4A", "\r\033[K\033[4A\033[J", "|"};
@@ -106,8 +107,6 @@ static void check_terminal(void) {
 /* Whether a preview is drawn with this variable, on a terminal that takes colours otherwise. */
 static bool draws_with(const char *name, const char *value) {
     int kept, master = open_terminal(&kept);
-    setenv("TERM", "xterm", 1);
-    unsetenv("NO_COLOR");
     setenv(name, value, 1);
     Preview preview = preview_open();
     close_terminal(master, kept);
