@@ -4,6 +4,8 @@ Shard k holds the clips of indices k*SHARD ... of the world, encoded by the froz
 function of the world and the encoder, so a lost one is simply made again.  The pool of shards grows as training goes
 on, so that later clips are seen only a few times; drawing takes a tenth of the time.
 """
+import dataclasses
+import math
 import pathlib
 
 import numpy as np
@@ -15,6 +17,7 @@ import world
 from world import FRAMES, SIZE
 
 SHARD = 1024
+HALF_CELL = 4 / SIZE  # a latent is 8 pixels wide and high
 SINGLE_SHARDS = 4  # the first shards show one subject at a time: easy things first
 WEIGHTS = {"spin": 4, "loop": 2, "jump": 2, "walk left": 2, "walk right": 2, "run left": 3, "run right": 3,
            "character": 2, "star": 1.5, "cross": 2, "orbit": 1.5, "jump together": 1.5}  # what is learned last
@@ -26,8 +29,13 @@ def shard_kinds(k):
 
 
 def shard_scene(seed, index):
-    """The scene of clip `index` of the training world."""
-    return world.scene(seed, index, shard_kinds(index // SHARD), weights=WEIGHTS)
+    """The scene of clip `index` of the training world: as world.scene draws it, but for its offsets.
+
+    They become half a latent cell, to one side or the other. A whole cell lies between the two, so a subject's latents
+    are the same in either place, only moved, and the transformer need not learn them for every fraction of a cell.
+    """
+    scene = world.scene(seed, index, shard_kinds(index // SHARD), weights=WEIGHTS)
+    return dataclasses.replace(scene, dx=math.copysign(HALF_CELL, scene.dx), dy=math.copysign(HALF_CELL, scene.dy))
 
 
 def shard_path(folder, k):

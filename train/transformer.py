@@ -21,8 +21,8 @@ import reading
 from common import Average, Log, Optimisers, save_atomically, sum_over_workers
 
 EXTENTS = [(1, 192), (3, 64), (9, 24)]  # (latent frames, clips a worker): pictures, beginnings, whole clips
-MIXED_STEPS = 4500  # until then, steps take turns with EXTENTS; after it, whole clips alone
-FALLING_SHARE = 0.2  # of all steps: the last, in which the rate falls
+MIXED_STEPS = 3000  # until then, steps take turns with EXTENTS; after it, whole clips alone
+FALLING_SHARE = 0.5  # of all steps: the last, in which the rate falls
 PIECES = 2  # of a worker's part of a batch, one after the other: what is half as large stays in the cache longer
 SHARDS, NEW_SHARDS_EVERY, MOST_SHARDS = 4, 400, 96  # at first; two more every so many steps; in all
 MUON_LR, ADAM_LR, EMA_DECAY = 0.01, 1e-3, 0.999
