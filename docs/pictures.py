@@ -88,19 +88,20 @@ def curves(run):
     TRAINING.mkdir(exist_ok=True)
     for log in (run / "log").glob("*.tsv"):
         shutil.copy(log, TRAINING)
-    panels = {"reading": {"shape": "shape", "motion": "motion", "role": "first or second"}, "vae": {"psnr": "PSNR, dB"},
-              "transformer": {"loss1": "pictures", "loss3": "beginnings", "loss9": "whole clips"},
-              "encoder": {"psnr": "PSNR, dB"}}
-    figure = Figure(figsize=(13, 3.2), layout="constrained")
-    axes = figure.subplots(1, len(panels))
-    for ax, (stage, labels) in zip(axes, panels.items()):
+    quality = {"psnr": "PSNR, dB"}
+    panels = {"reading": {"shape": "shape", "motion": "motion", "role": "first or second"}, "vae": quality,
+              "decoder": quality, "transformer": {"loss1": "pictures", "loss3": "beginnings", "loss9": "whole clips"},
+              "encoder": quality}
+    figure = Figure(figsize=(15, 3.2), layout="constrained")
+    for ax, (stage, labels) in zip(figure.subplots(1, len(panels)), panels.items()):
         log = read_log(TRAINING / f"{stage}.tsv")
         for name, label in labels.items():
             ax.plot(log["step"], log[name], label=label, lw=1)
         ax.set(title=f"{stage}: {log['seconds'][-1] / 60:.0f} minutes", xlabel="step")
         ax.legend()
         ax.grid(True, lw=0.3)
-    axes[2].set_ylim(0.08, 0.3)  # the first steps would flatten the rest
+        if stage == "transformer":
+            ax.set_ylim(0.08, 0.3)  # the first steps would flatten the rest
     with matplotlib.rc_context({"svg.hashsalt": "sora.c"}):  # the same curves make the same file
         figure.savefig(TRAINING / "curves.svg", metadata={"Date": None})
 

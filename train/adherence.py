@@ -70,8 +70,8 @@ def answer(index, args):
 
 
 def weights_id(args):
-    """What was judged: the first digits of the SHA-256 of the model's file or, with --ceiling, of the VAE's."""
-    with open(args.ceiling / "vae.ckpt" if args.ceiling else args.model, "rb") as file:
+    """What was judged: the first digits of the SHA-256 of the model's file or, with --ceiling, of the decoder's."""
+    with open(args.ceiling / "decoder.ckpt" if args.ceiling else args.model, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 

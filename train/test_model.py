@@ -191,7 +191,7 @@ def test_a_resumed_vae_equals_an_uninterrupted_one(tmp_path, monkeypatch):
 
     def decoder(run):
         (tmp_path / run).mkdir(exist_ok=True)
-        vae.train_decoder(tmp_path / run, steps=4, seed=0, clips=4)
+        vae.train_vae(tmp_path / run, steps=4, seed=0, clips=4)
         return torch.load(tmp_path / run / "vae.ckpt", weights_only=True)["model"]
 
     def save_and_stop(*args):

@@ -4,7 +4,8 @@
 
     tokenizer    OUT/tokenizer/        seconds   the words of the world as a SentencePiece model
     reading      OUT/reading.ckpt      minutes   the text encoder learns to read captions
-    vae          OUT/vae.ckpt          an hour   decoder and light encoder
+    vae          OUT/vae.ckpt          an hour   decoder and light encoder, on stretches of clips
+    decoder      OUT/decoder.ckpt      minutes   the decoder, on whole clips
     transformer  OUT/transformer.ckpt  hours     latents are drawn into OUT/latents/ as they are needed
     encoder      OUT/encoder.ckpt      minutes   Wan's own VAE encoder learns the light one's latents
     model        OUT/demo.gguf         seconds   the weight file, by export.py
@@ -37,8 +38,9 @@ import tokenizer
 import transformer
 import vae
 
-STAGES = ["tokenizer", "reading", "vae", "transformer", "encoder", "model"]
-STREAM_OPTIONS = ["seed", "workers", "clips", "reading_steps", "vae_steps", "encoder_steps"]
+STAGES = ["tokenizer", "reading", "vae", "decoder", "transformer", "encoder", "model"]
+STREAM_OPTIONS = ["seed", "workers", "clips", "reading_steps", "vae_steps", "decoder_steps",
+                  "encoder_steps"]
 JUDGES_SEEDS = [vae.EVALUATION_SEED, detect.SEED, adherence.PROMPT_SEED]  # whose clips no training may see
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -55,6 +57,7 @@ def options():
     parser.add_argument("--clips", type=int, default=1500, help="drawn clips for the VAE")
     parser.add_argument("--reading-steps", type=int, default=1000)
     parser.add_argument("--vae-steps", type=int, default=8000)
+    parser.add_argument("--decoder-steps", type=int, default=1500)
     parser.add_argument("--encoder-steps", type=int, default=1500)
     parser.add_argument("--transformer-steps", type=int, default=8500)
     parser.add_argument("--eager", action="store_true",
@@ -122,7 +125,9 @@ def main():
     if "reading" in wanted:
         reading.train(args.out, tokenizer.Tokenizer(words), args.reading_steps, args.seed)
     if "vae" in wanted:
-        vae.train_decoder(args.out, args.vae_steps, args.seed, args.clips, compiled=not args.eager)
+        vae.train_vae(args.out, args.vae_steps, args.seed, args.clips, compiled=not args.eager)
+    if "decoder" in wanted:
+        vae.train_decoder(args.out, args.decoder_steps, args.seed, args.clips, compiled=not args.eager)
     if "transformer" in wanted:
         with tempfile.TemporaryDirectory() as folder:
             multiprocessing.spawn(transformer_worker, (args, f"{folder}/rendezvous"), args.workers)

@@ -3,8 +3,9 @@
     pixels [B, 3, F, H, W] in [-1, 1]  <->  latents [B, Z, 1 + (F-1)/4, H/8, W/8]
 
 Training Wan's encoder and decoder together costs twice the decoder alone and starts slowly.  So the decoder is
-trained with a light encoder (principal components of 4x8x8 blocks and a small residual net) that is thrown away, and
-Wan's own encoder is regressed onto the light one's latents afterwards, once the transformer no longer waits for it.
+trained with a light encoder (principal components of 4x8x8 blocks and a small residual net) that is thrown away: first
+both on short stretches of clips, then, the latents being settled, the decoder alone on whole ones.  Wan's own encoder
+is regressed onto the light one's latents afterwards, once the transformer no longer waits for it.
 
 The latents leave the light encoder through a batch norm without weights, so every channel has mean 0 and deviation 1,
 and the decoder sees them with noise on: a latent that is slightly off, as the transformer's will be, still decodes
@@ -171,8 +172,10 @@ class Clips:
 
 EVALUATION_SEED = 1  # of the clips that judge the VAE
 SAVE_SECONDS = 90
-BATCH = 2, 9  # clips and frames; one clip alone would get convolutions from PyTorch that are four times slower
-LEARNING_SHARE = 0.5  # of train_decoder's steps: then the light encoder stands still, as it will in use
+BATCH = 2  # one clip alone would get convolutions from PyTorch that are four times slower
+STRETCH = 9  # frames of each clip that train_vae sees, at a quarter of a whole one's price
+NOISE = 0.03  # deviation of what is added to the latents that the decoder sees, in units of their own
+LEARNING_SHARE = 0.5  # of train_vae's steps: then the light encoder stands still, as it will in use
 
 
 def _rate(step, steps):
@@ -190,25 +193,27 @@ def evaluate(autoencoder, module, count):
     return result
 
 
-def _decoding_half(vae, light):
-    """What train_decoder trains, as one module: all but Wan's own encoder."""
-    return nn.ModuleDict({"light": light, "decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+def _halves(vae, light):
+    """{stage: what it trains, as one module}; each stage's checkpoint is loaded over those of the stages before."""
+    decoding = dict(decoder=vae.decoder, post_quant_conv=vae.post_quant_conv)
+    return {"vae": nn.ModuleDict(dict(light=light, **decoding)), "decoder": nn.ModuleDict(decoding),
+            "encoder": nn.ModuleDict(dict(encoder=vae.encoder, quant_conv=vae.quant_conv))}
 
 
-def load(out):
-    """(vae, light encoder) as train_decoder and, if it has run, train_encoder left them; ready for use."""
+def load(out, stages=("vae", "decoder", "encoder")):
+    """(vae, light encoder) as those of the stages left them that have begun; ready for use."""
     vae, light = new_vae(), LightEncoder()
-    _decoding_half(vae, light).load_state_dict(torch.load(out / "vae.ckpt", weights_only=True)["model"])
-    if (out / "encoder.ckpt").exists():
-        _encoding_half(vae).load_state_dict(torch.load(out / "encoder.ckpt", weights_only=True)["model"])
+    halves = _halves(vae, light)
+    for stage in stages:
+        if (out / f"{stage}.ckpt").exists():
+            halves[stage].load_state_dict(torch.load(out / f"{stage}.ckpt", weights_only=True)["model"])
     return vae.eval().requires_grad_(False), light.eval().requires_grad_(False)
 
 
-def _fit(out, name, module, steps, seed, clips, loss_of, autoencoder, max_norm=float("inf")):
+def _fit(out, name, module, steps, seed, clips, loss_of, autoencoder):
     """Trains `module` up to `steps` steps into OUT/NAME.ckpt, from which it also resumes; the log is OUT/log/NAME.tsv.
 
-    clips: how many are drawn. loss_of(clips, step): the loss of a step. autoencoder: pixels -> pixels,
-    for the log. max_norm: what the norm of the gradient is clipped to.
+    clips: how many are drawn. loss_of(clips, step): the loss of a step. autoencoder: pixels -> pixels, for the log.
     """
     optimisers = Optimisers(module.named_parameters(), 0.012, 2e-3)
     checkpoint, log, step, start = out / f"{name}.ckpt", Log(out / "log" / f"{name}.tsv"), 0, time.time()
@@ -223,7 +228,7 @@ def _fit(out, name, module, steps, seed, clips, loss_of, autoencoder, max_norm=f
     while step < steps:
         loss = loss_of(clips, step)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), max_norm)
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimisers.step(_rate(step, steps))
         step += 1
         if step % 100 == 0 or step == steps:
@@ -235,53 +240,70 @@ def _fit(out, name, module, steps, seed, clips, loss_of, autoencoder, max_norm=f
             last_save = time.time()
 
 
-def train_decoder(out, steps, seed, clips, noise=0.03, compiled=False):
-    """Trains decoder and light encoder together into OUT/vae.ckpt.
-
-    clips: how many are drawn for it. noise: deviation of what is added to the latents, in units of their own.
-    compiled: by torch.compile; a step on whole frames then takes two thirds of the time.
-    """
-    torch.manual_seed(seed)
-    vae, light = new_vae(), LightEncoder()
-    both = _decoding_half(vae, light)
+def _reconstruction(vae, light, seed, compiled):
+    """(pixels, step) -> loss of what the decoder makes of their latents with noise on them."""
     reconstruct = lambda x, noise: reconstruction_loss(decode(vae, light(x) + noise), x)
     if compiled:
         reconstruct = torch.compile(reconstruct, dynamic=False)
+
+    def loss(x, step):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        return reconstruct(x, NOISE * torch.randn(latent_shape(x), generator=generator))
+
+    return loss
+
+
+def train_vae(out, steps, seed, clips, compiled=False):
+    """Trains decoder and light encoder together, on stretches of clips, into OUT/vae.ckpt.
+
+    clips: how many are drawn for it. compiled: by torch.compile; a step then takes two thirds of the time.
+    """
+    torch.manual_seed(seed)
+    vae, light = new_vae(), LightEncoder()
+    reconstruction = _reconstruction(vae, light, seed, compiled)
 
     def loss_of(clips, step):
         if step == 0:
             light.start_from_components(clips.batch(np.random.default_rng(seed), 100, 4))
         light.norm.train(step < LEARNING_SHARE * steps)
         light.requires_grad_(step < LEARNING_SHARE * steps)
-        x = clips.batch(np.random.default_rng([seed, step]), *BATCH)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        return reconstruct(x, noise * torch.randn(latent_shape(x), generator=generator))
+        return reconstruction(clips.batch(np.random.default_rng([seed, step]), BATCH, STRETCH), step)
 
-    _fit(out, "vae", both, steps, seed, clips, loss_of, lambda x: decode(vae, light(x)), max_norm=1.0)
+    _fit(out, "vae", _halves(vae, light)["vae"], steps, seed, clips, loss_of, lambda x: decode(vae, light(x)))
 
 
-def _encoding_half(vae):
-    """What train_encoder trains, as one module: Wan's own encoder."""
-    return nn.ModuleDict({"encoder": vae.encoder, "quant_conv": vae.quant_conv})
+def train_decoder(out, steps, seed, clips, compiled=False):
+    """Trains the decoder on whole clips into OUT/decoder.ckpt; arguments as above.
+
+    Its causal convolutions reach eight latent frames back. Of a stretch they see three, and before them nothing: a
+    decoder that learned on stretches alone lets a clip's background drift once there is more past than that.
+    """
+    vae, light = load(out, ["vae"])
+    half = _halves(vae, light)["decoder"].requires_grad_(True)
+    reconstruction = _reconstruction(vae, light, seed, compiled)
+
+    def loss_of(clips, step):
+        return reconstruction(clips.batch(np.random.default_rng([seed, step, 2]), BATCH, FRAMES), step)
+
+    _fit(out, "decoder", half, steps, seed, clips, loss_of, lambda x: decode(vae, light(x)))
 
 
 def train_encoder(out, steps, seed, clips, compiled=False):
-    """Regresses Wan's own encoder onto the light encoder's latents, into OUT/encoder.ckpt; compiled: as above.
+    """Regresses Wan's own encoder onto the light encoder's latents, on whole clips too, into OUT/encoder.ckpt.
+
     The second half of quant_conv's output, the log-variance, is left at zero weights and a small constant: the latents
     are meant to be used at their mean.
     """
     torch.manual_seed(seed)
-    vae, light = new_vae(), LightEncoder()
-    _decoding_half(vae, light).load_state_dict(torch.load(out / "vae.ckpt", weights_only=True)["model"])
-    light.eval().requires_grad_(False)
+    vae, light = load(out, ["vae", "decoder"])
+    half = _halves(vae, light)["encoder"].requires_grad_(True)
     vae.quant_conv.weight.data[Z:] = 0
     vae.quant_conv.bias.data[Z:] = -8
-
     distance = lambda x: (encode(vae, x) - light(x)).square().mean()
     if compiled:
         distance = torch.compile(distance, dynamic=False)
 
     def loss_of(clips, step):
-        return distance(clips.batch(np.random.default_rng([seed, step, 1]), *BATCH))
+        return distance(clips.batch(np.random.default_rng([seed, step, 1]), BATCH, FRAMES))
 
-    _fit(out, "encoder", _encoding_half(vae), steps, seed, clips, loss_of, lambda x: decode(vae, encode(vae, x)))
+    _fit(out, "encoder", half, steps, seed, clips, loss_of, lambda x: decode(vae, encode(vae, x)))
