@@ -264,9 +264,10 @@ def _relation(seen):
 
 
 def _is_behind(seen, other):
-    """Whether a subject is covered where the two are closest."""
+    """Whether a subject loses more of its area than the other does where the two are closest."""
     closest = np.argsort(np.hypot(*(seen.centre - other.centre).T))[:5]
-    return seen.area[closest].mean() < 0.7 * np.median(seen.area)
+    left, left_of_other = (x.area[closest].mean() / np.median(x.area) for x in (seen, other))
+    return left < left_of_other
 
 
 def _actions(seen):
