@@ -59,7 +59,7 @@ def options():
     parser.add_argument("--vae-steps", type=int, default=8000)
     parser.add_argument("--decoder-steps", type=int, default=1500)
     parser.add_argument("--encoder-steps", type=int, default=1500)
-    parser.add_argument("--transformer-steps", type=int, default=8500)
+    parser.add_argument("--transformer-steps", type=int, default=7200)
     parser.add_argument("--eager", action="store_true",
                         help="do without torch.compile and the C++ compiler that it needs")
     args = parser.parse_args()
