@@ -5,6 +5,7 @@
 import argparse
 import dataclasses
 import pathlib
+import subprocess
 import sys
 
 import numpy as np
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
+import base
 import common
 import draw
 import latents
@@ -148,12 +150,46 @@ def test_a_run_goes_on_only_with_the_options_that_it_began_with(tmp_path):
 
 
 def test_a_run_may_change_its_length_until_its_rate_falls():
-    transformer.check_length(step=500, before=1000, steps=2000)
-    transformer.check_length(step=900, before=1000, steps=1000)
-    for step, before, steps in ((501, 1000, 2000), (501, 2000, 1000)):
-        assert transformer.rate(step, 1000) < transformer.rate(step, 2000)
-        with pytest.raises(SystemExit, match=f"at step {step} a run of {before} steps"):
-            transformer.check_length(step, before, steps)
+    short, long = transformer.from_nothing(1000), transformer.from_nothing(2000)
+    long.check_length(step=500, before=1000)
+    short.check_length(step=900, before=1000)
+    assert short.rate(501) < long.rate(501)
+    for course, before in ((long, 1000), (short, 2000)):
+        with pytest.raises(SystemExit, match=f"at step 501 a run of {before} steps"):
+            course.check_length(501, before)
+
+
+def test_what_a_run_goes_on_from_are_the_weights_of_the_file(words, tmp_path):
+    torch.manual_seed(0)
+    net = transformer.TextToVideo(len(tokenizer.Tokenizer(words)))
+    autoencoder = vae.new_vae()
+    for p in [*net.parameters(), *autoencoder.parameters()]:
+        p.data = torch.randn_like(p).half().float()
+    pipeline.save(tmp_path / "pipe", words, net.state_dict(), autoencoder.state_dict())
+    subprocess.run([sys.executable, train.ROOT / "export.py", tmp_path / "pipe", "-o", tmp_path / "m.gguf"], check=True)
+    base.unpack(tmp_path / "m.gguf", tmp_path, words)
+    found, (theirs, _) = torch.load(tmp_path / "base.ckpt", weights_only=True), vae.load(tmp_path)
+    assert all(torch.equal(found[name], weight) for name, weight in net.state_dict().items())
+    assert all(torch.equal(theirs.state_dict()[name], weight) for name, weight in autoencoder.state_dict().items())
+
+
+def test_a_file_with_other_tokens_is_no_base(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenizer.Tokenizer, "pieces", lambda self: ["another"])
+    with pytest.raises(SystemExit, match="demo.gguf has other tokens than this world"):
+        base.unpack(train.ROOT / "models" / "demo.gguf", tmp_path, words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_light_encoder_learns_the_latents_of_wans_own(tmp_path, monkeypatch):
+    distances, others = [], vae.LightEncoder().requires_grad_(False)  # a new one of Wan's makes nearly the same of all
+    monkeypatch.setattr(vae, "evaluate", lambda *_: 0.0)
+    monkeypatch.setattr(vae, "encode", lambda autoencoder, x: others(x))
+    monkeypatch.setattr(vae.Log, "write", lambda self, **row: distances.append(row["loss"]))
+    torch.manual_seed(0)
+    vae.unpack(tmp_path, vae.new_vae())
+    for steps in (1, 30):
+        vae.train_light(tmp_path, steps, seed=0, clips=2)
+    assert distances[1] < 0.9 * distances[0]
 
 
 def interrupted_at(step, batch_at):
@@ -170,19 +206,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(words, tmp_path, monkeypatch)
     monkeypatch.setattr(latents, "SHARD", 8)
     for name, value in dict(SHARDS=1, NEW_SHARDS_EVERY=100, EXTENTS=[(1, 2), (2, 2)]).items():
         monkeypatch.setattr(transformer, name, value)
-    tokens, reader = tokenizer.Tokenizer(words), model.new_text_encoder(len(tokenizer.Tokenizer(words))).state_dict()
+    tokens = tokenizer.Tokenizer(words)
+    reader = {f"text_encoder.{n}": p for n, p in model.new_text_encoder(len(tokens)).state_dict().items()}
     for run in ("whole", "parted"):
         latents.shard_path(tmp_path / run / "latents", 0).parent.mkdir(parents=True)
         np.save(latents.shard_path(tmp_path / run / "latents", 0),
                 np.random.default_rng(0).normal(size=(8, vae.Z, 2, 6, 6)).astype(np.float16))
-    expected = transformer.train(tmp_path / "whole", tokens, reader, None, steps=4, seed=0)
+    train_run = lambda run, **rest: transformer.train(tmp_path / run, tokens, reader, None,
+                                                      transformer.from_nothing(4), seed=0, **rest)
+    expected = train_run("whole")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(transformer, "SAVE_SECONDS", -1)  # a checkpoint after the first step, and then none for long
         patch.setattr(transformer, "batch_at", interrupted_at(3, transformer.batch_at))
-        transformer.train(tmp_path / "parted", tokens, reader, None, steps=4, seed=0,
-                          saved=lambda: patch.setattr(transformer, "SAVE_SECONDS", 1000))
+        train_run("parted", saved=lambda: patch.setattr(transformer, "SAVE_SECONDS", 1000))
     assert torch.load(tmp_path / "parted" / "transformer.ckpt", weights_only=True)["step"] == 1  # of three steps made
-    resumed = transformer.train(tmp_path / "parted", tokens, reader, None, steps=4, seed=0)
+    resumed = train_run("parted")
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
 
 

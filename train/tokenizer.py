@@ -72,3 +72,7 @@ class Tokenizer:
 
     def __call__(self, text):
         return self.processor.encode(text) + [1]
+
+    def pieces(self):
+        """Every piece, in the order of the ids."""
+        return [self.processor.id_to_piece(i) for i in range(len(self))]

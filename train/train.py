@@ -1,6 +1,7 @@
 """Trains the bundled model from nothing, in stages; a stage that was killed goes on where it stopped (reading: anew).
 
     python train/train.py --out build/train
+    python train/train.py --out build/further --base models/demo.gguf      # goes on from a finished model
 
     tokenizer    OUT/tokenizer/        seconds   the words of the world as a SentencePiece model
     reading      OUT/reading.ckpt      minutes   the text encoder learns to read captions
@@ -9,6 +10,11 @@
     transformer  OUT/transformer.ckpt  hours     latents are drawn into OUT/latents/ as they are needed
     encoder      OUT/encoder.ckpt      minutes   Wan's own VAE encoder learns the light one's latents
     model        OUT/demo.gguf         seconds   the weight file, by export.py
+
+With --base, what the model knows takes the place of the stages before and after the transformer's:
+
+    base         OUT/base.ckpt         seconds   its weights, as those stages would have left them
+    light        OUT/light.ckpt        minutes   a light encoder learns the latents of Wan's own
 
 Beside OUT/transformer.ckpt stands OUT/snapshot/, a diffusers folder, written anew with every checkpoint.
 Loss curves stand in OUT/log/*.tsv, process ids in OUT/pids/.  The same command starts and resumes; --until stops early.
@@ -31,6 +37,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 import adherence
+import base
 import detect
 import pipeline
 import reading
@@ -38,9 +45,10 @@ import tokenizer
 import transformer
 import vae
 
-STAGES = ["tokenizer", "reading", "vae", "decoder", "transformer", "encoder", "model"]
-STREAM_OPTIONS = ["seed", "workers", "clips", "reading_steps", "vae_steps", "decoder_steps",
-                  "encoder_steps"]
+FROM_NOTHING = ["tokenizer", "reading", "vae", "decoder", "transformer", "encoder", "model"]
+FROM_BASE = ["tokenizer", "base", "light", "transformer", "model"]
+STREAM_OPTIONS = ["base", "seed", "workers", "clips", "reading_steps", "vae_steps", "decoder_steps", "encoder_steps",
+                  "light_steps", "bf16"]
 JUDGES_SEEDS = [vae.EVALUATION_SEED, detect.SEED, adherence.PROMPT_SEED]  # whose clips no training may see
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -48,7 +56,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "build" / "train")
-    parser.add_argument("--until", choices=STAGES, default=STAGES[-1], help="the last stage to run")
+    parser.add_argument("--base", metavar="FILE", type=pathlib.Path,
+                        help="go on from the weights of this file, made by an earlier run")
+    parser.add_argument("--until", default="model", help="the last stage to run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2,
                         help="processes of the transformer stage, one thread each; the batch grows with them, so "
@@ -59,18 +69,26 @@ def options():
     parser.add_argument("--vae-steps", type=int, default=8000)
     parser.add_argument("--decoder-steps", type=int, default=1500)
     parser.add_argument("--encoder-steps", type=int, default=1500)
+    parser.add_argument("--light-steps", type=int, default=600)
     parser.add_argument("--transformer-steps", type=int, default=7200)
+    parser.add_argument("--bf16", action="store_true",
+                        help="the transformer's products in bfloat16: half the time on processors that multiply it, "
+                             "such as AMD's since Zen 4, and twice the time on others")
     parser.add_argument("--eager", action="store_true",
                         help="do without torch.compile and the C++ compiler that it needs")
     args = parser.parse_args()
     if args.seed in JUDGES_SEEDS:
         parser.error(f"--seed {args.seed}: the seeds {JUDGES_SEEDS} are those of clips that judge the model")
+    args.stages = FROM_BASE if args.base else FROM_NOTHING
+    if args.until not in args.stages:
+        parser.error(f"--until {args.until}: the stages are {' '.join(args.stages)}")
     return args
 
 
 def keep_options(args):
     """Keeps the options that the batches follow from in OUT/options.json, and exits if others stand there already."""
     path, now = args.out / "options.json", {name: getattr(args, name) for name in STREAM_OPTIONS}
+    now["base"] = args.base and str(args.base)
     if not path.exists():
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(now, indent=2) + "\n")
@@ -98,6 +116,14 @@ def note_pid(out, name):
     (out / "pids" / f"{name}.pid").write_text(f"{os.getpid()}\n")
 
 
+def start(args):
+    """What the transformer's stage knows already of the weights of TextToVideo."""
+    if args.base:
+        return torch.load(args.out / "base.ckpt", weights_only=True)
+    reader = torch.load(args.out / "reading.ckpt", weights_only=True)
+    return {f"text_encoder.{name}": weight for name, weight in reader.items()}
+
+
 def transformer_worker(rank, args, rendezvous):
     """One of the processes that train the transformer together."""
     torch.set_num_threads(1)
@@ -105,9 +131,9 @@ def transformer_worker(rank, args, rendezvous):
     if args.workers > 1:
         dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=args.workers,
                                 timeout=datetime.timedelta(days=1))
-    transformer.train(args.out, tokenizer.Tokenizer(args.out / "tokenizer"),
-                      torch.load(args.out / "reading.ckpt", weights_only=True), vae.load(args.out)[1],
-                      args.transformer_steps, args.seed, rank, args.workers, compiled=not args.eager,
+    course = (transformer.further if args.base else transformer.from_nothing)(args.transformer_steps)
+    transformer.train(args.out, tokenizer.Tokenizer(args.out / "tokenizer"), start(args), vae.load(args.out)[1], course,
+                      args.seed, rank, args.workers, compiled=not args.eager, narrow=args.bf16,
                       saved=lambda: pipeline.snapshot(args.out))
 
 
@@ -118,7 +144,7 @@ def main():
     held = lock(args.out)  # until this process ends
     keep_options(args)
     note_pid(args.out, "train")
-    wanted = STAGES[:STAGES.index(args.until) + 1]
+    wanted = args.stages[:args.stages.index(args.until) + 1]
     words = args.out / "tokenizer"
     if not words.exists():
         tokenizer.save(words)
@@ -128,6 +154,10 @@ def main():
         vae.train_vae(args.out, args.vae_steps, args.seed, args.clips, compiled=not args.eager)
     if "decoder" in wanted:
         vae.train_decoder(args.out, args.decoder_steps, args.seed, args.clips, compiled=not args.eager)
+    if "base" in wanted and not (args.out / "base.ckpt").exists():
+        base.unpack(args.base, args.out, words)
+    if "light" in wanted:
+        vae.train_light(args.out, args.light_steps, args.seed, args.clips, compiled=not args.eager)
     if "transformer" in wanted:
         with tempfile.TemporaryDirectory() as folder:
             multiprocessing.spawn(transformer_worker, (args, f"{folder}/rendezvous"), args.workers)

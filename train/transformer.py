@@ -7,6 +7,7 @@ killed goes on as if nothing had happened.  Worker processes of one thread each 
 gradients: on a machine that is busy with other things this loses far less than two threads that wait for each other at
 every operation.
 """
+import dataclasses
 import sys
 import time
 
@@ -21,13 +22,47 @@ import reading
 from common import Average, Log, Optimisers, save_atomically, sum_over_workers
 
 EXTENTS = [(1, 192), (3, 64), (9, 24)]  # (latent frames, clips a worker): pictures, beginnings, whole clips
-MIXED_STEPS = 3000  # until then, steps take turns with EXTENTS; after it, whole clips alone
-FALLING_SHARE = 0.5  # of all steps: the last, in which the rate falls
 PIECES = 2  # of a worker's part of a batch, one after the other: what is half as large stays in the cache longer
-SHARDS, NEW_SHARDS_EVERY, MOST_SHARDS = 4, 400, 96  # at first; two more every so many steps; in all
+SHARDS, NEW_SHARDS_EVERY, MOST_SHARDS = 4, 600, 96  # at first; two more every so many steps; in all
 MUON_LR, ADAM_LR, EMA_DECAY = 0.01, 1e-3, 0.999
 DROPPED = 0.1  # share of prompts replaced by the empty one, for guidance
 SAVE_SECONDS = 120
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """How a run of so many steps goes.
+
+    mixed: until this step they take turns with EXTENTS; after it, whole clips alone. peak: the highest factor of the
+    learning rate. falling: the share of all steps, the last ones, in which it falls.
+    """
+    steps: int
+    mixed: int
+    peak: float
+    falling: float
+
+    def extent(self, step):
+        """(latent frames, clips a worker) of a step. Pictures teach what is where for a ninth of a clip's price."""
+        return EXTENTS[step % len(EXTENTS)] if step < self.mixed else EXTENTS[-1]
+
+    def rate(self, step):
+        """Factor of the learning rate: a short rise, then the peak, then linearly down."""
+        return self.peak * min(1, (step + 1) / 200, max((1 - step / self.steps) / self.falling, 1e-3))
+
+    def check_length(self, step, before):
+        """Exits if a run of `before` steps, now at `step`, cannot become one of this length: up to where the rate falls
+        the two are the same run, and after that no longer."""
+        if step > (1 - self.falling) * min(before, self.steps) and before != self.steps:
+            sys.exit(f"transformer.py: at step {step} a run of {before} steps can no longer become one of {self.steps}")
+
+
+def from_nothing(steps):
+    return Course(steps, mixed=3000, peak=1.0, falling=0.5)
+
+
+def further(steps):
+    """The course of a run that starts from a finished model."""
+    return Course(steps, mixed=0, peak=0.7, falling=0.7)
 
 
 class TextToVideo(nn.Module):
@@ -42,25 +77,8 @@ class TextToVideo(nn.Module):
         return model.velocity(self.transformer, x, sigma, *model.embed(self.text_encoder, ids, mask))
 
 
-def extent(step):
-    """(latent frames, clips a worker) of a step. Pictures teach what is where for a ninth of a clip's price."""
-    return EXTENTS[step % len(EXTENTS)] if step < MIXED_STEPS else EXTENTS[-1]
-
-
 def shards_at(step):
     return min(MOST_SHARDS, SHARDS + 2 * (step // NEW_SHARDS_EVERY))
-
-
-def rate(step, steps):
-    """Factor of the learning rate: a short rise, then full, then linearly down."""
-    return min(1, (step + 1) / 200, max((1 - step / steps) / FALLING_SHARE, 1e-3))
-
-
-def check_length(step, before, steps):
-    """Exits if a run of `before` steps, now at `step`, cannot become one of `steps`: up to where the rate falls the two
-    are the same run, and after that no longer."""
-    if step > (1 - FALLING_SHARE) * min(before, steps) and before != steps:
-        sys.exit(f"transformer.py: at step {step} a run of {before} steps can no longer become one of {steps}")
 
 
 def sample_sigma(generator, count):
@@ -68,9 +86,9 @@ def sample_sigma(generator, count):
     return torch.sigmoid(0.6 + 1.2 * torch.randn(count, generator=generator))
 
 
-def batch_at(step, seed, rank, workers, pool, tokenizer):
-    """(clean, noise, sigma, ids, mask): this worker's part of the batch of a step."""
-    frames, count = extent(step)
+def batch_at(step, extent, seed, rank, workers, pool, tokenizer):
+    """(clean, noise, sigma, ids, mask): this worker's part of the batch of a step; extent: (latent frames, clips)."""
+    frames, count = extent
     rng = np.random.default_rng([seed, step, rank, workers])
     indices = rng.integers(shards_at(step) * latents.SHARD, size=count)
     prompts = reading.captions(tokenizer, [latents.shard_scene(seed, int(i)) for i in indices], rng)
@@ -90,20 +108,23 @@ def make_shards(step, seed, rank, workers, folder, light):
 
 
 class Run:
-    """What training changes: the network, its optimisers and average, and how far it has come."""
+    """What training changes: the network, its optimisers and average, and how far it has come.
 
-    def __init__(self, vocabulary, encoder_state):
-        self.net = TextToVideo(vocabulary)
-        self.net.text_encoder.load_state_dict(encoder_state)
+    start: weights of TextToVideo that are known already, all or some. narrow: whether products are made in bfloat16.
+    """
+
+    def __init__(self, vocabulary, start, narrow):
+        self.net, self.narrow = TextToVideo(vocabulary), narrow
+        self.net.load_state_dict(self.net.state_dict() | start)
         self.forward = self.net
         self.optimisers = Optimisers(self.net.named_parameters(), MUON_LR, ADAM_LR)
         self.average = Average(self.net, EMA_DECAY)
         self.step, self.samples, self.start = 0, 0, time.time()
 
-    def restore(self, checkpoint, steps):
+    def restore(self, checkpoint, course):
         """Goes on from a checkpoint, of a run that may have been meant to be of another length."""
         state = torch.load(checkpoint, weights_only=True)
-        check_length(state["step"], state["steps"], steps)
+        course.check_length(state["step"], state["steps"])
         self.net.load_state_dict(state["model"])
         self.optimisers.load_state_dict(state["optimisers"])
         self.average.shadow, self.average.count = state["average"], state["step"]
@@ -114,9 +135,15 @@ class Run:
                          "optimisers": self.optimisers.state_dict(), "steps": steps, "samples": self.samples,
                          "seconds": time.time() - self.start}, checkpoint)
 
+    def products(self):
+        """The context in which matrices are multiplied."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.narrow)
+
     def loss(self, clean, noise, sigma, ids, mask):
         s = sigma[:, None, None, None, None]
-        return (self.forward((1 - s) * clean + s * noise, sigma, ids, mask) - (noise - clean)).square().mean()
+        with self.products():
+            found = self.forward((1 - s) * clean + s * noise, sigma, ids, mask)
+        return (found.float() - (noise - clean)).square().mean()
 
     def learn(self, batch, factor, workers):
         """One step on this worker's part of a batch; (its loss, the norm of the gradient)."""
@@ -127,7 +154,8 @@ class Run:
             total += loss.item()
         sum_over_workers([p.grad for p in self.net.parameters()], 1 / workers)
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        self.optimisers.step(factor)
+        with self.products():  # those of Muon
+            self.optimisers.step(factor)
         self.average.update(self.net)
         self.step, self.samples = self.step + 1, self.samples + workers * len(batch[0])
         return total, norm.item()
@@ -150,31 +178,32 @@ class Curve:
         self.losses, self.since = {}, (now, run.samples)
 
 
-def train(out, tokenizer, encoder_state, light, steps, seed, rank=0, workers=1, saved=lambda: None, compiled=False):
-    """Trains up to `steps` steps, going on from OUT/transformer.ckpt; saved() follows each save.
+def train(out, tokenizer, start, light, course, seed, rank=0, workers=1, saved=lambda: None, compiled=False,
+          narrow=False):
+    """Trains as a Course says, going on from OUT/transformer.ckpt; saved() follows each save. Arguments as of Run.
 
     The logged seconds are those on the clock, saves included, of this start and, up to their last saves, earlier ones.
 
     compiled: by torch.compile, which takes minutes once and then makes a step a fifth shorter; needs a C++ compiler.
     """
     torch.manual_seed(seed)
-    run, checkpoint = Run(len(tokenizer), encoder_state), out / "transformer.ckpt"
+    run, checkpoint = Run(len(tokenizer), start, narrow), out / "transformer.ckpt"
     if checkpoint.exists():
-        run.restore(checkpoint, steps)
+        run.restore(checkpoint, course)
     if compiled:
         run.forward = torch.compile(run.net, dynamic=False)
     curve, pool = Curve(out / "log" / "transformer.tsv", run.samples), latents.Pool(out / "latents")
     shards, last_save = 0, time.time()
-    while run.step < steps:
+    while run.step < course.steps:
         if shards_at(run.step) != shards:
             make_shards(run.step, seed, rank, workers, out / "latents", light)
             shards = shards_at(run.step)
-        batch = batch_at(run.step, seed, rank, workers, pool, tokenizer)
-        loss, norm = run.learn(batch, rate(run.step, steps), workers)
+        batch = batch_at(run.step, course.extent(run.step), seed, rank, workers, pool, tokenizer)
+        loss, norm = run.learn(batch, course.rate(run.step), workers)
         if rank == 0:
             curve.add(run, batch[0].shape[2], loss, norm)
-        if rank == 0 and (time.time() - last_save > SAVE_SECONDS or run.step == steps):
-            run.save(checkpoint, steps)
+        if rank == 0 and (time.time() - last_save > SAVE_SECONDS or run.step == course.steps):
+            run.save(checkpoint, course.steps)
             saved()
             last_save = time.time()
     return run.average.shadow
