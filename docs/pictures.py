@@ -4,13 +4,14 @@
     python docs/pictures.py strip demo.y4m strip.png         # every fourth frame, side by side
     python docs/pictures.py animate demo.y4m demo.webp       # twice as large as the clip, at its own rate
     python docs/pictures.py grid                             # runs ./sora on PROMPTS, into docs/demo/ and the README
-    python docs/pictures.py curves build/train               # a training run's logs, into docs/training/ as they are
-                                                             # and as a plot
+    python docs/pictures.py curves build/train               # a training run's logs, into docs/training/train/ as they
+                                                             # are and as a plot
 Needs what train/requirements.txt names.
 """
 import argparse
 import csv
 import html
+import math
 import pathlib
 import re
 import shutil
@@ -30,6 +31,11 @@ import world  # noqa: E402
 
 GRID, TRAINING = ROOT / "docs" / "demo", ROOT / "docs" / "training"
 COLUMNS, SEED, ENLARGED = 4, 1, 2
+# The stages of a run that leave a log, and what of it is drawn: {column: its label}.
+QUALITY = {"psnr": "PSNR, dB"}
+CURVES = {"reading": {"shape": "shape", "motion": "motion", "role": "first or second"}, "vae": QUALITY,
+          "decoder": QUALITY, "light": QUALITY,
+          "transformer": {"loss1": "pictures", "loss3": "beginnings", "loss9": "whole clips"}, "encoder": QUALITY}
 # Each with the shape, colour and motion or relation of its subjects: did training ever draw these together?
 PROMPTS = [
     ("a blue star bounces on the grass", [("star", "blue", "bounce")]),
@@ -84,26 +90,25 @@ def read_log(path):
 
 
 def curves(run):
-    """Copies a run's logs into docs/training/, and draws there what each stage learned, over its steps."""
-    TRAINING.mkdir(exist_ok=True)
+    """Copies a run's logs into a folder of docs/training/, and draws there what each stage learned, over its steps."""
+    folder = TRAINING / run.resolve().name
+    folder.mkdir(parents=True, exist_ok=True)
     for log in (run / "log").glob("*.tsv"):
-        shutil.copy(log, TRAINING)
-    quality = {"psnr": "PSNR, dB"}
-    panels = {"reading": {"shape": "shape", "motion": "motion", "role": "first or second"}, "vae": quality,
-              "decoder": quality, "transformer": {"loss1": "pictures", "loss3": "beginnings", "loss9": "whole clips"},
-              "encoder": quality}
-    figure = Figure(figsize=(15, 3.2), layout="constrained")
-    for ax, (stage, labels) in zip(figure.subplots(1, len(panels)), panels.items()):
-        log = read_log(TRAINING / f"{stage}.tsv")
-        for name, label in labels.items():
-            ax.plot(log["step"], log[name], label=label, lw=1)
+        shutil.copy(log, folder)
+    stages = [stage for stage in CURVES if (folder / f"{stage}.tsv").exists()]
+    figure = Figure(figsize=(3 * len(stages), 3.2), layout="constrained")
+    for ax, stage in zip(figure.subplots(1, len(stages)), stages):
+        log = read_log(folder / f"{stage}.tsv")
+        for name, label in CURVES[stage].items():
+            if not all(math.isnan(value) for value in log[name]):
+                ax.plot(log["step"], log[name], label=label, lw=1)
         ax.set(title=f"{stage}: {log['seconds'][-1] / 60:.0f} minutes", xlabel="step")
         ax.legend()
         ax.grid(True, lw=0.3)
         if stage == "transformer":
             ax.set_ylim(0.08, 0.3)  # the first steps would flatten the rest
     with matplotlib.rc_context({"svg.hashsalt": "sora.c"}):  # the same curves make the same file
-        figure.savefig(TRAINING / "curves.svg", metadata={"Date": None})
+        figure.savefig(folder / "curves.svg", metadata={"Date": None})
 
 
 def main():

@@ -2,7 +2,7 @@
 """Writes tests/goldens/ from the reference packages: what `make test` compares with.
 
     python tests/make_goldens.py            (all parts but demo; name some to make only those)
-    python tests/make_goldens.py demo       (needs build/train/snapshot, from which models/demo.gguf was exported)
+    python tests/make_goldens.py demo       (from models/demo.gguf, with what train/requirements.txt names)
 
 Each part leaves a VERSIONS beside its files: this command, the packages' versions and the seed.
 """
@@ -151,23 +151,25 @@ def make_model(folder: Path) -> None:
 
 
 def make_demo(folder: Path) -> None:
-    """The tensors of one short clip by diffusers from the checkpoint of the bundled model, whose settings cli.sh
+    """The tensors of one short clip by diffusers from the weights of the bundled model, whose settings cli.sh
     repeats; of the blocks only the first and the last of one pass. The frames stand apart, in decoded/, and are those
     of a float64 run: the trained decoder amplifies rounding, and float32 ones lie 6.6e-5 from them with PyTorch, 2.0e-5
     with sora."""
-    checkpoint = ROOT / "build" / "train" / "snapshot"
-    run = json.loads((checkpoint / "sora.json").read_text())
-    settings = Settings(prompt="a blue star bounces on the grass", size=(run["width"], run["height"]), frames=5,
-                        steps=2, guidance=run["guidance"], shift=3.0, sampler="unipc", seed=7)
-    dump(checkpoint, folder, settings)
-    for path in folder.glob("step*.block*.npy"):
-        if path.name not in ("step000.cond.block00.npy", "step000.cond.block04.npy"):
-            path.unlink()
-    (folder / "video.npy").unlink()
-    (folder / "decoded").mkdir(exist_ok=True)
     with TemporaryDirectory() as work:
-        dump(checkpoint, Path(work), settings, double=True)
-        np.save(folder / "decoded" / "video.npy", np.load(Path(work) / "video.npy").astype(np.float32))
+        checkpoint, double = Path(work) / "checkpoint", Path(work) / "double"
+        subprocess.run([sys.executable, ROOT / "train" / "base.py", ROOT / "models" / "demo.gguf", checkpoint],
+                       check=True)
+        run = json.loads((checkpoint / "sora.json").read_text())
+        settings = Settings(prompt="a blue star bounces on the grass", size=(run["width"], run["height"]), frames=5,
+                            steps=2, guidance=run["guidance"], shift=3.0, sampler="unipc", seed=7)
+        dump(checkpoint, folder, settings)
+        dump(checkpoint, double, settings, double=True)
+        for path in folder.glob("step*.block*.npy"):
+            if path.name not in ("step000.cond.block00.npy", "step000.cond.block04.npy"):
+                path.unlink()
+        (folder / "video.npy").unlink()
+        (folder / "decoded").mkdir(exist_ok=True)
+        np.save(folder / "decoded" / "video.npy", np.load(double / "video.npy").astype(np.float32))
 
 
 PARTS = {"weights": make_weights, "noise": make_noise, "sampler": make_sampler, "npy": make_npy, "model": make_model,

@@ -1,14 +1,17 @@
-"""The weights of a weight file as training's own states: where a run starts that goes on from a finished model.
+"""The weights of a weight file as the states that they were exported from.
 
-    python train/train.py --out build/further --base models/demo.gguf
+    python train/train.py --out build/further --base models/demo.gguf      # where a run may start
+    python train/base.py models/demo.gguf build/demo                       # a diffusers folder, as before the export
 
 A weight file holds no moments of the optimisers and no light encoder.  The former grow again within some hundred
 steps; the latter is fitted back to Wan's own encoder (vae.train_light), as that once was to it.
 """
 import pathlib
 import sys
+import tempfile
 
 import model
+import pipeline
 import tokenizer
 import vae
 from common import save_atomically
@@ -38,10 +41,10 @@ def _state(part, module, file):
     return state
 
 
-def unpack(path, out, words):
-    """Writes OUT/base.ckpt, the state of TextToVideo, and the VAE's OUT/decoder.ckpt and OUT/encoder.ckpt.
+def read(path, words):
+    """(state of TextToVideo, the autoencoder) of a weight file that training made.
 
-    path: a weight file of this repository. words: the tokenizer's folder; a file with other tokens is refused.
+    words: the tokenizer's folder; a file with other tokens is refused.
     """
     file, ours = open_file(path), tokenizer.Tokenizer(words)
     if file.value("tokenizer.ggml.tokens") != ours.pieces():
@@ -51,5 +54,24 @@ def unpack(path, out, words):
         state |= {f"{part}.{key}": values for key, values in _state(part, module, file).items()}
     autoencoder = vae.new_vae()
     autoencoder.load_state_dict(_state("vae", autoencoder, file))
+    return state, autoencoder
+
+
+def unpack(path, out, words):
+    """Writes OUT/base.ckpt, the state of TextToVideo, and the VAE's OUT/decoder.ckpt and OUT/encoder.ckpt."""
+    state, autoencoder = read(path, words)
     vae.unpack(out, autoencoder)
     save_atomically(state, out / "base.ckpt")
+
+
+def main():
+    path, folder = map(pathlib.Path, sys.argv[1:])
+    with tempfile.TemporaryDirectory() as work:
+        words = pathlib.Path(work) / "tokenizer"
+        tokenizer.save(words)
+        state, autoencoder = read(path, words)
+        pipeline.save(folder, words, state, autoencoder.state_dict())
+
+
+if __name__ == "__main__":
+    main()
