@@ -4,8 +4,8 @@
 
 Every clip is one run of `./sora -m MODEL --seed N PROMPT`, with the file's own defaults, read back from its Y4M file.
 Prints, for each attribute, the share of prompts in which the detector sees what the prompt names, and the same for all
-attributes at once.  --ceiling puts drawn clips through a run's VAE instead: what a transformer that made exactly the
-encoder's latents would be credited with.
+attributes at once.  --ceiling puts drawn clips through the model's VAE instead: what a transformer that made exactly
+the encoder's latents would be credited with.
 """
 import argparse
 import concurrent.futures
@@ -20,6 +20,7 @@ import time
 import numpy as np
 import torch
 
+import base
 import detect
 import draw
 import vae
@@ -47,14 +48,13 @@ def generate(sora, model, prompt, seed, options=()):
         return video.read(clip)[0]
 
 
-load_vae = functools.lru_cache(vae.load)
+autoencoder_of = functools.lru_cache(base.autoencoder)
 
 
 @torch.no_grad()
-def through_vae(autoencoder, light, scene):
+def through_vae(autoencoder, scene):
     """The drawn clip of a scene, encoded and decoded: uint8 [F, H, W, 3], without the way through a Y4M file."""
-    clip = draw.draw(scene)
-    pixels = vae.decode(autoencoder, light(vae.to_tensor(clip)[None]))[0]
+    pixels = vae.decode(autoencoder, vae.encode(autoencoder, vae.to_tensor(draw.draw(scene))[None]))[0]
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
 
 
@@ -63,15 +63,15 @@ def answer(index, args):
     torch.set_num_threads(1)
     scene, prompt = question(index, args.kind, args.held_out)
     if args.ceiling:
-        clip = through_vae(*load_vae(args.ceiling), scene)
+        clip = through_vae(autoencoder_of(args.model), scene)
     else:
         clip = generate(args.sora, args.model, prompt, args.seed + index, args.option)
     return prompt, detect.compare(scene, detect.detect(clip)), clip if args.strip else None
 
 
 def weights_id(args):
-    """What was judged: the first digits of the SHA-256 of the model's file or, with --ceiling, of the decoder's."""
-    with open(args.ceiling / "decoder.ckpt" if args.ceiling else args.model, "rb") as file:
+    """What was judged: the first digits of the SHA-256 of the model's file."""
+    with open(args.model, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
@@ -93,7 +93,7 @@ def main():
     parser.add_argument("--held-out", action="store_true")
     parser.add_argument("--seed", type=int, default=0, help="of the first clip; the next one's is one more")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="clips made at a time, on one thread each")
-    parser.add_argument("--ceiling", type=pathlib.Path, metavar="OUT", help="judge OUT's VAE on drawn clips instead")
+    parser.add_argument("--ceiling", action="store_true", help="judge the model's VAE on drawn clips instead")
     parser.add_argument("--log", type=pathlib.Path, help="append the shares to this table")
     parser.add_argument("--results", type=pathlib.Path, help="write the prompts, with what was wrong, into this table")
     parser.add_argument("--strip", type=pathlib.Path, help="save every fourth frame of the first ten clips as a PNG")

@@ -6,6 +6,7 @@
 A weight file holds no moments of the optimisers and no light encoder.  The former grow again within some hundred
 steps; the latter is fitted back to Wan's own encoder (vae.train_light), as that once was to it.
 """
+import argparse
 import pathlib
 import sys
 import tempfile
@@ -17,7 +18,7 @@ import vae
 from common import save_atomically
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from export.files import open_file
+from export.files import ExportError, open_file
 from export.names import SHARED, TIED, count_upsamples, our_name
 from export.writer import PREFIX
 
@@ -41,36 +42,46 @@ def _state(part, module, file):
     return state
 
 
-def read(path, words):
-    """(state of TextToVideo, the autoencoder) of a weight file that training made.
+def _open(path):
+    try:
+        return open_file(path)
+    except (ExportError, OSError) as error:
+        sys.exit(f"base.py: {error}")
 
-    words: the tokenizer's folder; a file with other tokens is refused.
-    """
-    file, ours = open_file(path), tokenizer.Tokenizer(words)
+
+def text_to_video(path, words):
+    """The state of TextToVideo in a weight file. words: the tokenizer's folder; a file with other tokens is refused."""
+    file, ours = _open(path), tokenizer.Tokenizer(words)
     if file.value("tokenizer.ggml.tokens") != ours.pieces():
         sys.exit(f"base.py: {path} has other tokens than this world")
-    state = {}
-    for part, module in (("text_encoder", model.new_text_encoder(len(ours))), ("transformer", model.new_transformer())):
-        state |= {f"{part}.{key}": values for key, values in _state(part, module, file).items()}
-    autoencoder = vae.new_vae()
-    autoencoder.load_state_dict(_state("vae", autoencoder, file))
-    return state, autoencoder
+    parts = {"text_encoder": model.new_text_encoder(len(ours)), "transformer": model.new_transformer()}
+    return {f"{part}.{key}": values for part, module in parts.items()
+            for key, values in _state(part, module, file).items()}
+
+
+def autoencoder(path):
+    """The VAE of a weight file, ready for use."""
+    result = vae.new_vae()
+    result.load_state_dict(_state("vae", result, _open(path)))
+    return result.eval().requires_grad_(False)
 
 
 def unpack(path, out, words):
     """Writes OUT/base.ckpt, the state of TextToVideo, and the VAE's OUT/decoder.ckpt and OUT/encoder.ckpt."""
-    state, autoencoder = read(path, words)
-    vae.unpack(out, autoencoder)
+    state = text_to_video(path, words)
+    vae.unpack(out, autoencoder(path))
     save_atomically(state, out / "base.ckpt")
 
 
 def main():
-    path, folder = map(pathlib.Path, sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=pathlib.Path)
+    parser.add_argument("folder", type=pathlib.Path)
+    args = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         words = pathlib.Path(work) / "tokenizer"
         tokenizer.save(words)
-        state, autoencoder = read(path, words)
-        pipeline.save(folder, words, state, autoencoder.state_dict())
+        pipeline.save(args.folder, words, text_to_video(args.model, words), autoencoder(args.model).state_dict())
 
 
 if __name__ == "__main__":
