@@ -6,6 +6,7 @@
     python docs/pictures.py grid                             # runs ./sora on PROMPTS, into docs/demo/ and the README
     python docs/pictures.py curves build/train               # a training run's logs, into docs/training/train/ as they
                                                              # are and as a plot
+    python docs/pictures.py table                            # docs/adherence/ as the README's table
 Needs what train/requirements.txt names.
 """
 import argparse
@@ -29,7 +30,7 @@ sys.path.insert(0, str(ROOT / "train"))
 import video  # noqa: E402
 import world  # noqa: E402
 
-GRID, TRAINING = ROOT / "docs" / "demo", ROOT / "docs" / "training"
+GRID, TRAINING, ADHERENCE = ROOT / "docs" / "demo", ROOT / "docs" / "training", ROOT / "docs" / "adherence"
 COLUMNS, SEED, ENLARGED = 4, 1, 2
 # The stages of a run that leave a log, and what of it is drawn: {column: its label}.
 QUALITY = {"psnr": "PSNR, dB"}
@@ -62,6 +63,12 @@ def animate(source, target):
     images[0].save(target, save_all=True, append_images=images[1:], duration=round(1000 / rate), loop=0, quality=80)
 
 
+def insert(name, lines):
+    """Puts lines between the two comments of that name in the README."""
+    readme, text = ROOT / "README.md", "\n".join([f"<!-- {name} -->", *lines, f"<!-- /{name} -->"])
+    readme.write_text(re.sub(f"<!-- {name} -->.*<!-- /{name} -->", lambda _: text, readme.read_text(), flags=re.S))
+
+
 def grid():
     """Runs every prompt and writes its animation, and the README's table of them."""
     GRID.mkdir(exist_ok=True)
@@ -76,9 +83,35 @@ def grid():
             image = f'<img src="{picture.relative_to(ROOT)}" alt="{html.escape(prompt)}">'
             cells.append(f'<td width="25%">{image}<br>{html.escape(prompt)}{mark}</td>')
     rows = [f"<tr>{''.join(cells[i:i + COLUMNS])}</tr>" for i in range(0, len(cells), COLUMNS)]
-    readme = ROOT / "README.md"
-    table = "\n".join(["<!-- grid -->", "<table>", *rows, "</table>", "<!-- /grid -->"])
-    readme.write_text(re.sub(r"<!-- grid -->.*<!-- /grid -->", lambda _: table, readme.read_text(), flags=re.S))
+    insert("grid", ["<table>", *rows, "</table>"])
+
+
+# The rows of the table: what was asked, and of which kind (train/adherence.py) and from which file it is.
+ASKED = [("one subject", "single", "False", "shares"),
+         ("*one subject: drawn, through the VAE*", "single", "False", "ceiling"),
+         ("one subject, a combination never trained", "single", "True", "shares"),
+         ("two subjects", "pair", "False", "shares"),
+         ("*two subjects: drawn, through the VAE*", "pair", "False", "ceiling"),
+         ("two, related", "relation", "False", "shares"),
+         ("*two, related: drawn, through the VAE*", "relation", "False", "ceiling")]
+ATTRIBUTES = {"all": "all right", "background": "place", "shape": "shape", "colour": "colour", "size": "size",
+              "motion": "motion", "roles": "roles", "count": "count"}
+
+
+def table():
+    """The README's table of how often the model does as it is told."""
+    found = {}
+    for name in ("shares", "ceiling"):
+        with open(ADHERENCE / f"{name}.tsv") as file:
+            found |= {(row["kind"], row["held_out"], name): row for row in csv.DictReader(file, delimiter="\t")}
+    if len({(row["model"], row["prompts"]) for row in found.values()}) > 1:
+        sys.exit(f"pictures.py: {ADHERENCE} holds shares of more than one model or number of prompts")
+    rows = [f"| {found[ASKED[0][1:]]['prompts']} prompts each | {' | '.join(ATTRIBUTES.values())} |",
+            "|---" * (1 + len(ATTRIBUTES)) + "|"]
+    for label, *key in ASKED:
+        shares = [float(found[tuple(key)][attribute]) for attribute in ATTRIBUTES]
+        rows.append(f"| {label} | {' | '.join('' if math.isnan(x) else f'{100 * x:.3g} %' for x in shares)} |")
+    insert("adherence", rows)
 
 
 def read_log(path):
@@ -91,13 +124,15 @@ def read_log(path):
 
 def curves(run):
     """Copies a run's logs into a folder of docs/training/, and draws there what each stage learned, over its steps."""
-    folder = TRAINING / run.resolve().name
+    folder = TRAINING / run.absolute().name
+    stages = [stage for stage in CURVES if (run / "log" / f"{stage}.tsv").exists()]
+    if not stages:
+        sys.exit(f"pictures.py: {run}/log holds no logs")
     folder.mkdir(parents=True, exist_ok=True)
-    for log in (run / "log").glob("*.tsv"):
-        shutil.copy(log, folder)
-    stages = [stage for stage in CURVES if (folder / f"{stage}.tsv").exists()]
+    for stage in stages:
+        shutil.copy(run / "log" / f"{stage}.tsv", folder)
     figure = Figure(figsize=(3 * len(stages), 3.2), layout="constrained")
-    for ax, stage in zip(figure.subplots(1, len(stages)), stages):
+    for ax, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages):
         log = read_log(folder / f"{stage}.tsv")
         for name, label in CURVES[stage].items():
             if not all(math.isnan(value) for value in log[name]):
@@ -106,7 +141,7 @@ def curves(run):
         ax.legend()
         ax.grid(True, lw=0.3)
         if stage == "transformer":
-            ax.set_ylim(0.08, 0.3)  # the first steps would flatten the rest
+            ax.set_ylim(0.05, min(0.3, max(log["loss9"][1:])))  # the first steps would flatten the rest
     with matplotlib.rc_context({"svg.hashsalt": "sora.c"}):  # the same curves make the same file
         figure.savefig(folder / "curves.svg", metadata={"Date": None})
 
@@ -119,10 +154,13 @@ def main():
         command.add_argument("source", type=pathlib.Path)
         command.add_argument("target", type=pathlib.Path)
     commands.add_parser("grid")
+    commands.add_parser("table")
     commands.add_parser("curves").add_argument("run", type=pathlib.Path)
     args = parser.parse_args()
     if args.command == "grid":
         grid()
+    elif args.command == "table":
+        table()
     elif args.command == "curves":
         curves(args.run)
     elif args.command == "strip":

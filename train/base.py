@@ -1,10 +1,11 @@
 """The weights of a weight file as the states that they were exported from.
 
     python train/train.py --out build/further --base models/demo.gguf      # where a run may start
-    python train/base.py models/demo.gguf build/demo                       # a diffusers folder, as before the export
+    python train/base.py models/demo.gguf build/demo                       # a diffusers folder, to be exported again
 
-A weight file holds no moments of the optimisers and no light encoder.  The former grow again within some hundred
-steps; the latter is fitted back to Wan's own encoder (vae.train_light), as that once was to it.
+The folder's settings are those of pipeline.py.  A weight file holds no moments of the optimisers and no light encoder.
+The former grow again within some hundred steps; the latter is fitted back to Wan's own encoder (vae.train_light), as
+that once was to it.
 """
 import argparse
 import pathlib
@@ -18,7 +19,7 @@ import vae
 from common import save_atomically
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from export.files import ExportError, open_file
+from export.files import Gguf
 from export.names import SHARED, TIED, count_upsamples, our_name
 from export.writer import PREFIX
 
@@ -44,9 +45,9 @@ def _state(part, module, file):
 
 def _open(path):
     try:
-        return open_file(path)
-    except (ExportError, OSError) as error:
-        sys.exit(f"base.py: {error}")
+        return Gguf(path)
+    except (ValueError, OSError) as error:
+        sys.exit(f"base.py: {path} is no weight file ({error})")
 
 
 def text_to_video(path, words):
@@ -78,6 +79,8 @@ def main():
     parser.add_argument("model", type=pathlib.Path)
     parser.add_argument("folder", type=pathlib.Path)
     args = parser.parse_args()
+    if args.folder.exists():
+        parser.error(f"{args.folder} is there already")
     with tempfile.TemporaryDirectory() as work:
         words = pathlib.Path(work) / "tokenizer"
         tokenizer.save(words)

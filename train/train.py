@@ -19,7 +19,7 @@ With --base, what the model knows takes the place of the stages before and after
 Beside OUT/transformer.ckpt stands OUT/snapshot/, a diffusers folder, written anew with every checkpoint.
 Loss curves stand in OUT/log/*.tsv, process ids in OUT/pids/.  The same command starts and resumes; --until stops early.
 
-Every batch follows from (options, step).  OUT/options.json keeps those options, so that a run goes on as it began; of
+Every batch follows from (options, step).  OUT/options.json keeps the options, so that a run goes on as it began; of
 the lengths, --transformer-steps alone may still change, until the rate falls: a long run begins as a short one does.
 """
 import argparse
@@ -56,9 +56,10 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "build" / "train")
-    parser.add_argument("--base", metavar="FILE", type=pathlib.Path,
+    parser.add_argument("--base", metavar="FILE", type=os.path.abspath,
                         help="go on from the weights of this file, made by an earlier run")
-    parser.add_argument("--until", default="model", help="the last stage to run")
+    parser.add_argument("--until", choices=list(dict.fromkeys(FROM_NOTHING + FROM_BASE)), default="model",
+                        help="the last stage to run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2,
                         help="processes of the transformer stage, one thread each; the batch grows with them, so "
@@ -72,32 +73,33 @@ def options():
     parser.add_argument("--light-steps", type=int, default=600)
     parser.add_argument("--transformer-steps", type=int, default=7200)
     parser.add_argument("--bf16", action="store_true",
-                        help="the transformer's products in bfloat16: half the time on processors that multiply it, "
-                             "such as AMD's since Zen 4, and twice the time on others")
+                        help="the transformer's products in bfloat16: about half the time on AMD's processors since "
+                             "Zen 4, and twice the time on Intel's without AMX")
     parser.add_argument("--eager", action="store_true",
                         help="do without torch.compile and the C++ compiler that it needs")
     args = parser.parse_args()
     if args.seed in JUDGES_SEEDS:
         parser.error(f"--seed {args.seed}: the seeds {JUDGES_SEEDS} are those of clips that judge the model")
     args.stages = FROM_BASE if args.base else FROM_NOTHING
+    if args.base and not os.path.isfile(args.base):
+        parser.error(f"--base {args.base}: there is no such file")
     if args.until not in args.stages:
         parser.error(f"--until {args.until}: the stages are {' '.join(args.stages)}")
     return args
 
 
 def keep_options(args):
-    """Keeps the options that the batches follow from in OUT/options.json, and exits if others stand there already."""
+    """Keeps the options that a run depends on in OUT/options.json, and exits if others stand there already."""
     path, now = args.out / "options.json", {name: getattr(args, name) for name in STREAM_OPTIONS}
-    now["base"] = args.base and str(args.base)
     if not path.exists():
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(now, indent=2) + "\n")
         temporary.replace(path)
     before = json.loads(path.read_text())
     for name in STREAM_OPTIONS:
-        if before[name] != now[name]:
-            sys.exit(f"train.py: this run began with --{name.replace('_', '-')} {before[name]}, not {now[name]}, and "
-                     f"its batches depend on it; who knows what they do may remove {path}")
+        if name not in before or before[name] != now[name]:
+            sys.exit(f"train.py: this run began with --{name.replace('_', '-')} {before.get(name)}, not {now[name]}, "
+                     f"and what it does depends on it; who knows what they do may remove {path}")
 
 
 def lock(out):
@@ -116,7 +118,7 @@ def note_pid(out, name):
     (out / "pids" / f"{name}.pid").write_text(f"{os.getpid()}\n")
 
 
-def start(args):
+def known(args):
     """What the transformer's stage knows already of the weights of TextToVideo."""
     if args.base:
         return torch.load(args.out / "base.ckpt", weights_only=True)
@@ -132,7 +134,7 @@ def transformer_worker(rank, args, rendezvous):
         dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=args.workers,
                                 timeout=datetime.timedelta(days=1))
     course = (transformer.further if args.base else transformer.from_nothing)(args.transformer_steps)
-    transformer.train(args.out, tokenizer.Tokenizer(args.out / "tokenizer"), start(args), vae.load(args.out)[1], course,
+    transformer.train(args.out, tokenizer.Tokenizer(args.out / "tokenizer"), known(args), vae.load(args.out)[1], course,
                       args.seed, rank, args.workers, compiled=not args.eager, narrow=args.bf16,
                       saved=lambda: pipeline.snapshot(args.out))
 

@@ -2,10 +2,10 @@
 
     x = (1 - sigma) * clean + sigma * noise,    wanted: velocity = noise - clean,    loss: their squared distance
 
-Every batch follows from (options, step) alone, the options being the seed and the number of workers, so a run that was
-killed goes on as if nothing had happened.  Worker processes of one thread each make a batch together and sum their
-gradients: on a machine that is busy with other things this loses far less than two threads that wait for each other at
-every operation.
+Every batch follows from (options, step) alone, the options being the seed, the number of workers and the course, so a
+run that was killed goes on as if nothing had happened.  Worker processes of one thread each make a batch together and
+sum their gradients: on a machine that is busy with other things this loses far less than two threads that wait for each
+other at every operation.
 """
 import dataclasses
 import sys
@@ -110,12 +110,12 @@ def make_shards(step, seed, rank, workers, folder, light):
 class Run:
     """What training changes: the network, its optimisers and average, and how far it has come.
 
-    start: weights of TextToVideo that are known already, all or some. narrow: whether products are made in bfloat16.
+    known: weights of TextToVideo that are not to be learned from nothing. narrow: whether products are in bfloat16.
     """
 
-    def __init__(self, vocabulary, start, narrow):
+    def __init__(self, vocabulary, known, narrow):
         self.net, self.narrow = TextToVideo(vocabulary), narrow
-        self.net.load_state_dict(self.net.state_dict() | start)
+        self.net.load_state_dict(self.net.state_dict() | known)
         self.forward = self.net
         self.optimisers = Optimisers(self.net.named_parameters(), MUON_LR, ADAM_LR)
         self.average = Average(self.net, EMA_DECAY)
@@ -178,7 +178,7 @@ class Curve:
         self.losses, self.since = {}, (now, run.samples)
 
 
-def train(out, tokenizer, start, light, course, seed, rank=0, workers=1, saved=lambda: None, compiled=False,
+def train(out, tokenizer, known, light, course, seed, rank=0, workers=1, saved=lambda: None, compiled=False,
           narrow=False):
     """Trains as a Course says, going on from OUT/transformer.ckpt; saved() follows each save. Arguments as of Run.
 
@@ -187,7 +187,7 @@ def train(out, tokenizer, start, light, course, seed, rank=0, workers=1, saved=l
     compiled: by torch.compile, which takes minutes once and then makes a step a fifth shorter; needs a C++ compiler.
     """
     torch.manual_seed(seed)
-    run, checkpoint = Run(len(tokenizer), start, narrow), out / "transformer.ckpt"
+    run, checkpoint = Run(len(tokenizer), known, narrow), out / "transformer.ckpt"
     if checkpoint.exists():
         run.restore(checkpoint, course)
     if compiled:

@@ -204,8 +204,9 @@ def _halves(vae, light):
 
 def unpack(out, vae):
     """Writes the checkpoints of the stages that might have made this autoencoder; its light encoder is not known."""
+    halves = _halves(vae, LightEncoder())
     for stage in ("decoder", "encoder"):
-        save_atomically({"model": _halves(vae, None)[stage].state_dict()}, out / f"{stage}.ckpt")
+        save_atomically({"model": halves[stage].state_dict()}, out / f"{stage}.ckpt")
 
 
 def load(out, stages=("vae", "decoder", "encoder", "light")):
@@ -323,7 +324,11 @@ def train_light(out, steps, seed, clips, compiled=False):
     """Fits a new light encoder to the latents of Wan's own, into OUT/light.ckpt."""
     torch.manual_seed(seed)
     vae, light = load(out, ["decoder", "encoder"])
-    half = _halves(vae, light)["light"].requires_grad_(True)
-    light.start_from_components(Clips(out / "clips.npy", seed, clips).batch(np.random.default_rng(seed), 100, 4))
-    _fit(out, "light", half.train(), steps, seed, clips, _distance(vae, light, seed, compiled),
-         lambda x: decode(vae, light(x)))
+    half, distance = _halves(vae, light)["light"].requires_grad_(True).train(), _distance(vae, light, seed, compiled)
+
+    def loss_of(clips, step):
+        if step == 0:
+            light.start_from_components(clips.batch(np.random.default_rng(seed), 100, 4))
+        return distance(clips, step)
+
+    _fit(out, "light", half, steps, seed, clips, loss_of, lambda x: decode(vae, light(x)))
