@@ -14,7 +14,7 @@ import numpy as np
 from world import FRAMES, SIZE
 
 GROUND = 0.86  # y of the floor on which subjects stand
-RADIUS = {"small": 0.16, "medium": 0.205, "large": 0.265}
+RADIUS = {"small": 0.175, "medium": 0.22, "large": 0.275}
 PAIR_RADIUS = 0.17
 PAIR_HOMES = 0.25, 0.75  # x of two subjects that each move on their own
 OUTLINE_COLOUR = np.array([36, 30, 46], np.float32)
@@ -136,10 +136,10 @@ def move(motion, s, x0, y0, r, floor):
     if motion in ("left", "right"):
         return Track(s, 0.5 + sign * reach * ramp, y0, facing=sign)
     if motion.startswith("walk"):
-        return Track(s, x0 + sign * 0.20 * ramp, floor, stride=_legs(s, 4), facing=sign)
+        return Track(s, x0 + sign * 0.20 * ramp, floor, stride=_legs(s, 2), facing=sign)
     if motion.startswith("run"):
-        bob = 0.03 * np.abs(_legs(s, 8))
-        return Track(s, 0.5 + sign * 0.46 * ramp, floor - bob, angle=0.22 * sign, stride=1.4 * _legs(s, 8), facing=sign)
+        bob = 0.03 * np.abs(_legs(s, 4))
+        return Track(s, 0.5 + sign * 0.36 * ramp, floor - bob, angle=0.22 * sign, stride=1.2 * _legs(s, 4), facing=sign)
     top = 0.04 + r
     up, down = floor - (floor - top) * s, top + (floor - top) * s
     return {
@@ -165,7 +165,7 @@ def floor_of(shape, r):
 def relate(relation, s, dx, shapes):
     """Tracks of the two subjects of a relation, the first from the left, by their shapes."""
     ramp, floors = 2 * s - 1, [floor_of(shape, PAIR_RADIUS) for shape in shapes]
-    on_ground = lambda i, x, facing, step=4: Track(
+    on_ground = lambda i, x, facing, step=2: Track(
         s, x, floors[i], stride=_legs(s, step) * (np.abs(np.gradient(x)) > 1e-4), facing=facing)
     if relation == "orbit":
         a = 2 * np.pi * s
@@ -175,7 +175,7 @@ def relate(relation, s, dx, shapes):
         return [Track(s, 0.5 + dx - 0.2, floors[0] - height), Track(s, 0.5 + dx + 0.2, floors[1] - height)]
     if relation == "chase":
         lead = 0.5 + 0.24 * ramp
-        return [on_ground(0, lead - 0.18, 1, 8), on_ground(1, lead + 0.18, 1, 8)]
+        return [on_ground(0, lead - 0.18, 1, 4), on_ground(1, lead + 0.18, 1, 4)]
     if relation == "pass":
         return [on_ground(0, 0.5 + 0.42 * ramp, 1), Track(s, 0.5, floors[1] - 0.10)]
     touch = (SIDE[shapes[0]] + SIDE[shapes[1]]) * PAIR_RADIUS / 2  # half the distance between their centres

@@ -19,23 +19,21 @@ from world import FRAMES, SIZE
 SHARD = 1024
 HALF_CELL = 4 / SIZE  # a latent is 8 pixels wide and high
 SINGLE_SHARDS = 4  # the first shards show one subject at a time: easy things first
-WEIGHTS = {"spin": 4, "loop": 2, "jump": 2, "walk left": 2, "walk right": 2, "run left": 3, "run right": 3,
-           "character": 2, "star": 1.5, "cross": 2, "orbit": 1.5, "jump together": 1.5}  # what is learned last
-
-
-def shard_kinds(k):
-    """The kinds of scenes in shard k, as world.scene takes them: drawn from evenly."""
-    return ("single",) if k < SINGLE_SHARDS else ("single", "single", "pair", "pair", "relation")
+KINDS = "single", "single", "single", "pair", "relation"  # then they show these, drawn from evenly
+WEIGHTS = {"spin": 3, "loop": 3, "jump": 2, "bounce": 2, "shake": 2, "walk left": 2, "walk right": 2, "run left": 2,
+           "run right": 2, "character": 2, "star": 2, "cross": 2, "triangle": 1.5, "orbit": 2, "pass": 1.5,
+           "jump together": 1.5, "night": 2}  # what is learned last
 
 
 def shard_scene(seed, index):
     """The scene of clip `index` of the training world: as world.scene draws it, but for its offsets.
 
-    They become half a latent cell, to one side or the other. A whole cell lies between the two, so a subject's latents
-    are the same in either place, only moved, and the transformer need not learn them for every fraction of a cell.
+    They become half a latent cell, down and to one side or the other. A whole cell lies between the two, so a subject's
+    latents are the same in either place, only moved, and the transformer need not learn them for every fraction of one.
     """
-    scene = world.scene(seed, index, shard_kinds(index // SHARD), weights=WEIGHTS)
-    return dataclasses.replace(scene, dx=math.copysign(HALF_CELL, scene.dx), dy=math.copysign(HALF_CELL, scene.dy))
+    kinds = ("single",) if index < SINGLE_SHARDS * SHARD else KINDS
+    scene = world.scene(seed, index, kinds, weights=WEIGHTS)
+    return dataclasses.replace(scene, dx=math.copysign(HALF_CELL, scene.dx), dy=HALF_CELL)
 
 
 def shard_path(folder, k):

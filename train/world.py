@@ -164,7 +164,7 @@ def _subject(rng, motions, sizes, weights):
 
 def _try_scene(rng, kind, weights):
     """One scene of a kind (of KINDS), which may turn out to be held out."""
-    background = str(rng.choice(list(BACKGROUNDS)))
+    background = _choose(rng, list(BACKGROUNDS), weights)
     relation = None
     if kind == "single":
         subjects = (_subject(rng, MOTIONS, list(SIZES), weights),)
@@ -181,7 +181,7 @@ def scene(seed, index, kinds=KINDS, held_out=False, weights={}):
     """The scene number `index` of world `seed`: a pure function of its arguments.
 
     kinds: drawn from evenly. held_out: False never gives a scene with a held-out combination, True gives only scenes in
-    which every subject is one. weights: {shape, motion or relation: how often it is drawn, instead of once}.
+    which every subject is one. weights: {background, shape, motion or relation: how often it is drawn instead of once}.
     """
     rng = np.random.default_rng([seed, index])
     kind = str(rng.choice(kinds))
