@@ -69,9 +69,9 @@ def answer(index, args):
     return prompt, detect.compare(scene, detect.detect(clip)), clip if args.strip else None
 
 
-def weights_id(args):
+def weights_id(path):
     """What was judged: the first digits of the SHA-256 of the model's file."""
-    with open(args.model, "rb") as file:
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:12]
 
 
@@ -107,7 +107,7 @@ def main():
         video.save_strips(args.strip, [clip for _, _, clip in answers[:10]])
         print(*(f"{prompt}\t{[n for n, ok in marks.items() if not ok]}" for prompt, marks, _ in answers[:10]), sep="\n")
     found = detect.shares([marks for _, marks, _ in answers])
-    row = dict(model=weights_id(args), kind=args.kind, held_out=args.held_out, prompts=args.prompts,
+    row = dict(model=weights_id(args.model), kind=args.kind, held_out=args.held_out, prompts=args.prompts,
                seconds=time.time() - start)
     if args.log:
         Log(args.log).write(**row, **{name: found.get(name, float("nan")) for name in detect.ATTRIBUTES})

@@ -97,7 +97,7 @@ def keep_options(args):
         temporary.replace(path)
     before = json.loads(path.read_text())
     for name in STREAM_OPTIONS:
-        if name not in before or before[name] != now[name]:
+        if before.get(name) != now[name]:
             sys.exit(f"train.py: this run began with --{name.replace('_', '-')} {before.get(name)}, not {now[name]}, "
                      f"and what it does depends on it; who knows what they do may remove {path}")
 

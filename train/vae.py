@@ -111,8 +111,9 @@ class LightEncoder(nn.Module):
         self.norm = nn.BatchNorm3d(Z, affine=False, momentum=0.01)
 
     @torch.no_grad()
-    def start_from_components(self, x):
-        """Sets the linear part from pixels x [B, 3, 4, H, W]."""
+    def start_from_components(self, clips, seed):
+        """Sets the linear part from a hundred stretches of four frames of Clips."""
+        x = clips.batch(np.random.default_rng(seed), 100, 4)
         b, _, _, h, w = x.shape
         blocks = x.view(b, 3, 4, h // 8, 8, w // 8, 8).permute(0, 3, 5, 1, 2, 4, 6).reshape(-1, 768)
         mean = blocks.mean(0)
@@ -273,7 +274,7 @@ def train_vae(out, steps, seed, clips, compiled=False):
 
     def loss_of(clips, step):
         if step == 0:
-            light.start_from_components(clips.batch(np.random.default_rng(seed), 100, 4))
+            light.start_from_components(clips, seed)
         light.norm.train(step < LEARNING_SHARE * steps)
         light.requires_grad_(step < LEARNING_SHARE * steps)
         return reconstruction(clips.batch(np.random.default_rng([seed, step]), BATCH, STRETCH), step)
@@ -328,7 +329,7 @@ def train_light(out, steps, seed, clips, compiled=False):
 
     def loss_of(clips, step):
         if step == 0:
-            light.start_from_components(clips.batch(np.random.default_rng(seed), 100, 4))
+            light.start_from_components(clips, seed)
         return distance(clips, step)
 
     _fit(out, "light", half, steps, seed, clips, loss_of, lambda x: decode(vae, light(x)))
