@@ -68,7 +68,7 @@ def autoencoder(path):
 
 
 def unpack(path, out, words):
-    """Writes OUT/base.ckpt, the state of TextToVideo, and the VAE's OUT/decoder.ckpt and OUT/encoder.ckpt."""
+    """Writes OUT/base.ckpt, the state of TextToVideo, and OUT/autoencoder.ckpt, that of the VAE."""
     state = text_to_video(path, words)
     vae.unpack(out, autoencoder(path))
     save_atomically(state, out / "base.ckpt")

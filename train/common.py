@@ -73,6 +73,11 @@ def is_matrix(name, p):
     return p.dim() > 1 and min(p.flatten(1).shape) > 1 and not any(table in name for table in TABLES)
 
 
+def products(narrow):
+    """The context in which matrices are multiplied: in bfloat16 if narrow, else in float32."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=narrow)
+
+
 class Optimisers:
     """Muon on the matrices and AdamW on the rest of some named parameters, stepped together."""
 

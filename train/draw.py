@@ -16,6 +16,7 @@ from world import FRAMES, SIZE
 GROUND = 0.86  # y of the floor on which subjects stand
 RADIUS = {"small": 0.175, "medium": 0.22, "large": 0.275}
 PAIR_RADIUS = 0.17
+JUMP = 0.29  # height of a jump
 PAIR_HOMES = 0.25, 0.75  # x of two subjects that each move on their own
 OUTLINE_COLOUR = np.array([36, 30, 46], np.float32)
 OUTLINE_WIDTH = 0.014  # of the frame
@@ -113,6 +114,11 @@ def _parabola(s, start, end):
     return 4 * p * (1 - p)
 
 
+def _two_jumps(s):
+    """Height over the ground of who jumps twice, 1 at the top."""
+    return _parabola(s, 0.06, 0.46) + _parabola(s, 0.54, 0.94)
+
+
 def _bouncing(s, restitution=0.75, first_fall=0.21):
     """Height over the ground, 1 at the start: free fall, then arcs that are each `restitution` times as long."""
     height = np.maximum(1 - (s / first_fall) ** 2, 0)
@@ -147,11 +153,11 @@ def move(motion, s, x0, y0, r, floor):
         "down": lambda: Track(s, x0, down),
         "fall": lambda: Track(s, x0, np.minimum(top + (floor - top) * (s / 0.5) ** 2, floor)),
         "bounce": lambda: Track(s, x0, floor - (floor - top) * _bouncing(s)),
-        "jump": lambda: Track(s, x0, floor - 0.34 * (_parabola(s, 0.06, 0.46) + _parabola(s, 0.54, 0.94))),
+        "jump": lambda: Track(s, x0, floor - JUMP * _two_jumps(s)),
         "spin": lambda: Track(s, x0, y0, angle=np.pi * s),
         "grow": lambda: Track(s, x0, y0, scale=0.45 + 1.0 * s),
         "shrink": lambda: Track(s, x0, y0, scale=1.45 - 1.0 * s),
-        "loop": lambda: Track(s, 0.5 + 0.22 * np.sin(2 * np.pi * s), 0.47 - 0.22 * np.cos(2 * np.pi * s)),
+        "loop": lambda: Track(s, 0.5 + 0.19 * np.sin(2 * np.pi * s), 0.47 - 0.19 * np.cos(2 * np.pi * s)),
         "shake": lambda: Track(s, x0 + 0.05 * np.sin(2 * np.pi * 4 * s), y0),
         "still": lambda: Track(s, x0, floor),
     }[motion]()
@@ -168,10 +174,10 @@ def relate(relation, s, dx, shapes):
     on_ground = lambda i, x, facing, step=2: Track(
         s, x, floors[i], stride=_legs(s, step) * (np.abs(np.gradient(x)) > 1e-4), facing=facing)
     if relation == "orbit":
-        a = 2 * np.pi * s
-        return [Track(s, 0.5 + 0.34 * np.sin(a), 0.47 - 0.31 * np.cos(a), scale=0.85), Track(s, 0.5, 0.47, scale=0.85)]
+        a = 1.5 * np.pi * s  # a whole turn would carry it by its own width in every latent frame
+        return [Track(s, 0.5 + 0.34 * np.sin(a), 0.47 - 0.31 * np.cos(a), scale=0.9), Track(s, 0.5, 0.47, scale=0.9)]
     if relation == "jump together":
-        height = 0.34 * (_parabola(s, 0.06, 0.46) + _parabola(s, 0.54, 0.94))
+        height = JUMP * _two_jumps(s)
         return [Track(s, 0.5 + dx - 0.2, floors[0] - height), Track(s, 0.5 + dx + 0.2, floors[1] - height)]
     if relation == "chase":
         lead = 0.5 + 0.24 * ramp

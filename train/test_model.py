@@ -131,7 +131,7 @@ def test_only_one_process_trains_in_a_folder(tmp_path):
 
 
 def test_a_subject_has_the_same_latents_in_each_of_its_places():
-    scene = next(s for s in (latents.shard_scene(0, i) for i in range(1000))
+    scene = next(s for s in (latents.shard_scene(0, i, single_shards=1) for i in range(1000))
                  if s.background == "plain" and s.subjects[0].motion == "jump")
     light = vae.LightEncoder().eval()
     with torch.no_grad():
@@ -204,16 +204,15 @@ def interrupted_at(step, batch_at):
 
 def test_a_resumed_run_equals_an_uninterrupted_one(words, tmp_path, monkeypatch):
     monkeypatch.setattr(latents, "SHARD", 8)
-    for name, value in dict(SHARDS=1, NEW_SHARDS_EVERY=100, EXTENTS=[(1, 2), (2, 2)]).items():
-        monkeypatch.setattr(transformer, name, value)
+    monkeypatch.setattr(transformer, "EXTENTS", [(1, 2), (2, 2)])
+    course = dataclasses.replace(transformer.from_nothing(4), first_shards=1)
     tokens = tokenizer.Tokenizer(words)
     reader = {f"text_encoder.{n}": p for n, p in model.new_text_encoder(len(tokens)).state_dict().items()}
     for run in ("whole", "parted"):
         latents.shard_path(tmp_path / run / "latents", 0).parent.mkdir(parents=True)
         np.save(latents.shard_path(tmp_path / run / "latents", 0),
                 np.random.default_rng(0).normal(size=(8, vae.Z, 2, 6, 6)).astype(np.float16))
-    train_run = lambda run, **rest: transformer.train(tmp_path / run, tokens, reader, None,
-                                                      transformer.from_nothing(4), seed=0, **rest)
+    train_run = lambda run, **rest: transformer.train(tmp_path / run, tokens, reader, None, course, seed=0, **rest)
     expected = train_run("whole")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(transformer, "SAVE_SECONDS", -1)  # a checkpoint after the first step, and then none for long

@@ -11,9 +11,9 @@
     encoder      OUT/encoder.ckpt      minutes   Wan's own VAE encoder learns the light one's latents
     model        OUT/demo.gguf         seconds   the weight file, by export.py
 
-With --base, what the model knows takes the place of the stages before and after the transformer's:
+With --base, what the model knows takes the place of those that settle its latents, reading, vae and encoder:
 
-    base         OUT/base.ckpt         seconds   its weights, as those stages would have left them
+    base         OUT/base.ckpt         seconds   its text encoder and transformer; its VAE is OUT/autoencoder.ckpt
     light        OUT/light.ckpt        minutes   a light encoder learns the latents of Wan's own
 
 Beside OUT/transformer.ckpt stands OUT/snapshot/, a diffusers folder, written anew with every checkpoint.
@@ -46,7 +46,7 @@ import transformer
 import vae
 
 FROM_NOTHING = ["tokenizer", "reading", "vae", "decoder", "transformer", "encoder", "model"]
-FROM_BASE = ["tokenizer", "base", "light", "transformer", "model"]
+FROM_BASE = ["tokenizer", "base", "light", "decoder", "transformer", "model"]
 STREAM_OPTIONS = ["base", "seed", "workers", "clips", "reading_steps", "vae_steps", "decoder_steps", "encoder_steps",
                   "light_steps", "bf16"]
 JUDGES_SEEDS = [vae.EVALUATION_SEED, detect.SEED, adherence.PROMPT_SEED]  # whose clips no training may see
@@ -73,8 +73,8 @@ def options():
     parser.add_argument("--light-steps", type=int, default=600)
     parser.add_argument("--transformer-steps", type=int, default=7200)
     parser.add_argument("--bf16", action="store_true",
-                        help="the transformer's products in bfloat16: about half the time on AMD's processors since "
-                             "Zen 4, and twice the time on Intel's without AMX")
+                        help="products in bfloat16, but for the reading: about half the time on AMD's processors "
+                             "since Zen 4, and twice the time on Intel's without AMX")
     parser.add_argument("--eager", action="store_true",
                         help="do without torch.compile and the C++ compiler that it needs")
     args = parser.parse_args()
@@ -152,19 +152,20 @@ def main():
         tokenizer.save(words)
     if "reading" in wanted:
         reading.train(args.out, tokenizer.Tokenizer(words), args.reading_steps, args.seed)
+    how = dict(compiled=not args.eager, narrow=args.bf16)
     if "vae" in wanted:
-        vae.train_vae(args.out, args.vae_steps, args.seed, args.clips, compiled=not args.eager)
-    if "decoder" in wanted:
-        vae.train_decoder(args.out, args.decoder_steps, args.seed, args.clips, compiled=not args.eager)
+        vae.train_vae(args.out, args.vae_steps, args.seed, args.clips, **how)
     if "base" in wanted and not (args.out / "base.ckpt").exists():
         base.unpack(args.base, args.out, words)
     if "light" in wanted:
-        vae.train_light(args.out, args.light_steps, args.seed, args.clips, compiled=not args.eager)
+        vae.train_light(args.out, args.light_steps, args.seed, args.clips, **how)
+    if "decoder" in wanted:
+        vae.train_decoder(args.out, args.decoder_steps, args.seed, args.clips, **how)
     if "transformer" in wanted:
         with tempfile.TemporaryDirectory() as folder:
             multiprocessing.spawn(transformer_worker, (args, f"{folder}/rendezvous"), args.workers)
     if "encoder" in wanted:
-        vae.train_encoder(args.out, args.encoder_steps, args.seed, args.clips, compiled=not args.eager)
+        vae.train_encoder(args.out, args.encoder_steps, args.seed, args.clips, **how)
     if "model" in wanted:
         pipeline.snapshot(args.out)
         subprocess.run([sys.executable, ROOT / "export.py", args.out / "snapshot", "-o", args.out / "demo.gguf"],

@@ -19,11 +19,11 @@ from torch import nn
 import latents
 import model
 import reading
-from common import Average, Log, Optimisers, save_atomically, sum_over_workers
+from common import Average, Log, Optimisers, products, save_atomically, sum_over_workers
 
 EXTENTS = [(1, 192), (3, 64), (9, 24)]  # (latent frames, clips a worker): pictures, beginnings, whole clips
 PIECES = 2  # of a worker's part of a batch, one after the other: what is half as large stays in the cache longer
-SHARDS, NEW_SHARDS_EVERY, MOST_SHARDS = 4, 600, 96  # at first; two more every so many steps; in all
+NEW_SHARDS_EVERY, MOST_SHARDS = 600, 96  # two more every so many steps; in all
 MUON_LR, ADAM_LR, EMA_DECAY = 0.01, 1e-3, 0.999
 DROPPED = 0.1  # share of prompts replaced by the empty one, for guidance
 SAVE_SECONDS = 120
@@ -34,12 +34,15 @@ class Course:
     """How a run of so many steps goes.
 
     mixed: until this step they take turns with EXTENTS; after it, whole clips alone. peak: the highest factor of the
-    learning rate. falling: the share of all steps, the last ones, in which it falls.
+    learning rate. falling: the share of all steps, the last ones, in which it falls. first_shards: of latents, at the
+    start. single_shards: how many of them show one subject at a time.
     """
     steps: int
     mixed: int
     peak: float
     falling: float
+    first_shards: int
+    single_shards: int
 
     def extent(self, step):
         """(latent frames, clips a worker) of a step. Pictures teach what is where for a ninth of a clip's price."""
@@ -49,6 +52,10 @@ class Course:
         """Factor of the learning rate: a short rise, then the peak, then linearly down."""
         return self.peak * min(1, (step + 1) / 200, max((1 - step / self.steps) / self.falling, 1e-3))
 
+    def shards(self, step):
+        """How many shards of latents a step draws from."""
+        return min(MOST_SHARDS, self.first_shards + 2 * (step // NEW_SHARDS_EVERY))
+
     def check_length(self, step, before):
         """Exits if a run of `before` steps, now at `step`, cannot become one of this length: up to where the rate falls
         the two are the same run, and after that no longer."""
@@ -57,12 +64,12 @@ class Course:
 
 
 def from_nothing(steps):
-    return Course(steps, mixed=3000, peak=1.0, falling=0.5)
+    return Course(steps, mixed=3000, peak=1.0, falling=0.5, first_shards=4, single_shards=4)
 
 
 def further(steps):
     """The course of a run that starts from a finished model."""
-    return Course(steps, mixed=0, peak=0.7, falling=0.7)
+    return Course(steps, mixed=0, peak=0.7, falling=0.7, first_shards=8, single_shards=0)
 
 
 class TextToVideo(nn.Module):
@@ -77,21 +84,18 @@ class TextToVideo(nn.Module):
         return model.velocity(self.transformer, x, sigma, *model.embed(self.text_encoder, ids, mask))
 
 
-def shards_at(step):
-    return min(MOST_SHARDS, SHARDS + 2 * (step // NEW_SHARDS_EVERY))
-
-
 def sample_sigma(generator, count):
     """Noise levels: the logistic of a normal, shifted towards noise, where a clip's contents are decided."""
     return torch.sigmoid(0.6 + 1.2 * torch.randn(count, generator=generator))
 
 
-def batch_at(step, extent, seed, rank, workers, pool, tokenizer):
-    """(clean, noise, sigma, ids, mask): this worker's part of the batch of a step; extent: (latent frames, clips)."""
-    frames, count = extent
+def batch_at(step, course, seed, rank, workers, pool, tokenizer):
+    """(clean, noise, sigma, ids, mask): this worker's part of the batch of a step."""
+    frames, count = course.extent(step)
     rng = np.random.default_rng([seed, step, rank, workers])
-    indices = rng.integers(shards_at(step) * latents.SHARD, size=count)
-    prompts = reading.captions(tokenizer, [latents.shard_scene(seed, int(i)) for i in indices], rng)
+    indices = rng.integers(course.shards(step) * latents.SHARD, size=count)
+    scenes = [latents.shard_scene(seed, int(i), course.single_shards) for i in indices]
+    prompts = reading.captions(tokenizer, scenes, rng)
     prompts = [[1] if rng.random() < DROPPED else ids for ids in prompts]
     generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
     clean = pool.batch(indices, frames)
@@ -99,10 +103,10 @@ def batch_at(step, extent, seed, rank, workers, pool, tokenizer):
     return clean, noise, sigma, *model.pad(prompts, model.TOKENS)
 
 
-def make_shards(step, seed, rank, workers, folder, light):
+def make_shards(step, course, seed, rank, workers, folder, light):
     """Sees to it that the shards of a step exist; the workers take turns, and nobody goes on before all are there."""
-    for k in range(rank, shards_at(step), workers):
-        latents.make_shard(folder, k, seed, light)
+    for k in range(rank, course.shards(step), workers):
+        latents.make_shard(folder, k, seed, light, course.single_shards)
     if dist.is_initialized():
         dist.barrier()
 
@@ -135,13 +139,9 @@ class Run:
                          "optimisers": self.optimisers.state_dict(), "steps": steps, "samples": self.samples,
                          "seconds": time.time() - self.start}, checkpoint)
 
-    def products(self):
-        """The context in which matrices are multiplied."""
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.narrow)
-
     def loss(self, clean, noise, sigma, ids, mask):
         s = sigma[:, None, None, None, None]
-        with self.products():
+        with products(self.narrow):
             found = self.forward((1 - s) * clean + s * noise, sigma, ids, mask)
         return (found.float() - (noise - clean)).square().mean()
 
@@ -154,7 +154,7 @@ class Run:
             total += loss.item()
         sum_over_workers([p.grad for p in self.net.parameters()], 1 / workers)
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        with self.products():  # those of Muon
+        with products(self.narrow):  # those of Muon
             self.optimisers.step(factor)
         self.average.update(self.net)
         self.step, self.samples = self.step + 1, self.samples + workers * len(batch[0])
@@ -195,10 +195,10 @@ def train(out, tokenizer, known, light, course, seed, rank=0, workers=1, saved=l
     curve, pool = Curve(out / "log" / "transformer.tsv", run.samples), latents.Pool(out / "latents")
     shards, last_save = 0, time.time()
     while run.step < course.steps:
-        if shards_at(run.step) != shards:
-            make_shards(run.step, seed, rank, workers, out / "latents", light)
-            shards = shards_at(run.step)
-        batch = batch_at(run.step, course.extent(run.step), seed, rank, workers, pool, tokenizer)
+        if course.shards(run.step) != shards:
+            make_shards(run.step, course, seed, rank, workers, out / "latents", light)
+            shards = course.shards(run.step)
+        batch = batch_at(run.step, course, seed, rank, workers, pool, tokenizer)
         loss, norm = run.learn(batch, course.rate(run.step), workers)
         if rank == 0:
             curve.add(run, batch[0].shape[2], loss, norm)

@@ -27,7 +27,7 @@ from torch import nn
 
 import draw
 import world
-from common import Log, Optimisers, save_atomically
+from common import Log, Optimisers, products, save_atomically
 from world import FRAMES, SIZE
 
 Z = 16
@@ -162,7 +162,7 @@ class Clips:
         temporary = path.with_suffix(".tmp")
         out = np.lib.format.open_memmap(temporary, "w+", np.uint8, (count, FRAMES, SIZE, SIZE, 3))
         for i in range(count):
-            out[i] = draw.draw(world.scene(seed, i))
+            out[i] = draw.draw(world.scene(seed, i, weights=world.LEARNED_LAST))
         out.flush()
         temporary.rename(path)
 
@@ -178,6 +178,7 @@ BATCH = 2  # one clip alone would get convolutions from PyTorch that are four ti
 STRETCH = 9  # frames of each clip that train_vae sees, at a quarter of a whole one's price
 NOISE = 0.03  # deviation of what is added to the latents that the decoder sees, in units of their own
 LEARNING_SHARE = 0.5  # of train_vae's steps: then the light encoder stands still, as it will in use
+FURTHER_PEAK = 0.3  # of the rate for a decoder that was finished once: the full one would undo more than it adds
 
 
 def _rate(step, steps):
@@ -199,18 +200,16 @@ def _halves(vae, light):
     """{stage: what it trains, as one module}; each stage's checkpoint is loaded over those of the stages before."""
     decoding = dict(decoder=vae.decoder, post_quant_conv=vae.post_quant_conv)
     return {"vae": nn.ModuleDict(dict(light=light, **decoding)), "decoder": nn.ModuleDict(decoding),
-            "encoder": nn.ModuleDict(dict(encoder=vae.encoder, quant_conv=vae.quant_conv)),
+            "encoder": nn.ModuleDict(dict(encoder=vae.encoder, quant_conv=vae.quant_conv)), "autoencoder": vae,
             "light": nn.ModuleDict(dict(light=light))}
 
 
 def unpack(out, vae):
-    """Writes the checkpoints of the stages that might have made this autoencoder; its light encoder is not known."""
-    halves = _halves(vae, LightEncoder())
-    for stage in ("decoder", "encoder"):
-        save_atomically({"model": halves[stage].state_dict()}, out / f"{stage}.ckpt")
+    """Writes OUT/autoencoder.ckpt, from which a run goes on; its light encoder is not known."""
+    save_atomically({"model": vae.state_dict()}, out / "autoencoder.ckpt")
 
 
-def load(out, stages=("vae", "decoder", "encoder", "light")):
+def load(out, stages=("autoencoder", "vae", "decoder", "encoder", "light")):
     """(vae, light encoder) as those of the stages left them that have begun; ready for use."""
     vae, light = new_vae(), LightEncoder()
     halves = _halves(vae, light)
@@ -220,10 +219,11 @@ def load(out, stages=("vae", "decoder", "encoder", "light")):
     return vae.eval().requires_grad_(False), light.eval().requires_grad_(False)
 
 
-def _fit(out, name, module, steps, seed, clips, loss_of, autoencoder):
+def _fit(out, name, module, steps, seed, clips, loss_of, autoencoder, narrow, peak=1.0):
     """Trains `module` up to `steps` steps into OUT/NAME.ckpt, from which it also resumes; the log is OUT/log/NAME.tsv.
 
     clips: how many are drawn. loss_of(clips, step): the loss of a step. autoencoder: pixels -> pixels, for the log.
+    narrow: whether products are in bfloat16. peak: the highest factor of the learning rate.
     """
     optimisers = Optimisers(module.named_parameters(), 0.012, 2e-3)
     checkpoint, log, step, start = out / f"{name}.ckpt", Log(out / "log" / f"{name}.tsv"), 0, time.time()
@@ -236,10 +236,12 @@ def _fit(out, name, module, steps, seed, clips, loss_of, autoencoder):
         return
     clips, last_save = Clips(out / "clips.npy", seed, clips), time.time()
     while step < steps:
-        loss = loss_of(clips, step)
+        with products(narrow):
+            loss = loss_of(clips, step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimisers.step(_rate(step, steps))
+        with products(narrow):  # those of Muon
+            optimisers.step(peak * _rate(step, steps))
         step += 1
         if step % 100 == 0 or step == steps:
             log.write(step=step, seconds=time.time() - start, loss=loss.item(),
@@ -252,7 +254,7 @@ def _fit(out, name, module, steps, seed, clips, loss_of, autoencoder):
 
 def _reconstruction(vae, light, seed, compiled):
     """(pixels, step) -> loss of what the decoder makes of their latents with noise on them."""
-    reconstruct = lambda x, noise: reconstruction_loss(decode(vae, light(x) + noise), x)
+    reconstruct = lambda x, noise: reconstruction_loss(decode(vae, light(x) + noise).float(), x)
     if compiled:
         reconstruct = torch.compile(reconstruct, dynamic=False)
 
@@ -263,10 +265,11 @@ def _reconstruction(vae, light, seed, compiled):
     return loss
 
 
-def train_vae(out, steps, seed, clips, compiled=False):
+def train_vae(out, steps, seed, clips, compiled=False, narrow=False):
     """Trains decoder and light encoder together, on stretches of clips, into OUT/vae.ckpt.
 
     clips: how many are drawn for it. compiled: by torch.compile; a step then takes two thirds of the time.
+    narrow: products in bfloat16.
     """
     torch.manual_seed(seed)
     vae, light = new_vae(), LightEncoder()
@@ -279,34 +282,37 @@ def train_vae(out, steps, seed, clips, compiled=False):
         light.requires_grad_(step < LEARNING_SHARE * steps)
         return reconstruction(clips.batch(np.random.default_rng([seed, step]), BATCH, STRETCH), step)
 
-    _fit(out, "vae", _halves(vae, light)["vae"], steps, seed, clips, loss_of, lambda x: decode(vae, light(x)))
+    _fit(out, "vae", _halves(vae, light)["vae"], steps, seed, clips, loss_of, lambda x: decode(vae, light(x)), narrow)
 
 
-def train_decoder(out, steps, seed, clips, compiled=False):
+def train_decoder(out, steps, seed, clips, compiled=False, narrow=False):
     """Trains the decoder on whole clips into OUT/decoder.ckpt; arguments as above.
 
     Its causal convolutions reach eight latent frames back. Of a stretch they see three, and before them nothing: a
     decoder that learned on stretches alone lets a clip's background drift once there is more past than that.
+    A decoder that was finished once learns today's world here.
     """
-    vae, light = load(out, ["vae"])
+    finished = (out / "autoencoder.ckpt").exists()
+    vae, light = load(out, ["autoencoder", "light"] if finished else ["vae"])
     half = _halves(vae, light)["decoder"].requires_grad_(True)
     reconstruction = _reconstruction(vae, light, seed, compiled)
 
     def loss_of(clips, step):
         return reconstruction(clips.batch(np.random.default_rng([seed, step, 2]), BATCH, FRAMES), step)
 
-    _fit(out, "decoder", half, steps, seed, clips, loss_of, lambda x: decode(vae, light(x)))
+    _fit(out, "decoder", half, steps, seed, clips, loss_of, lambda x: decode(vae, light(x)), narrow,
+         peak=FURTHER_PEAK if finished else 1.0)
 
 
 def _distance(vae, light, seed, compiled):
     """(clips, step) -> squared distance of the two encoders' latents of a few whole clips."""
-    distance = lambda x: (encode(vae, x) - light(x)).square().mean()
+    distance = lambda x: (encode(vae, x).float() - light(x).float()).square().mean()
     if compiled:
         distance = torch.compile(distance, dynamic=False)
     return lambda clips, step: distance(clips.batch(np.random.default_rng([seed, step, 1]), BATCH, FRAMES))
 
 
-def train_encoder(out, steps, seed, clips, compiled=False):
+def train_encoder(out, steps, seed, clips, compiled=False, narrow=False):
     """Regresses Wan's own encoder onto the light encoder's latents, on whole clips too, into OUT/encoder.ckpt.
 
     The second half of quant_conv's output, the log-variance, is left at zero weights and a small constant: the latents
@@ -318,13 +324,13 @@ def train_encoder(out, steps, seed, clips, compiled=False):
     vae.quant_conv.weight.data[Z:] = 0
     vae.quant_conv.bias.data[Z:] = -8
     _fit(out, "encoder", half, steps, seed, clips, _distance(vae, light, seed, compiled),
-         lambda x: decode(vae, encode(vae, x)))
+         lambda x: decode(vae, encode(vae, x)), narrow)
 
 
-def train_light(out, steps, seed, clips, compiled=False):
+def train_light(out, steps, seed, clips, compiled=False, narrow=False):
     """Fits a new light encoder to the latents of Wan's own, into OUT/light.ckpt."""
     torch.manual_seed(seed)
-    vae, light = load(out, ["decoder", "encoder"])
+    vae, light = load(out, ["autoencoder"])
     half, distance = _halves(vae, light)["light"].requires_grad_(True).train(), _distance(vae, light, seed, compiled)
 
     def loss_of(clips, step):
@@ -332,4 +338,4 @@ def train_light(out, steps, seed, clips, compiled=False):
             light.start_from_components(clips, seed)
         return distance(clips, step)
 
-    _fit(out, "light", half, steps, seed, clips, loss_of, lambda x: decode(vae, light(x)))
+    _fit(out, "light", half, steps, seed, clips, loss_of, lambda x: decode(vae, light(x)), narrow)

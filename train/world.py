@@ -110,6 +110,10 @@ RELATIONS = {
     "collide": ["{A} and {B} collide", "{A} bumps into {B}", "{A} crashes into {B}", "{A} hits {B}",
                 "{A} and {B} crash into each other", "{A} and {B} bounce off each other", "{A} and {B} colliding"],
 }
+# {background, shape, size, motion or relation: how often training draws it instead of once}: what is learned last.
+LEARNED_LAST = {"night": 2.5, "character": 2.5, "star": 2.5, "cross": 2.5, "triangle": 1.5, "small": 1.5,
+                "loop": 3, "jump": 3, "spin": 2, "walk left": 2.5, "walk right": 2.5, "run left": 2.5, "run right": 2.5,
+                "bounce": 1.5, "shake": 1.5, "orbit": 3, "jump together": 2.5}
 _KIND_WORDS = ["nice", "happy", "cute", "pretty", "lovely", "funny", "bright", "shiny"]
 _ADVERBS = ["now", "here", "again", "happily", "gently", "today", "all alone"]
 _OPENINGS = ["a video of", "a clip of", "an animation of", "a short film of", "a cartoon of", "we see", "there is",
@@ -158,8 +162,8 @@ def _choose(rng, names, weights):
 def _subject(rng, motions, sizes, weights):
     shape = _choose(rng, list(SHAPES), weights)
     motion = _choose(rng, [m for m in motions_of(shape) if m in motions], weights)
-    size = "medium" if motion in ("grow", "shrink") else str(rng.choice(sizes))
-    return Subject(str(shape), str(rng.choice(list(COLOURS))), size, motion)
+    size = "medium" if motion in ("grow", "shrink") else _choose(rng, sizes, weights)
+    return Subject(shape, str(rng.choice(list(COLOURS))), size, motion)
 
 
 def _try_scene(rng, kind, weights):
@@ -181,7 +185,7 @@ def scene(seed, index, kinds=KINDS, held_out=False, weights={}):
     """The scene number `index` of world `seed`: a pure function of its arguments.
 
     kinds: drawn from evenly. held_out: False never gives a scene with a held-out combination, True gives only scenes in
-    which every subject is one. weights: {background, shape, motion or relation: how often it is drawn instead of once}.
+    which every subject is one. weights: as of LEARNED_LAST.
     """
     rng = np.random.default_rng([seed, index])
     kind = str(rng.choice(kinds))
