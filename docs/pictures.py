@@ -35,7 +35,7 @@ COLUMNS, SEED, ENLARGED = 4, 1, 2
 # The stages of a run that leave a log, and what of it is drawn: {column: its label}.
 QUALITY = {"psnr": "PSNR, dB"}
 CURVES = {"reading": {"shape": "shape", "motion": "motion", "role": "first or second"}, "vae": QUALITY,
-          "decoder": QUALITY, "light": QUALITY,
+          "light": QUALITY, "decoder": QUALITY,
           "transformer": {"loss1": "pictures", "loss3": "beginnings", "loss9": "whole clips"}, "encoder": QUALITY}
 # Each with the shape, colour and motion or relation of its subjects: did training ever draw these together?
 PROMPTS = [

@@ -5,7 +5,7 @@
 Every clip is one run of `./sora -m MODEL --seed N PROMPT`, with the file's own defaults, read back from its Y4M file.
 Prints, for each attribute, the share of prompts in which the detector sees what the prompt names, and the same for all
 attributes at once.  --ceiling puts drawn clips through the model's VAE instead: what a transformer that made exactly
-the encoder's latents would be credited with (of a finished model: a run's snapshots have no encoder yet).
+the encoder's latents would be credited with (of a finished model: a run from nothing fits the encoder last).
 """
 import argparse
 import concurrent.futures

@@ -70,7 +70,7 @@ def autoencoder(path):
 def unpack(path, out, words):
     """Writes OUT/base.ckpt, the state of TextToVideo, and OUT/autoencoder.ckpt, that of the VAE."""
     state = text_to_video(path, words)
-    vae.unpack(out, autoencoder(path))
+    save_atomically({"model": autoencoder(path).state_dict()}, out / "autoencoder.ckpt")
     save_atomically(state, out / "base.ckpt")
 
 

@@ -74,27 +74,36 @@ def is_matrix(name, p):
 
 
 def products(narrow):
-    """The context in which matrices are multiplied: in bfloat16 if narrow, else in float32."""
+    """The context in which matrices are multiplied: in bfloat16 if narrow, else in float32, whatever stood before."""
     return torch.autocast("cpu", torch.bfloat16, enabled=narrow)
 
 
-class Optimisers:
-    """Muon on the matrices and AdamW on the rest of some named parameters, stepped together."""
+def rate(step, steps, rise, falling):
+    """Factor of the learning rate: up to 1 in `rise` steps, then linearly down over the last share `falling` of all."""
+    return min(1, (step + 1) / rise, max((1 - step / steps) / falling, 1e-3))
 
-    def __init__(self, named, muon_lr, adam_lr):
+
+class Optimisers:
+    """Muon on the matrices and AdamW on the rest of some named parameters, stepped together.
+
+    narrow: whether Muon's products are in bfloat16.
+    """
+
+    def __init__(self, named, muon_lr, adam_lr, narrow=False):
         named = [(n, p) for n, p in named if p.requires_grad]
         matrices = [p for n, p in named if is_matrix(n, p)]
         rest = [p for n, p in named if not is_matrix(n, p)]
         self.parts = [Muon(matrices, muon_lr),
                       torch.optim.AdamW(rest, adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
-        self.base = [muon_lr, adam_lr]
+        self.base, self.narrow = [muon_lr, adam_lr], narrow
 
     def step(self, factor=1.0):
         """One step with both learning rates times `factor`, then clears the gradients."""
         for part, lr in zip(self.parts, self.base):
             for group in part.param_groups:
                 group["lr"] = lr * factor
-            part.step()
+            with products(self.narrow):
+                part.step()
             part.zero_grad(set_to_none=True)
 
     def state_dict(self):

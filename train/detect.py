@@ -153,7 +153,8 @@ def _fill(shape, colour, track, radius, size):
 
 @functools.lru_cache(maxsize=4)
 def _templates(size):
-    """(patches [N, PATCH^2], shape names [N], angles [N]) of every shape at every angle, and the strides."""
+    """(patches [N, PATCH^2], shape names [N], angles [N]) of every shape at every angle; of the
+    character in every pose of WALKING."""
     names, angles, masks = [], [], []
     for shape, symmetry in SYMMETRY.items():
         count = 1 if shape == "circle" else 36 // symmetry

@@ -130,7 +130,7 @@ def _bouncing(s, restitution=0.75, first_fall=0.21):
 
 
 def _legs(s, steps):
-    """Swing of the legs over `steps` strides in the clip, as a triangle-like wave."""
+    """Swing of the legs over `steps` strides in the clip: a sine."""
     return np.sin(2 * np.pi * steps * s)
 
 
@@ -169,7 +169,7 @@ def floor_of(shape, r):
 
 
 def relate(relation, s, dx, shapes):
-    """Tracks of the two subjects of a relation, the first from the left, by their shapes."""
+    """Tracks of the two subjects of a relation, by their shapes. dx: how far to the side they are who jump together."""
     ramp, floors = 2 * s - 1, [floor_of(shape, PAIR_RADIUS) for shape in shapes]
     on_ground = lambda i, x, facing, step=2: Track(
         s, x, floors[i], stride=_legs(s, step) * (np.abs(np.gradient(x)) > 1e-4), facing=facing)

@@ -18,18 +18,17 @@ from world import FRAMES, SIZE
 
 SHARD = 1024
 HALF_CELL = 4 / SIZE  # a latent is 8 pixels wide and high
-KINDS = "single", "single", "single", "single", "pair", "relation", "relation"  # drawn from evenly
+SINGLE_SHARDS = 4  # the first shards show one subject at a time: easy things first
+KINDS = "single", "single", "single", "single", "pair", "relation", "relation"  # then these, drawn from evenly
 
 
-def shard_scene(seed, index, single_shards):
+def shard_scene(seed, index):
     """The scene of clip `index` of the training world: as world.scene draws it, but for its offsets.
-
-    single_shards: the first shards, which show one subject at a time; easy things first.
 
     They become half a latent cell, down and to one side or the other. A whole cell lies between the two, so a subject's
     latents are the same in either place, only moved, and the transformer need not learn them for every fraction of one.
     """
-    kinds = ("single",) if index < single_shards * SHARD else KINDS
+    kinds = ("single",) if index < SINGLE_SHARDS * SHARD else KINDS
     scene = world.scene(seed, index, kinds, weights=world.LEARNED_LAST)
     return dataclasses.replace(scene, dx=math.copysign(HALF_CELL, scene.dx), dy=HALF_CELL)
 
@@ -39,15 +38,15 @@ def shard_path(folder, k):
 
 
 @torch.no_grad()
-def make_shard(folder, k, seed, light, single_shards):
-    """Draws and encodes shard k unless it is there: float16 [SHARD, Z, T, h, w]. single_shards: as of shard_scene."""
+def make_shard(folder, k, seed, light):
+    """Draws and encodes shard k unless it is there: float16 [SHARD, Z, T, h, w]."""
     path = shard_path(folder, k)
     if path.exists():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     out = []
     for start in range(k * SHARD, (k + 1) * SHARD, 8):
-        scenes = [shard_scene(seed, i, single_shards) for i in range(start, start + 8)]
+        scenes = [shard_scene(seed, i) for i in range(start, start + 8)]
         clips = np.stack([draw.draw(scene, SIZE, FRAMES) for scene in scenes])
         out.append(light(vae.to_tensor(clips)).half().numpy())
     temporary = path.with_suffix(".tmp.npy")

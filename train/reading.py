@@ -15,7 +15,7 @@ from torch import nn
 
 import model
 import world
-from common import Log, Optimisers, save_atomically
+from common import Log, Optimisers, rate, save_atomically
 
 OF_SUBJECT = {"shape": list(world.SHAPES), "size": list(world.SIZES), "motion": [*world.MOTIONS, *world.RELATIONS],
               "role": [0, 1]}
@@ -98,7 +98,7 @@ def train(out, tokenizer, steps, seed, batch=64):
         logits = reader(ids, mask, is_colour)
         loss = sum(F.cross_entropy(x, w) for x, w in zip(logits, wanted))
         loss.backward()
-        optimisers.step(min(1, step / 100, 4 * (1 - step / steps) + 1e-3))
+        optimisers.step(rate(step - 1, steps, 100, 0.25))
         right.append([float((x.argmax(1) == w).float().mean()) for x, w in zip(logits, wanted)])
         if step % 100 == 0:
             shares = dict(zip(names, np.mean(right, 0).tolist()))

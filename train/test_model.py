@@ -131,7 +131,7 @@ def test_only_one_process_trains_in_a_folder(tmp_path):
 
 
 def test_a_subject_has_the_same_latents_in_each_of_its_places():
-    scene = next(s for s in (latents.shard_scene(0, i, single_shards=1) for i in range(1000))
+    scene = next(s for s in (latents.shard_scene(0, i) for i in range(1000))
                  if s.background == "plain" and s.subjects[0].motion == "jump")
     light = vae.LightEncoder().eval()
     with torch.no_grad():
@@ -186,10 +186,22 @@ def test_a_light_encoder_learns_the_latents_of_wans_own(tmp_path, monkeypatch):
     monkeypatch.setattr(vae, "encode", lambda autoencoder, x: others(x))
     monkeypatch.setattr(vae.Log, "write", lambda self, **row: distances.append(row["loss"]))
     torch.manual_seed(0)
-    vae.unpack(tmp_path, vae.new_vae())
+    common.save_atomically({"model": vae.new_vae().state_dict()}, tmp_path / "autoencoder.ckpt")
     for steps in (1, 30):
-        vae.train_light(tmp_path, steps, seed=0, clips=2)
+        vae.train_light(tmp_path, steps, seed=0, count=2)
     assert distances[1] < 0.9 * distances[0]
+
+
+def test_a_further_run_changes_the_decoder_and_not_the_encoder(tmp_path, monkeypatch):
+    monkeypatch.setattr(vae, "evaluate", lambda *_: 0.0)
+    finished = vae.new_vae().state_dict()
+    common.save_atomically({"model": finished}, tmp_path / "autoencoder.ckpt")
+    vae.train_light(tmp_path, 1, seed=0, count=2, narrow=True)
+    vae.train_decoder(tmp_path, 1, seed=0, count=2, narrow=True, peak=vae.FURTHER_PEAK)
+    state = vae.load(tmp_path)[0].state_dict()
+    learned = {name for name in state if not torch.equal(state[name], finished[name])}
+    assert learned and all(name.startswith(("decoder", "post_quant_conv")) for name in learned)
+    assert all(torch.allclose(state[name], finished[name], atol=0.05) for name in learned)
 
 
 def interrupted_at(step, batch_at):
@@ -205,14 +217,15 @@ def interrupted_at(step, batch_at):
 def test_a_resumed_run_equals_an_uninterrupted_one(words, tmp_path, monkeypatch):
     monkeypatch.setattr(latents, "SHARD", 8)
     monkeypatch.setattr(transformer, "EXTENTS", [(1, 2), (2, 2)])
-    course = dataclasses.replace(transformer.from_nothing(4), first_shards=1)
+    monkeypatch.setattr(transformer, "SHARDS", 1)
     tokens = tokenizer.Tokenizer(words)
     reader = {f"text_encoder.{n}": p for n, p in model.new_text_encoder(len(tokens)).state_dict().items()}
     for run in ("whole", "parted"):
         latents.shard_path(tmp_path / run / "latents", 0).parent.mkdir(parents=True)
         np.save(latents.shard_path(tmp_path / run / "latents", 0),
                 np.random.default_rng(0).normal(size=(8, vae.Z, 2, 6, 6)).astype(np.float16))
-    train_run = lambda run, **rest: transformer.train(tmp_path / run, tokens, reader, None, course, seed=0, **rest)
+    train_run = lambda run, **rest: transformer.train(tmp_path / run, tokens, reader, None,
+                                                      transformer.from_nothing(4), seed=0, **rest)
     expected = train_run("whole")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(transformer, "SAVE_SECONDS", -1)  # a checkpoint after the first step, and then none for long
@@ -228,7 +241,7 @@ def test_a_resumed_vae_equals_an_uninterrupted_one(tmp_path, monkeypatch):
 
     def decoder(run):
         (tmp_path / run).mkdir(exist_ok=True)
-        vae.train_vae(tmp_path / run, steps=4, seed=0, clips=4)
+        vae.train_vae(tmp_path / run, steps=4, seed=0, count=4)
         return torch.load(tmp_path / run / "vae.ckpt", weights_only=True)["model"]
 
     def save_and_stop(*args):

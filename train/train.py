@@ -11,7 +11,8 @@
     encoder      OUT/encoder.ckpt      minutes   Wan's own VAE encoder learns the light one's latents
     model        OUT/demo.gguf         seconds   the weight file, by export.py
 
-With --base, what the model knows takes the place of those that settle its latents, reading, vae and encoder:
+With --base there is no reading, vae or encoder stage. Before the decoder's, which goes on from the finished decoder,
+come:
 
     base         OUT/base.ckpt         seconds   its text encoder and transformer; its VAE is OUT/autoencoder.ckpt
     light        OUT/light.ckpt        minutes   a light encoder learns the latents of Wan's own
@@ -73,8 +74,8 @@ def options():
     parser.add_argument("--light-steps", type=int, default=600)
     parser.add_argument("--transformer-steps", type=int, default=7200)
     parser.add_argument("--bf16", action="store_true",
-                        help="products in bfloat16, but for the reading: about half the time on AMD's processors "
-                             "since Zen 4, and twice the time on Intel's without AMX")
+                        help="products in bfloat16, but for the reading: three fifths of the time on AMD's "
+                             "processors since Zen 4, and twice the time on Intel's without AMX")
     parser.add_argument("--eager", action="store_true",
                         help="do without torch.compile and the C++ compiler that it needs")
     args = parser.parse_args()
@@ -160,7 +161,8 @@ def main():
     if "light" in wanted:
         vae.train_light(args.out, args.light_steps, args.seed, args.clips, **how)
     if "decoder" in wanted:
-        vae.train_decoder(args.out, args.decoder_steps, args.seed, args.clips, **how)
+        vae.train_decoder(args.out, args.decoder_steps, args.seed, args.clips, **how,
+                          peak=vae.FURTHER_PEAK if args.base else 1.0)
     if "transformer" in wanted:
         with tempfile.TemporaryDirectory() as folder:
             multiprocessing.spawn(transformer_worker, (args, f"{folder}/rendezvous"), args.workers)

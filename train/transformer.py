@@ -19,11 +19,11 @@ from torch import nn
 import latents
 import model
 import reading
-from common import Average, Log, Optimisers, products, save_atomically, sum_over_workers
+from common import Average, Log, Optimisers, products, rate, save_atomically, sum_over_workers
 
 EXTENTS = [(1, 192), (3, 64), (9, 24)]  # (latent frames, clips a worker): pictures, beginnings, whole clips
 PIECES = 2  # of a worker's part of a batch, one after the other: what is half as large stays in the cache longer
-NEW_SHARDS_EVERY, MOST_SHARDS = 600, 96  # two more every so many steps; in all
+SHARDS, NEW_SHARDS_EVERY, MOST_SHARDS = 4, 600, 96  # at first; two more every so many steps; the last one's number
 MUON_LR, ADAM_LR, EMA_DECAY = 0.01, 1e-3, 0.999
 DROPPED = 0.1  # share of prompts replaced by the empty one, for guidance
 SAVE_SECONDS = 120
@@ -34,15 +34,14 @@ class Course:
     """How a run of so many steps goes.
 
     mixed: until this step they take turns with EXTENTS; after it, whole clips alone. peak: the highest factor of the
-    learning rate. falling: the share of all steps, the last ones, in which it falls. first_shards: of latents, at the
-    start. single_shards: how many of them show one subject at a time.
+    learning rate. falling: the share of all steps, the last ones, in which it falls. skipped: the first shards of
+    latents that it does without.
     """
     steps: int
     mixed: int
     peak: float
     falling: float
-    first_shards: int
-    single_shards: int
+    skipped: int
 
     def extent(self, step):
         """(latent frames, clips a worker) of a step. Pictures teach what is where for a ninth of a clip's price."""
@@ -50,11 +49,11 @@ class Course:
 
     def rate(self, step):
         """Factor of the learning rate: a short rise, then the peak, then linearly down."""
-        return self.peak * min(1, (step + 1) / 200, max((1 - step / self.steps) / self.falling, 1e-3))
+        return self.peak * rate(step, self.steps, 200, self.falling)
 
     def shards(self, step):
-        """How many shards of latents a step draws from."""
-        return min(MOST_SHARDS, self.first_shards + 2 * (step // NEW_SHARDS_EVERY))
+        """Those that a step draws from."""
+        return range(self.skipped, min(MOST_SHARDS, self.skipped + SHARDS + 2 * (step // NEW_SHARDS_EVERY)))
 
     def check_length(self, step, before):
         """Exits if a run of `before` steps, now at `step`, cannot become one of this length: up to where the rate falls
@@ -64,12 +63,12 @@ class Course:
 
 
 def from_nothing(steps):
-    return Course(steps, mixed=3000, peak=1.0, falling=0.5, first_shards=4, single_shards=4)
+    return Course(steps, mixed=3000, peak=1.0, falling=0.5, skipped=0)
 
 
 def further(steps):
     """The course of a run that starts from a finished model."""
-    return Course(steps, mixed=0, peak=0.7, falling=0.7, first_shards=8, single_shards=0)
+    return Course(steps, mixed=0, peak=0.7, falling=0.7, skipped=latents.SINGLE_SHARDS)
 
 
 class TextToVideo(nn.Module):
@@ -93,8 +92,9 @@ def batch_at(step, course, seed, rank, workers, pool, tokenizer):
     """(clean, noise, sigma, ids, mask): this worker's part of the batch of a step."""
     frames, count = course.extent(step)
     rng = np.random.default_rng([seed, step, rank, workers])
-    indices = rng.integers(course.shards(step) * latents.SHARD, size=count)
-    scenes = [latents.shard_scene(seed, int(i), course.single_shards) for i in indices]
+    shards = course.shards(step)
+    indices = rng.integers(shards.start * latents.SHARD, shards.stop * latents.SHARD, size=count)
+    scenes = [latents.shard_scene(seed, int(i)) for i in indices]
     prompts = reading.captions(tokenizer, scenes, rng)
     prompts = [[1] if rng.random() < DROPPED else ids for ids in prompts]
     generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
@@ -103,10 +103,10 @@ def batch_at(step, course, seed, rank, workers, pool, tokenizer):
     return clean, noise, sigma, *model.pad(prompts, model.TOKENS)
 
 
-def make_shards(step, course, seed, rank, workers, folder, light):
-    """Sees to it that the shards of a step exist; the workers take turns, and nobody goes on before all are there."""
-    for k in range(rank, course.shards(step), workers):
-        latents.make_shard(folder, k, seed, light, course.single_shards)
+def make_shards(shards, seed, rank, workers, folder, light):
+    """Sees to it that these shards exist; the workers take turns, and nobody goes on before all are there."""
+    for k in shards[rank::workers]:
+        latents.make_shard(folder, k, seed, light)
     if dist.is_initialized():
         dist.barrier()
 
@@ -121,7 +121,7 @@ class Run:
         self.net, self.narrow = TextToVideo(vocabulary), narrow
         self.net.load_state_dict(self.net.state_dict() | known)
         self.forward = self.net
-        self.optimisers = Optimisers(self.net.named_parameters(), MUON_LR, ADAM_LR)
+        self.optimisers = Optimisers(self.net.named_parameters(), MUON_LR, ADAM_LR, narrow)
         self.average = Average(self.net, EMA_DECAY)
         self.step, self.samples, self.start = 0, 0, time.time()
 
@@ -154,8 +154,7 @@ class Run:
             total += loss.item()
         sum_over_workers([p.grad for p in self.net.parameters()], 1 / workers)
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        with products(self.narrow):  # those of Muon
-            self.optimisers.step(factor)
+        self.optimisers.step(factor)
         self.average.update(self.net)
         self.step, self.samples = self.step + 1, self.samples + workers * len(batch[0])
         return total, norm.item()
@@ -180,9 +179,10 @@ class Curve:
 
 def train(out, tokenizer, known, light, course, seed, rank=0, workers=1, saved=lambda: None, compiled=False,
           narrow=False):
-    """Trains as a Course says, going on from OUT/transformer.ckpt; saved() follows each save. Arguments as of Run.
+    """Trains as a Course says, going on from OUT/transformer.ckpt; the averaged weights of TextToVideo.
 
-    The logged seconds are those on the clock, saves included, of this start and, up to their last saves, earlier ones.
+    known, narrow: as of Run. light: the encoder that makes the shards. saved() follows each save. The logged seconds
+    are those on the clock, saves included, of this start and, up to their last saves, earlier ones.
 
     compiled: by torch.compile, which takes minutes once and then makes a step a fifth shorter; needs a C++ compiler.
     """
@@ -193,11 +193,11 @@ def train(out, tokenizer, known, light, course, seed, rank=0, workers=1, saved=l
     if compiled:
         run.forward = torch.compile(run.net, dynamic=False)
     curve, pool = Curve(out / "log" / "transformer.tsv", run.samples), latents.Pool(out / "latents")
-    shards, last_save = 0, time.time()
+    shards, last_save = None, time.time()
     while run.step < course.steps:
         if course.shards(run.step) != shards:
-            make_shards(run.step, course, seed, rank, workers, out / "latents", light)
             shards = course.shards(run.step)
+            make_shards(shards, seed, rank, workers, out / "latents", light)
         batch = batch_at(run.step, course, seed, rank, workers, pool, tokenizer)
         loss, norm = run.learn(batch, course.rate(run.step), workers)
         if rank == 0:

@@ -6,7 +6,8 @@ Training Wan's encoder and decoder together costs twice the decoder alone and st
 trained with a light encoder (principal components of 4x8x8 blocks and a small residual net) that is thrown away: first
 both on short stretches of clips, then, the latents being settled, the decoder alone on whole ones.  Wan's own encoder
 is regressed onto the light one's latents afterwards, once the transformer no longer waits for it; and where a finished
-model is trained further, a light encoder onto Wan's, because it is ten times as fast.
+model is trained further, a light encoder onto Wan's, because it is ten times as fast, and the finished decoder goes on
+with what that makes.
 
 The latents leave the light encoder through a batch norm without weights, so every channel has mean 0 and deviation 1,
 and the decoder sees them with noise on: a latent that is slightly off, as the transformer's will be, still decodes
@@ -27,7 +28,7 @@ from torch import nn
 
 import draw
 import world
-from common import Log, Optimisers, products, save_atomically
+from common import Log, Optimisers, products, rate, save_atomically
 from world import FRAMES, SIZE
 
 Z = 16
@@ -111,13 +112,14 @@ class LightEncoder(nn.Module):
         self.norm = nn.BatchNorm3d(Z, affine=False, momentum=0.01)
 
     @torch.no_grad()
+    @products(narrow=False)
     def start_from_components(self, clips, seed):
         """Sets the linear part from a hundred stretches of four frames of Clips."""
         x = clips.batch(np.random.default_rng(seed), 100, 4)
         b, _, _, h, w = x.shape
         blocks = x.view(b, 3, 4, h // 8, 8, w // 8, 8).permute(0, 3, 5, 1, 2, 4, 6).reshape(-1, 768)
-        mean = blocks.mean(0)
-        values, vectors = torch.linalg.eigh((blocks - mean).T @ (blocks - mean) / len(blocks))
+        mean, covariance = blocks.mean(0), torch.cov(blocks.T)
+        values, vectors = torch.linalg.eigh(covariance)
         weight = vectors[:, -Z:].T / values[-Z:, None].sqrt()
         self.linear.weight.copy_(weight.view_as(self.linear.weight))
         self.linear.bias.copy_(-weight @ mean)
@@ -181,11 +183,6 @@ LEARNING_SHARE = 0.5  # of train_vae's steps: then the light encoder stands stil
 FURTHER_PEAK = 0.3  # of the rate for a decoder that was finished once: the full one would undo more than it adds
 
 
-def _rate(step, steps):
-    """Factor of the learning rate: a short rise, then full, then linearly down over the second half."""
-    return min(1, (step + 1) / 50) * min(1, 2 * (1 - step / steps) + 1e-3)
-
-
 @torch.no_grad()
 def evaluate(autoencoder, module, count):
     """PSNR in decibels, averaged over `count` whole clips that no stage trains on; leaves `module` in train mode."""
@@ -197,35 +194,29 @@ def evaluate(autoencoder, module, count):
 
 
 def _halves(vae, light):
-    """{stage: what it trains, as one module}; each stage's checkpoint is loaded over those of the stages before."""
+    """{checkpoint: what it holds, as one module}; each is loaded over those before it."""
     decoding = dict(decoder=vae.decoder, post_quant_conv=vae.post_quant_conv)
-    return {"vae": nn.ModuleDict(dict(light=light, **decoding)), "decoder": nn.ModuleDict(decoding),
-            "encoder": nn.ModuleDict(dict(encoder=vae.encoder, quant_conv=vae.quant_conv)), "autoencoder": vae,
-            "light": nn.ModuleDict(dict(light=light))}
+    return {"autoencoder": vae, "light": nn.ModuleDict(dict(light=light)),
+            "vae": nn.ModuleDict(dict(light=light, **decoding)), "decoder": nn.ModuleDict(decoding),
+            "encoder": nn.ModuleDict(dict(encoder=vae.encoder, quant_conv=vae.quant_conv))}
 
 
-def unpack(out, vae):
-    """Writes OUT/autoencoder.ckpt, from which a run goes on; its light encoder is not known."""
-    save_atomically({"model": vae.state_dict()}, out / "autoencoder.ckpt")
-
-
-def load(out, stages=("autoencoder", "vae", "decoder", "encoder", "light")):
+def load(out):
     """(vae, light encoder) as those of the stages left them that have begun; ready for use."""
     vae, light = new_vae(), LightEncoder()
-    halves = _halves(vae, light)
-    for stage in stages:
-        if (out / f"{stage}.ckpt").exists():
-            halves[stage].load_state_dict(torch.load(out / f"{stage}.ckpt", weights_only=True)["model"])
+    for name, half in _halves(vae, light).items():
+        if (out / f"{name}.ckpt").exists():
+            half.load_state_dict(torch.load(out / f"{name}.ckpt", weights_only=True)["model"])
     return vae.eval().requires_grad_(False), light.eval().requires_grad_(False)
 
 
-def _fit(out, name, module, steps, seed, clips, loss_of, autoencoder, narrow, peak=1.0):
+def _fit(out, name, module, steps, seed, count, loss_of, autoencoder, narrow, peak=1.0):
     """Trains `module` up to `steps` steps into OUT/NAME.ckpt, from which it also resumes; the log is OUT/log/NAME.tsv.
 
-    clips: how many are drawn. loss_of(clips, step): the loss of a step. autoencoder: pixels -> pixels, for the log.
-    narrow: whether products are in bfloat16. peak: the highest factor of the learning rate.
+    count: of the clips that are drawn. loss_of(clips, step): the loss of a step. autoencoder: pixels -> pixels, for the
+    log. narrow: whether products are in bfloat16. peak: the highest factor of the learning rate.
     """
-    optimisers = Optimisers(module.named_parameters(), 0.012, 2e-3)
+    optimisers = Optimisers(module.named_parameters(), 0.012, 2e-3, narrow)
     checkpoint, log, step, start = out / f"{name}.ckpt", Log(out / "log" / f"{name}.tsv"), 0, time.time()
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -234,14 +225,13 @@ def _fit(out, name, module, steps, seed, clips, loss_of, autoencoder, narrow, pe
         step, start = state["step"], start - state["seconds"]
     if step >= steps:
         return
-    clips, last_save = Clips(out / "clips.npy", seed, clips), time.time()
+    clips, last_save = Clips(out / "clips.npy", seed, count), time.time()
     while step < steps:
         with products(narrow):
             loss = loss_of(clips, step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        with products(narrow):  # those of Muon
-            optimisers.step(peak * _rate(step, steps))
+        optimisers.step(peak * rate(step, steps, 50, 0.5))
         step += 1
         if step % 100 == 0 or step == steps:
             log.write(step=step, seconds=time.time() - start, loss=loss.item(),
@@ -252,56 +242,50 @@ def _fit(out, name, module, steps, seed, clips, loss_of, autoencoder, narrow, pe
             last_save = time.time()
 
 
-def _reconstruction(vae, light, seed, compiled):
-    """(pixels, step) -> loss of what the decoder makes of their latents with noise on them."""
+def _reconstruction(vae, light, frames, seed, compiled):
+    """(clips, step) -> loss of what the decoder makes of the latents, with noise, of so many frames of a few clips."""
     reconstruct = lambda x, noise: reconstruction_loss(decode(vae, light(x) + noise).float(), x)
     if compiled:
         reconstruct = torch.compile(reconstruct, dynamic=False)
 
-    def loss(x, step):
+    def loss_of(clips, step):
+        x = clips.batch(np.random.default_rng([seed, step, frames]), BATCH, frames)
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         return reconstruct(x, NOISE * torch.randn(latent_shape(x), generator=generator))
 
-    return loss
+    return loss_of
 
 
-def train_vae(out, steps, seed, clips, compiled=False, narrow=False):
+def train_vae(out, steps, seed, count, compiled=False, narrow=False):
     """Trains decoder and light encoder together, on stretches of clips, into OUT/vae.ckpt.
 
-    clips: how many are drawn for it. compiled: by torch.compile; a step then takes two thirds of the time.
+    count: of the clips that are drawn for it. compiled: by torch.compile; a step then takes two thirds of the time.
     narrow: products in bfloat16.
     """
     torch.manual_seed(seed)
     vae, light = new_vae(), LightEncoder()
-    reconstruction = _reconstruction(vae, light, seed, compiled)
+    reconstruction = _reconstruction(vae, light, STRETCH, seed, compiled)
 
     def loss_of(clips, step):
         if step == 0:
             light.start_from_components(clips, seed)
         light.norm.train(step < LEARNING_SHARE * steps)
         light.requires_grad_(step < LEARNING_SHARE * steps)
-        return reconstruction(clips.batch(np.random.default_rng([seed, step]), BATCH, STRETCH), step)
+        return reconstruction(clips, step)
 
-    _fit(out, "vae", _halves(vae, light)["vae"], steps, seed, clips, loss_of, lambda x: decode(vae, light(x)), narrow)
+    _fit(out, "vae", _halves(vae, light)["vae"], steps, seed, count, loss_of, lambda x: decode(vae, light(x)), narrow)
 
 
-def train_decoder(out, steps, seed, clips, compiled=False, narrow=False):
-    """Trains the decoder on whole clips into OUT/decoder.ckpt; arguments as above.
+def train_decoder(out, steps, seed, count, compiled=False, narrow=False, peak=1.0):
+    """Trains the decoder on whole clips into OUT/decoder.ckpt; arguments as above. peak: of the learning rate's factor.
 
     Its causal convolutions reach eight latent frames back. Of a stretch they see three, and before them nothing: a
     decoder that learned on stretches alone lets a clip's background drift once there is more past than that.
-    A decoder that was finished once learns today's world here.
     """
-    finished = (out / "autoencoder.ckpt").exists()
-    vae, light = load(out, ["autoencoder", "light"] if finished else ["vae"])
+    vae, light = load(out)
     half = _halves(vae, light)["decoder"].requires_grad_(True)
-    reconstruction = _reconstruction(vae, light, seed, compiled)
-
-    def loss_of(clips, step):
-        return reconstruction(clips.batch(np.random.default_rng([seed, step, 2]), BATCH, FRAMES), step)
-
-    _fit(out, "decoder", half, steps, seed, clips, loss_of, lambda x: decode(vae, light(x)), narrow,
-         peak=FURTHER_PEAK if finished else 1.0)
+    _fit(out, "decoder", half, steps, seed, count, _reconstruction(vae, light, FRAMES, seed, compiled),
+         lambda x: decode(vae, light(x)), narrow, peak)
 
 
 def _distance(vae, light, seed, compiled):
@@ -312,30 +296,31 @@ def _distance(vae, light, seed, compiled):
     return lambda clips, step: distance(clips.batch(np.random.default_rng([seed, step, 1]), BATCH, FRAMES))
 
 
-def train_encoder(out, steps, seed, clips, compiled=False, narrow=False):
+def train_encoder(out, steps, seed, count, compiled=False, narrow=False):
     """Regresses Wan's own encoder onto the light encoder's latents, on whole clips too, into OUT/encoder.ckpt.
 
     The second half of quant_conv's output, the log-variance, is left at zero weights and a small constant: the latents
     are meant to be used at their mean.
     """
     torch.manual_seed(seed)
-    vae, light = load(out, ["vae", "decoder"])
+    vae, light = load(out)
     half = _halves(vae, light)["encoder"].requires_grad_(True)
     vae.quant_conv.weight.data[Z:] = 0
     vae.quant_conv.bias.data[Z:] = -8
-    _fit(out, "encoder", half, steps, seed, clips, _distance(vae, light, seed, compiled),
+    _fit(out, "encoder", half, steps, seed, count, _distance(vae, light, seed, compiled),
          lambda x: decode(vae, encode(vae, x)), narrow)
 
 
-def train_light(out, steps, seed, clips, compiled=False, narrow=False):
+def train_light(out, steps, seed, count, compiled=False, narrow=False):
     """Fits a new light encoder to the latents of Wan's own, into OUT/light.ckpt."""
     torch.manual_seed(seed)
-    vae, light = load(out, ["autoencoder"])
-    half, distance = _halves(vae, light)["light"].requires_grad_(True).train(), _distance(vae, light, seed, compiled)
+    vae, light = load(out)
+    half, distance = _halves(vae, light)["light"].requires_grad_(True), _distance(vae, light, seed, compiled)
 
     def loss_of(clips, step):
         if step == 0:
             light.start_from_components(clips, seed)
+        light.norm.eval()  # Wan's latents are not normalised over a few clips, so nothing is here
         return distance(clips, step)
 
-    _fit(out, "light", half, steps, seed, clips, loss_of, lambda x: decode(vae, light(x)), narrow)
+    _fit(out, "light", half, steps, seed, count, loss_of, lambda x: decode(vae, light(x)), narrow)

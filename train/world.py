@@ -110,7 +110,8 @@ RELATIONS = {
     "collide": ["{A} and {B} collide", "{A} bumps into {B}", "{A} crashes into {B}", "{A} hits {B}",
                 "{A} and {B} crash into each other", "{A} and {B} bounce off each other", "{A} and {B} colliding"],
 }
-# {background, shape, size, motion or relation: how often training draws it instead of once}: what is learned last.
+# {background, shape, size, motion or relation: how often the clips of the VAE and the transformer show it instead of
+# once}: what is learned last.
 LEARNED_LAST = {"night": 2.5, "character": 2.5, "star": 2.5, "cross": 2.5, "triangle": 1.5, "small": 1.5,
                 "loop": 3, "jump": 3, "spin": 2, "walk left": 2.5, "walk right": 2.5, "run left": 2.5, "run right": 2.5,
                 "bounce": 1.5, "shake": 1.5, "orbit": 3, "jump together": 2.5}
