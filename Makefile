@@ -109,8 +109,9 @@ bench-peers: $(BUILD)/bench/bench $(if $(filter .venv/%,$(PYTHON)),.venv/bench)
 
 .PHONY: bench bench-peers
 
+# A training keeps its hours under build/, too: those stay.
 clean:
-	rm -rf build sora
+	rm -rf build/release build/sanitize sora
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
 .PHONY: FORCE demo install test sanitize fuzz test-reference clean

@@ -28,7 +28,7 @@ static const struct {
     [PROMPT_FILE] = {"prompt-file", 0, "FILE", "read the prompt from a file; - is standard input"},
     [NEGATIVE] = {"negative", 'n', "TEXT", "negative prompt"},
     [OUTPUT_FILE] = {"output", 'o', "FILE", "Y4M file (default: out.y4m); - is standard output"},
-    [SIZE] = {"size", 's', "WxH", "width and height in pixels"},
+    [SIZE] = {"size", 's', "WxH", "pixels, multiples of 16 for Wan 2.1, of 24 for the bundled model"},
     [FRAMES] = {"frames", 'f', "N", "number of frames, 4k+1"},
     [SECONDS] = {"seconds", 0, "S", "length, instead of --frames"},
     [FPS] = {"fps", 0, "N[:D]", "frame rate written in the file"},
