@@ -176,6 +176,7 @@ typedef struct {
     Prompt prompt, negative; /* the latter if guided */
     int C, T, H, W;          /* of the latents */
     size_t elements;         /* C*T*H*W */
+    char noise_sha256[65];   /* of the file of --noise */
 } Run;
 
 static Run run_plan(Model *m, const Settings *s) {
@@ -191,21 +192,36 @@ static Run run_plan(Model *m, const Settings *s) {
 
 static Shape latent_shape(const Run *run) { return SHAPE(run->C, run->T, run->H, run->W); }
 
-static void read_noise(const Run *run, float *noise) {
+/* How many there are before the first that is infinite or no number. */
+static size_t count_finite(const float *values, size_t count) {
+    size_t i = 0;
+    while (i < count && isfinite(values[i])) i++;
+    return i;
+}
+
+static void read_noise(Run *run, float *noise) {
     Npy file;
+    Bytes bytes;
     Shape shape = latent_shape(run);
     char found[64], expected[64];
-    const char *why = npy_read(run->settings->noise, &file);
+    const char *why = map_file(run->settings->noise, &bytes);
+    if (!why) why = npy_parse(bytes, &file);
     if (why) die(STATUS_USAGE, "--noise %s: %s", run->settings->noise, why);
     if (file.kind != 'f' || !shape_equal(&file.shape, &shape))
         die(STATUS_USAGE, "--noise %s: found %s of %s, expected float32 of %s", run->settings->noise,
             file.kind == 'f' ? "float32" : "int32", shape_string(&file.shape, found),
             shape_string(&shape, expected));
     memcpy(noise, file.values, sizeof(float) * run->elements);
+    size_t finite = count_finite(noise, run->elements);
+    if (finite < run->elements)
+        die(STATUS_USAGE, "--noise %s: number %zu of %zu is not finite", run->settings->noise, finite + 1,
+            run->elements);
+    sha256_of(bytes.data, bytes.size, run->noise_sha256);
     npy_free(&file);
+    unmap_file(bytes);
 }
 
-static void make_noise(const Run *run, float *noise) {
+static void make_noise(Run *run, float *noise) {
     Generator generator;
     if (run->settings->noise) {
         read_noise(run, noise);
@@ -213,7 +229,6 @@ static void make_noise(const Run *run, float *noise) {
         generator_seed(&generator, run->settings->seed);
         generator_randn(&generator, noise, run->elements);
     }
-    tap(noise, latent_shape(run), "noise");
 }
 
 /* Everything that the denoising loop holds, in one arena. */
@@ -272,10 +287,11 @@ static void denoise(const Run *run, Denoiser *d, float *latents) {
     schedule_free(&schedule);
 }
 
-/* From prompts to final latents. */
+/* From prompts to final latents. The noise is first, since its file may be wrong and reading prompts takes time. */
 static void make_latents(Run *run, float *latents) {
     const Transformer *t = &run->model->transformer;
     Prompt *prompt = &run->prompt, *negative = &run->negative;
+    make_noise(run, latents);
     prompt_encode(run->model, prompt);
     if (run->guided) prompt_encode(run->model, negative);
     scratch_free();
@@ -283,13 +299,15 @@ static void make_latents(Run *run, float *latents) {
     denoiser_take(&count, run);
     Arena arena = arena_open(count.used);
     Denoiser denoiser = denoiser_take(&arena, run);
-    make_noise(run, latents);
+    tap(latents, latent_shape(run), "noise");
     profile_begin(TRANSFORMER);
     transformer_read(t, prompt->embeds, prompt->n, &denoiser.cond);
     if (run->guided) transformer_read(t, negative->embeds, negative->n, &denoiser.uncond);
     profile_end(TRANSFORMER);
     denoise(run, &denoiser, latents);
     tap(latents, latent_shape(run), "latents");
+    if (count_finite(latents, run->elements) < run->elements)
+        warn("the latents are not finite: the weights hold numbers that are not, or too large ones");
     arena_close(&arena);
     scratch_free();
 }
@@ -368,7 +386,7 @@ static void video_close(Video *video) {
     char sha[65];
     sha256_finish(&video->sha, sha);
     output_flush(&video->file);
-    if (video->record.stream) record_write(&video->record, run->model, run->settings, sha);
+    if (video->record.stream) record_write(&video->record, run->model, run->settings, run->noise_sha256, sha);
     output_commit(&video->file);
     free(video->planes);
 }

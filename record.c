@@ -9,13 +9,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-static void hash_of(const void *data, size_t bytes, char hex[65]) {
-    Sha256 sha;
-    sha256_start(&sha);
-    sha256_add(&sha, data, bytes);
-    sha256_finish(&sha, hex);
-}
-
 /* "prompt": text, or "prompt_sha256": its hash. */
 static void write_text(Json *json, const char *key, const char *text, bool in_full) {
     if (in_full) {
@@ -23,24 +16,12 @@ static void write_text(Json *json, const char *key, const char *text, bool in_fu
         return;
     }
     char hex[65], *name = format_string("%s_sha256", key);
-    hash_of(text, strlen(text), hex);
+    sha256_of(text, strlen(text), hex);
     json_string(json, name, hex);
     free(name);
 }
 
-static void write_noise(Json *json, const Settings *s) {
-    Bytes file;
-    char hex[65];
-    if (!s->noise) {
-        json_int(json, "seed", (int64_t)s->seed);
-    } else if (!map_file(s->noise, &file)) {
-        hash_of(file.data, file.size, hex);
-        json_string(json, "noise_sha256", hex);
-        unmap_file(file);
-    }
-}
-
-static void write_settings(Json *json, const Model *model, const Settings *s) {
+static void write_settings(Json *json, const Model *model, const Settings *s, const char *noise_sha256) {
     json_open(json, "settings");
     json_int(json, "width", s->width);
     json_int(json, "height", s->height);
@@ -51,7 +32,8 @@ static void write_settings(Json *json, const Model *model, const Settings *s) {
     json_int(json, "steps", s->steps);
     json_double(json, "guidance", s->guidance);
     json_double(json, "shift", s->shift);
-    write_noise(json, s);
+    if (s->noise) json_string(json, "noise_sha256", noise_sha256);
+    else json_int(json, "seed", (int64_t)s->seed);
     json_string(json, "precision", precision_name(model->precision));
     if (model->precision != F32) json_string(json, "isa", kernels->name);
     json_int(json, "chroma", s->chroma);
@@ -62,7 +44,8 @@ char *record_path(const Settings *s) {
     return format_string("%s.json", s->output);
 }
 
-void record_write(OutputFile *file, const Model *model, const Settings *s, const char *y4m_sha256) {
+void record_write(OutputFile *file, const Model *model, const Settings *s, const char *noise_sha256,
+                  const char *y4m_sha256) {
     Json json = {0};
     json_open(&json, NULL);
     json_bool(&json, "generated", true);
@@ -73,7 +56,7 @@ void record_write(OutputFile *file, const Model *model, const Settings *s, const
     json_string(&json, "model_tensors_sha256", weights_string_or(model->file, "sora.tensors_sha256", ""));
     write_text(&json, "prompt", s->prompt, s->record_prompt);
     write_text(&json, "negative_prompt", s->negative, s->record_prompt);
-    write_settings(&json, model, s);
+    write_settings(&json, model, s, noise_sha256);
     json_string(&json, "y4m_sha256", y4m_sha256);
     json_close(&json);
     output_write(file, json.text.data, json.text.size);

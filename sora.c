@@ -130,7 +130,7 @@ static char *read_prompt(const char *path) {
 
 typedef struct {
     Settings settings;
-    const char *model, *isa, *dump, *dump_only, *check;
+    const char *model, *prompt_file, *isa, *dump, *dump_only, *check;
     double tolerance;
     Precision precision;
     bool profile, info, tokenize, seeded, help, version;
@@ -146,7 +146,7 @@ static void apply(Command *c, Option option, const char *value) {
     switch (option) {
     case MODEL: c->model = value; break;
     case PROMPT: set_prompt(c, value); break;
-    case PROMPT_FILE: set_prompt(c, read_prompt(value)); break;
+    case PROMPT_FILE: set_prompt(c, read_prompt(c->prompt_file = value)); break;
     case NEGATIVE: s->negative = value; break;
     case OUTPUT_FILE: s->output = value; break;
     case SIZE:
@@ -286,12 +286,24 @@ static void check_together(const Command *c) {
     if (s->frames && s->seconds >= 0) die(STATUS_USAGE, "--frames and --seconds: one of them says how long");
 }
 
+/* What is read stays as it is. */
+static void spare_inputs(const Command *c, const char *model) {
+    const char *inputs[] = {model, c->settings.noise, c->prompt_file}, *output = c->settings.output;
+    char *record = record_path(&c->settings);
+    for (int i = 0; i < 3; i++)
+        if (inputs[i] && (same_file(inputs[i], output) || same_file(inputs[i], record)))
+            die(STATUS_USAGE, "--output %s: %s is read, and would be overwritten", output, inputs[i]);
+    free(record);
+}
+
 static int run(Command *c) {
     Settings *s = &c->settings;
     check_together(c);
     const char *path = c->model ? c->model : bundled_model();
     if (c->info) return print_info(path);
     if (!s->prompt) die(STATUS_USAGE, "no prompt; --help lists the options");
+    spare_inputs(c, path);
+    threads_start();
     profile_begin(LOAD);
     Model model = model_load(path, c->precision);
     profile_end(LOAD);
@@ -310,6 +322,7 @@ static int run(Command *c) {
 }
 
 int main(int argc, char **argv) {
+    standard_streams_keep();
     interrupts_catch();
     Command command = parse(argc, argv);
     const char *why = kernels_choose(command.isa);

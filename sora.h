@@ -269,7 +269,9 @@ void generate(Model *model, const Settings *settings);
 /* ---------------------------------------------------------------- record.c: what made the file, beside it */
 
 char *record_path(const Settings *settings); /* OUTPUT.json, a new string */
-/* Writes and commits it: settings that make the same file again, and hashes of what went in and came out. */
-void record_write(OutputFile *file, const Model *model, const Settings *settings, const char *y4m_sha256);
+/* Writes and commits it: settings that make the same file again, and hashes of what went in and came out;
+ * noise_sha256: of the file of --noise, if that was given. */
+void record_write(OutputFile *file, const Model *model, const Settings *settings, const char *noise_sha256,
+                  const char *y4m_sha256);
 
 #endif

@@ -65,8 +65,9 @@ static void bind_levels(const WeightFile *file, Vae *vae, const int *dims, int b
     WeightArray temporal;
     char path[64];
     int last = vae->num_levels - 1, in = dims[last], index = 0;
-    if (!weights_array(file, "vae.temperal_downsample", &temporal) || temporal.count != (size_t)last)
-        weights_refuse(file, "vae.temperal_downsample is not an array of %d", last);
+    if (!weights_array(file, "vae.temperal_downsample", &temporal) || temporal.count != (size_t)last ||
+        !array_is_number(&temporal))
+        weights_refuse(file, "vae.temperal_downsample is not an array of %d numbers", last);
     for (int i = 0; i <= last; i++) { /* the file lists the finest level first */
         VaeLevel *level = &vae->levels[i];
         int out = dims[last - i];
@@ -80,7 +81,7 @@ static void bind_levels(const WeightFile *file, Vae *vae, const int *dims, int b
         snprintf(path, sizeof path, "decoder.upsamples.%d.resample.1", index);
         level->resample = bind_conv(file, vae->precision, in = out / 2, out, 1, 3, path);
         vae->spatial_stride *= 2;
-        if (array_int(&temporal, (size_t)(last - 1 - i))) {
+        if (array_double(&temporal, (size_t)(last - 1 - i)) != 0) {
             snprintf(path, sizeof path, "decoder.upsamples.%d.time_conv", index);
             level->time_conv = bind_conv(file, vae->precision, 2 * out, out, 3, 1, path);
             vae->temporal_stride *= 2;
@@ -251,7 +252,8 @@ static void emit(Vae *vae, VaeLevel *level, Output output) {
             for (int x = 0; x < W * p; x++) {
                 int channel = (c * p + x % p) * p + y % p;
                 float value = level->t[((size_t)(y / p) * W + x / p) * vae->out_channels + channel];
-                vae->frame[((size_t)c * H * p + y) * W * p + x] = fminf(1.0f, fmaxf(-1.0f, value));
+                float *pixel = vae->frame + ((size_t)c * H * p + y) * W * p + x;
+                *pixel = value > 1.0f ? 1.0f : value < -1.0f ? -1.0f : value; /* no number stays none */
             }
     output.sink(output.to, vae->frame);
 }

@@ -1,7 +1,7 @@
 /* engine.h - the machine room: what the stages of sora.h stand on.
  *
- * Sections follow the files of this folder: util, text, profile, progress, weights, kernels, panel, product,
- * attention, rows, noise, npy, tap, sha256, json. Nothing here knows what a video model is.
+ * Sections follow the files of this folder: util, text, index, profile, progress, weights, kernels, panel,
+ * product, attention, rows, noise, npy, tap, sha256, json. Nothing here knows what a video model is.
  *
  * Two regimes for errors. Functions that read bytes from outside return NULL, or a one-line reason (a static
  * string that the next reason() overwrites), to which the caller adds the file's name. Everything else that
@@ -54,6 +54,8 @@ void unmap_file(Bytes bytes);
 /* "-" is standard input; free() out->data. */
 const char *read_file(const char *path, size_t limit, Bytes *out);
 
+bool same_file(const char *a, const char *b); /* whether both are names of one regular file */
+
 /* Output appears under its name only when complete: written beside it, then renamed. Standard output ("-") is
  * written straight, and so is what is no regular file (/dev/null). A failed write
  * dies with STATUS_RESOURCE. */
@@ -67,6 +69,9 @@ void output_write_at(OutputFile *out, size_t offset, const void *data, size_t by
 void output_flush(OutputFile *out);
 void output_commit(OutputFile *out);
 void outputs_discard(void); /* removes whatever was opened and not committed; async-signal-safe */
+/* Takes the place of each standard stream that is closed, so that no other file gets its number and with it
+ * what is meant for the stream: reading or writing it fails as before. */
+void standard_streams_keep(void);
 /* From now on SIGINT, SIGTERM and SIGHUP discard the outputs and exit with STATUS_INTERRUPTED, and a closed
  * pipe is a failed write instead of a signal. */
 void interrupts_catch(void);
@@ -92,6 +97,8 @@ void text_append(Text *text, const void *bytes, size_t size);
 void text_append_utf8(Text *text, Bytes bytes);           /* with U+FFFD for what is no UTF-8 */
 void text_append_character(Text *text, uint32_t code);
 size_t utf8_decode(Bytes text, uint32_t *code); /* of valid UTF-8; returns its bytes */
+/* Whether a terminal shows what text, not empty, begins with, and does not obey it; *bytes: of that. */
+bool is_printable(Bytes text, size_t *bytes);
 
 /* ---------------------------------------------------------------- index.c: names to numbers */
 
@@ -158,12 +165,12 @@ enum {
     VALUE_ARRAY, VALUE_U64, VALUE_I64, VALUE_F64, VALUE_TYPES
 };
 
-/* Keys. The plain form dies if the key is missing or of another type;
- * the _or form returns the fallback then. */
+/* Keys. All die if the key is of another type; if it is missing, the plain form dies and the _or form returns
+ * the fallback. */
 int64_t weights_int(const WeightFile *file, const char *key);
 int64_t weights_int_or(const WeightFile *file, const char *key, int64_t fallback);
 /* A size, or `count` of them: integers from 1 to `most`, so that products of a few of them cannot overflow.
- * They die otherwise; the _or form returns the fallback only if there is no such key. */
+ * They die otherwise. */
 int weights_size(const WeightFile *file, const char *key, int most);
 int weights_size_or(const WeightFile *file, const char *key, int most, int fallback);
 void weights_sizes(const WeightFile *file, const char *key, int most, int *out, int count);
@@ -196,6 +203,7 @@ void weight_row(const Weight *weight, int row, float *out); /* one row as floats
 #define PARALLEL_FOR
 #endif
 void threads_set(int count);
+void threads_start(void); /* the workers; from then on signals reach the main thread alone */
 int threads_count(void);
 int thread_index(void); /* of the thread that runs this iteration */
 
@@ -417,6 +425,7 @@ typedef struct {
 void sha256_start(Sha256 *sha);
 void sha256_add(Sha256 *sha, const void *data, size_t bytes);
 void sha256_finish(Sha256 *sha, char hex[65]);
+void sha256_of(const void *data, size_t bytes, char hex[65]);
 
 /* JSON text; begin with {0}. A key is NULL for the outermost object. */
 typedef struct {

@@ -10,6 +10,7 @@
 #include "engine/engine.h"
 
 #include <math.h>
+#include <signal.h>
 #include <string.h>
 
 #ifdef _OPENMP
@@ -21,6 +22,15 @@ void threads_set(int count) {
     omp_set_num_threads(count);
 #else
     (void)count;
+#endif
+}
+
+void threads_start(void) {
+#ifdef _OPENMP
+    sigset_t all;
+    sigfillset(&all);
+#pragma omp parallel
+    if (omp_get_thread_num()) sigprocmask(SIG_BLOCK, &all, NULL);
 #endif
 }
 

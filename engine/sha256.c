@@ -64,6 +64,13 @@ void sha256_add(Sha256 *sha, const void *data, size_t bytes) {
     }
 }
 
+void sha256_of(const void *data, size_t bytes, char hex[65]) {
+    Sha256 sha;
+    sha256_start(&sha);
+    sha256_add(&sha, data, bytes);
+    sha256_finish(&sha, hex);
+}
+
 void sha256_finish(Sha256 *sha, char hex[65]) {
     static const uint8_t padding[64] = {0x80};
     uint8_t length[8];

@@ -319,7 +319,8 @@ static int print_rows(void) {
     }
     for (int i = 0; i < taps.file_count; i++)
         if (!taps.compared[i])
-            fprintf(stderr, "%-26s not compared: this run has no tensor of that name\n", taps.files[i]);
+            fprintf(stderr, "%s\n",
+                    reason("%-26s not compared: this run has no tensor of that name", taps.files[i]));
     return failed;
 }
 

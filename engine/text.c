@@ -31,6 +31,13 @@ static size_t utf8_bytes(Bytes text, bool *valid) {
     return at;
 }
 
+bool is_printable(Bytes text, size_t *bytes) {
+    bool valid;
+    *bytes = utf8_bytes(text, &valid);
+    if (!valid) return false;
+    return text.data[0] >= 0x20 && text.data[0] != 0x7F && (text.data[0] != 0xC2 || text.data[1] >= 0xA0);
+}
+
 void text_append_utf8(Text *text, Bytes bytes) {
     bool valid;
     for (size_t n; bytes.size; bytes.data += n, bytes.size -= n) {

@@ -10,7 +10,8 @@
  * This is what ffmpeg does; dying by the signal would leave unfinished files beside the output.
  *
  * Interrupts. The handler runs at any instant, so it touches only what POSIX lists as async-signal-safe:
- * unlink(), write(), _exit(), and a fixed table of paths that is changed with signals blocked. */
+ * unlink(), write(), _exit(), and a fixed table of paths that is changed with signals blocked. It runs in the
+ * main thread alone (threads_start). */
 #include "engine/engine.h"
 
 #include <errno.h>
@@ -29,8 +30,9 @@
 
 /* Whatever a file or a prompt contains, a message stays one line and cannot steer the terminal. */
 static void replace_controls(char *text) {
-    for (; *text; text++)
-        if ((unsigned char)*text < 0x20 || *text == 0x7f) *text = '?';
+    size_t n;
+    for (Bytes rest = {(const uint8_t *)text, strlen(text)}; rest.size; rest.data += n, rest.size -= n, text += n)
+        if (!is_printable(rest, &n)) memset(text, '?', n);
 }
 
 static void print_line(const char *prefix, const char *format, va_list arguments) {
@@ -185,6 +187,12 @@ const char *read_file(const char *path, size_t limit, Bytes *out) {
     return error ? strerror(error) : reason("longer than %zu bytes", limit);
 }
 
+bool same_file(const char *a, const char *b) {
+    struct stat first, second;
+    return !stat(a, &first) && !stat(b, &second) && S_ISREG(first.st_mode) && first.st_dev == second.st_dev &&
+           first.st_ino == second.st_ino;
+}
+
 /* ---------------------------------------------------------------- output files */
 
 /* Paths of unfinished files. An entry changes with signals blocked, so the handler never sees half of it. */
@@ -225,6 +233,7 @@ static char *resolve(const char *path) {
 }
 
 OutputFile output_open(const char *path) {
+    if (!*path) die(STATUS_USAGE, "an output file without a name");
     if (!strcmp(path, "-")) return (OutputFile){stdout, format_string("-"), NULL};
     OutputFile out = {NULL, resolve(path), NULL};
     struct stat status;
@@ -256,8 +265,11 @@ void output_commit(OutputFile *out) {
     output_flush(out);
     if (out->stream != stdout && fclose(out->stream)) die_writing(out->path);
     if (out->temporary) {
-        if (rename(out->temporary, out->path)) die_writing(out->path);
-        unfinished_replace(out->temporary, NULL);
+        int error = rename(out->temporary, out->path) ? errno : 0;
+        unfinished_replace(out->temporary, NULL); /* it is complete: if it cannot have its name, it stays */
+        if (error)
+            die(STATUS_RESOURCE, "%s: cannot write: %s; the file is complete and stays as %s", out->path,
+                strerror(error), out->temporary);
     }
     free(out->temporary);
     free(out->path);
@@ -276,6 +288,12 @@ static void interrupted(int signal_number) {
     ssize_t written = write(STDERR_FILENO, start, strlen(start));
     (void)written; /* nothing is left to do about a failure */
     _exit(STATUS_INTERRUPTED);
+}
+
+void standard_streams_keep(void) {
+    for (int stream = 0; stream <= STDERR_FILENO; stream++)
+        if (fcntl(stream, F_GETFD) < 0 && open("/dev/null", stream == STDIN_FILENO ? O_WRONLY : O_RDONLY) < 0)
+            die(STATUS_RESOURCE, "/dev/null: %s", strerror(errno));
 }
 
 void interrupts_catch(void) {

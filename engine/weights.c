@@ -118,9 +118,10 @@ static bool take_string(Reader *reader, Bytes *out) {
 
 /* On one line, and harmless to a terminal. */
 static bool good_name(Bytes name) {
-    for (size_t i = 0; i < name.size; i++)
-        if (name.data[i] < 0x20 || name.data[i] == 0x7f) return false;
-    return name.size > 0 && name.size < MAX_NAME;
+    if (name.size == 0 || name.size >= MAX_NAME) return false;
+    for (size_t n; name.size; name.data += n, name.size -= n)
+        if (!is_printable(name, &n)) return false;
+    return true;
 }
 
 static const char *take_elements(Reader *reader, WeightArray *out) {
@@ -395,6 +396,10 @@ static bool is_number(uint32_t type) {
     return is_integer(type) || type == VALUE_F32 || type == VALUE_F64;
 }
 
+static bool is_bool(uint32_t type) { return type == VALUE_BOOL; }
+
+static bool is_string(uint32_t type) { return type == VALUE_STRING; }
+
 bool array_is_number(const WeightArray *array) { return is_number(array->type); }
 
 int64_t array_int(const WeightArray *array, size_t index) {
@@ -436,8 +441,7 @@ int64_t weights_int(const WeightFile *file, const char *name) {
 }
 
 int64_t weights_int_or(const WeightFile *file, const char *name, int64_t fallback) {
-    const Key *key = find_key(file, name);
-    return key && is_integer(key->type) ? array_int(&key->value, 0) : fallback;
+    return find_key(file, name) ? weights_int(file, name) : fallback;
 }
 
 static int check_size(const WeightFile *file, const char *name, int64_t size, int most) {
@@ -466,19 +470,17 @@ double weights_double(const WeightFile *file, const char *name) {
 }
 
 double weights_double_or(const WeightFile *file, const char *name, double fallback) {
-    const Key *key = find_key(file, name);
-    return key && is_number(key->type) ? array_double(&key->value, 0) : fallback;
+    return find_key(file, name) ? weights_double(file, name) : fallback;
 }
 
 bool weights_bool_or(const WeightFile *file, const char *name, bool fallback) {
-    const Key *key = find_key(file, name);
-    return key && key->type == VALUE_BOOL ? key->value.data[0] != 0 : fallback;
+    if (!find_key(file, name)) return fallback;
+    return need_key(file, name, is_bool, "a boolean")->value.data[0] != 0;
 }
 
 const char *weights_string_or(const WeightFile *file, const char *name, const char *fallback) {
-    const Key *key = find_key(file, name);
-    if (!key || key->type != VALUE_STRING) return fallback;
-    const uint8_t *cursor = key->value.data;
+    if (!find_key(file, name)) return fallback;
+    const uint8_t *cursor = need_key(file, name, is_string, "a string")->value.data;
     Bytes string = next_string(&cursor);
     char *copy = keep_copy(file, allocate(string.size + 1));
     memcpy(copy, string.data, string.size);
@@ -497,10 +499,13 @@ bool weights_array(const WeightFile *file, const char *name, WeightArray *out) {
 /* Text from the file, on one line, shortened: it may hold a whole tokenizer. */
 static void print_text(Bytes text, FILE *out) {
     enum { SHOWN = 100 };
+    size_t n, shown = 0;
     fputc('"', out);
-    for (size_t i = 0; i < text.size && i < SHOWN; i++)
-        fputc(text.data[i] < 0x20 || text.data[i] == 0x7f ? ' ' : text.data[i], out);
-    fputs(text.size > SHOWN ? "...\"" : "\"", out);
+    for (; text.size && shown < SHOWN; text.data += n, text.size -= n, shown += n) {
+        if (is_printable(text, &n)) fwrite(text.data, 1, n, out);
+        else fputc(' ', out);
+    }
+    fputs(text.size ? "...\"" : "\"", out);
 }
 
 static void print_element(const WeightArray *array, size_t index, const uint8_t **cursor, FILE *out) {

@@ -74,12 +74,20 @@ input() {
     refused 2 "--noise nowhere.npy: No such file" $small --noise nowhere.npy x
     refused 2 "found float32 of \[3\], expected float32 of \[4, 2, 4, 8\]" $small --noise tests/goldens/npy/f4_3.npy x
     refused 2 "not an .npy file" $small --noise Makefile x
+    { head -c 128 $golden/noise.npy; printf '\0\0\300\177'; tail -c +133 $golden/noise.npy; } >"$work/nan.npy"
+    refused 2 "nan.npy: number 1 of 256 is not finite" $small --noise "$work/nan.npy" x
     refused 2 "--prompt-file nowhere.txt: No such file" $small --prompt-file nowhere.txt
     refused 2 "--check nowhere: No such file" $small --check nowhere x
     refused 2 "--check tests: the folder holds no .npy" $small --check tests x
     refused 2 "--dump-only: nothing is written without --dump" $small --dump-only 'step*' x
     refused 2 "--tolerance: nothing is compared without --check" $small --tolerance 1 x
     refused 2 "--frames and --seconds" $small --seconds 1 x
+    refused 2 "an output file without a name" $small -o "" x
+    cp tests/goldens/npy/f4_3.npy "$work/input.npy"
+    refused 2 "input.npy is read, and would be overwritten" $small --noise "$work/input.npy" -o "$work/input.npy" x
+    echo x >"$work/input.y4m.json"
+    refused 2 "input.y4m.json is read" $small --prompt-file "$work/input.y4m.json" -o "$work/input.y4m"
+    claim "what is read stays as it is" cmp -s tests/goldens/npy/f4_3.npy "$work/input.npy"
 }
 
 resources() {
@@ -94,6 +102,13 @@ resources() {
     if [ -c /dev/full ]; then
         refused 3 "/dev/full: cannot write: No space left" $small -o /dev/full x
     fi
+}
+
+until_at_work() {
+    for _ in $(seq 1000); do
+        ls "$work" | grep -q "clip.y4m.*part" && break
+        sleep 0.01
+    done
 }
 
 # What run() cannot express: other places for standard output, limits, signals.
@@ -113,11 +128,18 @@ streams() {
     claim "a closed pipe: status 3, not $(cat "$work/status")" [ "$(cat "$work/status")" = 3 ]
     claim "a closed pipe: one line" [ "$(cat "$work/err")" = "sora: standard output: closed by its reader" ]
 
+    "$sora" $small --steps 200 -t 1 -o "$work/clip.y4m" x 2>"$work/err" &
+    until_at_work
+    mkdir "$work/clip.y4m"
+    wait $!
+    status=$?
+    claim "a name that was lost: status 3, not $status" [ $status -eq 3 ]
+    claim "a name that was lost: its line" grep -q "clip.y4m: cannot write: .*; .* stays as .*[.]part$" "$work/err"
+    claim "a name that was lost: the clip is not" grep -aq "^YUV4MPEG2 W32 H16 " "$work"/clip.y4m.*.part
+    rm -r "$work"/clip.y4m*
+
     "$sora" $small --steps 1000 -f 81 -o "$work/clip.y4m" x 2>"$work/err" &
-    for _ in $(seq 100); do # until it is at work
-        ls "$work" | grep -q "clip.y4m.*part" && break
-        sleep 0.1
-    done
+    until_at_work
     kill -TERM $!
     wait $!
     status=$?
@@ -168,6 +190,8 @@ checks() {
         --tolerance 1e-5 "a red fox"
     claim "a changed weight: status 1, not $status" [ $status -eq 1 ]
     claim "a changed weight is found" grep -q "first in order of data flow is step000.cond.block01 " "$work/err"
+    run -m "$work/infinite.gguf" $(echo $small | cut -d " " -f 3-) -o "$work/clip.y4m" x
+    claim "an infinite weight: a warning" grep -q "warning: the latents are not finite" "$work/err"
     run $small -o "$work/clip.y4m" -n "the lazy dog" --dump "$work/some" --dump-only "step00?.velocity" "a red fox"
     claim "--dump-only" [ "$(ls "$work/some" | tr '\n' ' ')" = "step000.velocity.npy step001.velocity.npy " ]
     run $small --guidance 1 -o "$work/clip.y4m" --dump "$work/unguided" "a red fox"

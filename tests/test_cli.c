@@ -3,6 +3,7 @@
 #include "tests/test.h"
 #include "engine/engine.h"
 
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -27,17 +28,17 @@ static void write_changed(const char *name, const char *text, size_t offset) {
     at[offset] ^= 1;
 }
 
-/* One weight in the middle of a tensor is another. */
-static void write_perturbed(const char *name, const char *tensor, int rows, int cols) {
+/* One weight in the middle of a tensor is `by` larger. */
+static void write_perturbed(const char *name, const char *tensor, int rows, int cols, float by) {
     WeightFile *file;
     const char *why = weights_parse(model, name, &file);
     CHECK(!why, "the model: %s", why ? why : "");
     if (why) return;
     float *values = (float *)weights_bind(file, rows, cols, "%s", tensor).data,
-          *one = values + rows * cols / 2;
-    *one += 0.5f;
+          *one = values + rows * cols / 2, before = *one;
+    *one += by;
     write_bytes(name, model.size);
-    *one -= 0.5f;
+    *one = before;
     weights_close(file);
 }
 
@@ -51,7 +52,8 @@ static void write_models(void) {
     write_changed("tokenizer.gguf", "tokenizer.ggml.scores", 0);
     write_changed("version.gguf", "sora.format_version", strlen("sora.format_version") + 4);
     write_changed("layout.gguf", "O,T,Y,X,I", 0);
-    write_perturbed("changed.gguf", "blocks.1.ffn.2.weight", 24, 40);
+    write_perturbed("changed.gguf", "blocks.1.ffn.2.weight", 24, 40, 0.5f);
+    write_perturbed("infinite.gguf", "blocks.1.ffn.2.weight", 24, 40, INFINITY);
 }
 
 /* Every line of the script is a claim. */

@@ -38,6 +38,8 @@ static void test_messages(void) {
     const char *inner = reason("bad byte %d", 7);
     const char *outer = reason("%s: %s", "file\n\x1b[2J", inner);
     CHECK(!strcmp(outer, "file??[2J: bad byte 7"), "a reason within a reason reads \"%s\"", outer);
+    outer = reason("%s", "na\xc3\xafve \xc2\x9b" "31m \x9b" "31m \xe2\x82");
+    CHECK(!strcmp(outer, "na\xc3\xafve ??31m ?31m ??"), "other controls and cut characters read \"%s\"", outer);
     char *text = format_string("%s-%03d", "block", 7);
     CHECK(!strcmp(text, "block-007"), "format_string gives \"%s\"", text);
     free(text);

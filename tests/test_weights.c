@@ -56,11 +56,10 @@ static void test_keys(const WeightFile *file) {
     CHECK(weights_double(file, "test.i8") == -100, "an integer as a number");
     CHECK(weights_bool_or(file, "test.bool", false), "bool");
     CHECK(!strcmp(weights_string_or(file, "test.string", ""), "na\xc3\xafve"), "string");
-    CHECK(weights_int_or(file, "test.none", 5) == 5 && weights_int_or(file, "test.f64", 5) == 5,
-          "no such integer");
-    CHECK(weights_double_or(file, "test.string", 2.5) == 2.5, "no such number");
-    CHECK(weights_bool_or(file, "test.u8", true), "no such boolean");
-    CHECK(!strcmp(weights_string_or(file, "test.u8", "none"), "none"), "no such string");
+    CHECK(weights_int_or(file, "test.none", 5) == 5, "no such integer");
+    CHECK(weights_double_or(file, "test.none", 2.5) == 2.5, "no such number");
+    CHECK(weights_bool_or(file, "test.none", true), "no such boolean");
+    CHECK(!strcmp(weights_string_or(file, "test.none", "none"), "none"), "no such string");
 }
 
 static void test_arrays(const WeightFile *file) {
@@ -150,6 +149,11 @@ static void key_wrong_type(void *file) {
     weights_int(file, "test.string");
 }
 
+static void integer_wrong_type(void *file) { weights_int_or(file, "test.f64", 5); }
+static void number_wrong_type(void *file) { weights_double_or(file, "test.string", 2.5); }
+static void bool_wrong_type(void *file) { weights_bool_or(file, "test.u8", true); }
+static void string_wrong_type(void *file) { weights_string_or(file, "test.u8", "none"); }
+
 static void test_deaths(WeightFile *file) {
     static const struct {
         void (*run)(void *);
@@ -161,6 +165,10 @@ static void test_deaths(WeightFile *file) {
         {count_wrong, "tensor \"vector\" has shape [5], expected 6 elements"},
         {key_missing, "key \"test.none\" is missing"},
         {key_wrong_type, "key \"test.string\" is not an integer"},
+        {integer_wrong_type, "key \"test.f64\" is not an integer"},
+        {number_wrong_type, "key \"test.string\" is not a number"},
+        {bool_wrong_type, "key \"test.u8\" is not a boolean"},
+        {string_wrong_type, "key \"test.u8\" is not a string"},
         {size_too_large, "key \"test.u16\" is 60000, expected 1 to 59999"},
         {size_negative, "key \"test.i8\" is -100, expected 1 to 100"},
         {sizes_wrong_count, "key \"test.numbers\" is not an array of 2 integers"},
