@@ -199,7 +199,7 @@ static size_t count_finite(const float *values, size_t count) {
     return i;
 }
 
-static void read_noise(Run *run, float *noise) {
+static float *read_noise(Run *run) {
     Npy file;
     Bytes bytes;
     Shape shape = latent_shape(run);
@@ -211,24 +211,25 @@ static void read_noise(Run *run, float *noise) {
         die(STATUS_USAGE, "--noise %s: found %s of %s, expected float32 of %s", run->settings->noise,
             file.kind == 'f' ? "float32" : "int32", shape_string(&file.shape, found),
             shape_string(&shape, expected));
-    memcpy(noise, file.values, sizeof(float) * run->elements);
-    size_t finite = count_finite(noise, run->elements);
+    size_t finite = count_finite(file.values, run->elements);
     if (finite < run->elements)
         die(STATUS_USAGE, "--noise %s: number %zu of %zu is not finite", run->settings->noise, finite + 1,
             run->elements);
     sha256_of(bytes.data, bytes.size, run->noise_sha256);
+    float *noise = memcpy(allocate(sizeof(float) * run->elements), file.values, sizeof(float) * run->elements);
     npy_free(&file);
     unmap_file(bytes);
+    return noise;
 }
 
-static void make_noise(Run *run, float *noise) {
+/* The first latents, a new array. */
+static float *make_noise(Run *run) {
+    if (run->settings->noise) return read_noise(run);
     Generator generator;
-    if (run->settings->noise) {
-        read_noise(run, noise);
-    } else {
-        generator_seed(&generator, run->settings->seed);
-        generator_randn(&generator, noise, run->elements);
-    }
+    float *noise = allocate(sizeof(float) * run->elements);
+    generator_seed(&generator, run->settings->seed);
+    generator_randn(&generator, noise, run->elements);
+    return noise;
 }
 
 /* Everything that the denoising loop holds, in one arena. */
@@ -287,11 +288,10 @@ static void denoise(const Run *run, Denoiser *d, float *latents) {
     schedule_free(&schedule);
 }
 
-/* From prompts to final latents. The noise is first, since its file may be wrong and reading prompts takes time. */
+/* From noise and prompts to final latents. */
 static void make_latents(Run *run, float *latents) {
     const Transformer *t = &run->model->transformer;
     Prompt *prompt = &run->prompt, *negative = &run->negative;
-    make_noise(run, latents);
     prompt_encode(run->model, prompt);
     if (run->guided) prompt_encode(run->model, negative);
     scratch_free();
@@ -465,7 +465,7 @@ void generate(Model *model, const Settings *settings) {
     Run run = run_plan(model, settings);
     estimate(&run);
     Video video = video_open(&run);
-    float *latents = allocate(sizeof(float) * run.elements);
+    float *latents = make_noise(&run); /* before the prompts, whose reading takes time: its file may be wrong */
     make_latents(&run, latents);
     decode(&run, &video, latents);
     free(latents);
