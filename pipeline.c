@@ -201,11 +201,9 @@ static size_t count_finite(const float *values, size_t count) {
 
 static float *read_noise(Run *run) {
     Npy file;
-    Bytes bytes;
     Shape shape = latent_shape(run);
     char found[64], expected[64];
-    const char *why = map_file(run->settings->noise, &bytes);
-    if (!why) why = npy_parse(bytes, &file);
+    const char *why = npy_read(run->settings->noise, &file);
     if (why) die(STATUS_USAGE, "--noise %s: %s", run->settings->noise, why);
     if (file.kind != 'f' || !shape_equal(&file.shape, &shape))
         die(STATUS_USAGE, "--noise %s: found %s of %s, expected float32 of %s", run->settings->noise,
@@ -215,10 +213,9 @@ static float *read_noise(Run *run) {
     if (finite < run->elements)
         die(STATUS_USAGE, "--noise %s: number %zu of %zu is not finite", run->settings->noise, finite + 1,
             run->elements);
-    sha256_of(bytes.data, bytes.size, run->noise_sha256);
+    sha256_of(file.mapping.data, file.mapping.size, run->noise_sha256);
     float *noise = memcpy(allocate(sizeof(float) * run->elements), file.values, sizeof(float) * run->elements);
     npy_free(&file);
-    unmap_file(bytes);
     return noise;
 }
 

@@ -390,7 +390,7 @@ typedef struct {
     char kind;           /* 'f': float32, 'i': int32 */
     const void *values;  /* aligned, C order: in the file, or in `owned` */
     void *owned;
-    Bytes mapping;
+    Bytes mapping;       /* the whole file, if npy_read() read it */
 } Npy;
 /* <f4, <f8 (narrowed), <i4, <i8 (narrowed); C order */
 const char *npy_read(const char *path, Npy *out);

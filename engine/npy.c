@@ -193,8 +193,8 @@ const char *npy_read(const char *path, Npy *out) {
     const char *why = map_file(path, &bytes);
     if (why) return why;
     why = npy_parse(bytes, out);
-    if (!why && !out->owned) out->mapping = bytes;
-    else unmap_file(bytes);
+    if (why) unmap_file(bytes);
+    else out->mapping = bytes;
     return why;
 }
 
