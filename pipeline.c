@@ -304,7 +304,7 @@ static void make_latents(Run *run, float *latents) {
     denoise(run, &denoiser, latents);
     tap(latents, latent_shape(run), "latents");
     if (count_finite(latents, run->elements) < run->elements)
-        warn("the latents are not finite: the weights hold numbers that are not, or too large ones");
+        warn("the latents are not finite: the weights, or --shift and --steps, are beyond what float32 holds");
     arena_close(&arena);
     scratch_free();
 }
@@ -377,14 +377,14 @@ static void decode(const Run *run, Video *video, const float *latents) {
     scratch_free();
 }
 
-/* The record comes first: a video without one would look as if none had been wanted. */
+/* The video comes first: whatever happens to the record then, the video is safe; and if the video cannot have
+ * its name, what stands there keeps the record that belongs to it. */
 static void video_close(Video *video) {
     const Run *run = video->run;
     char sha[65];
     sha256_finish(&video->sha, sha);
-    output_flush(&video->file);
-    if (video->record.stream) record_write(&video->record, run->model, run->settings, run->noise_sha256, sha);
     output_commit(&video->file);
+    if (video->record.stream) record_write(&video->record, run->model, run->settings, run->noise_sha256, sha);
     free(video->planes);
 }
 

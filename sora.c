@@ -176,9 +176,8 @@ static void apply(Command *c, Option option, const char *value) {
     case CHECK: c->check = value; break;
     case TOLERANCE: c->tolerance = parse_number(TOLERANCE, value, 0, 1e9); break;
     case CHROMA:
-        s->chroma = (int)parse_integer(CHROMA, value, 420, 444);
-        if (s->chroma != 420 && s->chroma != 444)
-            die(STATUS_USAGE, "--chroma: '%s' is not 420 or 444", value);
+        if (strcmp(value, "420") && strcmp(value, "444")) die(STATUS_USAGE, "--chroma: '%s' is not 420 or 444", value);
+        s->chroma = atoi(value);
         break;
     case RECORD_PROMPT: s->record_prompt = true; break;
     case NO_RECORD: s->record = false; break;
@@ -294,6 +293,12 @@ static void spare_inputs(const Command *c, const char *model) {
         if (inputs[i] && (same_file(inputs[i], output) || same_file(inputs[i], record)))
             die(STATUS_USAGE, "--output %s: %s is read, and would be overwritten", output, inputs[i]);
     free(record);
+    if (!c->dump || !c->settings.noise) return;
+    const char *noise = c->settings.noise, *slash = strrchr(noise, '/');
+    char *dumped = format_string("%s/%s", c->dump, slash ? slash + 1 : noise);
+    if (same_file(dumped, noise))
+        die(STATUS_USAGE, "--dump %s: %s lies there, is read, and could be overwritten", c->dump, noise);
+    free(dumped);
 }
 
 static int run(Command *c) {

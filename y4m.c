@@ -49,7 +49,7 @@ size_t y4m_frame_bytes(const VideoFormat *format) {
 
 /* ---------------------------------------------------------------- writing */
 
-/* Several readers stop at 79 bytes, so what they can do without goes first. */
+/* Several readers stop at 79 bytes, so what they can do without goes first; the rest has 74 at the most. */
 size_t y4m_header(const VideoFormat *format, char out[80]) {
     static const char *const tags[] = {" XCOLORRANGE=LIMITED XAIGEN=sora.c", " XCOLORRANGE=LIMITED", ""};
     int length = MAX_HEADER + 1;
@@ -57,8 +57,6 @@ size_t y4m_header(const VideoFormat *format, char out[80]) {
         length = snprintf(out, MAX_HEADER + 1, "YUV4MPEG2 W%d H%d F%d:%d Ip A1:1 C%s%s\n", format->width,
                           format->height, format->rate_num, format->rate_den,
                           format->chroma == 444 ? "444" : "420jpeg", tags[i]);
-    if (length > MAX_HEADER) die(STATUS_USAGE, "a frame rate of %d:%d makes the Y4M header too long",
-                                 format->rate_num, format->rate_den);
     return (size_t)length;
 }
 

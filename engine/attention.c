@@ -12,7 +12,6 @@
  * The tile of keys is the same on every instruction set, since a rescaling rounds. */
 #include "engine/engine.h"
 
-#include <stdlib.h>
 #include <string.h>
 
 enum { TILE_KEYS = 128, BLOCK_ROWS = 5 };

@@ -14,6 +14,12 @@
 #include <stdint.h>
 #include <stdio.h>
 
+/* Weights and clips outgrow 32 bits, and files are read where they lie. */
+_Static_assert(SIZE_MAX >= UINT64_MAX, "a 64-bit machine is needed");
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "a little-endian machine is needed"
+#endif
+
 /* ---------------------------------------------------------------- util.c: errors, memory, files, time */
 
 enum { STATUS_OK = 0, STATUS_CHECK = 1, STATUS_USAGE = 2, STATUS_RESOURCE = 3, STATUS_INTERRUPTED = 130 };
@@ -54,7 +60,7 @@ void unmap_file(Bytes bytes);
 /* "-" is standard input; free() out->data. */
 const char *read_file(const char *path, size_t limit, Bytes *out);
 
-bool same_file(const char *a, const char *b); /* whether both are names of one regular file */
+bool same_file(const char *a, const char *b); /* whether both are names of one regular file or folder */
 
 /* Output appears under its name only when complete: written beside it, then renamed. Standard output ("-") is
  * written straight, and so is what is no regular file (/dev/null). A failed write

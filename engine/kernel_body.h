@@ -83,8 +83,10 @@ static TARGET void NAME(tile_bf16)(float *acc, int ld, const void *const *a, siz
     FOR_ROWS FOR_VECTORS V_STORE(acc + (size_t)i * ld + j * VLEN, sum[i][j]);
 }
 #define TILE_BF16 NAME(tile_bf16)
+#define FAST_BF16 true
 #else
 #define TILE_BF16 NAME(tile_f32)
+#define FAST_BF16 false
 #endif
 
 /* Exact integers over a chunk, then one step in float32: acc += sum * (scale of the row * scale of the
@@ -267,7 +269,7 @@ static const Kernels NAME(table) = {
     .name = ISA_NAME,
     .tile_rows = TILE_ROWS,
     .tile_cols = TILE_VECTORS * VLEN,
-    .fast = {true, TILE_BF16 != NAME(tile_f32), FAST_INT8},
+    .fast = {true, FAST_BF16, FAST_INT8},
     .byte_offset = BYTE_OFFSET,
     .tile = {NAME(tile_f32), TILE_BF16, NAME(tile_int8)},
     .from_bf16 = NAME(from_bf16),
@@ -315,6 +317,7 @@ static const Kernels NAME(table) = {
 #undef DOT_BF16
 #undef DOT_INT8
 #undef TILE_BF16
+#undef FAST_BF16
 #undef FAST_INT8
 #undef BYTE_OFFSET
 #undef BYTES

@@ -29,6 +29,7 @@ void threads_start(void) {
 #ifdef _OPENMP
     sigset_t all;
     sigfillset(&all);
+    sigdelset(&all, SIGBUS); /* comes to whoever reads the page */
 #pragma omp parallel
     if (omp_get_thread_num()) sigprocmask(SIG_BLOCK, &all, NULL);
 #endif
@@ -113,7 +114,7 @@ static inline uint32_t dot_int8(uint32_t sum, uint32_t a, uint32_t b) {
 #include "engine/vector_generic.h"
 #include "engine/kernel_body.h"
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 
 /* ---------------------------------------------------------------- avx2 */
@@ -290,6 +291,8 @@ static inline uint32x4_t neon_dot_int8(uint32x4_t sum, int8x16_t a, int8x16_t b)
 #include "engine/vector_neon.h"
 #include "engine/kernel_body.h"
 
+#if !defined(__clang__) || __clang_major__ >= 16 /* older ones know dot products for a whole file only */
+#define HAS_NEON_DOTPROD
 #define ISA_NAME "neon"
 #define NAME(x) neon_dotprod_##x
 #define TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
@@ -301,8 +304,9 @@ static inline uint32x4_t neon_dot_int8(uint32x4_t sum, int8x16_t a, int8x16_t b)
 #include "engine/vector_neon.h"
 #include "engine/kernel_body.h"
 
-static bool has_neon(void) { return true; }
 static bool has_neon_dots(void) { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
+#endif
+static bool has_neon(void) { return true; }
 #endif
 
 /* ---------------------------------------------------------------- the choice */
@@ -314,13 +318,15 @@ static const struct {
     const Kernels *table;
     bool (*runs_here)(void);
 } choices[] = {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && defined(__GNUC__)
     {&avx512_bf16_table, has_avx512_bf16},
     {&avx512_vnni_table, has_avx512_vnni},
     {&avx512_table, has_avx512},
     {&avx2_table, has_avx2},
 #elif defined(__aarch64__)
+#ifdef HAS_NEON_DOTPROD
     {&neon_dotprod_table, has_neon_dots},
+#endif
     {&neon_table, has_neon},
 #endif
     {&generic_table, has_generic},

@@ -10,7 +10,6 @@
  * with its keys in any order, which is all that numpy writes. */
 #include "engine/engine.h"
 
-#include <errno.h>
 #include <inttypes.h>
 #include <limits.h>
 #include <stdlib.h>

@@ -25,7 +25,6 @@
 #include "engine/engine.h"
 
 #include <stdarg.h>
-#include <stdlib.h>
 #include <string.h>
 
 enum {

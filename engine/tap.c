@@ -90,11 +90,6 @@ static void make_folder(const char *dir) {
     if (stat(dir, &status) || !S_ISDIR(status.st_mode)) die(STATUS_USAGE, "--dump %s: not a folder", dir);
 }
 
-static bool same_folder(const char *a, const char *b) {
-    struct stat one, other;
-    return !stat(a, &one) && !stat(b, &other) && one.st_dev == other.st_dev && one.st_ino == other.st_ino;
-}
-
 void taps_open(const char *dump_dir, const char *only_glob, const char *check_dir, double tolerance) {
     taps.dump_dir = dump_dir;
     taps.only = only_glob;
@@ -103,7 +98,7 @@ void taps_open(const char *dump_dir, const char *only_glob, const char *check_di
     taps_on = dump_dir || check_dir;
     if (dump_dir) make_folder(dump_dir);
     if (check_dir) list_files(check_dir);
-    if (dump_dir && check_dir && same_folder(dump_dir, check_dir))
+    if (dump_dir && check_dir && same_file(dump_dir, check_dir))
         die(STATUS_USAGE, "--dump and --check name the same folder, %s", check_dir);
 }
 

@@ -187,10 +187,14 @@ const char *read_file(const char *path, size_t limit, Bytes *out) {
     return error ? strerror(error) : reason("longer than %zu bytes", limit);
 }
 
+static bool same_inode(const struct stat *a, const struct stat *b) {
+    return a->st_dev == b->st_dev && a->st_ino == b->st_ino;
+}
+
 bool same_file(const char *a, const char *b) {
     struct stat first, second;
-    return !stat(a, &first) && !stat(b, &second) && S_ISREG(first.st_mode) && first.st_dev == second.st_dev &&
-           first.st_ino == second.st_ino;
+    return !stat(a, &first) && !stat(b, &second) && (S_ISREG(first.st_mode) || S_ISDIR(first.st_mode)) &&
+           same_inode(&first, &second);
 }
 
 /* ---------------------------------------------------------------- output files */
@@ -234,17 +238,21 @@ static char *resolve(const char *path) {
 
 OutputFile output_open(const char *path) {
     if (!*path) die(STATUS_USAGE, "an output file without a name");
-    if (!strcmp(path, "-")) return (OutputFile){stdout, format_string("-"), NULL};
-    OutputFile out = {NULL, resolve(path), NULL};
-    struct stat status;
-    bool exists = !stat(out.path, &status);
+    struct stat status, standard;
+    bool exists = !stat(path, &status), regular = !exists || S_ISREG(status.st_mode);
+    /* /dev/stdout, where that is a file: replacing the file would leave the shell's own one empty. */
+    bool redirected = exists && regular && !fstat(STDOUT_FILENO, &standard) && same_inode(&status, &standard);
+    if (!strcmp(path, "-") || redirected) return (OutputFile){stdout, format_string("-"), NULL};
+    /* /dev/stdout and a shell's >(command) may be links to pipes, which have no name to resolve to. */
+    OutputFile out = {NULL, regular ? resolve(path) : format_string("%s", path), NULL};
     if (exists && access(out.path, W_OK)) die_writing(path);
-    if (!exists || S_ISREG(status.st_mode)) {
+    if (regular) {
         out.temporary = format_string("%s.%ld.part", out.path, (long)getpid());
         unfinished_replace(NULL, out.temporary);
     }
     out.stream = fopen(out.temporary ? out.temporary : out.path, "wbe");
     if (!out.stream) die_writing(path);
+    if (exists && regular) fchmod(fileno(out.stream), status.st_mode & 0777); /* who may read it, still may */
     return out;
 }
 
@@ -290,6 +298,17 @@ static void interrupted(int signal_number) {
     _exit(STATUS_INTERRUPTED);
 }
 
+/* A page of a mapped file cannot be read: the file was cut off meanwhile, or its disk failed. */
+static void unreadable(int signal_number) {
+    (void)signal_number;
+    static const char message[] = "\nsora: a file that is being read was cut off, or its disk failed\n";
+    outputs_discard();
+    const char *start = on_terminal ? message : message + 1;
+    ssize_t written = write(STDERR_FILENO, start, strlen(start));
+    (void)written;
+    _exit(STATUS_USAGE);
+}
+
 void standard_streams_keep(void) {
     for (int stream = 0; stream <= STDERR_FILENO; stream++)
         if (fcntl(stream, F_GETFD) < 0 && open("/dev/null", stream == STDIN_FILENO ? O_WRONLY : O_RDONLY) < 0)
@@ -306,6 +325,8 @@ void interrupts_catch(void) {
         if (!sigaction(signals[i], NULL, &before) && before.sa_handler != SIG_IGN)
             sigaction(signals[i], &action, NULL);
     }
+    action.sa_handler = unreadable;
+    sigaction(SIGBUS, &action, NULL);
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN); /* likewise a limit on the size of files */
 }

@@ -428,20 +428,35 @@ Bytes next_string(const uint8_t **cursor) {
     return string;
 }
 
-static const Key *need_key(const WeightFile *file, const char *name, bool (*fits)(uint32_t type),
-                           const char *what) {
+/* The key, or NULL if there is none; dies if it is of another type. */
+static const Key *typed_key(const WeightFile *file, const char *name, bool (*fits)(uint32_t type),
+                            const char *what) {
     const Key *key = find_key(file, name);
+    if (key && !fits(key->type)) weights_refuse(file, "key \"%s\" is not %s", name, what);
+    return key;
+}
+
+static const Key *integer_key(const WeightFile *file, const char *name) {
+    return typed_key(file, name, is_integer, "an integer");
+}
+
+static const Key *number_key(const WeightFile *file, const char *name) {
+    return typed_key(file, name, is_number, "a number");
+}
+
+/* Hands on a key that must be there. */
+static const Key *needed(const WeightFile *file, const char *name, const Key *key) {
     if (!key) weights_refuse(file, "key \"%s\" is missing", name);
-    if (!fits(key->type)) weights_refuse(file, "key \"%s\" is not %s", name, what);
     return key;
 }
 
 int64_t weights_int(const WeightFile *file, const char *name) {
-    return array_int(&need_key(file, name, is_integer, "an integer")->value, 0);
+    return array_int(&needed(file, name, integer_key(file, name))->value, 0);
 }
 
 int64_t weights_int_or(const WeightFile *file, const char *name, int64_t fallback) {
-    return find_key(file, name) ? weights_int(file, name) : fallback;
+    const Key *key = integer_key(file, name);
+    return key ? array_int(&key->value, 0) : fallback;
 }
 
 static int check_size(const WeightFile *file, const char *name, int64_t size, int most) {
@@ -455,7 +470,8 @@ int weights_size(const WeightFile *file, const char *name, int most) {
 }
 
 int weights_size_or(const WeightFile *file, const char *name, int most, int fallback) {
-    return find_key(file, name) ? weights_size(file, name, most) : fallback;
+    const Key *key = integer_key(file, name);
+    return key ? check_size(file, name, array_int(&key->value, 0), most) : fallback;
 }
 
 void weights_sizes(const WeightFile *file, const char *name, int most, int *out, int count) {
@@ -466,21 +482,23 @@ void weights_sizes(const WeightFile *file, const char *name, int most, int *out,
 }
 
 double weights_double(const WeightFile *file, const char *name) {
-    return array_double(&need_key(file, name, is_number, "a number")->value, 0);
+    return array_double(&needed(file, name, number_key(file, name))->value, 0);
 }
 
 double weights_double_or(const WeightFile *file, const char *name, double fallback) {
-    return find_key(file, name) ? weights_double(file, name) : fallback;
+    const Key *key = number_key(file, name);
+    return key ? array_double(&key->value, 0) : fallback;
 }
 
 bool weights_bool_or(const WeightFile *file, const char *name, bool fallback) {
-    if (!find_key(file, name)) return fallback;
-    return need_key(file, name, is_bool, "a boolean")->value.data[0] != 0;
+    const Key *key = typed_key(file, name, is_bool, "a boolean");
+    return key ? key->value.data[0] != 0 : fallback;
 }
 
 const char *weights_string_or(const WeightFile *file, const char *name, const char *fallback) {
-    if (!find_key(file, name)) return fallback;
-    const uint8_t *cursor = need_key(file, name, is_string, "a string")->value.data;
+    const Key *key = typed_key(file, name, is_string, "a string");
+    if (!key) return fallback;
+    const uint8_t *cursor = key->value.data;
     Bytes string = next_string(&cursor);
     char *copy = keep_copy(file, allocate(string.size + 1));
     memcpy(copy, string.data, string.size);

@@ -87,6 +87,7 @@ input() {
     refused 2 "input.npy is read, and would be overwritten" $small --noise "$work/input.npy" -o "$work/input.npy" x
     echo x >"$work/input.y4m.json"
     refused 2 "input.y4m.json is read" $small --prompt-file "$work/input.y4m.json" -o "$work/input.y4m"
+    refused 2 "input.npy lies there, is read, and could be overwritten" $small --noise "$work/input.npy" --dump "$work" x
     claim "what is read stays as it is" cmp -s tests/goldens/npy/f4_3.npy "$work/input.npy"
 }
 
@@ -136,7 +137,54 @@ streams() {
     claim "a name that was lost: status 3, not $status" [ $status -eq 3 ]
     claim "a name that was lost: its line" grep -q "clip.y4m: cannot write: .*; .* stays as .*[.]part$" "$work/err"
     claim "a name that was lost: the clip is not" grep -aq "^YUV4MPEG2 W32 H16 " "$work"/clip.y4m.*.part
+    claim "a name that was lost: no record without its clip" [ ! -e "$work/clip.y4m.json" ]
     rm -r "$work"/clip.y4m*
+
+    "$sora" $small --steps 200 -t 1 -o "$work/clip.y4m" x 2>"$work/err" &
+    until_at_work
+    mkdir "$work/clip.y4m.json"
+    wait $!
+    status=$?
+    claim "a record's name that was lost: status 3, not $status" [ $status -eq 3 ]
+    claim "a record's name that was lost: the clip is not" grep -aq "^YUV4MPEG2 W32 H16 " "$work/clip.y4m"
+    rm -r "$work"/clip.y4m*
+
+    "$sora" $small -q -o /dev/stdout x 2>"$work/err" | grep -aq "^YUV4MPEG2 W32 H16 "
+    claim "a link to a pipe: the clip comes out" [ $? -eq 0 ]
+    "$sora" $small -q -o /dev/stdout x 2>"$work/err" >"$work/clip.y4m"
+    claim "a link to a redirected file: the clip comes out" [ "$(frames 32 16)" -eq 5 ]
+    claim "a link to a redirected file: no record" [ "$(ls "$work" | grep -c clip)" -eq 1 ]
+    chmod 600 "$work/clip.y4m"
+    "$sora" $small -q -o "$work/clip.y4m" x 2>"$work/err"
+    claim "who may read a file that is replaced, still may" [ -n "$(find "$work/clip.y4m" -perm 600)" ]
+
+    # A file that is cut off while it is read.
+    cp tests/goldens/model/model.gguf "$work/shrinking.gguf"
+    "$sora" -m "$work/shrinking.gguf" $(echo $small | cut -d " " -f 3-) --steps 200 -o "$work/clip.y4m" x 2>"$work/err" &
+    until_at_work
+    : >"$work/shrinking.gguf"
+    wait $!
+    status=$?
+    claim "a model that is cut off meanwhile: status 2, not $status" [ $status -eq 2 ]
+    claim "a model that is cut off meanwhile: its line" grep -q "^sora: a file that is being read was cut off" "$work/err"
+    claim "a model that is cut off meanwhile: nothing left" [ -z "$(ls "$work" | grep part)" ]
+
+    # Closed streams: no file that is opened gets the number of one, and with it what is said there.
+    "$sora" $small -o "$work/clip.y4m" x <&- >&- 2>&-
+    status=$?
+    claim "all streams closed: status 0, not $status" [ $status -eq 0 ]
+    "$sora" -m "$work/infinite.gguf" $(echo $small | cut -d " " -f 3-) -o "$work/clip.y4m" x 2>&-
+    claim "standard error closed: its warning is not in the clip" sh -c "! grep -aq warning '$work/clip.y4m'"
+    claim "standard error closed: a whole clip" [ "$(frames 32 16)" -eq 5 ]
+    "$sora" $small -o - x 2>"$work/err" >&-
+    status=$?
+    claim "standard output closed: status 3, not $status" [ $status -eq 3 ]
+    claim "standard output closed: one line" [ "$(cat "$work/err")" = "sora: standard output: cannot write: Bad file descriptor" ]
+    "$sora" $small --prompt-file - -o "$work/clip.y4m" 2>"$work/err" <&-
+    status=$?
+    claim "standard input closed: status 2, not $status" [ $status -eq 2 ]
+    claim "standard input closed: its line" grep -q "^sora: --prompt-file -: Bad file descriptor" "$work/err"
+    rm -f "$work"/clip.y4m*
 
     "$sora" $small --steps 1000 -f 81 -o "$work/clip.y4m" x 2>"$work/err" &
     until_at_work
