@@ -84,10 +84,13 @@ PYTHON ?= .venv/bin/python
 	.venv/bin/pip install -q -r tests/requirements.txt
 	touch $@
 
+# umT5's own tokenizer, where it is at hand.
+UMT5 ?= $(wildcard ../shared/fixtures/umt5-tokenizer/tokenizer.json.gz)
+
 test-reference: sora $(if $(filter .venv/%,$(PYTHON)),.venv/installed)
 	$(PYTHON) -m pytest -q tests/test_export.py
 	$(PYTHON) -m pytest -q train
-	$(PYTHON) tests/reference_tokenizer.py
+	$(PYTHON) tests/reference_tokenizer.py $(UMT5:%=--umt5 %)
 	$(PYTHON) tests/reference.py
 	$(PYTHON) tests/reference_y4m.py
 

@@ -23,14 +23,14 @@ from pathlib import Path
 from gguf import GGMLQuantizationType as Type
 from tqdm import tqdm
 
-from export.files import ExportError, reading
+from export.files import ExportError, is_out_of_memory, reading
 from export.lora import open_lora
 from export.names import open_part
 from export.sizes import text_encoder_sizes, transformer_sizes, vae_sizes
 from export.sources import DEFAULTS, default_keys, find_sources, run_defaults
 from export.tables import TEXT_ENCODER, TRANSFORMER, block_rows, vae_rows
 from export.tokenizer import find_tokenizer, tokenizer_keys
-from export.writer import DIGEST_KEY, NO_DIGEST, TYPES, check_output, plan, write
+from export.writer import DIGEST_KEY, NO_DIGEST, TYPES, check_output, plan, spare_sources, write
 
 FORMAT_VERSION = 1
 FILE_TYPES = {Type.F32: 0, Type.F16: 1, Type.Q8_0: 7, Type.BF16: 32}  # llama.cpp's LLAMA_FTYPE
@@ -98,15 +98,15 @@ def export(args):
     """From the arguments to the finished file."""
     output = check_output(Path(args.output))
     sources, wanted = find_sources(args), TYPES.get(args.type)
-    transformer = open_part("transformer", sources.transformer, sources.transformer_pattern)
-    text = open_part("text_encoder", sources.text_encoder)
-    vae = open_part("vae", sources.vae)
+    parts, sizes = [], []
+    for name, measure in (("transformer", transformer_sizes), ("text_encoder", text_encoder_sizes), ("vae", vae_sizes)):
+        path = getattr(sources, name)
+        with reading(path):
+            parts.append(open_part(name, path, sources.transformer_pattern if name == "transformer" else "*"))
+            sizes.append(measure(parts[-1]))
+    transformer, text, vae = parts
     tokenizer_path = find_tokenizer(sources.tokenizer)
-    tokenizer = tokenizer_keys(tokenizer_path)
-    sizes = []
-    for part, measure in (transformer, transformer_sizes), (text, text_encoder_sizes), (vae, vae_sizes):
-        with reading(part.path):
-            sizes.append(measure(part))
+    tokenizer = tokenizer_keys(tokenizer_path, text.opened)
     check_parts_fit(*sizes, tokenizer)
 
     rows = list(block_rows(TRANSFORMER, sizes[0]))
@@ -116,8 +116,9 @@ def export(args):
                *plan(vae, vae_rows(sizes[2]), wanted)]
     matrix = next(t for t in planned if t.name == "blocks.0.self_attn.q.weight")
     values = run_defaults(args, sources, sizes[0], sizes[2])
-    files = [*text.files, *transformer.files, *vae.files, tokenizer_path, sources.scheduler, sources.settings,
-             *(lora.path for lora in loras)]
+    files = [f for f in (*text.files, *transformer.files, *vae.files, tokenizer_path, sources.scheduler,
+                         sources.settings, *(f for lora in loras for f in lora.files)) if f]
+    spare_sources(output, files)
     write(output, {
         "general.file_type": FILE_TYPES[matrix.type],
         "general.quantization_version": 2,
@@ -126,7 +127,7 @@ def export(args):
         **default_keys(values),
         **model_keys(*sizes),
         "sora.lora": [f"{lora.path.name}:{lora.scale:g}" for lora in loras],
-        **source_keys(Path(args.checkpoint) if args.checkpoint else None, [f for f in files if f]),
+        **source_keys(Path(args.checkpoint) if args.checkpoint else None, files),
         "tokenizer.ggml.model": "t5",
         **tokenizer,
         "tokenizer.ggml.add_bos_token": False,
@@ -141,7 +142,8 @@ def arguments(argv):
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT",
                         help="a diffusers folder, an original release folder, or the transformer's file")
     parser.add_argument("-o", "--output", required=True, help="the GGUF file to write")
-    parser.add_argument("--type", choices=TYPES, help="type of the matrices (default: as they are stored)")
+    parser.add_argument("--type", choices=TYPES,
+                        help="type of the matrices (default: as they are stored; quantised ones but for q8_0 as bf16)")
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="merge a LoRA; repeatable")
     for part in ("transformer", "text-encoder", "vae", "tokenizer"):
         parser.add_argument(f"--{part}", metavar="PATH", help="file or folder to take this part from")
@@ -163,7 +165,9 @@ def main(argv=None):
     except OSError as error:
         print(f"export.py: {error.filename or args.output}: {error.strerror}", file=sys.stderr)
         return 2 if isinstance(error, (FileNotFoundError, PermissionError)) else 3
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         print("export.py: out of memory", file=sys.stderr)
         return 3
     except KeyboardInterrupt:

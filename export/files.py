@@ -8,6 +8,7 @@ Pitfall: pages of a mapping that lives on count as the process's memory until it
 
 import gzip
 import json
+import math
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,14 +25,21 @@ class ExportError(Exception):
     """What is wrong with the input, as one line for the user."""
 
 
+def is_out_of_memory(error):
+    """Whether an exception says so; torch raises no kind of its own."""
+    return isinstance(error, MemoryError) or "allocate memory" in str(error)
+
+
 @contextmanager
 def reading(path):
-    """Whatever a library dislikes about a file becomes one line that names it."""
+    """Whatever a library, or our own code, dislikes about a file's contents becomes one line that names it."""
     try:
         yield
-    except (ExportError, MemoryError):
+    except ExportError:
         raise
     except Exception as error:  # each library raises its own kinds on a corrupt file
+        if is_out_of_memory(error):
+            raise MemoryError from error
         if getattr(error, "filename", None):  # an OSError that names the file itself
             raise
         detail = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -80,12 +88,12 @@ class Pickle:
               torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float64: "F64"}
 
     def __init__(self, path):
-        self.path, self.metadata, self.containers = path, {}, []
+        self.path, self.metadata, self.containers, self.remap = path, {}, [], REMAP
         self.open()
         if "generator_ema" in self.containers or "generator" in self.containers:
             print(f"{path}: weights of a distilled generator, which are only as good as the steps, shift and guidance "
                   "that it was trained for; causal ones run as if they were not", file=sys.stderr)
-        other = [k for k, v in self.values.items() if not torch.is_tensor(v)]
+        other = [k for k, v in self.values.items() if not (isinstance(k, str) and torch.is_tensor(v))]
         if other:
             raise ExportError(f"{path}: {other[0]!r} is not a tensor")
         self.tensors = {k: Stored(k, tuple(v.shape), self.DTYPES.get(v.dtype, str(v.dtype)), self)
@@ -99,6 +107,7 @@ class Pickle:
             if "mmap" not in str(error):
                 raise
             values = torch.load(self.path, map_location="cpu", weights_only=True)
+            self.remap = math.inf  # a format of before 2020: it is in memory as a whole, once
         self.containers = []
         while isinstance(values, dict) and (found := [c for c in self.CONTAINERS if isinstance(values.get(c), dict)]):
             values = values[found[0]]
@@ -108,7 +117,7 @@ class Pickle:
         self.values, self.bytes_read = values, 0
 
     def read(self, key, first, last):
-        if self.bytes_read > REMAP:
+        if self.bytes_read > self.remap:
             self.open()
         values = self.values[key][first:last] if first is not None else self.values[key]
         self.bytes_read += values.nbytes
@@ -120,22 +129,23 @@ class Gguf:
 
     def __init__(self, path):
         self.path, self.metadata = path, {}
-        reader = gguf.GGUFReader(path)
-        self.fields = reader.fields
-        self.infos = {t.name: t for t in reader.tensors}
+        reader = gguf.GGUFReader(path)  # makes several arrays for each piece of a vocabulary, so it is not kept
+        self.fields = {name: field.contents() for name, field in reader.fields.items()
+                       if name.startswith("tokenizer.ggml.")}
+        self.infos = {t.name: (t.tensor_type, int(t.n_bytes), int(t.data_offset)) for t in reader.tensors}
         self.tensors = {t.name: Stored(t.name, tuple(int(n) for n in reversed(t.shape)), t.tensor_type.name, self)
                         for t in reader.tensors}
 
     def read(self, key, first, last):
-        info, shape = self.infos[key], self.tensors[key].shape
-        row = info.n_bytes // shape[0]
+        (kind, n_bytes, offset), shape = self.infos[key], self.tensors[key].shape
+        row = n_bytes // shape[0]
         first, last = first or 0, shape[0] if last is None else min(last, shape[0])
-        raw = np.fromfile(self.path, np.uint8, (last - first) * row, offset=info.data_offset + first * row)
-        values = gguf.quants.dequantize(raw.reshape(last - first, row), info.tensor_type)
+        raw = np.fromfile(self.path, np.uint8, (last - first) * row, offset=offset + first * row)
+        values = gguf.quants.dequantize(raw.reshape(last - first, row), kind)
         return torch.from_numpy(values.reshape(last - first, *shape[1:]))
 
     def value(self, key, default=None):
-        return self.fields[key].contents() if key in self.fields else default
+        return self.fields.get(key, default)
 
 
 READERS = {".safetensors": Safetensors, ".pth": Pickle, ".pt": Pickle, ".bin": Pickle, ".ckpt": Pickle, ".gguf": Gguf}

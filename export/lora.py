@@ -1,25 +1,28 @@
 """LoRA: low-rank products and differences that others trained, merged into the transformer's weights.
 
-    W += scale * (alpha / rank) * up @ down        b += scale * diff_b        W += scale * diff
+    W += scale * (alpha / rank) * up @ down        W += scale * diff
+    b += scale * (alpha / rank) * up_b             b += scale * diff_b
 
-in float32, on the weights as torch lays them out. Three styles of keys are in use (ComfyUI's, kohya's, diffusers');
-all are renamed as the checkpoint's own keys are. A key that matches no tensor is an error.
+in float32, on the weights as torch lays them out, some rows at a time: a LoRA is as little in memory as what it
+changes. Four styles of keys are in use (ComfyUI's, kohya's, diffusers', PEFT's); all are renamed as the checkpoint's
+own keys are. A key that matches no tensor is an error.
 """
 
 import json
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from export.files import ExportError, open_file, reading
-from export.names import our_name, plain_name
+from export.files import ExportError, open_file, read_json, reading
+from export.names import check_stored, our_name, plain_name
 from export.tables import squeezed
 
-LORA_PREFIXES = ("base_model.model.", "transformer.", "diffusion_model.")
+PEFT_PREFIX = "base_model.model."
+LORA_PREFIXES = (PEFT_PREFIX, "transformer.", "diffusion_model.")
 LORA_SUFFIXES = {".lora_A.weight": "down", ".lora_down.weight": "down", ".lora_A.default.weight": "down",
                  ".lora_B.weight": "up", ".lora_up.weight": "up", ".lora_B.default.weight": "up",
-                 ".lora_B.bias": "diff_b", ".alpha": "alpha",
+                 ".lora_B.bias": "up_b", ".lora_B.default.bias": "up_b", ".alpha": "alpha",
                  ".diff": "diff", ".diff_b": "diff_b", ".diff_m": "diff_m"}
 
 
@@ -28,14 +31,26 @@ class Lora:
     """What one LoRA adds: for each tensor, by our name, low-rank products and differences."""
     path: Path
     scale: float
-    rows: dict     # name -> torch shape, of every tensor of the transformer
-    changes: dict  # name -> list of functions (first row, last row) -> f32 (rows, rest), in torch's layout
+    rows: dict   # name -> torch shape, of every tensor of the transformer
+    files: list  # that were read
+    changes: dict = field(default_factory=dict)  # name -> functions (first row, last row) -> f32 (rows, rest), as torch
 
     def add(self, name, shape, change, key):
         """One change of a tensor that must have this shape."""
         if squeezed(shape) != squeezed(self.rows[name]):
             raise ExportError(f"{self.path}: {key} has shape {list(shape)}, but {name} has {list(self.rows[name])}")
         self.changes.setdefault(name, []).append(change)
+
+    def add_difference(self, module, kind, tensor, factor):
+        """A tensor that is added, times a factor, to the module's weight, bias or modulation."""
+        name = lora_tensor(module, kind)
+        self.add(name, tensor.shape, lambda first, last, count=self.rows[name][0]:
+                 rows_of(tensor, count, first, last) * factor, tensor.key)
+
+    def add_product(self, module, up, down, factor):
+        """up (rows, rank) @ down (rank, rest), times a factor, added to the module's weight (rows, rest)."""
+        self.add(f"{module}.weight", (up.shape[0], *down.shape[1:]), lambda first, last:
+                 up.rows(first, last).flatten(1) @ down.rows().flatten(1) * factor, up.key)
 
 
 def lora_module(key, rows):
@@ -58,7 +73,14 @@ def lora_tensor(module, kind):
     """The name of the tensor that a key of this kind changes."""
     if kind == "diff_m":
         return f"{module}.modulation"
-    return f"{module}.bias" if kind == "diff_b" else f"{module}.weight"
+    return f"{module}.bias" if kind in ("diff_b", "up_b") else f"{module}.weight"
+
+
+def rows_of(tensor, count, first, last):
+    """Rows [first, last) of the `count` that a tensor has but for ones that torch pads it with, as (rows, rest)."""
+    if tensor.shape[0] == count:
+        return tensor.rows(first, last).reshape(last - first, -1)
+    return tensor.rows().reshape(count, -1)[first:last]
 
 
 def open_lora(option, rows):
@@ -73,19 +95,12 @@ def open_lora(option, rows):
         if not math.isfinite(scale):
             raise ExportError(f"--lora {option}: {number!r} is not a scale")
     file = open_file(Path(path))
-    modules = {}
-    for key, tensor in file.tensors.items():
-        found = lora_module(key, rows)
-        if not found or lora_tensor(*found) not in rows:
-            raise ExportError(f"{path}: {key} matches no tensor of the transformer")
-        if found[1] in modules.setdefault(found[0], {}):
-            raise ExportError(f"{path}: {key} stands for the same as {modules[found[0]][found[1]].key}")
-        modules[found[0]][found[1]] = tensor
-    alpha = peft_alpha(file)
-    lora = Lora(Path(path), scale, rows, {})
-    for module, keys in modules.items():
-        add_differences(lora, module, keys)
-        add_product(lora, module, keys, alpha)
+    with reading(path):
+        modules = lora_modules(file, rows)
+        config, config_files = adapter_config(file)
+        lora = Lora(Path(path), scale, rows, [file.path, *config_files])
+        for module, keys in modules.items():
+            add_changes(lora, module, keys, config)
     if not lora.changes:
         raise ExportError(f"{path}: changes nothing")
     print(f"{path}: {len(file.tensors)} keys applied to {len(lora.changes)} tensors, scale {scale:g}",
@@ -93,36 +108,56 @@ def open_lora(option, rows):
     return lora
 
 
-def peft_alpha(file):
-    """lora_alpha as diffusers keeps it in the file's metadata; None where it says nothing: alpha is then the rank."""
-    with reading(file.path):
-        config = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
+def lora_modules(file, rows):
+    """{module: {kind of key: tensor}} of a LoRA file."""
+    modules = {}
+    for key, tensor in file.tensors.items():
+        found = lora_module(key, rows)
+        if not found or lora_tensor(*found) not in rows:
+            raise ExportError(f"{file.path}: {key} matches no tensor of the transformer")
+        module, kind = found
+        if kind in modules.setdefault(module, {}):
+            raise ExportError(f"{file.path}: {key} stands for the same as {modules[module][kind].key}")
+        if kind != "alpha":  # which is a count, and may be stored as one
+            check_stored(key, tensor, key.removesuffix(".weight"))
+        modules[module][kind] = tensor
+    return modules
+
+
+def adapter_config(file):
+    """(What PEFT says of the adapter, the files that say so): diffusers keeps it in the file's metadata, PEFT itself in
+    adapter_config.json beside it."""
+    beside = file.path.parent / "adapter_config.json"
+    if "lora_adapter_metadata" in file.metadata:
+        config, files = json.loads(file.metadata["lora_adapter_metadata"]), []
+    elif any(key.startswith(PEFT_PREFIX) for key in file.tensors):
+        if not beside.is_file():
+            raise ExportError(f"{file.path}: PEFT keeps its strength in {beside.name}, which must lie beside it")
+        config, files = read_json(beside), [beside]
+    else:
+        config, files = {}, []
+    config = {key.removeprefix("transformer."): value for key, value in config.items()}
     for key in ("use_dora", "use_rslora", "alpha_pattern"):
-        if config.get(f"transformer.{key}", config.get(key)):
+        if config.get(key):
             raise ExportError(f"{file.path}: {key} is not supported")
-    return config.get("transformer.lora_alpha", config.get("lora_alpha"))
+    return config, files
 
 
-def add_differences(lora, module, keys):
-    """The keys that hold a difference of the module's weight, bias or modulation."""
-    for kind in keys.keys() & {"diff", "diff_b", "diff_m"}:
-        name, values = lora_tensor(module, kind), lora.scale * keys[kind].rows()
-        lora.add(name, values.shape, lambda first, last, values=values, rows=lora.rows[name][0]:
-                 values.reshape(rows, -1)[first:last], keys[kind].key)
-
-
-def add_product(lora, module, keys, default_alpha):
-    """The keys that hold a low-rank product: up (rows, rank) @ down (rank, rest), added to a weight (rows, rest)."""
-    alone = keys.keys() & {"down", "up", "alpha"}
+def add_changes(lora, module, keys, config):
+    """All that the keys of one module change."""
+    for kind in ("diff", "diff_b", "diff_m"):
+        if kind in keys:
+            lora.add_difference(module, kind, keys[kind], lora.scale)
+    alone = keys.keys() & {"down", "up", "up_b", "alpha"}
     if not alone:
         return
     if not {"down", "up"} <= keys.keys():
         raise ExportError(f"{lora.path}: {keys[min(alone)].key} has no counterpart")
-    down, up = keys["down"].rows(), keys["up"].rows().flatten(1)
-    if up.shape[1] != down.shape[0]:
-        raise ExportError(f"{lora.path}: {keys['up'].key} has rank {up.shape[1]}, {keys['down'].key} has "
-                          f"{down.shape[0]}")
-    alpha = keys["alpha"].rows().item() if "alpha" in keys else default_alpha
-    factor = lora.scale * (1.0 if alpha is None else alpha / down.shape[0])
-    lora.add(f"{module}.weight", (up.shape[0], *down.shape[1:]),
-             lambda first, last: (up[first:last] @ down.flatten(1)) * factor, keys["up"].key)
+    down, up = keys["down"], keys["up"]
+    rank = down.shape[0]
+    if math.prod(up.shape[1:]) != rank:
+        raise ExportError(f"{lora.path}: {up.key} has rank {math.prod(up.shape[1:])}, {down.key} has {rank}")
+    alpha = keys["alpha"].rows().item() if "alpha" in keys else config.get("lora_alpha", rank)
+    lora.add_product(module, up, down, lora.scale * (alpha / rank))
+    if "up_b" in keys:
+        lora.add_difference(module, "up_b", keys["up_b"], lora.scale * (alpha / rank))

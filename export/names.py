@@ -80,6 +80,9 @@ UNSUPPORTED = [
      "Wan 2.2's residual VAE (TI2V-5B)"),
 ]
 
+# Names of one of Wan 2.2 A14B's two experts, which has the tensors of Wan 2.1's 14B.
+EXPERT = re.compile(r"(high|low)[-_ ]?noise|transformer_2|wan2[._]2|a14b", re.IGNORECASE)
+
 # A key that the part's own config.json always has.
 CONFIG_MARKS = {"transformer": "ffn_dim", "text_encoder": "d_model", "vae": "z_dim"}
 
@@ -126,10 +129,16 @@ class Part:
     def title(self):
         return self.name.replace("_", " ")
 
+    @property
+    def opened(self):
+        """The files that its tensors are in."""
+        return {id(t.file): t.file for t in self.tensors.values()}.values()
+
 
 def open_part(name, path, pattern="*"):
     """Opens the files of one part and renames their tensors; refuses what sora cannot run, by name."""
-    if expert := re.search(r"(high|low)_noise", f"{path.parent.name}/{path.name}"):
+    expert = EXPERT.search("/".join(path.absolute().parts[-2:])) if name == "transformer" else None
+    if expert:
         raise ExportError(f"{path}: Wan 2.2 A14B (two experts) cannot be run yet ({expert[0]})")
     paths = weight_files(path, pattern)
     stored = {}

@@ -10,6 +10,19 @@ import re
 from export.files import ExportError
 
 
+# What config.json may say, besides names that begin with "_": arguments of WanModel (the original repository's) and of
+# WanTransformer3DModel and AutoencoderKLWan (diffusers'). The text encoder's has whatever transformers adds to every
+# model; what matters there is required below.
+KNOWN = {
+    "transformer": "model_type dim in_dim out_dim ffn_dim freq_dim text_dim text_len num_heads num_layers patch_size "
+                   "eps window_size qk_norm cross_attn_norm num_attention_heads attention_head_dim in_channels "
+                   "out_channels image_dim added_kv_proj_dim rope_max_seq_len pos_embed_seq_len",
+    "vae": "base_dim decoder_base_dim z_dim dim_mult num_res_blocks attn_scales temperal_downsample dropout "
+           "latents_mean latents_std is_residual in_channels out_channels patch_size scale_factor_temporal "
+           "scale_factor_spatial clip_output",
+}
+
+
 def shape_in(part, name, dims):
     """The shape of a tensor from which sizes are inferred."""
     if name not in part.tensors:
@@ -41,6 +54,22 @@ def check_required(part, required):
             raise ExportError(f"{part.path}: config.json: {key} is {part.config[key]!r}: {what} cannot be run yet")
 
 
+def check_known(part, known):
+    """A setting that nobody here has heard of may change what is computed. known: names, as one text."""
+    for key in part.config.keys() - known.split():
+        if not key.startswith("_"):
+            raise ExportError(f"{part.path}: config.json: {key} is {part.config[key]!r}: that setting is not known")
+
+
+def stated(part, keys, default, low, high):
+    """A number that no shape shows: what config.json states under one of these keys, of the default's kind and from
+    low to high; else the default."""
+    key, value = next(((k, part.config[k]) for k in keys.split() if k in part.config), (keys, default))
+    if type(value) not in (type(default), int) or not low <= value <= high:
+        raise ExportError(f"{part.path}: config.json: {key} is {value!r}, expected a number from {low:g} to {high:g}")
+    return value
+
+
 def transformer_sizes(part):
     """wan/modules/model.py's arguments. Without a config the head width is 128, as in every released Wan model."""
     patch = part.tensors.get("patch_embedding.weight")
@@ -49,8 +78,8 @@ def transformer_sizes(part):
         shape = (dim, patch.shape[0] // dim, *patch.shape[1:])
     else:
         shape = shape_in(part, "patch_embedding.weight", 5)
-    heads = part.config.get("num_heads", part.config.get("num_attention_heads", shape[0] // 128))
-    if heads < 1 or shape[0] % (2 * heads):
+    heads = stated(part, "num_heads num_attention_heads", max(shape[0] // 128, 1), 1, 1024)
+    if shape[0] % (2 * heads) or shape[0] < 128 and not part.config:
         raise ExportError(f"{part.path}: a width of {shape[0]} is not {heads} heads of even width "
                           "(without a config.json that states num_heads, heads are 128 wide)")
     sizes = {
@@ -60,19 +89,21 @@ def transformer_sizes(part):
         "patch_size": list(shape[2:]),
         "patch": math.prod(shape[2:]),
         "text_dim": shape_in(part, "text_embedding.0.weight", 2)[1],
-        "text_len": part.config.get("text_len", 512),
+        "text_len": stated(part, "text_len", 512, 1, 4096),
         "freq_dim": shape_in(part, "time_embedding.0.weight", 2)[1],
         "ffn_dim": shape_in(part, "blocks.0.ffn.0.weight", 2)[0],
         "num_layers": blocks_in(part),
         "num_heads": heads,
         "head_dim": shape[0] // heads,
-        "eps": part.config.get("eps", 1e-6),
+        "eps": stated(part, "eps", 1e-6, 0, 1),
     }
     sizes.update(zip(("patch_t", "patch_h", "patch_w"), shape[2:]))
     if sizes["in_dim"] != sizes["out_dim"]:
         raise ExportError(f"{part.path}: {sizes['in_dim']} latent channels in, {sizes['out_dim']} out: a model "
                           "conditioned on images or other latents cannot be run yet")
+    check_known(part, KNOWN["transformer"])
     check_required(part, [
+        ("_class_name", ("WanTransformer3DModel", "WanModel"), "that kind of model"),
         ("model_type", ("t2v",), "that kind of model"),
         ("qk_norm", (True, "rms_norm_across_heads"), "another norm of queries and keys"),
         ("cross_attn_norm", (True,), "a block without it"),
@@ -103,8 +134,8 @@ def text_encoder_sizes(part):
         "num_heads": num_heads,
         "head_dim": inner // num_heads,
         "num_buckets": num_buckets,
-        "max_distance": part.config.get("relative_attention_max_distance", 128),
-        "eps": part.config.get("layer_norm_epsilon", 1e-6),
+        "max_distance": stated(part, "relative_attention_max_distance", 128, 1, 65536),
+        "eps": stated(part, "layer_norm_epsilon", 1e-6, 0, 1),
     }
     check_required(part, [
         ("model_type", ("umt5",), "another text encoder"),
@@ -146,6 +177,7 @@ def vae_sizes(part):
     sizes["decoder_base_dim"] = top // max(sizes["dim_mult"][-1], 1)
     sizes["patch_size"] = math.isqrt(sizes["out_channels"] // 3)
     add_statistics(part, sizes)
+    check_known(part, KNOWN["vae"])
     check_required(part, [
         ("is_residual", (False,), "Wan 2.2's residual VAE"),
         ("attn_scales", ([],), "attention inside the VAE's levels"),
@@ -162,3 +194,5 @@ def add_statistics(part, sizes):
             raise ExportError(f"{part.path}: {key} is not known for {sizes['z_dim']} latent channels: a config.json "
                               "that states it must lie beside the VAE")
         sizes[key] = [float(v) for v in values]
+        if not all(map(math.isfinite, sizes[key])) or key == "latents_std" and min(sizes[key]) <= 0:
+            raise ExportError(f"{part.path}: config.json: {key} is {values}, which is no mean or deviation")

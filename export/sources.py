@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from export.files import ExportError, read_json
+from export.files import ExportError, read_json, reading
 
 # ---------------------------------------------------------------- parts
 
@@ -33,9 +33,9 @@ def find_sources(args):
         if root.is_file():
             sources = Sources(transformer=root)
         elif (root / "model_index.json").is_file():
-            sources = diffusers_sources(root)
+            sources = diffusers_sources(root, bool(args.transformer))
         else:
-            sources = original_sources(root)
+            sources = original_sources(root, bool(args.transformer))
         if (root / "sora.json").is_file():
             sources.settings = root / "sora.json"
     for part in PARTS:
@@ -51,27 +51,37 @@ def find_sources(args):
     return sources
 
 
-def diffusers_sources(root):
-    """The parts of a diffusers pipeline folder."""
-    index = read_json(root / "model_index.json")
-    for key, what in (("transformer_2", "Wan 2.2 A14B (two experts)"), ("image_encoder", "an image-to-video model")):
-        if any(index.get(key) or []):
-            raise ExportError(f"{root}: {what} cannot be run yet ({key} in model_index.json)")
-    if index.get("expand_timesteps"):
-        raise ExportError(f"{root}: Wan 2.2 TI2V-5B cannot be run yet (expand_timesteps in model_index.json)")
+def diffusers_sources(root, replaced):
+    """The parts of a diffusers pipeline folder; of any pipeline's if its transformer is replaced."""
+    path = root / "model_index.json"
+    with reading(path):
+        index = read_json(path)
+        if not replaced:
+            refuse_pipeline(root, index)
     scheduler = root / "scheduler" / "scheduler_config.json"
     return Sources(root / "transformer", root / "text_encoder", root / "vae", root / "tokenizer",
                    scheduler if scheduler.is_file() else None)
 
 
-def original_sources(root):
+def refuse_pipeline(root, index):
+    """An error that names the model, where diffusers would do something else with it than sora does."""
+    for key, what in (("transformer_2", "Wan 2.2 A14B (two experts)"), ("image_encoder", "an image-to-video model")):
+        if any(index.get(key) or []):
+            raise ExportError(f"{root}: {what} cannot be run yet ({key} in model_index.json)")
+    if index.get("expand_timesteps"):
+        raise ExportError(f"{root}: Wan 2.2 TI2V-5B cannot be run yet (expand_timesteps in model_index.json)")
+    if index.get("_class_name", "WanPipeline") != "WanPipeline":
+        raise ExportError(f"{root}: a {index['_class_name']} cannot be run yet (_class_name in model_index.json)")
+
+
+def original_sources(root, replaced):
     """The parts of a folder as the original repository's generate.py expects it (wan/configs)."""
     def first(pattern):
         return next(iter(sorted(root.glob(pattern))), None)
 
     for pattern, what in (("*_noise_model", "Wan 2.2 A14B (two experts)"), ("Wan2.2_VAE.*", "Wan 2.2 TI2V-5B"),
                           ("models_clip_*", "an image-to-video model (CLIP image encoder)")):
-        if found := first(pattern):
+        if (found := first(pattern)) and not replaced:
             raise ExportError(f"{root}: {what} cannot be run yet ({found.name})")
     return Sources(root, first("models_t5_*"), first("Wan*_VAE.*"), first("google/umt5-xxl"),
                    transformer_pattern="diffusion_pytorch_model*")
@@ -112,7 +122,7 @@ SCHEDULERS = {
 ALL_SCHEDULERS = {"num_train_timesteps": 1000, "use_dynamic_shifting": False, "shift_terminal": None,
                   "thresholding": False, "final_sigmas_type": "zero", "use_karras_sigmas": False,
                   "use_exponential_sigmas": False, "use_beta_sigmas": False}
-
+OTHERWISE_ELSE = ("prediction_type", "use_flow_sigmas")  # what a configuration leaves out, diffusers does otherwise
 
 SAMPLERS = [sampler for sampler, _, _ in SCHEDULERS.values()]
 
@@ -124,8 +134,9 @@ def scheduler_defaults(path):
         raise ExportError(f"{path}: {config.get('_class_name')} is none of {', '.join(SCHEDULERS)}")
     sampler, shift, settings = SCHEDULERS[config["_class_name"]]
     for key, value in {**ALL_SCHEDULERS, **settings}.items():
-        if config.get(key, value) != value:
-            raise ExportError(f"{path}: {key} is {config[key]!r}, expected {value!r}")
+        found = config.get(key, None if key in OTHERWISE_ELSE else value)
+        if found != value:
+            raise ExportError(f"{path}: {key} is {found!r}, expected {value!r}")
     return {"sampler": sampler, "shift": float(config.get(shift, 1.0))}
 
 
@@ -134,7 +145,8 @@ def run_defaults(args, sources, transformer, vae):
     scheduler's configuration, sora.json beside the checkpoint, options of this command. transformer, vae: sizes."""
     values = {**DEFAULTS, **RELEASED.get((transformer["dim"], transformer["num_layers"]), {})}
     if sources.scheduler:
-        values.update(scheduler_defaults(sources.scheduler))
+        with reading(sources.scheduler):
+            values.update(scheduler_defaults(sources.scheduler))
     if sources.settings:
         values.update(read_json(sources.settings))
     values.update({key: getattr(args, key) for key in DEFAULTS if getattr(args, key) is not None})

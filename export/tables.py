@@ -6,9 +6,10 @@ them; # stands for a block's number. Rows come in order of use, which is the ord
 
 import math
 
-# Type rules. EXACT is f32: vectors, modulation, position biases. CONV, the VAE's convolutions, loses nothing: f32, or
-# the 16 bits that are stored. WIDE is the way in and out of the transformer: never below 16 bits. MATRIX follows --type.
-EXACT, CONV, WIDE, MATRIX = "exact", "conv", "wide", "matrix"
+# Type rules. EXACT is f32: vectors, modulation, position biases. KEPT loses nothing (f32, or the 16 bits that are
+# stored): the time embedding, as in diffusers, and CONV, the VAE's convolutions. WIDE is the way in and out of the
+# transformer: never below 16 bits. MATRIX follows --type.
+EXACT, KEPT, CONV, WIDE, MATRIX = "exact", "kept", "conv", "wide", "matrix"
 
 TRANSFORMER = [
     ("patch_embedding.weight", "dim in_dim patch_t patch_h patch_w", WIDE),
@@ -17,9 +18,9 @@ TRANSFORMER = [
     ("text_embedding.0.bias", "dim", EXACT),
     ("text_embedding.2.weight", "dim dim", WIDE),
     ("text_embedding.2.bias", "dim", EXACT),
-    ("time_embedding.0.weight", "dim freq_dim", WIDE),
+    ("time_embedding.0.weight", "dim freq_dim", KEPT),
     ("time_embedding.0.bias", "dim", EXACT),
-    ("time_embedding.2.weight", "dim dim", WIDE),
+    ("time_embedding.2.weight", "dim dim", KEPT),
     ("time_embedding.2.bias", "dim", EXACT),
     ("time_projection.1.weight", "6*dim dim", WIDE),
     ("time_projection.1.bias", "6*dim", EXACT),

@@ -28,15 +28,14 @@ def find_tokenizer(path):
     raise ExportError(f"{path}: no tokenizer.json or spiece.model")
 
 
-def tokenizer_keys(path):
-    """The keys of one tokenizer file, chosen by its kind."""
+def tokenizer_keys(path, opened=()):
+    """The keys of one tokenizer file, chosen by its kind. opened: files of weights, which may be the same one."""
     with reading(path):
         if path.name.endswith((".json", ".json.gz")):
             return from_tokenizer_json(path, read_json(path))
-        if path.suffix == ".gguf":
-            return from_gguf(open_file(path))
-        if path.suffix == ".safetensors":
-            return from_embedded(open_file(path))
+        if path.suffix in (".gguf", ".safetensors"):
+            file = next((f for f in opened if f.path == path), None) or open_file(path)
+            return (from_gguf if path.suffix == ".gguf" else from_embedded)(file)
         if path.suffix == ".model":
             return from_sentencepiece(path, path.read_bytes())
     raise ExportError(f"{path}: unknown kind of tokenizer, expected .json, .model, .gguf or .safetensors")

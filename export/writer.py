@@ -16,7 +16,7 @@ from gguf import GGMLQuantizationType as Type
 from tqdm import tqdm
 
 from export.files import ExportError, Stored
-from export.tables import CONV, EXACT, WIDE, squeezed
+from export.tables import CONV, EXACT, KEPT, MATRIX, WIDE, squeezed
 
 ALIGNMENT = 64  # bytes; a cache line, so that rows of a mapped tensor load aligned
 SLICE = 1 << 24  # elements converted at a time
@@ -50,6 +50,9 @@ class Planned:
             values = self.source.rows(*(() if whole else (first, last))).reshape(last - first, -1)
             for change in self.changes:
                 values = values + change(first, last)
+            if not torch.isfinite(values).all():
+                raise ExportError(f"{self.source.file.path}: {self.source.key} holds a number that is not finite"
+                                  f"{', with its LoRAs' if self.changes else ''}")
             if self.folded:
                 values = values.reshape(last - first, self.torch_shape[1], -1).transpose(1, 2)
             yield self.convert(values.reshape(last - first, *self.shape[1:]))
@@ -81,15 +84,17 @@ def folded_shape(shape):
 
 def stored_type(rule, source, columns, wanted):
     """The type of a tensor in the file: as --type wants it and its rule allows, without --type as it was stored."""
-    if rule == EXACT or (rule == CONV and source.dtype not in ("F16", "BF16")):
+    if rule == EXACT or (rule in (KEPT, CONV) and source.dtype not in ("F16", "BF16")):
         return Type.F32
-    if wanted is None or (rule == CONV and wanted != Type.F32):
-        return {"F32": Type.F32, "F64": Type.F32, "F16": Type.F16}.get(source.dtype, Type.BF16)
+    fits = columns % gguf.constants.GGML_QUANT_SIZES[Type.Q8_0][0] == 0
+    if wanted is None or (rule in (KEPT, CONV) and wanted != Type.F32):
+        kept = {"F32": Type.F32, "F64": Type.F32, "F16": Type.F16}
+        if rule == MATRIX and fits:
+            kept["Q8_0"] = Type.Q8_0
+        return kept.get(source.dtype, Type.BF16)
     if wanted == Type.Q8_0 and rule == WIDE:
-        return Type.BF16
-    if wanted == Type.Q8_0 and columns % gguf.constants.GGML_QUANT_SIZES[Type.Q8_0][0]:
-        return Type.F16
-    return wanted
+        return Type.F16 if source.dtype == "F16" else Type.BF16
+    return Type.F16 if wanted == Type.Q8_0 and not fits else wanted
 
 
 def plan(part, rows, wanted, loras=()):
@@ -137,9 +142,15 @@ def check_output(path):
     return path
 
 
+def spare_sources(path, sources):
+    """What is converted must not be what is replaced."""
+    if path.exists() and any(map(path.samefile, sources)):
+        raise ExportError(f"{path}: is being converted, and would be overwritten")
+
+
 def write(path, keys, planned):
     """Writes the file under a temporary name and renames it when complete."""
-    temporary = path.with_name(path.name + ".part")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         write_header(temporary, keys, planned)
         digest = write_tensors(temporary, planned)

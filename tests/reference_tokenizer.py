@@ -450,17 +450,22 @@ class Comparison:
     """Holds the C code against the libraries, vocabulary by vocabulary; `wrong` counts the strings that differ."""
 
     def __init__(self, folder, count):
-        self.c, self.folder, self.count, self.wrong, self.goldens = build(folder), folder, count, 0, []
+        self.c, self.folder, self.count, self.goldens = build(folder), folder, count, []
+        self.strings, self.wrong = 0, 0
+
+    def compare(self, name, expected, actual, inputs):
+        self.wrong += compare(name, expected, actual, inputs)
+        self.strings += len(inputs)
 
     def clean_up(self):
-        self.wrong += compare("clean-up as ftfy and html.unescape", clean, lambda p: clean_in_c(self.c, p),
-                              list(prompts(self.count, 1)))
+        self.compare("clean-up as ftfy and html.unescape", clean, lambda p: clean_in_c(self.c, p),
+                     list(prompts(self.count, 1)))
 
     def tokenizer(self, name, path, library, inputs):
         """`library` maps a text to its ids by the tokenizer file at `path`."""
         keys = tokenizer_keys(path)
         tokenizer = Tokenizer(self.c, write_weights(self.folder / "model.gguf", keys))
-        self.wrong += compare(name, library, tokenizer.encode, inputs)
+        self.compare(name, library, tokenizer.encode, inputs)
         if name in GOLDENS:
             self.goldens.append((GOLDENS[name], keys, library, inputs))
 
@@ -508,7 +513,7 @@ def compare_dense(comparison, sentences):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--umt5", type=Path, help="umT5's own tokenizer.json")
+    parser.add_argument("--umt5", type=Path, help="umT5's own tokenizer.json or tokenizer.json.gz")
     parser.add_argument("--count", type=int, default=2000, help="random strings per vocabulary")
     parser.add_argument("--goldens", type=Path, help="also write the goldens into this folder")
     args = parser.parse_args()
@@ -523,6 +528,7 @@ def main():
         compare_dense(comparison, sentences)
         if args.goldens:
             write_goldens(args.goldens, comparison.goldens)
+    print(f"{comparison.strings - comparison.wrong} passed, {comparison.wrong} failed")
     sys.exit(comparison.wrong > 0)
 
 

@@ -8,6 +8,7 @@ against its own merge.
 import hashlib
 import importlib.util
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -48,8 +49,15 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def baseline(folders):
-    """The file of the diffusers folder in f32."""
+    """The file of the diffusers folder in f32, each tensor in one slice."""
     return export(folders / "diffusers", folders / "baseline.gguf", "--type", "f32")
+
+
+@pytest.fixture(autouse=True)
+def small_slices(monkeypatch):
+    """Every tensor of some size is read and written in several slices here, but for the baseline, which is whole."""
+    monkeypatch.setattr("export.writer.SLICE", 3000)
+    monkeypatch.setattr("export.files.REMAP", 100000)
 
 
 def export(*arguments):
@@ -159,8 +167,8 @@ def test_sources_are_named_with_their_digest(folders, baseline):
 
 # ---------------------------------------------------------------- types
 
-EXACT = ("norm", "bias", "modulation", "attn_rel_b", "vae.", "gamma")
-WIDE = ("patch_embedding", "text_embedding", "time_embedding", "time_projection", "head.head")
+EXACT = ("norm", "bias", "modulation", "attn_rel_b", "vae.", "gamma", "time_embedding")
+WIDE = ("patch_embedding", "text_embedding", "time_projection", "head.head")
 
 
 @pytest.mark.parametrize("name", ["f32", "f16", "bf16", "q8_0"])
@@ -196,6 +204,8 @@ def test_without_a_type_tensors_stay_as_stored(tmp_path, folders):
     weights["blocks.0.ffn.net.2.weight"] = weights["blocks.0.ffn.net.2.weight"].bfloat16()
     weights["blocks.1.ffn.net.2.weight"] = weights["blocks.1.ffn.net.2.weight"].half()
     weights["blocks.1.norm2.weight"] = weights["blocks.1.norm2.weight"].half()
+    for name in ("proj_out", "condition_embedder.time_embedder.linear_1"):
+        weights[f"{name}.weight"] = weights[f"{name}.weight"].half()
     save_file(weights, path)
     path = copy / "vae/diffusion_pytorch_model.safetensors"
     save_file({k: v.half() for k, v in load_file(path).items()}, path)
@@ -207,6 +217,14 @@ def test_without_a_type_tensors_stay_as_stored(tmp_path, folders):
     assert [file[k][0] for k in names] == [Type.BF16, Type.BF16, Type.BF16, Type.F32, Type.F16, Type.F32]
     file = tensors(export(copy, tmp_path / "out.gguf", "--type", "f32"))
     assert {file[k][0] for k in names} == {Type.F32}
+    file = tensors(export(copy, tmp_path / "out.gguf", "--type", "q8_0"))  # the way out keeps its 16 bits
+    assert file["head.head.weight"][0] == file["time_embedding.0.weight"][0] == Type.F16
+
+
+def test_a_number_that_is_none_is_refused(tmp_path, folders, capsys):
+    copy = shutil.copytree(folders / "diffusers", tmp_path / "nan")
+    change_transformer(copy, lambda w: w["blocks.1.ffn.net.2.weight"][47, 3].fill_(math.nan))
+    assert "blocks.1.ffn.net.2.weight holds a number that is not finite" in refused(capsys, tmp_path / "out.gguf", copy)
 
 
 def test_a_number_beyond_f16_is_refused(tmp_path, folders, capsys):
@@ -321,6 +339,12 @@ def test_gguf_of_the_text_encoder_carries_its_tokenizer(tmp_path, folders, basel
         if name in weights:
             exact = weights[name][1] == Type.F32
             assert np.abs(values - source[name]).max() <= (0 if exact else np.abs(source[name]).max() / 100)
+    # Without --type, q8_0 stays what it is, bit for bit.
+    file = export(folders / "diffusers", tmp_path / "kept.gguf", "--text-encoder", path)
+    theirs, ours = ({t.name: t for t in r.tensors} for r in (gguf.GGUFReader(path), file))
+    kept = [name for name, tensor in theirs.items() if tensor.tensor_type == Type.Q8_0 and "rel_b" not in name]
+    assert len(kept) == 2 and all(theirs[name].n_elements > 3000 for name in kept)  # of several slices
+    assert all(np.array_equal(theirs[name].data, ours[name].data) for name in kept)
 
 
 def comfy_text_encoder(folders, suffix, per_row):
@@ -400,7 +424,23 @@ WRONG = [  # (what is done to a diffusers folder, what the line says)
     (lambda f: change_transformer(f, lambda w: w.update({"vace_blocks.0.proj_in.weight": torch.zeros(2)})), "VACE"),
     (lambda f: change_json(f / "transformer/config.json", num_layers=3), "num_layers is 3, but the tensors say 2"),
     (lambda f: change_json(f / "transformer/config.json", qk_norm="rms_norm"), "qk_norm is 'rms_norm'"),
-    (lambda f: change_json(f / "transformer/config.json", num_attention_heads="two"), "cannot be read"),
+    (lambda f: change_json(f / "transformer/config.json", num_attention_heads="two"),
+     "num_attention_heads is 'two', expected a number from 1 to 1024"),
+    (lambda f: change_json(f / "transformer/config.json", eps="x"), "eps is 'x', expected a number"),
+    (lambda f: change_json(f / "transformer/config.json", local_attn_size=12),
+     "local_attn_size is 12: that setting is not known"),
+    (lambda f: change_json(f / "transformer/config.json", _class_name="CausalWanModel"),
+     "_class_name is 'CausalWanModel'"),
+    (lambda f: change_json(f / "text_encoder/config.json", relative_attention_max_distance=0),
+     "relative_attention_max_distance is 0, expected a number from 1"),
+    (lambda f: change_json(f / "text_encoder/config.json", layer_norm_epsilon=None), "layer_norm_epsilon is None"),
+    (lambda f: change_json(f / "vae/config.json", latents_std=[0.0] * 16), "which is no mean or deviation"),
+    (lambda f: change_json(f / "model_index.json", _class_name="WanVACEPipeline"), "a WanVACEPipeline cannot be run"),
+    (lambda f: change_json(f / "model_index.json", transformer_2=True), "model_index.json: cannot be read"),
+    (lambda f: change_json(f / "scheduler/scheduler_config.json", flow_shift=None),
+     "scheduler_config.json: cannot be read"),
+    (lambda f: (f / "scheduler/scheduler_config.json").write_text('{"_class_name": "UniPCMultistepScheduler"}'),
+     "prediction_type is None, expected 'flow_prediction'"),
     (lambda f: change_json(f / "vae/config.json", is_residual=True), "residual VAE"),
     (lambda f: change_json(f / "vae/config.json", dim_mult=[1, 2, 4, 8]), "dim_mult is [1, 2, 4, 8]"),
     (lambda f: change_json(f / "vae/config.json", latents_mean=[0.0]), "latents_mean is not known"),
@@ -457,15 +497,50 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path, folders, capsys):
     assert not (tmp_path / "ran").exists()
 
 
+def test_a_pickle_of_something_else_is_refused(tmp_path, folders, capsys):
+    copy = shutil.copytree(folders / "original", tmp_path / "copy")
+    torch.save({3: torch.zeros(2)}, copy / "Wan2.1_VAE.pth")
+    assert "3 is not a tensor" in refused(capsys, tmp_path / "out.gguf", copy)
+
+
+def test_a_pickle_of_the_old_format(tmp_path, folders, baseline):
+    path = tmp_path / "wan.pth"
+    torch.save(load_file(folders / "original/diffusion_pytorch_model.safetensors"), path,
+               _use_new_zipfile_serialization=False)
+    shutil.copy(folders / "original/config.json", tmp_path)
+    assert digest(export_parts(folders, tmp_path / "out.gguf", transformer=path)) == digest(baseline)
+
+
+def test_out_of_memory_is_no_fault_of_the_file(tmp_path, folders, capsys, monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+
+    for where in ("export.files.Safetensors.read", "export.writer.Planned.convert"):
+        with monkeypatch.context() as patch:
+            patch.setattr(where, refuse)
+            assert command.main([str(folders / "diffusers"), "-o", str(tmp_path / "out.gguf")]) == 3
+    assert capsys.readouterr().err.splitlines() == ["export.py: out of memory"] * 2
+
+
 def test_missing_parts_are_named(tmp_path, folders, capsys):
     transformer = folders / "diffusers/transformer"
     assert "--text-encoder" in refused(capsys, tmp_path / "out.gguf", "--transformer", transformer)
     assert "no such file" in refused(capsys, tmp_path / "out.gguf", tmp_path / "nothing")
 
 
-def test_an_expert_of_two_is_refused_where_it_is_named_alone(tmp_path, folders, capsys):
-    expert = shutil.copytree(folders / "diffusers/transformer", tmp_path / "high_noise_model")
+@pytest.mark.parametrize("name", [
+    "high_noise_model", "HighNoise", "Wan2_2-T2V-A14B-LOW_fp8", "Wan2.2-T2V-A14B-Diffusers/transformer_2"])
+def test_an_expert_of_two_is_refused_where_it_is_named_alone(tmp_path, folders, capsys, name):
+    expert = shutil.copytree(folders / "diffusers/transformer", tmp_path / name)
     assert "two experts" in refused(capsys, tmp_path / "out.gguf", folders / "diffusers", "--transformer", expert)
+
+
+def test_other_parts_come_from_any_pipeline(tmp_path, folders, baseline):
+    copy = shutil.copytree(folders / "diffusers", tmp_path / "copy")
+    change_json(copy / "model_index.json", _class_name="WanImageToVideoPipeline",
+                image_encoder=["transformers", "CLIPVisionModel"])
+    file = export(copy, tmp_path / "out.gguf", "--type", "f32", "--transformer", folders / "diffusers/transformer")
+    assert digest(file) == digest(baseline)
 
 
 @pytest.mark.parametrize("option, says", [
@@ -483,6 +558,15 @@ def test_outputs_that_cannot_be_written(tmp_path, folders, capsys):
     assert [line.split(": ")[-1] for line in capsys.readouterr().err.splitlines()] == [
         "not a regular file", "no such folder", "not a regular file"]
     assert Path("/dev/null").is_char_device()
+
+
+def test_what_is_converted_is_not_overwritten(tmp_path, folders, capsys):
+    copy = shutil.copytree(folders / "diffusers", tmp_path / "copy")
+    output = copy / "transformer/diffusion_pytorch_model.safetensors"
+    before = output.read_bytes()
+    assert command.main([str(copy), "-o", str(output)]) == 2
+    assert "is being converted, and would be overwritten" in capsys.readouterr().err
+    assert output.read_bytes() == before
 
 
 def test_an_interrupted_export_leaves_the_old_file(tmp_path, folders, monkeypatch):
@@ -570,6 +654,36 @@ def test_alpha_of_the_adapter_metadata(tmp_path, folders):
     down, up = (weights[f"transformer.blocks.1.ffn.net.2.{k}.weight"] for k in ("lora_A", "lora_B"))
     difference = reference - expected(folders)["blocks.1.ffn.2.weight"]
     assert np.allclose(difference, 2.5 * (up @ down).numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_an_adapter_as_peft_saves_it(tmp_path, folders, capsys, bias):
+    from peft import LoraConfig, get_peft_model
+    transformer = WanTransformer3DModel.from_pretrained(folders / "diffusers/transformer")
+    adapter = get_peft_model(transformer, LoraConfig(r=4, lora_alpha=16, target_modules=["to_q", "ffn.net.2"],
+                                                     init_lora_weights=False, lora_bias=bias))
+    adapter.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    file = tensors(export(folders / "diffusers", tmp_path / "out.gguf", "--type", "f32", "--lora", path))
+    for name, reference in adapter.merge_and_unload().state_dict().items():
+        ours, reference = file[our_name("transformer", name)][1], reference.numpy()
+        assert np.abs(ours - reference.reshape(ours.shape)).max() <= 2e-6 * np.abs(reference).max(), name
+    (tmp_path / "adapter/adapter_config.json").unlink()
+    (tmp_path / "out.gguf").unlink()
+    assert "adapter_config.json" in refused(capsys, tmp_path / "out.gguf", folders / "diffusers", "--lora", path)
+
+
+@pytest.mark.parametrize("down, alpha, says", [
+    (torch.ones(4, 48, dtype=torch.int8), torch.tensor(4.0), "lora_A.weight is I8"),
+    (torch.ones(4, 48, dtype=torch.float8_e4m3fn), torch.tensor(4.0), "lora_A.weight is fp8 without its scale"),
+    (torch.full((4, 48), math.nan), torch.tensor(4.0), "is not finite, with its LoRAs"),
+    (torch.ones(4, 48), torch.ones(2), "cannot be read"), (torch.ones(0, 48), torch.tensor(4.0), "has rank 4")])
+def test_lora_values_that_are_none_are_refused(tmp_path, folders, capsys, down, alpha, says):
+    base, path = "diffusion_model.blocks.0.self_attn.q", tmp_path / "lora.safetensors"
+    save_file({f"{base}.lora_A.weight": down, f"{base}.lora_B.weight": torch.ones(48, 4), f"{base}.alpha": alpha}, path)
+    capsys.readouterr()
+    assert command.main([str(folders / "diffusers"), "-o", str(tmp_path / "out.gguf"), "--lora", str(path)]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / "out.gguf").exists()
 
 
 def test_loras_add_up_and_differences_apply(tmp_path, folders):
