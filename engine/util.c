@@ -288,25 +288,24 @@ void output_commit(OutputFile *out) {
 
 static volatile sig_atomic_t on_terminal; /* where a progress line may have to be ended */
 
-static void interrupted(int signal_number) {
-    (void)signal_number;
-    static const char message[] = "\nsora: interrupted\n";
+/* The end of a run inside a signal's handler: nothing unfinished stays. The message begins with a newline. */
+static _Noreturn void end_at_once(const char *message, int exit_status) {
     outputs_discard();
     const char *start = on_terminal ? message : message + 1;
     ssize_t written = write(STDERR_FILENO, start, strlen(start));
-    (void)written; /* nothing is left to do about a failure */
-    _exit(STATUS_INTERRUPTED);
+    (void)written;
+    _exit(exit_status);
+}
+
+static void interrupted(int signal_number) {
+    (void)signal_number;
+    end_at_once("\nsora: interrupted\n", STATUS_INTERRUPTED);
 }
 
 /* A page of a mapped file cannot be read: the file was cut off meanwhile, or its disk failed. */
 static void unreadable(int signal_number) {
     (void)signal_number;
-    static const char message[] = "\nsora: a file that is being read was cut off, or its disk failed\n";
-    outputs_discard();
-    const char *start = on_terminal ? message : message + 1;
-    ssize_t written = write(STDERR_FILENO, start, strlen(start));
-    (void)written;
-    _exit(STATUS_USAGE);
+    end_at_once("\nsora: a file that is being read was cut off, or its disk failed\n", STATUS_USAGE);
 }
 
 void standard_streams_keep(void) {
