@@ -64,6 +64,12 @@ class Stored:
         scale = self.scale.rows().flatten()  # one value, or one a row
         return values * (scale if len(scale) == 1 else scale[first:last].view(-1, *[1] * (values.dim() - 1)))
 
+    def matrix(self, count, first, last):
+        """Rows [first, last) of the `count` that are left without the ones that torch pads with, as (rows, rest)."""
+        if self.shape[0] == count:
+            return self.rows(first, last).reshape(last - first, -1)
+        return self.rows().reshape(count, -1)[first:last]
+
 
 class Safetensors:
     """A .safetensors file. It is opened for each read, so that no more than a slice of it stays mapped."""

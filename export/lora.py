@@ -45,7 +45,7 @@ class Lora:
         """A tensor that is added, times a factor, to the module's weight, bias or modulation."""
         name = lora_tensor(module, kind)
         self.add(name, tensor.shape, lambda first, last, count=self.rows[name][0]:
-                 rows_of(tensor, count, first, last) * factor, tensor.key)
+                 tensor.matrix(count, first, last) * factor, tensor.key)
 
     def add_product(self, module, up, down, factor):
         """up (rows, rank) @ down (rank, rest), times a factor, added to the module's weight (rows, rest)."""
@@ -74,13 +74,6 @@ def lora_tensor(module, kind):
     if kind == "diff_m":
         return f"{module}.modulation"
     return f"{module}.bias" if kind in ("diff_b", "up_b") else f"{module}.weight"
-
-
-def rows_of(tensor, count, first, last):
-    """Rows [first, last) of the `count` that a tensor has but for ones that torch pads it with, as (rows, rest)."""
-    if tensor.shape[0] == count:
-        return tensor.rows(first, last).reshape(last - first, -1)
-    return tensor.rows().reshape(count, -1)[first:last]
 
 
 def open_lora(option, rows):
@@ -158,6 +151,7 @@ def add_changes(lora, module, keys, config):
     if math.prod(up.shape[1:]) != rank:
         raise ExportError(f"{lora.path}: {up.key} has rank {math.prod(up.shape[1:])}, {down.key} has {rank}")
     alpha = keys["alpha"].rows().item() if "alpha" in keys else config.get("lora_alpha", rank)
-    lora.add_product(module, up, down, lora.scale * (alpha / rank))
+    factor = lora.scale * (alpha / rank)
+    lora.add_product(module, up, down, factor)
     if "up_b" in keys:
-        lora.add_difference(module, "up_b", keys["up_b"], lora.scale * (alpha / rank))
+        lora.add_difference(module, "up_b", keys["up_b"], factor)

@@ -132,7 +132,7 @@ class Part:
     @property
     def opened(self):
         """The files that its tensors are in."""
-        return {id(t.file): t.file for t in self.tensors.values()}.values()
+        return {t.file for t in self.tensors.values()}
 
 
 def open_part(name, path, pattern="*"):

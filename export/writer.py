@@ -44,10 +44,9 @@ class Planned:
     def slices(self):
         """The tensor's bytes, some rows at a time: read, merged with LoRAs in f32, folded, converted."""
         rows, step = self.torch_shape[0], max(1, SLICE // math.prod(self.torch_shape[1:]))
-        whole = step >= rows or self.source.shape[0] != rows
-        for first in range(0, rows, rows if whole else step):
-            last = rows if whole else min(first + step, rows)
-            values = self.source.rows(*(() if whole else (first, last))).reshape(last - first, -1)
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            values = self.source.matrix(rows, first, last)
             for change in self.changes:
                 values = values + change(first, last)
             if not torch.isfinite(values).all():

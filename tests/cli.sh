@@ -6,7 +6,8 @@ sora=$1
 work=$2
 golden=tests/goldens/model
 model=$golden/model.gguf
-small="-m $model -s 32x16 -f 5 --steps 2 -g 3 --shift 3 --sampler unipc --seed 7"
+settings="-s 32x16 -f 5 --steps 2 -g 3 --shift 3 --sampler unipc --seed 7"
+small="-m $model $settings"
 
 claim() { # claim NAME CONDITION...: the condition is a command
     name=$1
@@ -105,11 +106,17 @@ resources() {
     fi
 }
 
-until_at_work() {
+meanwhile() { # meanwhile COMMAND OPTION...: sora with these options; once it is at work, the command, for process $!
+    during=$1
+    shift
+    "$sora" "$@" -o "$work/clip.y4m" x 2>"$work/err" &
     for _ in $(seq 1000); do
         ls "$work" | grep -q "clip.y4m.*part" && break
         sleep 0.01
     done
+    eval "$during"
+    wait $!
+    status=$?
 }
 
 # What run() cannot express: other places for standard output, limits, signals.
@@ -129,22 +136,14 @@ streams() {
     claim "a closed pipe: status 3, not $(cat "$work/status")" [ "$(cat "$work/status")" = 3 ]
     claim "a closed pipe: one line" [ "$(cat "$work/err")" = "sora: standard output: closed by its reader" ]
 
-    "$sora" $small --steps 200 -t 1 -o "$work/clip.y4m" x 2>"$work/err" &
-    until_at_work
-    mkdir "$work/clip.y4m"
-    wait $!
-    status=$?
+    meanwhile 'mkdir "$work/clip.y4m"' $small --steps 200 -t 1
     claim "a name that was lost: status 3, not $status" [ $status -eq 3 ]
     claim "a name that was lost: its line" grep -q "clip.y4m: cannot write: .*; .* stays as .*[.]part$" "$work/err"
     claim "a name that was lost: the clip is not" grep -aq "^YUV4MPEG2 W32 H16 " "$work"/clip.y4m.*.part
     claim "a name that was lost: no record without its clip" [ ! -e "$work/clip.y4m.json" ]
     rm -r "$work"/clip.y4m*
 
-    "$sora" $small --steps 200 -t 1 -o "$work/clip.y4m" x 2>"$work/err" &
-    until_at_work
-    mkdir "$work/clip.y4m.json"
-    wait $!
-    status=$?
+    meanwhile 'mkdir "$work/clip.y4m.json"' $small --steps 200 -t 1
     claim "a record's name that was lost: status 3, not $status" [ $status -eq 3 ]
     claim "a record's name that was lost: the clip is not" grep -aq "^YUV4MPEG2 W32 H16 " "$work/clip.y4m"
     rm -r "$work"/clip.y4m*
@@ -159,12 +158,8 @@ streams() {
     claim "who may read a file that is replaced, still may" [ -n "$(find "$work/clip.y4m" -perm 600)" ]
 
     # A file that is cut off while it is read.
-    cp tests/goldens/model/model.gguf "$work/shrinking.gguf"
-    "$sora" -m "$work/shrinking.gguf" $(echo $small | cut -d " " -f 3-) --steps 200 -o "$work/clip.y4m" x 2>"$work/err" &
-    until_at_work
-    : >"$work/shrinking.gguf"
-    wait $!
-    status=$?
+    cp $model "$work/shrinking.gguf"
+    meanwhile ': >"$work/shrinking.gguf"' -m "$work/shrinking.gguf" $settings --steps 200
     claim "a model that is cut off meanwhile: status 2, not $status" [ $status -eq 2 ]
     claim "a model that is cut off meanwhile: its line" grep -q "^sora: a file that is being read was cut off" "$work/err"
     claim "a model that is cut off meanwhile: nothing left" [ -z "$(ls "$work" | grep part)" ]
@@ -173,7 +168,7 @@ streams() {
     "$sora" $small -o "$work/clip.y4m" x <&- >&- 2>&-
     status=$?
     claim "all streams closed: status 0, not $status" [ $status -eq 0 ]
-    "$sora" -m "$work/infinite.gguf" $(echo $small | cut -d " " -f 3-) -o "$work/clip.y4m" x 2>&-
+    "$sora" -m "$work/infinite.gguf" $settings -o "$work/clip.y4m" x 2>&-
     claim "standard error closed: its warning is not in the clip" sh -c "! grep -aq warning '$work/clip.y4m'"
     claim "standard error closed: a whole clip" [ "$(frames 32 16)" -eq 5 ]
     "$sora" $small -o - x 2>"$work/err" >&-
@@ -186,11 +181,7 @@ streams() {
     claim "standard input closed: its line" grep -q "^sora: --prompt-file -: Bad file descriptor" "$work/err"
     rm -f "$work"/clip.y4m*
 
-    "$sora" $small --steps 1000 -f 81 -o "$work/clip.y4m" x 2>"$work/err" &
-    until_at_work
-    kill -TERM $!
-    wait $!
-    status=$?
+    meanwhile 'kill -TERM $!' $small --steps 1000 -f 81
     claim "SIGTERM: status 130, not $status" [ $status -eq 130 ]
     claim "SIGTERM: one line" [ "$(cat "$work/err")" = "sora: interrupted" ]
     claim "SIGTERM: nothing left" [ -z "$(ls "$work" | grep clip)" ]
@@ -234,11 +225,11 @@ same() {
 }
 
 checks() {
-    run -q -m "$work/changed.gguf" $(echo $small | cut -d " " -f 3-) -o "$work/clip.y4m" -n "the lazy dog" --check $golden \
+    run -q -m "$work/changed.gguf" $settings -o "$work/clip.y4m" -n "the lazy dog" --check $golden \
         --tolerance 1e-5 "a red fox"
     claim "a changed weight: status 1, not $status" [ $status -eq 1 ]
     claim "a changed weight is found" grep -q "first in order of data flow is step000.cond.block01 " "$work/err"
-    run -m "$work/infinite.gguf" $(echo $small | cut -d " " -f 3-) -o "$work/clip.y4m" x
+    run -m "$work/infinite.gguf" $settings -o "$work/clip.y4m" x
     claim "an infinite weight: a warning" grep -q "warning: the latents are not finite" "$work/err"
     run $small -o "$work/clip.y4m" -n "the lazy dog" --dump "$work/some" --dump-only "step00?.velocity" "a red fox"
     claim "--dump-only" [ "$(ls "$work/some" | tr '\n' ' ')" = "step000.velocity.npy step001.velocity.npy " ]

@@ -219,8 +219,8 @@ def run_sora(sora: Path, weights: Path, s: Settings, reference: Path, dumped: Pa
     return subprocess.run(
         [sora, "-t", "1", "-m", weights, "-p", s.prompt, "-n", s.negative, "-s", f"{s.size[0]}x{s.size[1]}",
          "-f", str(s.frames), "--steps", str(s.steps), "-g", repr(s.guidance), "--shift", repr(s.shift),
-         "--sampler", s.sampler, "--seed", str(s.seed), "--precision", "f32", "-q", "-o", dumped.parent / "out.y4m", "--dump", dumped,
-         "--check", reference, "--tolerance", repr(TOLERANCE)],
+         "--sampler", s.sampler, "--seed", str(s.seed), "--precision", "f32", "-q", "-o", dumped.parent / "out.y4m",
+         "--dump", dumped, "--check", reference, "--tolerance", repr(TOLERANCE)],
         capture_output=True, text=True, errors="replace")
 
 
