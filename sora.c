@@ -289,16 +289,17 @@ static void check_together(const Command *c) {
 static void spare_inputs(const Command *c, const char *model) {
     const char *inputs[] = {model, c->settings.noise, c->prompt_file}, *output = c->settings.output;
     char *record = record_path(&c->settings);
+    const char *lost = NULL;
     for (int i = 0; i < 3; i++)
-        if (inputs[i] && (same_file(inputs[i], output) || same_file(inputs[i], record)))
-            die(STATUS_USAGE, "--output %s: %s is read, and would be overwritten", output, inputs[i]);
+        if (inputs[i] && (same_file(inputs[i], output) || same_file(inputs[i], record))) lost = inputs[i];
     free(record);
+    if (lost) die(STATUS_USAGE, "--output %s: %s is read, and would be overwritten", output, lost);
     if (!c->dump || !c->settings.noise) return;
     const char *noise = c->settings.noise, *slash = strrchr(noise, '/');
     char *dumped = format_string("%s/%s", c->dump, slash ? slash + 1 : noise);
-    if (same_file(dumped, noise))
-        die(STATUS_USAGE, "--dump %s: %s lies there, is read, and could be overwritten", c->dump, noise);
+    bool lies_there = same_file(dumped, noise);
     free(dumped);
+    if (lies_there) die(STATUS_USAGE, "--dump %s: %s lies there, is read, and could be overwritten", c->dump, noise);
 }
 
 static int run(Command *c) {
