@@ -1,4 +1,5 @@
-"""What every training stage needs: the Muon optimiser, averaged weights, checkpoints that a kill cannot tear, a log.
+"""What every training stage needs: the Muon optimiser, averaged weights, a step as a CUDA graph, checkpoints that a kill
+cannot tear, a log.
 
 Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/) replaces each matrix's momentum by the nearest
 orthogonal matrix before it steps, so every direction of the matrix learns at the same pace.  Vectors (biases, norms)
@@ -13,14 +14,14 @@ import torch.distributed as dist
 
 
 def orthogonalise(g):
-    """The orthogonal factor of g [m, n], nearly: five Newton-Schulz steps in the coefficients of the Muon article."""
+    """The orthogonal factors of g [..., m, n], nearly: five Newton-Schulz steps in the Muon article's coefficients."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.T if g.shape[0] > g.shape[1] else g
-    x = x / (x.norm() + 1e-7)
+    x = g.mT if g.shape[-2] > g.shape[-1] else g
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
-        xx = x @ x.T
+        xx = x @ x.mT
         x = a * x + (b * xx + c * xx @ xx) @ x
-    return x.T if g.shape[0] > g.shape[1] else x
+    return x.mT if g.shape[-2] > g.shape[-1] else x
 
 
 def sum_over_workers(tensors, scale=1.0):
@@ -35,7 +36,8 @@ def sum_over_workers(tensors, scale=1.0):
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum for weights of two and more dimensions; convolutions count as [out, in * kernel].
 
-    With several workers each orthogonalises its share of the matrices, and the updates are summed.
+    Matrices of one shape are orthogonalised together. With several workers each does so with its share of them, and the
+    updates are summed.
     """
 
     def __init__(self, params, lr, momentum=0.95):
@@ -46,22 +48,29 @@ class Muon(torch.optim.Optimizer):
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            updates = [self._update(p, group["momentum"], i % world_size == rank) for i, p in enumerate(params)]
-            sum_over_workers(updates)
-            for p, update in zip(params, updates):
-                p.add_(update, alpha=-group["lr"])
+            gradients = {p: self._look_ahead(p, group["momentum"]) for p in params}
+            updates = {p: torch.zeros_like(p) for p in params}
+            for same in self._by_shape(params[rank::world_size]):
+                for p, matrix in zip(same, orthogonalise(torch.stack([gradients[p] for p in same]))):
+                    updates[p] = matrix.view_as(p) * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
+            sum_over_workers(list(updates.values()))
+            for p, update in updates.items():
+                p.sub_(update * group["lr"])
 
-    def _update(self, p, momentum, mine):
+    def _look_ahead(self, p, momentum):
+        """Takes p's gradient into its momentum; as a matrix, the gradient that Nesterov's method then steps along."""
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
-        buffer = state["momentum"]
-        buffer.lerp_(p.grad, 1 - momentum)
-        if not mine:
-            return torch.zeros_like(p)
-        matrix = p.grad.lerp(buffer, momentum).flatten(1)
-        rows, columns = matrix.shape
-        return orthogonalise(matrix).view_as(p) * max(1, rows / columns) ** 0.5
+        state["momentum"].lerp_(p.grad, 1 - momentum)
+        return p.grad.lerp(state["momentum"], momentum).flatten(1)
+
+    @staticmethod
+    def _by_shape(params):
+        shapes = {}
+        for p in params:
+            shapes.setdefault(p.flatten(1).shape, []).append(p)
+        return shapes.values()
 
 
 # Parts of the names of tables, whose rows are looked up or added one by one: as matrices they mean nothing.
@@ -73,9 +82,9 @@ def is_matrix(name, p):
     return p.dim() > 1 and min(p.flatten(1).shape) > 1 and not any(table in name for table in TABLES)
 
 
-def products(narrow):
+def products(narrow, device="cpu"):
     """The context in which matrices are multiplied: in bfloat16 if narrow, else in float32, whatever stood before."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=narrow)
+    return torch.autocast(device, torch.bfloat16, enabled=narrow)
 
 
 def rate(step, steps, rise, falling):
@@ -93,16 +102,22 @@ class Optimisers:
         named = [(n, p) for n, p in named if p.requires_grad]
         matrices = [p for n, p in named if is_matrix(n, p)]
         rest = [p for n, p in named if not is_matrix(n, p)]
-        self.parts = [Muon(matrices, muon_lr),
-                      torch.optim.AdamW(rest, adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
-        self.base, self.narrow = [muon_lr, adam_lr], narrow
+        self.device, self.narrow, self.base = rest[0].device.type, narrow, [muon_lr, adam_lr]
+        # Tensors, because a CUDA graph reads a number once, when it is recorded, and a tensor at every step.
+        self.rates = [torch.tensor(lr, device=self.device) for lr in self.base]
+        self.parts = [Muon(matrices, self.rates[0]),
+                      torch.optim.AdamW(rest, self.rates[1], betas=(0.9, 0.98), weight_decay=0.0, fused=True,
+                                        capturable=self.device == "cuda")]
 
-    def step(self, factor=1.0):
-        """One step with both learning rates times `factor`, then clears the gradients."""
-        for part, lr in zip(self.parts, self.base):
-            for group in part.param_groups:
-                group["lr"] = lr * factor
-            with products(self.narrow):
+    def set_factor(self, factor):
+        """The next steps are with both learning rates times `factor`."""
+        for tensor, lr in zip(self.rates, self.base):
+            tensor.fill_(lr * factor)
+
+    def step(self):
+        """One step, then clears the gradients."""
+        for part in self.parts:
+            with products(self.narrow, self.device):
                 part.step()
             part.zero_grad(set_to_none=True)
 
@@ -111,7 +126,41 @@ class Optimisers:
 
     def load_state_dict(self, states):
         for part, state in zip(self.parts, states):
+            groups = part.param_groups  # the rates and the device are this run's
             part.load_state_dict(state)
+            part.param_groups = groups
+
+
+class Replayed:
+    """A function of tensors, which changes others too, on a GPU: recorded as a CUDA graph and then replayed as a whole.
+
+    A step of a small model is thousands of kernels, each of which takes less time than Python needs to start it. There
+    is one record for each shape of the first tensor; what returns are copies. The first calls of a shape are not
+    recorded: what is compiled or allocated once happens in them.
+    """
+    FIRST_CALLS = 3
+
+    def __init__(self, function):
+        self.function, self.calls, self.records = function, {}, {}
+
+    def __call__(self, *tensors):
+        shape = tensors[0].shape
+        self.calls[shape] = self.calls.get(shape, 0) + 1
+        if self.calls[shape] <= self.FIRST_CALLS:
+            return self.function(*tensors)
+        if shape not in self.records:
+            self.records[shape] = self._record([t.clone() for t in tensors])
+        graph, arguments, results = self.records[shape]
+        torch._foreach_copy_(arguments, tensors)
+        graph.replay()
+        return [result.clone() for result in results]
+
+    def _record(self, arguments):
+        graph = torch.cuda.CUDAGraph()
+        # Another thread pins memory for the batches to come, which must not end the record.
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            results = self.function(*arguments)
+        return graph, arguments, results
 
 
 class Average:

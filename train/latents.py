@@ -6,7 +6,10 @@ on, so that later clips are seen only a few times; drawing takes a tenth of the 
 """
 import dataclasses
 import math
+import os
 import pathlib
+import sys
+import time
 
 import numpy as np
 import torch
@@ -38,7 +41,7 @@ def shard_path(folder, k):
 
 
 @torch.no_grad()
-def make_shard(folder, k, seed, light):
+def make_shard(k, folder, seed, light):
     """Draws and encodes shard k unless it is there: float16 [SHARD, Z, T, h, w]."""
     path = shard_path(folder, k)
     if path.exists():
@@ -55,7 +58,7 @@ def make_shard(folder, k, seed, light):
 
 
 class Pool:
-    """Clips by index over the shards made so far, mapped from disk."""
+    """Clips by index over the shards, mapped from disk; waits for one that another process has yet to make."""
 
     def __init__(self, folder):
         self.folder, self.shards = folder, {}
@@ -63,6 +66,11 @@ class Pool:
     def __getitem__(self, index):
         k = index // SHARD
         if k not in self.shards:
+            parent = os.getppid()
+            while not shard_path(self.folder, k).exists():
+                if os.getppid() != parent:
+                    sys.exit(1)  # nobody trains any more
+                time.sleep(0.1)
             self.shards[k] = np.load(shard_path(self.folder, k), mmap_mode="r")
         return self.shards[k][index % SHARD]
 

@@ -67,7 +67,7 @@ def save(folder, tokenizer_folder, text_to_video, vae_state, dtype=torch.float16
 
 def snapshot(out):
     """Writes OUT/snapshot/ from the checkpoints of a run, finished or not: the averaged weights."""
-    average = torch.load(out / "transformer.ckpt", weights_only=True)["average"]
+    average = torch.load(out / "transformer.ckpt", weights_only=True, map_location="cpu")["average"]
     save(out / "snapshot", out / "tokenizer", average, vae.load(out)[0].state_dict())
 
 

@@ -98,7 +98,8 @@ def train(out, tokenizer, steps, seed, batch=64):
         logits = reader(ids, mask, is_colour)
         loss = sum(F.cross_entropy(x, w) for x, w in zip(logits, wanted))
         loss.backward()
-        optimisers.step(rate(step - 1, steps, 100, 0.25))
+        optimisers.set_factor(rate(step - 1, steps, 100, 0.25))
+        optimisers.step()
         right.append([float((x.argmax(1) == w).float().mean()) for x, w in zip(logits, wanted)])
         if step % 100 == 0:
             shares = dict(zip(names, np.mean(right, 0).tolist()))

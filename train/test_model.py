@@ -220,7 +220,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(words, tmp_path, monkeypatch)
     monkeypatch.setattr(transformer, "SHARDS", 1)
     tokens = tokenizer.Tokenizer(words)
     reader = {f"text_encoder.{n}": p for n, p in model.new_text_encoder(len(tokens)).state_dict().items()}
-    for run in ("whole", "parted"):
+    for run in ("whole", "parted", "helped"):
         latents.shard_path(tmp_path / run / "latents", 0).parent.mkdir(parents=True)
         np.save(latents.shard_path(tmp_path / run / "latents", 0),
                 np.random.default_rng(0).normal(size=(8, vae.Z, 2, 6, 6)).astype(np.float16))
@@ -234,6 +234,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(words, tmp_path, monkeypatch)
     assert torch.load(tmp_path / "parted" / "transformer.ckpt", weights_only=True)["step"] == 1  # of three steps made
     resumed = train_run("parted")
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    helped = train_run("helped", helpers=2)
+    assert all(torch.equal(expected[name], helped[name]) for name in expected)
+
+
+def test_one_process_can_take_all_workers_parts_of_a_batch(words, monkeypatch):
+    monkeypatch.setattr(transformer, "EXTENTS", [(1, 2)])
+    course, tokens = transformer.from_nothing(4), tokenizer.Tokenizer(words)
+
+    class Pool:
+        def batch(self, indices, frames):
+            return torch.tensor(indices)[:, None, None, None, None].float()
+
+    whole, *parts = ([part.tolist() for part in transformer.Batches(ranks, course, 0, 2, Pool(), tokens)[3]]
+                     for ranks in (range(2), [0], [1]))
+    assert whole == [a + b for a, b in zip(*parts)] and parts[0] != parts[1]
 
 
 def test_a_resumed_vae_equals_an_uninterrupted_one(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ Loss curves stand in OUT/log/*.tsv, process ids in OUT/pids/.  The same command 
 
 Every batch follows from (options, step).  OUT/options.json keeps the options, so that a run goes on as it began; of
 the lengths, --transformer-steps alone may still change, until the rate falls: a long run begins as a short one does.
+A run may move: OUT/ copied to a machine with a GPU goes on there with --device cuda, and afterwards back here.
 """
 import argparse
 import datetime
@@ -29,6 +30,7 @@ import fcntl
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -51,6 +53,7 @@ FROM_BASE = ["tokenizer", "base", "light", "decoder", "transformer", "model"]
 STREAM_OPTIONS = ["base", "seed", "workers", "clips", "reading_steps", "vae_steps", "decoder_steps", "encoder_steps",
                   "light_steps", "bf16"]
 JUDGES_SEEDS = [vae.EVALUATION_SEED, detect.SEED, adherence.PROMPT_SEED]  # whose clips no training may see
+MOST_HELPERS = 16  # that draw clips for a GPU, and as many that load them: what an H100 needs
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -63,8 +66,10 @@ def options():
                         help="the last stage to run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2,
-                        help="processes of the transformer stage, one thread each; the batch grows with them, so "
-                             "another number is another training")
+                        help="processes of the transformer stage, one thread each, or on a GPU as many processes' work; "
+                             "the batch grows with them, so another number is another training")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu",
+                        help="where the transformer's stage runs: on a GPU, the batch of all workers at once")
     parser.add_argument("--threads", type=int, default=1, help="threads of every other stage")
     parser.add_argument("--clips", type=int, default=1500, help="drawn clips for the VAE")
     parser.add_argument("--reading-steps", type=int, default=1000)
@@ -72,15 +77,17 @@ def options():
     parser.add_argument("--decoder-steps", type=int, default=1500)
     parser.add_argument("--encoder-steps", type=int, default=1500)
     parser.add_argument("--light-steps", type=int, default=600)
-    parser.add_argument("--transformer-steps", type=int, default=7200)
+    parser.add_argument("--transformer-steps", type=int, default=13200)
     parser.add_argument("--bf16", action="store_true",
                         help="products in bfloat16, but for the reading: three fifths of the time on AMD's "
                              "processors since Zen 4, and twice the time on Intel's without AMX")
     parser.add_argument("--eager", action="store_true",
-                        help="do without torch.compile and the C++ compiler that it needs")
+                        help="do without torch.compile, its minutes of compiling and the C++ compiler that it needs")
     args = parser.parse_args()
     if args.seed in JUDGES_SEEDS:
         parser.error(f"--seed {args.seed}: the seeds {JUDGES_SEEDS} are those of clips that judge the model")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: PyTorch finds no such GPU here")
     args.stages = FROM_BASE if args.base else FROM_NOTHING
     if args.base and not os.path.isfile(args.base):
         parser.error(f"--base {args.base}: there is no such file")
@@ -127,17 +134,27 @@ def known(args):
     return {f"text_encoder.{name}": weight for name, weight in reader.items()}
 
 
-def transformer_worker(rank, args, rendezvous):
-    """One of the processes that train the transformer together."""
+def train_transformer(process, args, rendezvous):
+    """One of the processes that train the transformer together: each is a worker, or on a GPU one stands for all."""
     torch.set_num_threads(1)
-    note_pid(args.out, f"worker{rank}")
-    if args.workers > 1:
-        dist.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=args.workers,
+    note_pid(args.out, f"worker{process}")
+    alone = args.device == "cuda" or args.workers == 1
+    if not alone:
+        dist.init_process_group("gloo", f"file://{rendezvous}", rank=process, world_size=args.workers,
                                 timeout=datetime.timedelta(days=1))
     course = (transformer.further if args.base else transformer.from_nothing)(args.transformer_steps)
     transformer.train(args.out, tokenizer.Tokenizer(args.out / "tokenizer"), known(args), vae.load(args.out)[1], course,
-                      args.seed, rank, args.workers, compiled=not args.eager, narrow=args.bf16,
-                      saved=lambda: pipeline.snapshot(args.out))
+                      args.seed, range(args.workers) if alone else [process], args.workers,
+                      lambda: pipeline.snapshot(args.out), not args.eager, args.bf16, args.device,
+                      helpers=min(MOST_HELPERS, len(os.sched_getaffinity(0))) if args.device == "cuda" else 0)
+
+
+def transformer_is_trained(args):
+    checkpoint = args.out / "transformer.ckpt"
+    if not checkpoint.exists():
+        return False
+    state = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
+    return state["step"] == state["steps"] == args.transformer_steps
 
 
 def main():
@@ -146,6 +163,7 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     held = lock(args.out)  # until this process ends
     keep_options(args)
+    shutil.rmtree(args.out / "pids", ignore_errors=True)  # of an earlier start, perhaps on another machine
     note_pid(args.out, "train")
     wanted = args.stages[:args.stages.index(args.until) + 1]
     words = args.out / "tokenizer"
@@ -163,9 +181,10 @@ def main():
     if "decoder" in wanted:
         vae.train_decoder(args.out, args.decoder_steps, args.seed, args.clips, **how,
                           peak=vae.FURTHER_PEAK if args.base else 1.0)
-    if "transformer" in wanted:
+    if "transformer" in wanted and not transformer_is_trained(args):
         with tempfile.TemporaryDirectory() as folder:
-            multiprocessing.spawn(transformer_worker, (args, f"{folder}/rendezvous"), args.workers)
+            processes = 1 if args.device == "cuda" else args.workers
+            multiprocessing.spawn(train_transformer, (args, f"{folder}/rendezvous"), processes)
     if "encoder" in wanted:
         vae.train_encoder(args.out, args.encoder_steps, args.seed, args.clips, **how)
     if "model" in wanted:

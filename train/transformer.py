@@ -3,26 +3,31 @@
     x = (1 - sigma) * clean + sigma * noise,    wanted: velocity = noise - clean,    loss: their squared distance
 
 Every batch follows from (options, step) alone, the options being the seed, the number of workers and the course, so a
-run that was killed goes on as if nothing had happened.  Worker processes of one thread each make a batch together and
-sum their gradients: on a machine that is busy with other things this loses far less than two threads that wait for each
-other at every operation.
+run that was killed goes on as if nothing had happened (on a GPU: but for the last bits of sums).  On a CPU the workers
+are processes of one thread each, which make a batch together and sum their gradients: on a machine that is busy with
+other things this loses far less than two threads that wait for each other at every operation.  A GPU takes all workers'
+parts of the batch at once, and the CPU's cores see to it that the next ones are ready.
 """
 import dataclasses
+import os
 import sys
+import threading
 import time
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+import torch.utils.data
 from torch import nn
 
 import latents
 import model
 import reading
-from common import Average, Log, Optimisers, products, rate, save_atomically, sum_over_workers
+from common import Average, Log, Optimisers, Replayed, products, rate, save_atomically, sum_over_workers
 
 EXTENTS = [(1, 192), (3, 64), (9, 24)]  # (latent frames, clips a worker): pictures, beginnings, whole clips
-PIECES = 2  # of a worker's part of a batch, one after the other: what is half as large stays in the cache longer
+PIECES = {"cpu": 2, "cuda": 1}  # of a process's part of a batch, in turn: half as much stays in a CPU's cache longer
 SHARDS, NEW_SHARDS_EVERY, MOST_SHARDS = 4, 600, 96  # at first; two more every so many steps; the last one's number
 MUON_LR, ADAM_LR, EMA_DECAY = 0.01, 1e-3, 0.999
 DROPPED = 0.1  # share of prompts replaced by the empty one, for guidance
@@ -103,10 +108,23 @@ def batch_at(step, course, seed, rank, workers, pool, tokenizer):
     return clean, noise, sigma, *model.pad(prompts, model.TOKENS)
 
 
-def make_shards(shards, seed, rank, workers, folder, light):
-    """Sees to it that these shards exist; the workers take turns, and nobody goes on before all are there."""
-    for k in shards[rank::workers]:
-        latents.make_shard(folder, k, seed, light)
+class Batches(torch.utils.data.Dataset):
+    """The batches by step, or what some ranks of the workers see of them: (clean, noise, sigma, ids, mask)."""
+
+    def __init__(self, ranks, *args):
+        self.ranks, self.args = ranks, args
+
+    def __getitem__(self, step):
+        course, seed, workers, pool, tokenizer = self.args
+        parts = [batch_at(step, course, seed, rank, workers, pool, tokenizer) for rank in self.ranks]
+        return [torch.cat(part) for part in zip(*parts)]
+
+
+def make_shards(shards, *args):
+    """Sees to it that these shards exist; the processes take turns, and nobody goes on before all are there."""
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    for k in shards[rank::processes]:
+        latents.make_shard(k, *args)
     if dist.is_initialized():
         dist.barrier()
 
@@ -115,19 +133,22 @@ class Run:
     """What training changes: the network, its optimisers and average, and how far it has come.
 
     known: weights of TextToVideo that are not to be learned from nothing. narrow: whether products are in bfloat16.
+    device: "cpu" or "cuda".
     """
 
-    def __init__(self, vocabulary, known, narrow):
-        self.net, self.narrow = TextToVideo(vocabulary), narrow
+    def __init__(self, vocabulary, known, narrow, device):
+        self.net, self.narrow, self.device = TextToVideo(vocabulary), narrow, device
         self.net.load_state_dict(self.net.state_dict() | known)
+        self.net.to(device)
         self.forward = self.net
         self.optimisers = Optimisers(self.net.named_parameters(), MUON_LR, ADAM_LR, narrow)
         self.average = Average(self.net, EMA_DECAY)
+        self.learn = Replayed(self._learn) if device == "cuda" else self._learn
         self.step, self.samples, self.start = 0, 0, time.time()
 
     def restore(self, checkpoint, course):
         """Goes on from a checkpoint, of a run that may have been meant to be of another length."""
-        state = torch.load(checkpoint, weights_only=True)
+        state = torch.load(checkpoint, weights_only=True, map_location=self.device)
         course.check_length(state["step"], state["steps"])
         self.net.load_state_dict(state["model"])
         self.optimisers.load_state_dict(state["optimisers"])
@@ -141,23 +162,31 @@ class Run:
 
     def loss(self, clean, noise, sigma, ids, mask):
         s = sigma[:, None, None, None, None]
-        with products(self.narrow):
+        with products(self.narrow, self.device):
             found = self.forward((1 - s) * clean + s * noise, sigma, ids, mask)
         return (found.float() - (noise - clean)).square().mean()
 
-    def learn(self, batch, factor, workers):
-        """One step on this worker's part of a batch; (its loss, the norm of the gradient)."""
-        total = 0.0
-        for piece in zip(*(part.chunk(PIECES) for part in batch)):
-            loss = self.loss(*piece) / PIECES
+    def _learn(self, *batch):
+        """One step of the weights on this process's part of a batch; (its loss, the norm of the gradient)."""
+        pieces, total = PIECES[self.device], 0.0
+        for piece in zip(*(part.chunk(pieces) for part in batch)):
+            loss = self.loss(*piece) / pieces
             loss.backward()
-            total += loss.item()
-        sum_over_workers([p.grad for p in self.net.parameters()], 1 / workers)
+            total = total + loss.detach()
+        processes = dist.get_world_size() if dist.is_initialized() else 1
+        sum_over_workers([p.grad for p in self.net.parameters()], 1 / processes)
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
-        self.optimisers.step(factor)
+        self.optimisers.step()
+        return total, norm
+
+    def advance(self, batch, course, workers):
+        """One step; (loss, norm) as of _learn. batch: of one process or all; workers: how many share the whole one."""
+        self.optimisers.set_factor(course.rate(self.step))
+        loss, norm = self.learn(*(part.to(self.device, non_blocking=True) for part in batch))
         self.average.update(self.net)
-        self.step, self.samples = self.step + 1, self.samples + workers * len(batch[0])
-        return total, norm.item()
+        self.samples += workers * course.extent(self.step)[1]
+        self.step += 1
+        return loss, norm
 
 
 class Curve:
@@ -171,39 +200,72 @@ class Curve:
         if run.step % 50:
             return
         now = time.time()
-        self.log.write(step=run.step, samples=run.samples, seconds=now - run.start, norm=norm,
+        self.log.write(step=run.step, samples=run.samples, seconds=now - run.start, norm=norm.item(),
                        samples_per_second=(run.samples - self.since[1]) / (now - self.since[0]),
-                       **{f"loss{n}": float(np.mean(self.losses.get(n, np.nan))) for n, _ in EXTENTS})
+                       **{f"loss{n}": float(torch.tensor(self.losses.get(n, np.nan)).mean()) for n, _ in EXTENTS})
         self.losses, self.since = {}, (now, run.samples)
 
 
-def train(out, tokenizer, known, light, course, seed, rank=0, workers=1, saved=lambda: None, compiled=False,
-          narrow=False):
+def draw_ahead(rank, helpers, shards, *args):
+    """One of the helpers that draw all shards of a run, in their order, while it goes on."""
+    os.nice(19)  # behind those that load batches of what is drawn already
+    torch.set_num_threads(1)
+    for k in shards[rank::helpers]:
+        latents.make_shard(k, *args)
+
+
+def watch(drawing):
+    """Waits for all that draw; ends this process if one of them fails, for it would wait for shards for ever."""
+    try:
+        while not drawing.join():
+            pass
+    except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
+        print(error, file=sys.stderr)
+        os._exit(1)  # the main thread may be waiting
+
+
+def train(out, tokenizer, known, light, course, seed, ranks=(0,), workers=1, saved=lambda: None, compiled=False,
+          narrow=False, device="cpu", helpers=0):
     """Trains as a Course says, going on from OUT/transformer.ckpt; the averaged weights of TextToVideo.
 
-    known, narrow: as of Run. light: the encoder that makes the shards. saved() follows each save. The logged seconds
-    are those on the clock, saves included, of this start and, up to their last saves, earlier ones.
+    known, narrow, device: as of Run. light: the encoder that makes the shards. ranks: of the workers whose parts of a
+    batch are this process's. saved() follows each save. The logged seconds are those on the clock, saves included, of
+    this start and, up to their last saves, earlier ones.
 
     compiled: by torch.compile, which takes minutes once and then makes a step a fifth shorter; needs a C++ compiler.
+    helpers: so many processes draw clips, and so many others load batches, ahead of this one; if none, it does both.
     """
     torch.manual_seed(seed)
-    run, checkpoint = Run(len(tokenizer), known, narrow), out / "transformer.ckpt"
+    if device == "cuda":
+        torch.cuda.set_stream(torch.cuda.Stream())  # no graph can be recorded on the one that is there
+    run, checkpoint = Run(len(tokenizer), known, narrow, device), out / "transformer.ckpt"
     if checkpoint.exists():
         run.restore(checkpoint, course)
     if compiled:
         run.forward = torch.compile(run.net, dynamic=False)
-    curve, pool = Curve(out / "log" / "transformer.tsv", run.samples), latents.Pool(out / "latents")
-    shards, last_save = None, time.time()
+    folder, shards, last_save = out / "latents", None, time.time()
+    if helpers:
+        all_shards = range(course.skipped, course.shards(course.steps - 1).stop)
+        drawing = multiprocessing.spawn(draw_ahead, (helpers, all_shards, folder, seed, light), helpers, join=False,
+                                        daemon=True)
+        watching = threading.Thread(target=watch, args=(drawing,), daemon=True)
+        watching.start()
+    batches = iter(torch.utils.data.DataLoader(
+        Batches(ranks, course, seed, workers, latents.Pool(folder), tokenizer), batch_size=None,
+        sampler=range(run.step, course.steps), num_workers=helpers, pin_memory=device == "cuda"))
+    curve = Curve(out / "log" / "transformer.tsv", run.samples)
     while run.step < course.steps:
-        if course.shards(run.step) != shards:
+        if not helpers and course.shards(run.step) != shards:
             shards = course.shards(run.step)
-            make_shards(shards, seed, rank, workers, out / "latents", light)
-        batch = batch_at(run.step, course, seed, rank, workers, pool, tokenizer)
-        loss, norm = run.learn(batch, course.rate(run.step), workers)
-        if rank == 0:
+            make_shards(shards, folder, seed, light)
+        batch = next(batches)
+        loss, norm = run.advance(batch, course, workers)
+        if 0 in ranks:
             curve.add(run, batch[0].shape[2], loss, norm)
-        if rank == 0 and (time.time() - last_save > SAVE_SECONDS or run.step == course.steps):
+        if 0 in ranks and (time.time() - last_save > SAVE_SECONDS or run.step == course.steps):
             run.save(checkpoint, course.steps)
             saved()
             last_save = time.time()
+    if helpers:
+        watching.join()  # else those that draw would be ended with this process, as if they had failed
     return run.average.shadow

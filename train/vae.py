@@ -231,7 +231,8 @@ def _fit(out, name, module, steps, seed, count, loss_of, autoencoder, narrow, pe
             loss = loss_of(clips, step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimisers.step(peak * rate(step, steps, 50, 0.5))
+        optimisers.set_factor(peak * rate(step, steps, 50, 0.5))
+        optimisers.step()
         step += 1
         if step % 100 == 0 or step == steps:
             log.write(step=step, seconds=time.time() - start, loss=loss.item(),
