@@ -144,8 +144,8 @@ def move(motion, s, x0, y0, r, floor):
     if motion.startswith("walk"):
         return Track(s, x0 + sign * 0.20 * ramp, floor, stride=_legs(s, 2), facing=sign)
     if motion.startswith("run"):
-        bob = 0.03 * np.abs(_legs(s, 4))
-        return Track(s, 0.5 + sign * 0.36 * ramp, floor - bob, angle=0.22 * sign, stride=1.2 * _legs(s, 4), facing=sign)
+        bob = 0.03 * np.abs(_legs(s, 3))
+        return Track(s, 0.5 + sign * 0.33 * ramp, floor - bob, angle=0.22 * sign, stride=1.2 * _legs(s, 3), facing=sign)
     top = 0.04 + r
     up, down = floor - (floor - top) * s, top + (floor - top) * s
     return {
@@ -181,7 +181,7 @@ def relate(relation, s, dx, shapes):
         return [Track(s, 0.5 + dx - 0.2, floors[0] - height), Track(s, 0.5 + dx + 0.2, floors[1] - height)]
     if relation == "chase":
         lead = 0.5 + 0.24 * ramp
-        return [on_ground(0, lead - 0.18, 1, 4), on_ground(1, lead + 0.18, 1, 4)]
+        return [on_ground(0, lead - 0.18, 1, 3), on_ground(1, lead + 0.18, 1, 3)]
     if relation == "pass":
         return [on_ground(0, 0.5 + 0.42 * ramp, 1), Track(s, 0.5, floors[1] - 0.10)]
     touch = (SIDE[shapes[0]] + SIDE[shapes[1]]) * PAIR_RADIUS / 2  # half the distance between their centres

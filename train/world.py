@@ -112,9 +112,9 @@ RELATIONS = {
 }
 # {background, shape, size, motion or relation: how often the clips of the VAE and the transformer show it instead of
 # once}: what is learned last.
-LEARNED_LAST = {"night": 2.5, "character": 2.5, "star": 2.5, "cross": 2.5, "triangle": 1.5, "small": 1.5,
-                "loop": 3, "jump": 3, "spin": 2, "walk left": 2.5, "walk right": 2.5, "run left": 2.5, "run right": 2.5,
-                "bounce": 1.5, "shake": 1.5, "orbit": 3, "jump together": 2.5}
+LEARNED_LAST = {"night": 2.5, "character": 3, "star": 2.5, "cross": 2.5, "triangle": 1.5, "small": 2,
+                "large": 1.5, "loop": 3, "jump": 3, "spin": 2, "walk left": 2.5, "walk right": 2.5, "run left": 4,
+                "run right": 4, "bounce": 1.5, "shake": 1.5, "orbit": 3, "jump together": 2.5}
 _KIND_WORDS = ["nice", "happy", "cute", "pretty", "lovely", "funny", "bright", "shiny"]
 _ADVERBS = ["now", "here", "again", "happily", "gently", "today", "all alone"]
 _OPENINGS = ["a video of", "a clip of", "an animation of", "a short film of", "a cartoon of", "we see", "there is",
