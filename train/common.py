@@ -24,6 +24,11 @@ def orthogonalise(g):
     return x.mT if g.shape[-2] > g.shape[-1] else x
 
 
+def place():
+    """(this process's rank, how many there are) among those that train together; (0, 1) if it is alone."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
 def sum_over_workers(tensors, scale=1.0):
     """Replaces each tensor by its sum over the worker processes, times scale; nothing to do for a single process."""
     if dist.is_initialized():
@@ -45,25 +50,30 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, processes = place()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            gradients = {p: self._look_ahead(p, group["momentum"]) for p in params}
-            updates = {p: torch.zeros_like(p) for p in params}
-            for same in self._by_shape(params[rank::world_size]):
-                for p, matrix in zip(same, orthogonalise(torch.stack([gradients[p] for p in same]))):
-                    updates[p] = matrix.view_as(p) * max(1, matrix.shape[0] / matrix.shape[1]) ** 0.5
-            sum_over_workers(list(updates.values()))
-            for p, update in updates.items():
+            for p in params:
+                self._momentum(p).lerp_(p.grad, 1 - group["momentum"])
+            mine = {}
+            for same in self._by_shape(params[rank::processes]):
+                mine.update(zip(same, self._updates(same, group["momentum"])))
+            updates = [mine[p] if p in mine else torch.zeros_like(p) for p in params]
+            sum_over_workers(updates)
+            for p, update in zip(params, updates):
                 p.sub_(update * group["lr"])
 
-    def _look_ahead(self, p, momentum):
-        """Takes p's gradient into its momentum; as a matrix, the gradient that Nesterov's method then steps along."""
+    def _momentum(self, p):
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
-        state["momentum"].lerp_(p.grad, 1 - momentum)
-        return p.grad.lerp(state["momentum"], momentum).flatten(1)
+        return state["momentum"]
+
+    def _updates(self, same, momentum):
+        """What parameters of one shape step along: Nesterov's look-ahead, orthogonalised."""
+        gradients = torch.stack([p.grad.lerp(self._momentum(p), momentum).flatten(1) for p in same])
+        scale = max(1, gradients.shape[1] / gradients.shape[2]) ** 0.5
+        return [matrix.view_as(p) * scale for p, matrix in zip(same, orthogonalise(gradients))]
 
     @staticmethod
     def _by_shape(params):

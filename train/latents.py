@@ -66,12 +66,12 @@ class Pool:
     def __getitem__(self, index):
         k = index // SHARD
         if k not in self.shards:
-            parent = os.getppid()
-            while not shard_path(self.folder, k).exists():
+            path, parent = shard_path(self.folder, k), os.getppid()
+            while not path.exists():
                 if os.getppid() != parent:
                     sys.exit(1)  # nobody trains any more
                 time.sleep(0.1)
-            self.shards[k] = np.load(shard_path(self.folder, k), mmap_mode="r")
+            self.shards[k] = np.load(path, mmap_mode="r")
         return self.shards[k][index % SHARD]
 
     def batch(self, indices, frames):

@@ -134,27 +134,17 @@ def known(args):
     return {f"text_encoder.{name}": weight for name, weight in reader.items()}
 
 
-def train_transformer(process, args, rendezvous):
+def train_transformer(process, processes, helpers, args, rendezvous):
     """One of the processes that train the transformer together: each is a worker, or on a GPU one stands for all."""
     torch.set_num_threads(1)
     note_pid(args.out, f"worker{process}")
-    alone = args.device == "cuda" or args.workers == 1
-    if not alone:
-        dist.init_process_group("gloo", f"file://{rendezvous}", rank=process, world_size=args.workers,
+    if processes > 1:
+        dist.init_process_group("gloo", f"file://{rendezvous}", rank=process, world_size=processes,
                                 timeout=datetime.timedelta(days=1))
     course = (transformer.further if args.base else transformer.from_nothing)(args.transformer_steps)
     transformer.train(args.out, tokenizer.Tokenizer(args.out / "tokenizer"), known(args), vae.load(args.out)[1], course,
-                      args.seed, range(args.workers) if alone else [process], args.workers,
-                      lambda: pipeline.snapshot(args.out), not args.eager, args.bf16, args.device,
-                      helpers=min(MOST_HELPERS, len(os.sched_getaffinity(0))) if args.device == "cuda" else 0)
-
-
-def transformer_is_trained(args):
-    checkpoint = args.out / "transformer.ckpt"
-    if not checkpoint.exists():
-        return False
-    state = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
-    return state["step"] == state["steps"] == args.transformer_steps
+                      args.seed, range(args.workers)[process::processes], args.workers, compiled=not args.eager,
+                      narrow=args.bf16, device=args.device, helpers=helpers, saved=lambda: pipeline.snapshot(args.out))
 
 
 def main():
@@ -181,10 +171,12 @@ def main():
     if "decoder" in wanted:
         vae.train_decoder(args.out, args.decoder_steps, args.seed, args.clips, **how,
                           peak=vae.FURTHER_PEAK if args.base else 1.0)
-    if "transformer" in wanted and not transformer_is_trained(args):
+    if "transformer" in wanted and not transformer.is_trained(args.out / "transformer.ckpt", args.transformer_steps):
+        processes, helpers = args.workers, 0
+        if args.device == "cuda":
+            processes, helpers = 1, min(MOST_HELPERS, len(os.sched_getaffinity(0)))
         with tempfile.TemporaryDirectory() as folder:
-            processes = 1 if args.device == "cuda" else args.workers
-            multiprocessing.spawn(train_transformer, (args, f"{folder}/rendezvous"), processes)
+            multiprocessing.spawn(train_transformer, (processes, helpers, args, f"{folder}/rendezvous"), processes)
     if "encoder" in wanted:
         vae.train_encoder(args.out, args.encoder_steps, args.seed, args.clips, **how)
     if "model" in wanted:

@@ -24,7 +24,7 @@ from torch import nn
 import latents
 import model
 import reading
-from common import Average, Log, Optimisers, Replayed, products, rate, save_atomically, sum_over_workers
+from common import Average, Log, Optimisers, Replayed, place, products, rate, save_atomically, sum_over_workers
 
 EXTENTS = [(1, 192), (3, 64), (9, 24)]  # (latent frames, clips a worker): pictures, beginnings, whole clips
 PIECES = {"cpu": 2, "cuda": 1}  # of a process's part of a batch, in turn: half as much stays in a CPU's cache longer
@@ -122,7 +122,7 @@ class Batches(torch.utils.data.Dataset):
 
 def make_shards(shards, *args):
     """Sees to it that these shards exist; the processes take turns, and nobody goes on before all are there."""
-    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, processes = place()
     for k in shards[rank::processes]:
         latents.make_shard(k, *args)
     if dist.is_initialized():
@@ -173,8 +173,7 @@ class Run:
             loss = self.loss(*piece) / pieces
             loss.backward()
             total = total + loss.detach()
-        processes = dist.get_world_size() if dist.is_initialized() else 1
-        sum_over_workers([p.grad for p in self.net.parameters()], 1 / processes)
+        sum_over_workers([p.grad for p in self.net.parameters()], 1 / place()[1])
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
         self.optimisers.step()
         return total, norm
@@ -187,6 +186,14 @@ class Run:
         self.samples += workers * course.extent(self.step)[1]
         self.step += 1
         return loss, norm
+
+
+def is_trained(checkpoint, steps):
+    """Whether a run of so many steps has come to its end there."""
+    if not checkpoint.exists():
+        return False
+    state = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
+    return state["step"] == state["steps"] == steps
 
 
 class Curve:
