@@ -1,5 +1,5 @@
-"""What every training stage needs: the Muon optimiser, averaged weights, a step as a CUDA graph, checkpoints that a kill
-cannot tear, a log.
+"""What every training stage needs: the Muon optimiser, averaged weights, a step as a CUDA graph, checkpoints that a
+kill cannot tear, a log.
 
 Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/) replaces each matrix's momentum by the nearest
 orthogonal matrix before it steps, so every direction of the matrix learns at the same pace.  Vectors (biases, norms)

@@ -66,7 +66,7 @@ def options():
                         help="the last stage to run")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2,
-                        help="processes of the transformer stage, one thread each, or on a GPU as many processes' work; "
+                        help="processes of the transformer stage, one thread each, or on a GPU the work of so many; "
                              "the batch grows with them, so another number is another training")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu",
                         help="where the transformer's stage runs: on a GPU, the batch of all workers at once")
