@@ -17,8 +17,8 @@ override CFLAGS += -Wno-unknown-pragmas
 endif
 
 STAGES  = prompt tokenizer text_encoder transformer sampler vae y4m record preview pipeline
-ENGINE  = $(patsubst engine/%.c,%,$(wildcard engine/*.c))
-OBJECTS = $(STAGES:%=$(BUILD)/%.o) $(ENGINE:%=$(BUILD)/engine/%.o)
+ENGINE  = $(patsubst %.c,%,$(wildcard engine/*/*.c))
+OBJECTS = $(STAGES:%=$(BUILD)/%.o) $(ENGINE:%=$(BUILD)/%.o)
 
 sora: $(BUILD)/sora
 	cp $< $@
@@ -116,5 +116,5 @@ bench-peers: $(BUILD)/bench/bench $(if $(filter .venv/%,$(PYTHON)),.venv/bench)
 clean:
 	rm -rf build/release build/sanitize sora
 
--include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d)
+-include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d $(BUILD)/*/*/*.d)
 .PHONY: FORCE demo install test sanitize fuzz test-reference clean

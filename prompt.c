@@ -15,7 +15,7 @@
  *   - surrogates (U+FFFD here), terminal escapes and control characters, which it removes;
  *   - normalisation to NFC (`e` and U+0301 to one character).
  *
- * Bytes that are no UTF-8 become U+FFFD (text.c). All that follows may rely on valid UTF-8. */
+ * Bytes that are no UTF-8 become U+FFFD (engine/text/utf8.c). All that follows may rely on valid UTF-8. */
 #include "sora.h"
 
 #include <stdlib.h>
@@ -37,7 +37,7 @@ typedef struct {
 } Entity;
 
 static const Entity entities[] = {
-#include "engine/html_entities.h"
+#include "engine/text/html_entities.h"
 };
 
 enum { LONGEST_ENTITY = 31, ENTITIES = sizeof entities / sizeof entities[0] };

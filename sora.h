@@ -1,7 +1,7 @@
 /* sora.h - text to video, the stages in the order in which data flows through them.
  *
  *   prompt -> tokenizer.c -> ids -> text_encoder.c -> embeds ---+
- *   seed -> engine/noise.c -> noise -> latents -> transformer.c -> velocity -> sampler.c -> latents
+ *   seed -> engine/arithmetic/noise.c -> noise -> latents -> transformer.c -> velocity -> sampler.c -> latents
  *                                                 (steps times)
  *   latents -> vae.c -> frames -> y4m.c -> file
  *

@@ -2,7 +2,7 @@
  *
  * docs/kernels.md walks through them. Each step computes the same bits: an element is one chain of fused
  * multiply-adds over k, and what changes is the order in which elements and pieces of their chains are
- * visited. The steps are written for AVX2 or NEON, with sizes that divide evenly; engine/product.c is the
+ * visited. The steps are written for AVX2 or NEON, with sizes that divide evenly; engine/arithmetic/product.c is the
  * last step for all sizes, and goes to wider registers where there are any. */
 #include "bench/bench.h"
 
@@ -12,14 +12,14 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define TARGET __attribute__((target("avx2,fma")))
-#include "engine/vector_avx2.h"
+#include "engine/arithmetic/vector_avx2.h"
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #define TARGET
-#include "engine/vector_neon.h"
+#include "engine/arithmetic/vector_neon.h"
 #else
 #define TARGET
-#include "engine/vector_generic.h"
+#include "engine/arithmetic/vector_generic.h"
 #endif
 
 #if defined(__clang__)

@@ -1,7 +1,11 @@
-/* engine.h - the machine room: what the stages of sora.h stand on.
+/* engine.h - the machine room: what the stages of sora.h stand on. Nothing here knows what a video model is.
  *
- * Sections follow the files of this folder: util, text, index, profile, progress, weights, kernels, panel,
- * product, attention, rows, noise, npy, tap, sha256, json. Nothing here knows what a video model is.
+ *   base/        errors, memory, files, time; names to numbers; what is shown while it runs
+ *   text/        UTF-8; HTML's names for characters
+ *   files/       weight files, arrays, what --dump and --check do with them, hashes, JSON
+ *   arithmetic/  kernels, what they multiply, and the operations built from them; random numbers
+ *
+ * The sections below follow the files of these folders.
  *
  * Two regimes for errors. Functions that read bytes from outside return NULL, or a one-line reason (a static
  * string that the next reason() overwrites), to which the caller adds the file's name. Everything else that
@@ -92,7 +96,7 @@ static inline size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 static inline int ceiling(int a, int b) { return (a + b - 1) / b; } /* of a / b */
 static inline int round_up(int a, int b) { return ceiling(a, b) * b; }
 
-/* ---------------------------------------------------------------- text.c: bytes that grow, UTF-8 */
+/* ---------------------------------------------------------------- utf8.c: bytes that grow, UTF-8 */
 
 /* Begin with {0}, free() the data; a 0 that does not count follows what was appended. */
 typedef struct {

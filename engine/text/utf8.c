@@ -1,4 +1,4 @@
-/* text.c - bytes that grow, and UTF-8 in them.
+/* utf8.c - bytes that grow, and UTF-8 in them.
  *
  * What is read here may be anything that somebody typed. A character is what RFC 3629 allows: the shortest
  * form, no surrogates, nothing beyond U+10FFFF. For what is none, one U+FFFD stands for each maximal part of

@@ -111,8 +111,8 @@ static inline uint32_t dot_int8(uint32_t sum, uint32_t a, uint32_t b) {
 #define TILE_VECTORS 4
 #define FAST_INT8 false
 #define BYTE_OFFSET 0
-#include "engine/vector_generic.h"
-#include "engine/kernel_body.h"
+#include "engine/arithmetic/vector_generic.h"
+#include "engine/arithmetic/kernel_body.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
@@ -163,8 +163,8 @@ static inline TARGET_AVX2 void transpose_8x8(__m256i r[8]) {
 #define TILE_VECTORS 2
 #define FAST_INT8 true
 #define BYTE_OFFSET 0
-#include "engine/vector_avx2.h"
-#include "engine/kernel_body.h"
+#include "engine/arithmetic/vector_avx2.h"
+#include "engine/arithmetic/kernel_body.h"
 
 /* --------------------------------------------------------------- avx512, with one, two or no dot products */
 
@@ -214,8 +214,8 @@ static inline TARGET_AVX512 void transpose_16x16(__m512i r[16]) {
 #define TILE_VECTORS 2
 #define FAST_INT8 true
 #define BYTE_OFFSET 0
-#include "engine/vector_avx512.h"
-#include "engine/kernel_body.h"
+#include "engine/arithmetic/vector_avx512.h"
+#include "engine/arithmetic/kernel_body.h"
 
 #define ISA_NAME "avx512"
 #define NAME(x) avx512_vnni_##x
@@ -225,8 +225,8 @@ static inline TARGET_AVX512 void transpose_16x16(__m512i r[16]) {
 #define FAST_INT8 true
 #define BYTE_OFFSET 128
 #define AVX512_VNNI
-#include "engine/vector_avx512.h"
-#include "engine/kernel_body.h"
+#include "engine/arithmetic/vector_avx512.h"
+#include "engine/arithmetic/kernel_body.h"
 
 #define ISA_NAME "avx512"
 #define NAME(x) avx512_bf16_##x
@@ -237,8 +237,8 @@ static inline TARGET_AVX512 void transpose_16x16(__m512i r[16]) {
 #define BYTE_OFFSET 128
 #define AVX512_VNNI
 #define DOT_BF16(sum, a, b) _mm512_dpbf16_ps(sum, (__m512bh)(a), (__m512bh)(b))
-#include "engine/vector_avx512.h"
-#include "engine/kernel_body.h"
+#include "engine/arithmetic/vector_avx512.h"
+#include "engine/arithmetic/kernel_body.h"
 
 /* The compiler's builtin asks the operating system, too: it must save the registers. */
 static bool has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
@@ -288,8 +288,8 @@ static inline uint32x4_t neon_dot_int8(uint32x4_t sum, int8x16_t a, int8x16_t b)
 #define TILE_VECTORS 4
 #define FAST_INT8 false
 #define BYTE_OFFSET 0
-#include "engine/vector_neon.h"
-#include "engine/kernel_body.h"
+#include "engine/arithmetic/vector_neon.h"
+#include "engine/arithmetic/kernel_body.h"
 
 #if !defined(__clang__) || __clang_major__ >= 16 /* older ones know dot products for a whole file only */
 #define HAS_NEON_DOTPROD
@@ -301,8 +301,8 @@ static inline uint32x4_t neon_dot_int8(uint32x4_t sum, int8x16_t a, int8x16_t b)
 #define FAST_INT8 true
 #define BYTE_OFFSET 0
 #define NEON_DOTPROD
-#include "engine/vector_neon.h"
-#include "engine/kernel_body.h"
+#include "engine/arithmetic/vector_neon.h"
+#include "engine/arithmetic/kernel_body.h"
 
 static bool has_neon_dots(void) { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
 #endif

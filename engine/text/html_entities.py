@@ -1,6 +1,6 @@
 """Writes html_entities.h, the named character references of HTML5, from Python's own table.
 
-    python engine/html_entities.py > engine/html_entities.h
+    python engine/text/html_entities.py > engine/html_entities.h
 
 `html.entities.html5` is what `html.unescape` consults; the all-capitals column follows
 `ftfy.chardata._build_html_entities` (ftfy 6.3.1), which also decodes `&NTILDE;`.
