@@ -6,7 +6,7 @@
     python docs/pictures.py grid                             # runs ./sora on PROMPTS, into docs/demo/ and the README
     python docs/pictures.py curves build/train               # a training run's logs, into docs/training/train/ as they
                                                              # are and as a plot
-    python docs/pictures.py table                            # docs/adherence/ as the README's table
+    python docs/pictures.py table                            # docs/adherence/ as the table in docs/bundled-model.md
 Needs what train/requirements.txt names.
 """
 import argparse
@@ -63,10 +63,10 @@ def animate(source, target):
     images[0].save(target, save_all=True, append_images=images[1:], duration=round(1000 / rate), loop=0, quality=80)
 
 
-def insert(name, lines):
-    """Puts lines between the two comments of that name in the README."""
-    readme, text = ROOT / "README.md", "\n".join([f"<!-- {name} -->", *lines, f"<!-- /{name} -->"])
-    readme.write_text(re.sub(f"<!-- {name} -->.*<!-- /{name} -->", lambda _: text, readme.read_text(), flags=re.S))
+def insert(page, name, lines):
+    """Puts lines between the two comments of that name in a page."""
+    text = "\n".join([f"<!-- {name} -->", *lines, f"<!-- /{name} -->"])
+    page.write_text(re.sub(f"<!-- {name} -->.*<!-- /{name} -->", lambda _: text, page.read_text(), flags=re.S))
 
 
 def grid():
@@ -83,7 +83,7 @@ def grid():
             image = f'<img src="{picture.relative_to(ROOT)}" alt="{html.escape(prompt)}">'
             cells.append(f'<td width="25%">{image}<br>{html.escape(prompt)}{mark}</td>')
     rows = [f"<tr>{''.join(cells[i:i + COLUMNS])}</tr>" for i in range(0, len(cells), COLUMNS)]
-    insert("grid", ["<table>", *rows, "</table>"])
+    insert(ROOT / "README.md", "grid", ["<table>", *rows, "</table>"])
 
 
 # The rows of the table: what was asked, and of which kind (train/adherence.py) and from which file it is.
@@ -99,7 +99,7 @@ ATTRIBUTES = {"all": "all right", "background": "place", "shape": "shape", "colo
 
 
 def table():
-    """The README's table of how often the model does as it is told."""
+    """The table in docs/bundled-model.md of how often the model does as it is told."""
     found = {}
     for name in ("shares", "ceiling"):
         with open(ADHERENCE / f"{name}.tsv") as file:
@@ -111,7 +111,7 @@ def table():
     for label, *key in ASKED:
         shares = [float(found[tuple(key)][attribute]) for attribute in ATTRIBUTES]
         rows.append(f"| {label} | {' | '.join('' if math.isnan(x) else f'{100 * x:.3g} %' for x in shares)} |")
-    insert("adherence", rows)
+    insert(ROOT / "docs" / "bundled-model.md", "adherence", rows)
 
 
 def read_log(path):
