@@ -115,6 +115,7 @@ void settings_complete(Settings *s, const Model *m) {
     if (s->frames == 0) s->frames = model_frames(m);
     take_default_number(&s->guidance, m, "default.guidance", 0, 5.0);
     take_default_number(&s->shift, m, "scheduler.shift", 1e-3, 3.0);
+    if (s->guidance < 1) warn("guidance %g is taken as 1, which is none: diffusers guides above 1 only", s->guidance);
     if (s->sampler == SAMPLERS &&
         !sampler_parse(weights_string_or(m->file, "scheduler.sampler", "unipc"), &s->sampler))
         weights_refuse(m->file, "scheduler.sampler '%s' is unknown; give --sampler",
@@ -153,6 +154,20 @@ static Prompt prompt_read(const Model *m, const char *name, const char *text) {
     return p;
 }
 
+/* How many there are before the first that is infinite or NaN. */
+static size_t count_finite(const float *values, size_t count) {
+    size_t i = 0;
+    while (i < count && isfinite(values[i])) i++;
+    return i;
+}
+
+/* A run ends where its numbers stop being finite: all that could follow is a black clip. */
+static void stay_finite(const Model *m, const float *values, size_t count, const char *what) {
+    if (count_finite(values, count) < count)
+        die(STATUS_CHECK, "%s: not finite; try another --precision (this is %s), --shift or --steps, or check the "
+            "weights", what, precision_name(m->precision));
+}
+
 static void prompt_encode(const Model *m, Prompt *p) {
     if (taps_on) tap_ids(p->ids, p->n, "%s.ids", p->name);
     p->embeds = allocate(sizeof(float) * (size_t)p->n * m->text_encoder.dim);
@@ -161,6 +176,7 @@ static void prompt_encode(const Model *m, Prompt *p) {
     text_encode(&m->text_encoder, p->ids, p->n, p->embeds);
     profile_end(TEXT_ENCODER);
     tap(p->embeds, SHAPE(p->n, m->text_encoder.dim), "%s.embeds", p->name);
+    stay_finite(m, p->embeds, (size_t)p->n * m->text_encoder.dim, reason("%s.embeds", p->name));
 }
 
 static void prompt_free(Prompt *p) {
@@ -172,15 +188,28 @@ static void prompt_free(Prompt *p) {
 typedef struct {
     Model *model;
     const Settings *settings;
-    bool guided;             /* guidance 1 is the conditional velocity itself */
+    Schedule schedule;
+    bool guided;             /* guidance 1 is the conditional velocity itself; diffusers takes less as 1 */
     Prompt prompt, negative; /* the latter if guided */
     int C, T, H, W;          /* of the latents */
     size_t elements;         /* C*T*H*W */
     char noise_sha256[65];   /* of the file of --noise */
 } Run;
 
+/* Very many steps and a large shift give noise levels that float32 cannot tell apart. */
+static Schedule falling_schedule(const Model *m, const Settings *s) {
+    Schedule schedule = schedule_make(s->sampler, s->steps, s->shift,
+                                      weights_size_or(m->file, "scheduler.num_train_timesteps", 1 << 20, 1000));
+    for (int i = 0; i < s->steps; i++)
+        if (!(schedule.sigmas[i + 1] < schedule.sigmas[i]))
+            die(STATUS_USAGE, "--steps %d with --shift %g: the noise level does not fall in step %d; expected fewer "
+                "steps or a smaller shift", s->steps, s->shift, i + 1);
+    return schedule;
+}
+
 static Run run_plan(Model *m, const Settings *s) {
     Run run = {.model = m, .settings = s, .guided = s->guidance > 1.0, .C = m->transformer.in_dim};
+    run.schedule = falling_schedule(m, s);
     run.prompt = prompt_read(m, "prompt", s->prompt);
     if (run.guided) run.negative = prompt_read(m, "negative", s->negative);
     run.T = (s->frames - 1) / m->vae.temporal_stride + 1;
@@ -191,13 +220,6 @@ static Run run_plan(Model *m, const Settings *s) {
 }
 
 static Shape latent_shape(const Run *run) { return SHAPE(run->C, run->T, run->H, run->W); }
-
-/* How many there are before the first that is infinite or no number. */
-static size_t count_finite(const float *values, size_t count) {
-    size_t i = 0;
-    while (i < count && isfinite(values[i])) i++;
-    return i;
-}
 
 static float *read_noise(Run *run) {
     Npy file;
@@ -261,14 +283,12 @@ static void predict(const Run *run, Denoiser *d, const char *name, const TextCon
  * a step of the sampler. */
 static void denoise(const Run *run, Denoiser *d, float *latents) {
     const Settings *s = run->settings;
+    const Schedule *schedule = &run->schedule;
     float guidance = (float)s->guidance;
-    Schedule schedule =
-        schedule_make(s->sampler, s->steps, s->shift,
-                      weights_size_or(run->model->file, "scheduler.num_train_timesteps", 1 << 20, 1000));
-    tap(schedule.timesteps, SHAPE(s->steps), "timesteps");
-    tap(schedule.sigmas, SHAPE(s->steps + 1), "sigmas");
+    tap(schedule->timesteps, SHAPE(s->steps), "timesteps");
+    tap(schedule->sigmas, SHAPE(s->steps + 1), "sigmas");
     for (int step = 0; step < s->steps; step++) {
-        float timestep = schedule.timesteps[step], *v = d->velocity, *u = d->unconditional;
+        float timestep = schedule->timesteps[step], *v = d->velocity, *u = d->unconditional;
         progress("step", step, s->steps);
         predict(run, d, "cond", &d->cond, step, timestep, latents, v);
         if (run->guided) {
@@ -277,12 +297,12 @@ static void denoise(const Run *run, Denoiser *d, float *latents) {
         }
         tap(v, latent_shape(run), "velocity");
         profile_begin(SAMPLER);
-        sampler_step(&schedule, step, v, latents, &d->history);
+        sampler_step(schedule, step, v, latents, &d->history);
         profile_end(SAMPLER);
         tap(latents, latent_shape(run), "latents");
+        stay_finite(run->model, latents, run->elements, reason("latents after step %d of %d", step + 1, s->steps));
     }
     tap_scope("%s", "");
-    schedule_free(&schedule);
 }
 
 /* From noise and prompts to final latents. */
@@ -303,8 +323,6 @@ static void make_latents(Run *run, float *latents) {
     profile_end(TRANSFORMER);
     denoise(run, &denoiser, latents);
     tap(latents, latent_shape(run), "latents");
-    if (count_finite(latents, run->elements) < run->elements)
-        warn("the latents are not finite: the weights, or --shift and --steps, are beyond what float32 holds");
     arena_close(&arena);
     scratch_free();
 }
@@ -333,6 +351,8 @@ static void write_frame(void *to, const float *frame) {
     profile_end(VAE_DECODE);
     profile_begin(OUTPUT);
     tap_frame(frame, SHAPE(3, s->frames, s->height, s->width), video->index, "video");
+    stay_finite(video->run->model, frame, (size_t)3 * s->height * s->width,
+                reason("frame %d of %d", video->index + 1, s->frames));
     y4m_convert(&video->format, frame, video->planes);
     write_bytes(video, "FRAME\n", 6);
     write_bytes(video, video->planes, y4m_frame_bytes(&video->format));
@@ -466,6 +486,7 @@ void generate(Model *model, const Settings *settings) {
     make_latents(&run, latents);
     decode(&run, &video, latents);
     free(latents);
+    schedule_free(&run.schedule);
     prompt_free(&run.prompt);
     prompt_free(&run.negative);
     progress(NULL, 0, 0);

@@ -33,7 +33,7 @@ static const struct {
     [SECONDS] = {"seconds", 0, "S", "length, instead of --frames"},
     [FPS] = {"fps", 0, "N[:D]", "frame rate written in the file"},
     [STEPS] = {"steps", 0, "N", "denoising steps"},
-    [GUIDANCE] = {"guidance", 'g', "G", "classifier-free guidance; 1 is off"},
+    [GUIDANCE] = {"guidance", 'g', "G", "classifier-free guidance; 1 is none, and so is less"},
     [SHIFT] = {"shift", 0, "S", "time shift of the noise schedule"},
     [SAMPLER_NAME] = {"sampler", 0, "NAME", "unipc, euler or dpm++"},
     [SEED] = {"seed", 0, "N", "initial noise as torch's CPU generator makes it (default: random, printed)"},
@@ -68,8 +68,8 @@ static void print_help(void) {
                  options[i].argument ? options[i].argument : "");
         printf("  %-26s %s\n", left, options[i].help);
     }
-    puts("\nExit status: 0 done; 1 a check failed; 2 bad usage or input; 3 out of memory, disk or other "
-         "resources;\n130 interrupted.");
+    puts("\nExit status: 0 done; 1 a check failed, or numbers that are not finite; 2 bad usage or input;\n"
+         "3 out of memory, disk or other resources; 130 interrupted.");
 }
 
 static void print_version(void) {

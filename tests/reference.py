@@ -103,7 +103,7 @@ CASES = [
     case("odd widths", (16, 64), 5, "dpm++", steps=6, guidance=1.0, shift=12.0),
     case("odd widths", (64, 64), 1, "euler", steps=1, prompt=WORDS, negative=WORDS),
     case("three levels with patches", (64, 48), 17, "euler", shift=5.0, double=True),
-    case("three levels with patches", (32, 48), 5, "unipc", guidance=1.0, prompt=""),
+    case("three levels with patches", (32, 48), 5, "unipc", guidance=0.5, prompt=""),
     case("three levels without patches", (32, 16), 5, "dpm++", steps=2, double=True),
     case("three levels without patches", (16, 48), 13, "unipc", prompt="", negative=WORDS),
     case("four levels with patches", (96, 64), 9, "unipc", double=True),

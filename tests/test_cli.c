@@ -54,6 +54,9 @@ static void write_models(void) {
     write_changed("layout.gguf", "O,T,Y,X,I", 0);
     write_perturbed("changed.gguf", "blocks.1.ffn.2.weight", 24, 40, 0.5f);
     write_perturbed("infinite.gguf", "blocks.1.ffn.2.weight", 24, 40, INFINITY);
+    write_perturbed("overflow.gguf", "blocks.0.ffn.0.weight", 40, 24, 3e38f);
+    write_perturbed("text.gguf", "enc.blk.0.ffn_up.weight", 40, 24, INFINITY);
+    write_perturbed("decoder.gguf", "vae.conv2.weight", 4, 4, INFINITY);
 }
 
 /* Every line of the script is a claim. */
