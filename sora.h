@@ -109,6 +109,8 @@ typedef struct {
     float *time, *modulation, *e; /* (D), (6,D), (6,D) */
 } TransformerState;
 TransformerState transformer_state_take(Arena *arena, const Transformer *transformer, int T, int H, int W);
+/* What the transformer is told of a timestep: cosines, then sines (freq_dim). */
+void timestep_sinusoids(float *out, int freq_dim, float timestep);
 double transformer_flops(const Transformer *transformer, int L, int positions); /* of one forward pass */
 /* velocity (out_dim,T,H,W) from latents (in_dim,T,H,W) at a timestep in [0,1000]. */
 void transformer_forward(const Transformer *transformer, TransformerState *state, const TextContext *context,

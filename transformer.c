@@ -100,9 +100,10 @@ void transformer_free(Transformer *transformer) {
 TextContext text_context_take(Arena *arena, const Transformer *t, int n) {
     TextContext context = {.positions = n < t->text_len ? n + 1 : n};
     size_t size = (size_t)t->num_layers * context.positions * t->dim;
-    context.bias = arena_floats(arena, context.positions);
+    context.bias = arena_floats(arena, context.positions); /* zeros */
     context.keys = arena_floats(arena, size);
     context.values = arena_floats(arena, size);
+    if (arena->base && n < t->text_len) context.bias[n] = (float)log(t->text_len - n);
     return context;
 }
 
@@ -112,7 +113,6 @@ void transformer_read(const Transformer *t, const float *embeds, int n, TextCont
     float *hidden = allocate(sizeof(float) * (size_t)positions * D);
     float *embedded = allocate(sizeof(float) * (size_t)positions * D);
     memcpy(text, embeds, sizeof(float) * (size_t)n * t->text_dim);
-    for (int i = 0; i < positions; i++) context->bias[i] = i < n ? 0.0f : (float)log(t->text_len - n);
     linear(hidden, text, positions, &t->text_embedding_0);
     gelu(hidden, hidden, (size_t)positions * D);
     linear(embedded, hidden, positions, &t->text_embedding_2);
@@ -130,7 +130,9 @@ void transformer_read(const Transformer *t, const float *embeds, int n, TextCont
 
 /* ---------------------------------------------------------------- positions and time */
 
-/* Angles of one axis: pos / 10000^(2i/dim), i < dim/2, into columns [0, dim/2) of a row. */
+/* Angles of one axis: pos / 10000^(2i/dim), i < dim/2, into columns [0, dim/2) of a row. With Wan's heads,
+ * which are 128 wide, every C library gives the same floats up to position 849 in time (3,397 frames) and 1023 in
+ * space (tests/test_libm.c). At 850 one cosine is -5e-7, whose last bits are those of the power. */
 static void rope_axis(float *cosine, float *sine, int pos, int dim) {
     for (int i = 0; i < dim / 2; i++) {
         double angle = pos / pow(10000.0, 2.0 * i / dim);
@@ -169,18 +171,23 @@ TransformerState transformer_state_take(Arena *arena, const Transformer *t, int 
     return s;
 }
 
-/* time (D) and modulation (6,D) from a timestep: sinusoids, an MLP, and its projection. The angles are
- * rounded to float32 as in diffusers' get_timestep_embedding; the original release computes them in double,
- * which at t = 1000 differs by 3e-5 and shows in the velocity as 1e-5 of its range. */
-static void embed_time(const Transformer *t, TransformerState *s, float timestep) {
-    int half = t->freq_dim / 2, D = t->dim;
-    float *sinusoid = s->wide, *hidden = s->y;
+/* The angles are rounded to float32 as in diffusers' get_timestep_embedding; the original release computes
+ * them in double, which at t = 1000 differs by 3e-5 and shows in the velocity as 1e-5 of its range. */
+void timestep_sinusoids(float *out, int freq_dim, float timestep) {
+    int half = freq_dim / 2;
     for (int i = 0; i < half; i++) {
         float frequency = (float)exp(-(float)log(10000.0) * (float)i / (float)half);
         float angle = timestep * frequency;
-        sinusoid[i] = (float)cos(angle);
-        sinusoid[half + i] = (float)sin(angle);
+        out[i] = (float)cos(angle);
+        out[half + i] = (float)sin(angle);
     }
+}
+
+/* time (D) and modulation (6,D) from a timestep: sinusoids, an MLP, and its projection. */
+static void embed_time(const Transformer *t, TransformerState *s, float timestep) {
+    int D = t->dim;
+    float *sinusoid = s->wide, *hidden = s->y;
+    timestep_sinusoids(sinusoid, t->freq_dim, timestep);
     linear(hidden, sinusoid, 1, &t->time_embedding_0);
     silu(hidden, hidden, D);
     linear(s->time, hidden, 1, &t->time_embedding_2);

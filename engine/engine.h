@@ -379,6 +379,7 @@ typedef struct {
 } Generator;
 void generator_seed(Generator *generator, uint64_t seed);   /* torch.Generator().manual_seed(seed) */
 uint32_t generator_next(Generator *generator);
+void normal_16(float x[16]); /* 16 uniform numbers, multiples of 2^-24, become 16 normal ones */
 /* torch.randn(n, generator=...) on the CPU */
 void generator_randn(Generator *generator, float *out, size_t n);
 

@@ -19,7 +19,7 @@ typedef struct {
 } Run;
 
 static float value(size_t i) {
-    return sinf((float)i);
+    return (float)sin((double)i);
 }
 
 static void tap_video(Fault fault) {
