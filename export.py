@@ -1,13 +1,17 @@
 #!/usr/bin/env python3
 """From a released Wan 2.1 text-to-video checkpoint to the one GGUF file that sora maps into memory.
 
-    export/sources.py   CHECKPOINT and options  -> which file holds which part; defaults of a run
+    export/sources.py   CHECKPOINT and options  -> which file holds which part
     export/files.py     files                   -> tensors, not read yet
-    export/names.py     keys of any layout      -> our names; refuses what sora cannot run
-    export/sizes.py     shapes and config.json  -> sizes of the three models
-    export/tables.py    sizes                   -> every tensor: name, shape, type rule
+    export/parts.py     files of a part         -> its tensors by our names, its sizes
+    export/names.py       keys of any layout    -> our names; refuses what sora cannot run
+    export/quantised.py   fp8                   -> a weight and its scale
+    export/sizes.py       shapes, config.json   -> sizes of the model
+    export/tables.py      sizes                 -> every tensor: name, shape, type rule
     export/tokenizer.py tokenizer               -> pieces and rules
     export/lora.py      LoRA files              -> changes of the transformer's tensors
+    export/defaults.py  whatever states them    -> what sora does when no option says otherwise
+    export/keys.py      sizes                   <-> keys of the weight file
     export/writer.py    all of it               -> model.gguf, a slice of rows at a time
 
 Nothing is skipped silently: a tensor, key or setting that is missing, misshapen or unknown ends the export with one
@@ -23,44 +27,16 @@ from pathlib import Path
 from gguf import GGMLQuantizationType as Type
 from tqdm import tqdm
 
-from export.files import ExportError, is_out_of_memory, reading
+from export.defaults import DEFAULTS, default_keys, option_of, run_defaults
+from export.files import ExportError, is_out_of_memory
+from export.keys import FIXED, model_keys
 from export.lora import open_lora
-from export.names import open_part
-from export.sizes import text_encoder_sizes, transformer_sizes, vae_sizes
-from export.sources import DEFAULTS, default_keys, find_sources, run_defaults
-from export.tables import TEXT_ENCODER, TRANSFORMER, block_rows, vae_rows
+from export.parts import KINDS, open_part
+from export.sources import find_sources
 from export.tokenizer import find_tokenizer, tokenizer_keys
 from export.writer import DIGEST_KEY, NO_DIGEST, TYPES, check_output, plan, spare_sources, write
 
-FORMAT_VERSION = 1
 FILE_TYPES = {Type.F32: 0, Type.F16: 1, Type.Q8_0: 7, Type.BF16: 32}  # llama.cpp's LLAMA_FTYPE
-
-
-def model_keys(transformer, text, vae):
-    """The three models' configuration, under the names of their own conventions."""
-    return {
-        "wan.model_type": "t2v",
-        **{f"wan.{key}": transformer[key] for key in ("dim", "ffn_dim", "freq_dim", "in_dim", "out_dim", "num_heads",
-                                                      "num_layers", "text_len", "text_dim", "patch_size", "eps")},
-        "wan.qk_norm": True,
-        "wan.cross_attn_norm": True,
-        "wan.patch_embedding_layout": "O,I,T,Y,X",
-        "t5encoder.block_count": text["num_layers"],
-        "t5encoder.embedding_length": text["dim"],
-        "t5encoder.feed_forward_length": text["ffn_dim"],
-        "t5encoder.vocab_size": text["vocab_size"],
-        "t5encoder.context_length": transformer["text_len"],
-        "t5encoder.attention.head_count": text["num_heads"],
-        "t5encoder.attention.key_length": text["head_dim"],
-        "t5encoder.attention.relative_buckets_count": text["num_buckets"],
-        "t5encoder.attention.relative_max_distance": text["max_distance"],
-        "t5encoder.attention.layer_norm_rms_epsilon": text["eps"],
-        **{f"vae.{key}": vae[key] for key in ("z_dim", "base_dim", "decoder_base_dim", "dim_mult", "num_res_blocks",
-                                              "in_channels", "out_channels", "patch_size", "latents_mean",
-                                              "latents_std")},
-        "vae.temperal_downsample": [int(t) for t in vae["temperal_downsample"]],
-        "vae.conv_layout": "O,T,Y,X,I",
-    }
 
 
 def check_parts_fit(transformer, text, vae, tokenizer):
@@ -94,45 +70,46 @@ def source_keys(root, files):
         return {"sora.source.names": names, "sora.source.sha256": [sha256_of(f, bar) for f in files]}
 
 
+def carried_keys(own, keys):
+    """What a weight file that is converted again says of its past: the keys that grow. One that is not known is an
+    error, since it would be lost."""
+    known = keys.keys() | {row.key for row in DEFAULTS.values()} | {"general.architecture", "general.alignment"}
+    if unknown := [key for key in own.keys if key not in known and not key.startswith("GGUF.")]:
+        raise ExportError(f"{own.path}: {unknown[0]} is no key that this export.py knows")
+    return {key: [*own.keys.get(key, []), *keys[key]] for key in ("sora.lora", "sora.source.names",
+                                                                  "sora.source.sha256")}
+
+
 def export(args):
     """From the arguments to the finished file."""
-    output = check_output(Path(args.output))
-    sources, wanted = find_sources(args), TYPES.get(args.type)
-    parts, sizes = [], []
-    for name, measure in (("transformer", transformer_sizes), ("text_encoder", text_encoder_sizes), ("vae", vae_sizes)):
-        path = getattr(sources, name)
-        with reading(path):
-            parts.append(open_part(name, path, sources.transformer_pattern if name == "transformer" else "*"))
-            sizes.append(measure(parts[-1]))
-    transformer, text, vae = parts
+    opened, output = {}, check_output(Path(args.output))
+    sources, wanted = find_sources(args, opened), TYPES.get(args.type)
+    parts = [open_part(name, getattr(sources, name), sources.transformer_pattern if name == "transformer" else "*", opened)
+             for name in KINDS]
+    text, transformer, vae = parts
     tokenizer_path = find_tokenizer(sources.tokenizer)
-    tokenizer = tokenizer_keys(tokenizer_path, text.opened)
-    check_parts_fit(*sizes, tokenizer)
+    tokenizer = tokenizer_keys(tokenizer_path, opened)
+    check_parts_fit(transformer.sizes, text.sizes, vae.sizes, tokenizer)
 
-    rows = list(block_rows(TRANSFORMER, sizes[0]))
-    loras = [open_lora(option, {name: shape for name, shape, _ in rows}) for option in args.lora]
-    planned = [*plan(text, block_rows(TEXT_ENCODER, sizes[1]), wanted),
-               *plan(transformer, rows, wanted, loras),
-               *plan(vae, vae_rows(sizes[2]), wanted)]
+    loras = [open_lora(option, {name: shape for name, shape, _ in transformer.rows()}) for option in args.lora]
+    planned = [t for part in parts for t in plan(part, wanted, loras if part is transformer else ())]
     matrix = next(t for t in planned if t.name == "blocks.0.self_attn.q.weight")
-    values = run_defaults(args, sources, sizes[0], sizes[2])
-    files = [f for f in (*text.files, *transformer.files, *vae.files, tokenizer_path, sources.scheduler,
+    files = [f for f in (*(f for part in parts for f in part.files), tokenizer_path, sources.scheduler,
                          sources.settings, *(f for lora in loras for f in lora.files)) if f]
     spare_sources(output, files)
-    write(output, {
+    keys = {
         "general.file_type": FILE_TYPES[matrix.type],
-        "general.quantization_version": 2,
-        "sora.format_version": FORMAT_VERSION,
+        **FIXED,
         DIGEST_KEY: NO_DIGEST,
-        **default_keys(values),
-        **model_keys(*sizes),
+        **default_keys(run_defaults(args, sources, transformer.sizes, vae.sizes)),
+        **model_keys(parts),
         "sora.lora": [f"{lora.path.name}:{lora.scale:g}" for lora in loras],
         **source_keys(Path(args.checkpoint) if args.checkpoint else None, files),
-        "tokenizer.ggml.model": "t5",
         **tokenizer,
-        "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.ggml.add_eos_token": True,
-    }, planned)
+    }
+    if sources.own:
+        keys |= carried_keys(sources.own, keys)
+    write(output, keys, planned)
     print(f"{output}: {len(planned)} tensors, {output.stat().st_size:,} bytes", file=sys.stderr)
 
 
@@ -148,9 +125,9 @@ def arguments(argv):
     for part in ("transformer", "text-encoder", "vae", "tokenizer"):
         parser.add_argument(f"--{part}", metavar="PATH", help="file or folder to take this part from")
     defaults = parser.add_argument_group("defaults that the file gives to sora")
-    for key, value in DEFAULTS.items():
-        option = "--negative" if key == "negative_prompt" else f"--{key}"
-        defaults.add_argument(option, dest=key, type=type(value), metavar=type(value).__name__.upper())
+    for name, row in DEFAULTS.items():
+        defaults.add_argument(option_of(name), dest=name, type=row.kind, metavar=row.kind.__name__.upper(),
+                              help=row.help + (f": {', '.join(row.allowed)}" if row.kind is str and row.allowed else ""))
     return parser.parse_args(argv)
 
 

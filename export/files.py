@@ -54,6 +54,7 @@ class Stored:
     dtype: str
     file: "Safetensors | Pickle | Gguf"
     scale: "Stored | None" = None
+    folded: bool = False  # a matrix already, as the writer folds convolutions
 
     def rows(self, first=None, last=None):
         """Rows [first, last) of the first dimension (or everything) as float32, fp8 multiplied by its scale."""
@@ -73,6 +74,7 @@ class Stored:
 
 class Safetensors:
     """A .safetensors file. It is opened for each read, so that no more than a slice of it stays mapped."""
+    own = False
 
     def __init__(self, path):
         self.path = path
@@ -89,6 +91,7 @@ class Safetensors:
 class Pickle:
     """A torch checkpoint (.pth, .pt, .bin, .ckpt), unpickled as data only and mapped where its format allows it."""
 
+    own = False
     CONTAINERS = ("generator_ema", "generator", "model", "module", "state_dict")  # the first one found counts
     DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8",
               torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.float64: "F64"}
@@ -131,38 +134,45 @@ class Pickle:
 
 
 class Gguf:
-    """A .gguf file as other programs write it; quantised tensors are read as the floats they stand for."""
+    """A GGUF file, export.py's own or another's: read from the disk, not mapped. keys: what its header states."""
 
     def __init__(self, path):
         self.path, self.metadata = path, {}
         reader = gguf.GGUFReader(path)  # makes several arrays for each piece of a vocabulary, so it is not kept
-        self.fields = {name: field.contents() for name, field in reader.fields.items()
-                       if name.startswith("tokenizer.ggml.")}
-        self.infos = {t.name: (t.tensor_type, int(t.n_bytes), int(t.data_offset)) for t in reader.tensors}
-        self.tensors = {t.name: Stored(t.name, tuple(int(n) for n in reversed(t.shape)), t.tensor_type.name, self)
-                        for t in reader.tensors}
+        self.keys = {name: field.contents() for name, field in reader.fields.items()}
+        self.own = "sora.format_version" in self.keys
+        self.places = {t.name: (t.tensor_type, int(t.data_offset)) for t in reader.tensors}
+        self.tensors = {t.name: Stored(t.name, tuple(int(n) for n in reversed(t.shape)), t.tensor_type.name, self,
+                                       folded=self.own) for t in reader.tensors}
+
+    def raw(self, key, first, last):
+        """The bytes of the blocks that hold the values [first, last) of a tensor."""
+        kind, offset = self.places[key]
+        block, size = gguf.constants.GGML_QUANT_SIZES[kind]
+        count = (-(-last // block) - first // block) * size
+        return np.fromfile(self.path, np.uint8, count, offset=offset + first // block * size)
 
     def read(self, key, first, last):
-        (kind, n_bytes, offset), shape = self.infos[key], self.tensors[key].shape
-        row = n_bytes // shape[0]
-        first, last = first or 0, shape[0] if last is None else min(last, shape[0])
-        raw = np.fromfile(self.path, np.uint8, (last - first) * row, offset=offset + first * row)
-        values = gguf.quants.dequantize(raw.reshape(last - first, row), kind)
-        return torch.from_numpy(values.reshape(last - first, *shape[1:]))
-
-    def value(self, key, default=None):
-        return self.fields.get(key, default)
+        (kind, _), (count, *rest) = self.places[key], self.tensors[key].shape
+        first, last = first or 0, count if last is None else min(last, count)
+        start, end = first * math.prod(rest), last * math.prod(rest)
+        values = gguf.quants.dequantize(self.raw(key, start, end), kind)
+        begin = start % gguf.constants.GGML_QUANT_SIZES[kind][0]
+        return torch.from_numpy(values[begin:begin + end - start].reshape(last - first, *rest))
 
 
 READERS = {".safetensors": Safetensors, ".pth": Pickle, ".pt": Pickle, ".bin": Pickle, ".ckpt": Pickle, ".gguf": Gguf}
 
 
-def open_file(path):
-    """The reader of one weight file, by its suffix."""
-    if path.suffix not in READERS:
-        raise ExportError(f"{path}: unknown kind of file, expected one of {' '.join(READERS)}")
-    with reading(path):
-        return READERS[path.suffix](path)
+def open_file(path, opened=None):
+    """The reader of one weight file, by its suffix. opened: {path: reader} of those that are open."""
+    opened = {} if opened is None else opened
+    if path not in opened:
+        if path.suffix not in READERS:
+            raise ExportError(f"{path}: unknown kind of file, expected one of {' '.join(READERS)}")
+        with reading(path):
+            opened[path] = READERS[path.suffix](path)
+    return opened[path]
 
 
 def read_json(path):

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from export.files import ExportError, open_file, read_json, reading
-from export.names import check_stored, our_name, plain_name
+from export.names import our_name, plain_name
+from export.quantised import check_stored
 from export.tables import squeezed
 
 PEFT_PREFIX = "base_model.model."

@@ -2,21 +2,19 @@
 
 Those are the original release's for the transformer and the VAE, and llama.cpp's t5encoder for the text encoder. Each
 part has a list of (pattern, replacement), the inverse of the converter that made the other layouts. What sora cannot
-run is recognised here, by the keys that give it away, and refused by name; an fp8 weight is tied to its scale.
+run is recognised here, by the keys that give it away, and refused by name.
 
 Pitfalls: diffusers swaps norm2 and norm3 of the transformer's blocks, and counts the decoder's blocks by level where
-the original counts them through; fp8 without its scale loads as well as with it, and gives a white picture.
+the original counts them through.
 """
 
-import math
 import re
-from dataclasses import dataclass
-from pathlib import Path
 
-from export.files import ExportError, Gguf, open_file, read_json, weight_files
+from export.files import ExportError
 
 PREFIXES = ("model.diffusion_model.", "diffusion_model.model.", "diffusion_model.", "model.", "net.", "generator.")
 WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+SHARED, TIED = "shared.weight", "encoder.embed_tokens.weight"  # two names that transformers has for one tensor
 
 RENAMES = {
     "transformer": [  # the inverse of diffusers' convert_wan_transformer_to_diffusers
@@ -64,12 +62,6 @@ RENAMES = {
     ],
 }
 
-# Keys that carry no weight of the model: ComfyUI's markers, and scales of activations in fp8 products.
-IGNORED = re.compile(r"(^|\.)(scaled_fp8|spiece_model|comfy_quant|scale_input|input_scale)$")
-SHARED, TIED = "shared.weight", "encoder.embed_tokens.weight"  # two names that transformers has for one tensor
-SCALES = (".scale_weight", ".weight_scale")
-FLOATS = ("F64", "F32", "F16", "BF16")
-
 # What sora cannot run yet, by the keys that give it away.
 UNSUPPORTED = [
     (r"\bimg_emb\.|\.[kv]_img\.|image_embedder|\.add_[kv]_proj\.", "an image-to-video model (CLIP image encoder)"),
@@ -80,11 +72,8 @@ UNSUPPORTED = [
      "Wan 2.2's residual VAE (TI2V-5B)"),
 ]
 
-# Names of one of Wan 2.2 A14B's two experts, which has the tensors of Wan 2.1's 14B.
+# One of Wan 2.2 A14B's two experts has the tensors of Wan 2.1's 14B: only what people call it tells them apart.
 EXPERT = re.compile(r"(high|low)[-_ ]?noise|transformer_2|wan2[._]2|a14b", re.IGNORECASE)
-
-# A key that the part's own config.json always has.
-CONFIG_MARKS = {"transformer": "ffn_dim", "text_encoder": "d_model", "vae": "z_dim"}
 
 
 def plain_name(key):
@@ -116,88 +105,8 @@ def count_upsamples(names):
     return [pattern.sub(count, n) for n in names]
 
 
-@dataclass
-class Part:
-    """One of the three models: its tensors by our names, and what its config.json states."""
-    name: str
-    path: Path
-    tensors: dict
-    config: dict
-    files: list
-
-    @property
-    def title(self):
-        return self.name.replace("_", " ")
-
-    @property
-    def opened(self):
-        """The files that its tensors are in."""
-        return {t.file for t in self.tensors.values()}
-
-
-def open_part(name, path, pattern="*"):
-    """Opens the files of one part and renames their tensors; refuses what sora cannot run, by name."""
-    expert = EXPERT.search("/".join(path.absolute().parts[-2:])) if name == "transformer" else None
-    if expert:
-        raise ExportError(f"{path}: Wan 2.2 A14B (two experts) cannot be run yet ({expert[0]})")
-    paths = weight_files(path, pattern)
-    stored = {}
-    for file in map(open_file, paths):
-        for key, tensor in file.tensors.items():
-            if key in stored:
-                raise ExportError(f"{file.path}: {key} is also in {stored[key].file.path}")
-            refuse_unsupported(file.path, key)
-            stored[key] = tensor
-    config_path = paths[0].parent / "config.json"
-    config = read_json(config_path) if config_path.is_file() else {}
-    if CONFIG_MARKS[name] not in config:  # an original release folder has one config.json, the transformer's
-        config = {}
-    return Part(name, path, rename(name, weights_in(stored)), config, paths + ([config_path] if config else []))
-
-
 def refuse_unsupported(path, key):
     """An error that names the model, where the key is one that only a model has which sora cannot run."""
     for pattern, what in UNSUPPORTED:
         if re.search(pattern, plain_name(key)):
             raise ExportError(f"{path}: {what} cannot be run yet ({key})")
-
-
-def weights_in(stored):
-    """The tensors that are weights, each fp8 one tied to its scale: without it, it is an error."""
-    scales = {k: t for k, t in stored.items() if k.endswith(SCALES)}
-    weights = {k: t for k, t in stored.items() if k not in scales and not IGNORED.search(k)}
-    if SHARED in weights:
-        weights.pop(TIED, None)
-    for key, tensor in weights.items():
-        module = key.removesuffix(".weight")
-        tensor.scale = next((scales.pop(module + s) for s in SCALES if module + s in scales), None)
-        check_stored(key, tensor, module)
-    if scales:
-        key, tensor = next(iter(scales.items()))
-        raise ExportError(f"{tensor.file.path}: {key} scales no tensor")
-    return weights
-
-
-def check_stored(key, tensor, module):
-    """A tensor must be stored in a way that is known to be readable as numbers."""
-    fp8 = tensor.dtype.startswith("F8")
-    if fp8 and tensor.scale is None:
-        raise ExportError(f"{tensor.file.path}: {key} is fp8 without its scale ({module}.scale_weight)")
-    if not fp8 and (tensor.scale or tensor.dtype not in FLOATS and not isinstance(tensor.file, Gguf)):
-        raise ExportError(f"{tensor.file.path}: {key} is {tensor.dtype}{' with a scale' if tensor.scale else ''}, "
-                          "which is no known way to store weights")
-    if fp8 and math.prod(tensor.scale.shape) not in (1, tensor.shape[0]):
-        raise ExportError(f"{tensor.file.path}: {tensor.scale.key} has shape {list(tensor.scale.shape)}, expected one "
-                          f"value, or one for each of {tensor.shape[0]} rows")
-
-
-def rename(part, weights):
-    """Tensors by our names; two keys for one tensor are an error."""
-    plain = [plain_name(key) for key in weights]
-    tensors = {}
-    for name, tensor in zip(count_upsamples(plain) if part == "vae" else plain, weights.values()):
-        name = our_name(part, name)
-        if name in tensors:
-            raise ExportError(f"{tensor.file.path}: {tensor.key} and {tensors[name].key} are both {name}")
-        tensors[name] = tensor
-    return tensors

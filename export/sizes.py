@@ -87,17 +87,14 @@ def transformer_sizes(part):
         "in_dim": shape[1],
         "out_dim": shape_in(part, "head.head.weight", 2)[0] // math.prod(shape[2:]),
         "patch_size": list(shape[2:]),
-        "patch": math.prod(shape[2:]),
         "text_dim": shape_in(part, "text_embedding.0.weight", 2)[1],
         "text_len": stated(part, "text_len", 512, 1, 4096),
         "freq_dim": shape_in(part, "time_embedding.0.weight", 2)[1],
         "ffn_dim": shape_in(part, "blocks.0.ffn.0.weight", 2)[0],
         "num_layers": blocks_in(part),
         "num_heads": heads,
-        "head_dim": shape[0] // heads,
         "eps": stated(part, "eps", 1e-6, 0, 1),
     }
-    sizes.update(zip(("patch_t", "patch_h", "patch_w"), shape[2:]))
     if sizes["in_dim"] != sizes["out_dim"]:
         raise ExportError(f"{part.path}: {sizes['in_dim']} latent channels in, {sizes['out_dim']} out: a model "
                           "conditioned on images or other latents cannot be run yet")
@@ -112,7 +109,7 @@ def transformer_sizes(part):
         ("pos_embed_seq_len", (None,), "a learned position embedding"),
         ("window_size", ([-1, -1],), "local attention"),
     ])
-    check_stated(part, sizes, {
+    check_stated(part, sizes | {"head_dim": shape[0] // heads}, {
         "dim": "dim", "in_dim": "in_dim", "in_channels": "in_dim", "out_dim": "out_dim", "out_channels": "out_dim",
         "ffn_dim": "ffn_dim", "freq_dim": "freq_dim", "text_dim": "text_dim", "num_layers": "num_layers",
         "attention_head_dim": "head_dim", "patch_size": "patch_size",
@@ -128,7 +125,6 @@ def text_encoder_sizes(part):
     sizes = {
         "vocab_size": vocab_size,
         "dim": dim,
-        "inner": inner,
         "ffn_dim": shape_in(part, "enc.blk.0.ffn_up.weight", 2)[0],
         "num_layers": blocks_in(part),
         "num_heads": num_heads,

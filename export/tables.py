@@ -12,7 +12,7 @@ import math
 EXACT, KEPT, CONV, WIDE, MATRIX = "exact", "kept", "conv", "wide", "matrix"
 
 TRANSFORMER = [
-    ("patch_embedding.weight", "dim in_dim patch_t patch_h patch_w", WIDE),
+    ("patch_embedding.weight", "dim in_dim patch_size", WIDE),
     ("patch_embedding.bias", "dim", EXACT),
     ("text_embedding.0.weight", "dim text_dim", WIDE),
     ("text_embedding.0.bias", "dim", EXACT),
@@ -44,17 +44,17 @@ TRANSFORMER = [
     ("blocks.#.ffn.2.weight", "dim ffn_dim", MATRIX),
     ("blocks.#.ffn.2.bias", "dim", EXACT),
     ("head.modulation", "2 dim", EXACT),
-    ("head.head.weight", "patch*out_dim dim", WIDE),
-    ("head.head.bias", "patch*out_dim", EXACT),
+    ("head.head.weight", "patch_size*out_dim dim", WIDE),
+    ("head.head.bias", "patch_size*out_dim", EXACT),
 ]
 
 TEXT_ENCODER = [
     ("token_embd.weight", "vocab_size dim", MATRIX),
     ("enc.blk.#.attn_norm.weight", "dim", EXACT),
-    ("enc.blk.#.attn_q.weight", "inner dim", MATRIX),
-    ("enc.blk.#.attn_k.weight", "inner dim", MATRIX),
-    ("enc.blk.#.attn_v.weight", "inner dim", MATRIX),
-    ("enc.blk.#.attn_o.weight", "dim inner", MATRIX),
+    ("enc.blk.#.attn_q.weight", "num_heads*head_dim dim", MATRIX),
+    ("enc.blk.#.attn_k.weight", "num_heads*head_dim dim", MATRIX),
+    ("enc.blk.#.attn_v.weight", "num_heads*head_dim dim", MATRIX),
+    ("enc.blk.#.attn_o.weight", "dim num_heads*head_dim", MATRIX),
     ("enc.blk.#.attn_rel_b.weight", "num_buckets num_heads", EXACT),
     ("enc.blk.#.ffn_norm.weight", "dim", EXACT),
     ("enc.blk.#.ffn_gate.weight", "ffn_dim dim", MATRIX),
@@ -88,8 +88,13 @@ CONV_1 = [("weight", "o i 1 1 1"), ("bias", "o")]
 
 
 def shape_of(text, sizes):
-    """A shape of the tables, e.g. "6*dim dim", as numbers."""
-    return tuple(math.prod(int(f) if f.isdigit() else sizes[f] for f in factor.split("*")) for factor in text.split())
+    """A shape of the tables, e.g. "6*dim dim", as numbers. patch_size stands for its three, in a product for theirs."""
+    shape = []
+    for term in text.split():
+        factors = [int(f) if f.isdigit() else sizes[f] for f in term.split("*")]
+        numbers = [n for f in factors for n in (f if isinstance(f, list) else [f])]
+        shape += numbers if len(factors) == 1 else [math.prod(numbers)]
+    return tuple(shape)
 
 
 def squeezed(shape):

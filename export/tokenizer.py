@@ -15,6 +15,7 @@ from sentencepiece import sentencepiece_model_pb2
 from export.files import ExportError, open_file, read_json, reading
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # as sentencepiece numbers them
+MAP = "tokenizer.ggml.precompiled_charsmap"
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>$")
 
 
@@ -28,14 +29,14 @@ def find_tokenizer(path):
     raise ExportError(f"{path}: no tokenizer.json or spiece.model")
 
 
-def tokenizer_keys(path, opened=()):
+def tokenizer_keys(path, opened=None):
     """The keys of one tokenizer file, chosen by its kind. opened: files of weights, which may be the same one."""
     with reading(path):
         if path.name.endswith((".json", ".json.gz")):
             return from_tokenizer_json(path, read_json(path))
         if path.suffix in (".gguf", ".safetensors"):
-            file = next((f for f in opened if f.path == path), None) or open_file(path)
-            return (from_gguf if path.suffix == ".gguf" else from_embedded)(file)
+            file = open_file(path, opened)
+            return from_own(file) if file.own else (from_gguf if path.suffix == ".gguf" else from_embedded)(file)
         if path.suffix == ".model":
             return from_sentencepiece(path, path.read_bytes())
     raise ExportError(f"{path}: unknown kind of tokenizer, expected .json, .model, .gguf or .safetensors")
@@ -70,7 +71,7 @@ def from_sentencepiece(path, data):
         "tokenizer.ggml.padding_token_id": ids.get(trainer.pad_piece, 0),
         "tokenizer.ggml.add_space_prefix": normalizer.add_dummy_prefix,
         "tokenizer.ggml.remove_extra_whitespaces": normalizer.remove_extra_whitespaces,
-        "tokenizer.ggml.precompiled_charsmap": normalizer.precompiled_charsmap,
+        MAP: normalizer.precompiled_charsmap,
         "sora.tokenizer.rules": "sentencepiece",
         "sora.tokenizer.byte_fallback": trainer.byte_fallback,
         "sora.tokenizer.escape_whitespaces": normalizer.escape_whitespaces,
@@ -86,22 +87,28 @@ def piece_id(path, ids, piece):
     return ids[piece]
 
 
+def from_own(file):
+    """Keys of a weight file that export.py wrote, as they are."""
+    keys = {key: value for key, value in file.keys.items() if key.startswith(("tokenizer.", "sora.tokenizer."))}
+    return keys | {MAP: bytes(keys.get(MAP, b""))}
+
+
 def from_gguf(file):
     """Keys of llama.cpp's conversion of a spiece.model; byte pieces exist only where byte fallback is on."""
-    if file.value("tokenizer.ggml.model") != "t5":
+    if file.keys.get("tokenizer.ggml.model") != "t5":
         raise ExportError(f"{file.path}: holds no unigram tokenizer: name one with --tokenizer")
-    types = file.value("tokenizer.ggml.token_type")
-    prefix = bool(file.value("tokenizer.ggml.add_space_prefix", True))
+    types = file.keys.get("tokenizer.ggml.token_type")
+    prefix = bool(file.keys.get("tokenizer.ggml.add_space_prefix", True))
     return {
-        "tokenizer.ggml.tokens": file.value("tokenizer.ggml.tokens"),
-        "tokenizer.ggml.scores": file.value("tokenizer.ggml.scores"),
+        "tokenizer.ggml.tokens": file.keys.get("tokenizer.ggml.tokens"),
+        "tokenizer.ggml.scores": file.keys.get("tokenizer.ggml.scores"),
         "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.eos_token_id": file.value("tokenizer.ggml.eos_token_id", 1),
+        "tokenizer.ggml.eos_token_id": file.keys.get("tokenizer.ggml.eos_token_id", 1),
         "tokenizer.ggml.unknown_token_id": types.index(UNKNOWN),
-        "tokenizer.ggml.padding_token_id": file.value("tokenizer.ggml.padding_token_id", 0),
+        "tokenizer.ggml.padding_token_id": file.keys.get("tokenizer.ggml.padding_token_id", 0),
         "tokenizer.ggml.add_space_prefix": prefix,
-        "tokenizer.ggml.remove_extra_whitespaces": bool(file.value("tokenizer.ggml.remove_extra_whitespaces", True)),
-        "tokenizer.ggml.precompiled_charsmap": bytes(file.value("tokenizer.ggml.precompiled_charsmap", b"")),
+        "tokenizer.ggml.remove_extra_whitespaces": bool(file.keys.get("tokenizer.ggml.remove_extra_whitespaces", True)),
+        MAP: bytes(file.keys.get(MAP, b"")),
         "sora.tokenizer.rules": "sentencepiece",
         "sora.tokenizer.byte_fallback": BYTE in types,
         "sora.tokenizer.escape_whitespaces": True,
@@ -138,7 +145,7 @@ def from_tokenizer_json(path, config):
         "tokenizer.ggml.padding_token_id": pieces.index("<pad>") if "<pad>" in pieces else 0,
         "tokenizer.ggml.add_space_prefix": scheme != "never",
         "tokenizer.ggml.remove_extra_whitespaces": False,
-        "tokenizer.ggml.precompiled_charsmap": b"",
+        MAP: b"",
         "sora.tokenizer.rules": "tokenizers",
         "sora.tokenizer.byte_fallback": bool(model.get("byte_fallback", False)),
         "sora.tokenizer.escape_whitespaces": True,

@@ -21,7 +21,6 @@ from export.tables import CONV, EXACT, KEPT, MATRIX, WIDE, squeezed
 ALIGNMENT = 64  # bytes; a cache line, so that rows of a mapped tensor load aligned
 SLICE = 1 << 24  # elements converted at a time
 TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
-PREFIX = {"text_encoder": "", "transformer": "", "vae": "vae."}  # the VAE has names in common with others
 DIGEST_KEY, NO_DIGEST = "sora.tensors_sha256", "0" * 64
 
 # ---------------------------------------------------------------- planning
@@ -52,9 +51,19 @@ class Planned:
             if not torch.isfinite(values).all():
                 raise ExportError(f"{self.source.file.path}: {self.source.key} holds a number that is not finite"
                                   f"{', with its LoRAs' if self.changes else ''}")
-            if self.folded:
+            if self.folded and not self.source.folded:
                 values = values.reshape(last - first, self.torch_shape[1], -1).transpose(1, 2)
-            yield self.convert(values.reshape(last - first, *self.shape[1:]))
+            values = values.reshape(last - first, *self.shape[1:])
+            yield self.kept(first, last) if self.is_kept() else self.convert(values)
+
+    def is_kept(self):
+        """Whether the source's blocks are written as they are, which quantising anew would not promise."""
+        return self.type == Type.Q8_0 and self.source.dtype == "Q8_0" and not self.changes
+
+    def kept(self, first, last):
+        """The source's own bytes of some rows."""
+        columns = math.prod(self.torch_shape[1:])
+        return self.source.file.raw(self.source.key, first * columns, last * columns)
 
     def convert(self, values):
         """f32 (rows, columns) as an array of the stored type; q8_0 by the gguf package, which is ggml's bit for bit."""
@@ -96,18 +105,25 @@ def stored_type(rule, source, columns, wanted):
     return Type.F16 if wanted == Type.Q8_0 and not fits else wanted
 
 
-def plan(part, rows, wanted, loras=()):
+def has_shape(source, shape):
+    """Whether a tensor of a checkpoint has the shape that its row says, but for how its container lays it out."""
+    if source.folded:
+        return source.shape == folded_shape(shape)
+    return squeezed(source.shape) == squeezed(shape) or source.shape == four_dimensions(shape)
+
+
+def plan(part, wanted, loras=()):
     """Matches a part's tensors with its table: one that is missing, misshapen or left over is an error."""
     left, planned = dict(part.tensors), []
-    for name, shape, rule in rows:
+    for name, shape, rule in part.rows():
         source = left.pop(name, None)
         if source is None:
             raise ExportError(f"{part.path}: the {part.title}'s {name} is missing")
-        if squeezed(source.shape) != squeezed(shape) and source.shape != four_dimensions(shape):
+        if not has_shape(source, shape):
             raise ExportError(f"{source.file.path}: {source.key} has shape {list(source.shape)}, "
                               f"expected {list(shape)}")
         folded = folded_shape(shape)
-        planned.append(Planned(PREFIX[part.name] + name, folded, shape, rule == CONV,
+        planned.append(Planned(part.prefix + name, folded, shape, rule == CONV,
                                stored_type(rule, source, folded[-1], wanted), source,
                                [c for lora in loras for c in lora.changes.get(name, [])]))
     if left:

@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import make_checkpoint  # noqa: E402
 from export.names import our_name  # noqa: E402
+from export.parts import Part, note_expert  # noqa: E402
 from export.tokenizer import tokenizer_keys  # noqa: E402
 
 # The package export/ hides export.py from `import`, so the command is loaded by its path.
@@ -387,6 +388,79 @@ def test_fp8_without_its_scale_is_refused(tmp_path, folders, capsys):
     assert "encoder.block.1.layer.1.DenseReluDense.wo.weight is fp8 without its scale" in line
 
 
+# ---------------------------------------------------------------- weight files as checkpoints
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
+def test_a_weight_file_is_a_checkpoint(tmp_path, folders, kind):
+    once = export(folders / "diffusers", tmp_path / "once.gguf", "--type", kind, "--steps", 7, "--fps", "30000:1001")
+    again = export(tmp_path / "once.gguf", tmp_path / "again.gguf")
+    assert [(t.name, t.tensor_type) for t in once.tensors] == [(t.name, t.tensor_type) for t in again.tensors]
+    assert digest(once) == digest(again)
+    once, again = keys(once), keys(again)
+    for key in ("names", "sha256"):
+        sources = again.pop(f"sora.source.{key}")
+        assert sources[:-1] == once.pop(f"sora.source.{key}")
+    assert sources[-1] == hashlib.sha256((tmp_path / "once.gguf").read_bytes()).hexdigest()
+    assert once == again
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16", "q8_0"])
+def test_a_weight_file_takes_another_type(tmp_path, folders, baseline, kind):
+    direct = export(folders / "diffusers", tmp_path / "direct.gguf", "--type", kind)
+    again = export(folders / "baseline.gguf", tmp_path / "again.gguf", "--type", kind)
+    assert digest(direct) == digest(again)
+    assert keys(direct)["general.file_type"] == keys(again)["general.file_type"]
+
+
+def test_the_bundled_model_is_a_checkpoint(tmp_path):
+    bundled = gguf.GGUFReader(ROOT / "models/demo.gguf")
+    again = export(ROOT / "models/demo.gguf", tmp_path / "out.gguf", "--precision", "f32")
+    assert digest(bundled) == digest(again)
+    before, after = keys(bundled), keys(again)
+    assert after["default.precision"] == "f32" and "default.precision" not in before
+    assert all(after[key] == before[key] for key in before if not key.startswith("sora.source."))
+
+
+def test_defaults_of_a_weight_file_give_way_to_options(tmp_path, folders):
+    export(folders / "diffusers", tmp_path / "once.gguf", "--steps", 7, "--precision", "bf16", "--name", "x")
+    values = keys(export(tmp_path / "once.gguf", tmp_path / "again.gguf", "--steps", 8, "--precision", "f32"))
+    assert (values["default.steps"], values["default.precision"], values["general.name"]) == (8, "f32", "x")
+
+
+def test_loras_merge_into_a_weight_file(tmp_path, folders, baseline):
+    for name in "ab":
+        save_file(lora("lora_A lora_B", True), tmp_path / f"{name}.safetensors")
+    a, b = (["--lora", f"{tmp_path / name}.safetensors:{scale}"] for name, scale in (("a", 0.5), ("b", 2)))
+    both = export(folders / "diffusers", tmp_path / "both.gguf", "--type", "f32", *a, *b)
+    export(folders / "diffusers", tmp_path / "once.gguf", "--type", "f32", *a)
+    again = export(tmp_path / "once.gguf", tmp_path / "again.gguf", *b)
+    assert keys(again)["sora.lora"] == keys(both)["sora.lora"] == ["a.safetensors:0.5", "b.safetensors:2"]
+    a, b = tensors(again), tensors(both)
+    assert all(np.array_equal(a[name][1], b[name][1]) for name in b)
+
+
+@pytest.mark.parametrize("part", ["transformer", "text-encoder", "vae", "tokenizer"])
+def test_parts_of_a_weight_file(tmp_path, folders, baseline, part):
+    file = export(folders / "original", tmp_path / "out.gguf", "--type", "f32", f"--{part}", folders / "baseline.gguf")
+    assert digest(file) == digest(baseline)
+    file = export(folders / "baseline.gguf", tmp_path / "out.gguf", f"--{part}",
+                  folders / "diffusers" / part.replace("-", "_"))
+    assert digest(file) == digest(baseline)
+
+
+def test_weight_files_that_are_not_understood(tmp_path, folders, capsys, monkeypatch):
+    path = tmp_path / "other.gguf"
+    weights = {"x": (torch.zeros(2), Type.F32)}
+    write_gguf(path, "wan", weights, [("add_uint32", "sora.format_version", 2)])
+    assert f"{path}: sora.format_version is 2, expected 1" in refused(capsys, tmp_path / "out.gguf", path)
+    write_gguf(path, "wan", weights, [("add_uint32", "sora.format_version", 1)])
+    assert f"{path}: the key t5encoder.block_count is missing" in refused(capsys, tmp_path / "out.gguf", path)
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "FIXED", command.FIXED | {"sora.unheard_of": 3})
+        export(folders / "diffusers", path)
+    assert "sora.unheard_of is no key that this export.py knows" in refused(capsys, tmp_path / "out.gguf", path)
+
+
 # ---------------------------------------------------------------- what is wrong is named
 
 def change_transformer(folder, change):
@@ -528,11 +602,13 @@ def test_missing_parts_are_named(tmp_path, folders, capsys):
     assert "no such file" in refused(capsys, tmp_path / "out.gguf", tmp_path / "nothing")
 
 
-@pytest.mark.parametrize("name", [
-    "high_noise_model", "HighNoise", "Wan2_2-T2V-A14B-LOW_fp8", "Wan2.2-T2V-A14B-Diffusers/transformer_2"])
-def test_an_expert_of_two_is_refused_where_it_is_named_alone(tmp_path, folders, capsys, name):
+@pytest.mark.parametrize("name", ["high_noise_model", "Wan2_2-T2V-A14B-LOW_fp8", "Wan2.2-Diffusers/transformer_2"])
+def test_a_name_decides_nothing(tmp_path, folders, baseline, capsys, name):
     expert = shutil.copytree(folders / "diffusers/transformer", tmp_path / name)
-    assert "two experts" in refused(capsys, tmp_path / "out.gguf", folders / "diffusers", "--transformer", expert)
+    assert digest(export_parts(folders, tmp_path / "out.gguf", transformer=expert)) == digest(baseline)
+    assert "note" not in capsys.readouterr().err
+    note_expert(Part("transformer", expert, {}, {}, [], {"dim": 5120}))  # of the experts' size
+    assert "named like an expert of Wan 2.2 A14B" in capsys.readouterr().err
 
 
 def test_other_parts_come_from_any_pipeline(tmp_path, folders, baseline):

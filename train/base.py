@@ -21,7 +21,7 @@ from common import save_atomically
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from export.files import Gguf
 from export.names import SHARED, TIED, count_upsamples, our_name
-from export.writer import PREFIX
+from export.parts import KINDS
 
 
 def _unfolded(values, shape):
@@ -36,7 +36,7 @@ def _state(part, module, file):
     state = module.state_dict()
     keys = [key for key in state if key != TIED]
     for key, name in zip(keys, count_upsamples(keys) if part == "vae" else keys):
-        values = file.tensors[PREFIX[part] + our_name(part, name)].rows()
+        values = file.tensors[KINDS[part].prefix + our_name(part, name)].rows()
         state[key] = _unfolded(values, state[key].shape) if part == "vae" else values.reshape(state[key].shape)
     if part == "text_encoder":
         state[TIED] = state[SHARED]
@@ -53,7 +53,7 @@ def _open(path):
 def text_to_video(path, words):
     """The state of TextToVideo in a weight file. words: the tokenizer's folder; a file with other tokens is refused."""
     file, ours = _open(path), tokenizer.Tokenizer(words)
-    if file.value("tokenizer.ggml.tokens") != ours.pieces():
+    if file.keys.get("tokenizer.ggml.tokens") != ours.pieces():
         sys.exit(f"base.py: {path} has other tokens than this world")
     parts = {"text_encoder": model.new_text_encoder(len(ours)), "transformer": model.new_transformer()}
     return {f"{part}.{key}": values for part, module in parts.items()

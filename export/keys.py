@@ -1,0 +1,61 @@
+"""Keys: what the weight file states of its three models. One table serves for writing a file and for reading it again.
+
+The names are llama.cpp's for the text encoder, the original release's arguments for the transformer, and diffusers' for
+the VAE.
+"""
+
+from export.files import ExportError
+
+FORMAT_VERSION = 1
+
+# key of the weight file: size, as sizes.py names it
+SIZES = {
+    "transformer": {
+        **{f"wan.{size}": size for size in ("dim", "ffn_dim", "freq_dim", "in_dim", "out_dim", "num_heads",
+                                            "num_layers", "text_len", "text_dim", "patch_size", "eps")},
+        "t5encoder.context_length": "text_len",
+    },
+    "text_encoder": {
+        "t5encoder.block_count": "num_layers",
+        "t5encoder.embedding_length": "dim",
+        "t5encoder.feed_forward_length": "ffn_dim",
+        "t5encoder.vocab_size": "vocab_size",
+        "t5encoder.attention.head_count": "num_heads",
+        "t5encoder.attention.key_length": "head_dim",
+        "t5encoder.attention.relative_buckets_count": "num_buckets",
+        "t5encoder.attention.relative_max_distance": "max_distance",
+        "t5encoder.attention.layer_norm_rms_epsilon": "eps",
+    },
+    "vae": {f"vae.{size}": size for size in ("z_dim", "base_dim", "decoder_base_dim", "dim_mult", "num_res_blocks",
+                                             "in_channels", "out_channels", "patch_size", "temperal_downsample",
+                                             "latents_mean", "latents_std")},
+}
+
+# What every weight file states alike.
+FIXED = {
+    "general.quantization_version": 2,
+    "sora.format_version": FORMAT_VERSION,
+    "wan.model_type": "t2v",
+    "wan.qk_norm": True,
+    "wan.cross_attn_norm": True,
+    "wan.patch_embedding_layout": "O,I,T,Y,X",
+    "vae.conv_layout": "O,T,Y,X,I",
+    "tokenizer.ggml.model": "t5",
+    "tokenizer.ggml.add_bos_token": False,
+    "tokenizer.ggml.add_eos_token": True,
+}
+
+
+def model_keys(parts):
+    """The keys of the parts' sizes."""
+    return {key: part.sizes[size] for part in parts for key, size in SIZES[part.name].items()}
+
+
+def stated_sizes(part, file):
+    """A part's sizes as the keys of a weight file state them."""
+    for key, value in FIXED.items():
+        if file.keys.get(key, value) != value:
+            raise ExportError(f"{file.path}: {key} is {file.keys[key]!r}, expected {value!r}")
+    if missing := [key for key in SIZES[part] if key not in file.keys]:
+        raise ExportError(f"{file.path}: the key {missing[0]} is missing")
+    return {size: file.keys[key] for key, size in SIZES[part].items()}

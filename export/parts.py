@@ -1,0 +1,118 @@
+"""Parts: the three models, each opened from its files, renamed and measured.
+
+The table KINDS says what each is and where the other modules' knowledge of it lies.
+"""
+
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Callable
+
+from export.files import ExportError, open_file, read_json, reading, weight_files
+from export.keys import stated_sizes
+from export.names import EXPERT, SHARED, TIED, count_upsamples, our_name, plain_name, refuse_unsupported
+from export.quantised import weights_in
+from export.sizes import text_encoder_sizes, transformer_sizes, vae_sizes
+from export.tables import TEXT_ENCODER, TRANSFORMER, block_rows, vae_rows
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What one of the three models is."""
+    prefix: str        # of its tensors in the weight file: the VAE has names in common with the transformer
+    names: str         # pattern of its tensors in the weight file
+    mark: str          # a key that its own config.json always has
+    measure: Callable  # part -> sizes
+    rows: Callable     # sizes -> (name, shape, type rule) of every tensor, in order of use
+
+
+KINDS = {  # in the order of the weight file
+    "text_encoder": Kind("", r"(token_embd|enc)\.", "d_model", text_encoder_sizes,
+                         lambda sizes: block_rows(TEXT_ENCODER, sizes)),
+    "transformer": Kind("", r"(?!token_embd\.|enc\.|vae\.)", "ffn_dim", transformer_sizes,
+                        lambda sizes: block_rows(TRANSFORMER, sizes)),
+    "vae": Kind("vae.", r"vae\.", "z_dim", vae_sizes, vae_rows),
+}
+
+
+@dataclass
+class Part:
+    """One of the three models: its tensors by our names, what its config.json states, and its sizes."""
+    name: str
+    path: Path
+    tensors: dict
+    config: dict
+    files: list
+    sizes: dict = field(default_factory=dict)
+
+    @property
+    def title(self):
+        return self.name.replace("_", " ")
+
+    @property
+    def prefix(self):
+        return KINDS[self.name].prefix
+
+    def rows(self):
+        """(name, shape, type rule) of every tensor that it must have."""
+        return list(KINDS[self.name].rows(self.sizes))
+
+
+def open_part(name, path, pattern="*", opened=None):
+    """Opens the files of one part, renames their tensors and measures them; refuses what sora cannot run, by name."""
+    with reading(path):
+        paths = weight_files(path, pattern)
+        files = [open_file(p, opened) for p in paths]
+        if files[0].own:
+            return own_part(name, path, files[0])
+        config_path = paths[0].parent / "config.json"
+        config = read_json(config_path) if config_path.is_file() else {}
+        if KINDS[name].mark not in config:  # an original release folder has one config.json, the transformer's
+            config = {}
+        part = Part(name, path, rename(name, weights_in(all_tensors(files))), config,
+                    paths + ([config_path] if config else []))
+        part.sizes = KINDS[name].measure(part)
+        note_expert(part)
+        return part
+
+
+def note_expert(part):
+    """A note where a transformer is called what an expert of Wan 2.2 A14B is. A name decides nothing, so no refusal."""
+    called = EXPERT.search("/".join(part.path.absolute().parts[-2:]))
+    if part.name == "transformer" and part.sizes["dim"] == 5120 and called:
+        print(f"{part.path}: note: named like an expert of Wan 2.2 A14B ({called[0]}), which alone makes no clip; "
+              "taken for Wan 2.1's 14B, whose tensors are of the same shapes", file=sys.stderr)
+
+
+def own_part(name, path, file):
+    """A part of a weight file that export.py wrote: its names are ours, and its keys state the sizes."""
+    kind = KINDS[name]
+    tensors = {key.removeprefix(kind.prefix): t for key, t in file.tensors.items() if re.match(kind.names, key)}
+    return Part(name, path, tensors, {}, [file.path], stated_sizes(name, file))
+
+
+def all_tensors(files):
+    """{key: tensor} of all files of a part; a key in two of them is an error."""
+    stored = {}
+    for file in files:
+        for key, tensor in file.tensors.items():
+            if key in stored:
+                raise ExportError(f"{file.path}: {key} is also in {stored[key].file.path}")
+            refuse_unsupported(file.path, key)
+            stored[key] = tensor
+    return stored
+
+
+def rename(part, weights):
+    """Tensors by our names; two keys for one tensor are an error."""
+    if SHARED in weights:
+        weights.pop(TIED, None)
+    plain = [plain_name(key) for key in weights]
+    tensors = {}
+    for name, tensor in zip(count_upsamples(plain) if part == "vae" else plain, weights.values()):
+        name = our_name(part, name)
+        if name in tensors:
+            raise ExportError(f"{tensor.file.path}: {tensor.key} and {tensors[name].key} are both {name}")
+        tensors[name] = tensor
+    return tensors
