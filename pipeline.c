@@ -39,8 +39,13 @@ static void check_parts(const Model *m) {
                        m->transformer.in_dim, m->transformer.out_dim, m->vae.z_dim);
 }
 
-/* The arithmetic that suits the weights of the transformer's large products. */
+/* The arithmetic that the file asks for; else the one that suits the weights of the transformer's large
+ * products on this processor. */
 static Precision suited(const WeightFile *file) {
+    Precision own;
+    const char *name = weights_string_or(file, "default.precision", NULL);
+    if (name && precision_parse(name, &own)) return own;
+    if (name) weights_refuse(file, "default.precision is '%s', expected f32, bf16 or int8", name);
     int dim = weights_size(file, "wan.dim", 1 << 16);
     switch (weights_bind(file, dim, dim, "blocks.0.self_attn.q.weight").type) {
     case TYPE_F32: return F32;

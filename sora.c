@@ -39,7 +39,7 @@ static const struct {
     [SEED] = {"seed", 0, "N", "initial noise as torch's CPU generator makes it (default: random, printed)"},
     [THREADS] = {"threads", 't', "N", "threads (default: all cores)"},
     [PRECISION] = {"precision", 0, "TYPE",
-                   "arithmetic of the large products: f32, bf16 or int8 (default: what suits the weights)"},
+                   "arithmetic of the large products: f32, bf16 or int8 (default: the model's own)"},
     [ISA] = {"isa", 0, "NAME", "kernels: auto, generic, avx2, avx512 or neon"},
     [NOISE] = {"noise", 0, "FILE", "initial noise [C,T,H,W] from a .npy file"},
     [DUMP] = {"dump", 0, "DIR", "write every named tensor as .npy"},

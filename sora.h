@@ -260,7 +260,8 @@ typedef struct {
     Vae vae;
 } Model;
 
-/* AUTOMATIC is F32 for float32 weights, and for narrower ones the fastest that the processor has. */
+/* AUTOMATIC is the file's own (default.precision); without one, F32 for float32 weights, and for narrower ones
+ * the fastest that the processor has. */
 Model model_load(const char *path, Precision precision);
 void model_free(Model *model);
 void settings_complete(Settings *settings, const Model *model);

@@ -72,6 +72,7 @@ input() {
     refused 2 "shape.gguf: tensor .* has shape .*, expected" -m "$work/shape.gguf" x
     refused 2 "tokenizer.gguf: .*tokenizer" -m "$work/tokenizer.gguf" x
     refused 2 "version.gguf: sora.format_version is 0, expected 1" -m "$work/version.gguf" x
+    refused 2 "fp16.gguf: default.precision is 'fp16', expected f32, bf16 or int8" -m "$work/fp16.gguf" x
     refused 2 "layout.gguf: vae.conv_layout is N,T,Y,X,I, expected O,T,Y,X,I" -m "$work/layout.gguf" x
     refused 2 "--noise nowhere.npy: No such file" $small --noise nowhere.npy x
     refused 2 "found float32 of \[3\], expected float32 of \[4, 2, 4, 8\]" $small --noise tests/goldens/npy/f4_3.npy x
@@ -260,6 +261,10 @@ options() {
     claim "--no-record" [ ! -e "$work/clip.y4m.json" ]
     claim "--seconds 0.3 is 5 frames" [ "$(frames 32 16)" -eq 5 ]
     claim "--no-record: no word where none is" [ ! -s "$work/err" ]
+    for precision in "" f32 bf16; do # that of the file is int8
+        run -m "$work/int8.gguf" $settings -o "$work/clip.y4m" ${precision:+--precision $precision} x
+        claim "a file's own precision, then $precision" grep -q "\"precision\": \"${precision:-int8}\"" "$work/clip.y4m.json"
+    done
     echo old >"$work/kept.y4m.json"
     run $small -o "$work/kept.y4m" --no-record x
     claim "--no-record: a warning of an older one" grep -q "warning: .*kept.y4m.json will not be of this video" "$work/err"

@@ -1,6 +1,7 @@
 /* test_cli.c - cli.sh, which drives the program itself, and the damaged weight files that it needs. The
  * program is $SORA, or ./sora. */
 #include "tests/test.h"
+#include "tests/gguf_builder.h"
 #include "engine/engine.h"
 
 #include <math.h>
@@ -42,6 +43,27 @@ static void write_perturbed(const char *name, const char *tensor, int rows, int 
     weights_close(file);
 }
 
+/* The model with two more keys, 64 bytes in all, after which its tensors are as aligned as before. */
+static void write_precision(const char *name, const char *precision) {
+    Builder keys;
+    uint64_t count;
+    memcpy(&count, model.data + 16, sizeof count);
+    keys.size = 0;
+    put(&keys, model.data, 16);
+    put_u64(&keys, count + 2);
+    put_string(&keys, "default.precision");
+    put_u32(&keys, VALUE_STRING);
+    put_string(&keys, precision);
+    put_key(&keys, "test.extra", VALUE_U8, 0, 1);
+    CHECK(keys.size == 24 + 64, "%s: %zu bytes of keys", name, keys.size - 24);
+    char *path = temporary_path(name);
+    OutputFile out = output_open(path);
+    output_write(&out, keys.data, keys.size);
+    output_write(&out, model.data + 24, model.size - 24);
+    output_commit(&out);
+    free(path);
+}
+
 static void write_models(void) {
     write_bytes("empty.gguf", 0);
     write_bytes("header.gguf", 1000);
@@ -57,6 +79,8 @@ static void write_models(void) {
     write_perturbed("overflow.gguf", "blocks.0.ffn.0.weight", 40, 24, 3e38f);
     write_perturbed("text.gguf", "enc.blk.0.ffn_up.weight", 40, 24, INFINITY);
     write_perturbed("decoder.gguf", "vae.conv2.weight", 4, 4, INFINITY);
+    write_precision("int8.gguf", "int8");
+    write_precision("fp16.gguf", "fp16");
 }
 
 /* Every line of the script is a claim. */
