@@ -166,15 +166,17 @@ static size_t count_finite(const float *values, size_t count) {
     return i;
 }
 
-/* A run ends where its numbers stop being finite: all that could follow is a black clip. */
+/* A run ends where its numbers stop being finite: all that could follow is a black clip. --check's table shows where
+ * that began. */
 static void stay_finite(const Model *m, const float *values, size_t count, const char *what) {
-    if (count_finite(values, count) < count)
-        die(STATUS_CHECK, "%s: not finite; try another --precision (this is %s), --shift or --steps, or check the "
-            "weights", what, precision_name(m->precision));
+    if (count_finite(values, count) == count) return;
+    taps_report();
+    die(STATUS_CHECK, "%s: not finite; try another --precision (this is %s), --shift or --steps, or check the "
+        "weights", what, precision_name(m->precision));
 }
 
 static void prompt_encode(const Model *m, Prompt *p) {
-    if (taps_on) tap_ids(p->ids, p->n, "%s.ids", p->name);
+    p->n = tap_ids(p->ids, p->n, m->transformer.text_len, m->text_encoder.vocab_size, "%s.ids", p->name);
     p->embeds = allocate(sizeof(float) * (size_t)p->n * m->text_encoder.dim);
     progress("text encoder", 0, 1);
     profile_begin(TEXT_ENCODER);
@@ -229,19 +231,14 @@ static Shape latent_shape(const Run *run) { return SHAPE(run->C, run->T, run->H,
 static float *read_noise(Run *run) {
     Npy file;
     Shape shape = latent_shape(run);
-    char found[64], expected[64];
-    const char *why = npy_read(run->settings->noise, &file);
-    if (why) die(STATUS_USAGE, "--noise %s: %s", run->settings->noise, why);
-    if (file.kind != 'f' || !shape_equal(&file.shape, &shape))
-        die(STATUS_USAGE, "--noise %s: found %s of %s, expected float32 of %s", run->settings->noise,
-            file.kind == 'f' ? "float32" : "int32", shape_string(&file.shape, found),
-            shape_string(&shape, expected));
-    size_t finite = count_finite(file.values, run->elements);
+    const char *path = run->settings->noise, *why = npy_read(path, &file);
+    if (!why) why = npy_fit(&file, &shape);
+    if (why) die(STATUS_USAGE, "--noise %s: %s", path, why);
+    float *noise = npy_floats(&file);
+    size_t finite = count_finite(noise, run->elements);
     if (finite < run->elements)
-        die(STATUS_USAGE, "--noise %s: number %zu of %zu is not finite", run->settings->noise, finite + 1,
-            run->elements);
+        die(STATUS_USAGE, "--noise %s: number %zu of %zu is not finite", path, finite + 1, run->elements);
     sha256_of(file.mapping.data, file.mapping.size, run->noise_sha256);
-    float *noise = memcpy(allocate(sizeof(float) * run->elements), file.values, sizeof(float) * run->elements);
     npy_free(&file);
     return noise;
 }
@@ -350,7 +347,7 @@ static void write_bytes(Video *video, const void *data, size_t bytes) {
 }
 
 /* The sink of the decoder: a frame is converted, written and flushed before the next is decoded. */
-static void write_frame(void *to, const float *frame) {
+static void write_frame(void *to, float *frame) {
     Video *video = to;
     const Settings *s = video->run->settings;
     profile_end(VAE_DECODE);

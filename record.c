@@ -37,6 +37,7 @@ static void write_settings(Json *json, const Model *model, const Settings *s, co
     json_string(json, "precision", precision_name(model->precision));
     if (model->precision != F32) json_string(json, "isa", kernels->name);
     json_int(json, "chroma", s->chroma);
+    if (s->feed) json_bool(json, "fed_by_check", true); /* frames are the reference's, and no settings make them */
     json_close(json);
 }
 

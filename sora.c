@@ -13,7 +13,7 @@
 
 typedef enum {
     MODEL, PROMPT, PROMPT_FILE, NEGATIVE, OUTPUT_FILE, SIZE, FRAMES, SECONDS, FPS, STEPS, GUIDANCE, SHIFT,
-    SAMPLER_NAME, SEED, THREADS, PRECISION, ISA, NOISE, DUMP, DUMP_ONLY, CHECK, TOLERANCE, CHROMA,
+    SAMPLER_NAME, SEED, THREADS, PRECISION, ISA, NOISE, DUMP, DUMP_ONLY, CHECK, FEED, TOLERANCE, CHROMA,
     RECORD_PROMPT, NO_RECORD, PROFILE, INFO, TOKENIZE, PREVIEW, QUIET, HELP, VERSION, OPTIONS
 } Option;
 
@@ -45,6 +45,7 @@ static const struct {
     [DUMP] = {"dump", 0, "DIR", "write every named tensor as .npy"},
     [DUMP_ONLY] = {"dump-only", 0, "GLOB", "only those whose name matches"},
     [CHECK] = {"check", 0, "DIR", "compare with the .npy files in DIR; exit 1 if any differs"},
+    [FEED] = {"feed", 0, NULL, "with --check, go on with DIR's tensors once they are compared"},
     [TOLERANCE] = {"tolerance", 0, "X", "largest relative difference that --check accepts (default: 1e-4)"},
     [CHROMA] = {"chroma", 0, "420|444", "chroma planes of the Y4M (default: 420)"},
     [RECORD_PROMPT] = {"record-prompt", 0, NULL, "write the prompt itself, not its SHA-256, into the record"},
@@ -174,6 +175,7 @@ static void apply(Command *c, Option option, const char *value) {
     case DUMP: c->dump = value; break;
     case DUMP_ONLY: c->dump_only = value; break;
     case CHECK: c->check = value; break;
+    case FEED: s->feed = true; break;
     case TOLERANCE: c->tolerance = parse_number(TOLERANCE, value, 0, 1e9); break;
     case CHROMA:
         if (strcmp(value, "420") && strcmp(value, "444")) die(STATUS_USAGE, "--chroma: '%s' is not 420 or 444", value);
@@ -282,6 +284,7 @@ static void check_together(const Command *c) {
     const Settings *s = &c->settings;
     if (c->dump_only && !c->dump) die(STATUS_USAGE, "--dump-only: nothing is written without --dump");
     if (c->tolerance >= 0 && !c->check) die(STATUS_USAGE, "--tolerance: nothing is compared without --check");
+    if (s->feed && !c->check) die(STATUS_USAGE, "--feed: nothing is compared and replaced without --check");
     if (s->frames && s->seconds >= 0) die(STATUS_USAGE, "--frames and --seconds: one of them says how long");
 }
 
@@ -319,7 +322,7 @@ static int run(Command *c) {
         settings_complete(s, &model);
         if (!c->seeded) s->seed = random_seed();
         if (!c->seeded && !s->noise && !s->quiet) fprintf(stderr, "seed %llu\n", (unsigned long long)s->seed);
-        taps_open(c->dump, c->dump_only, c->check, c->tolerance < 0 ? 1e-4 : c->tolerance);
+        taps_open(c->dump, c->dump_only, c->check, c->tolerance < 0 ? 1e-4 : c->tolerance, s->feed);
         generate(&model, s);
     }
     model_free(&model);

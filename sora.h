@@ -187,7 +187,7 @@ void vae_free(Vae *vae);
 size_t vae_decode_memory(Vae *vae, int H, int W); /* not once it has started */
 double vae_decode_flops(const Vae *vae, int T, int H, int W);
 
-typedef void FrameSink(void *to, const float *frame); /* frame [3,Y,X] in [-1,1] */
+typedef void FrameSink(void *to, float *frame); /* frame [3,Y,X] in [-1,1], to be overwritten at will */
 /* Lays out the decoder for latents of H x W; the past is empty. */
 void vae_decode_start(Vae *vae, Arena *arena, int H, int W);
 /* Decodes frame t of latents (z_dim,T,H,W) and hands every video frame that follows to the sink at once: one
@@ -248,7 +248,7 @@ typedef struct {
     double seconds, guidance, shift;                            /* negative: not given */
     Sampler sampler;                                            /* SAMPLERS: not given */
     uint64_t seed;
-    bool quiet, record, record_prompt, preview;
+    bool quiet, record, record_prompt, preview, feed;
 } Settings;
 
 typedef struct {

@@ -175,7 +175,7 @@ typedef struct {
     int T, H, W;
 } Decoding;
 
-static void forget(void *to, const float *frame) {
+static void forget(void *to, float *frame) {
     (void)to, (void)frame;
 }
 

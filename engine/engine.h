@@ -398,30 +398,40 @@ char *shape_string(const Shape *shape, char buffer[64]); /* "[16, 2, 4, 6]" */
 
 typedef struct {
     Shape shape;
-    char kind;           /* 'f': float32, 'i': int32 */
-    const void *values;  /* aligned, C order: in the file, or in `owned` */
-    void *owned;
-    Bytes mapping;       /* the whole file, if npy_read() read it */
+    char kind;          /* of its numbers: 'f' float, 'i' integer, 'u' one without a sign, 'b' boolean */
+    int width;          /* bytes of one */
+    bool big_endian, fortran_order;
+    const uint8_t *data;
+    Bytes mapping;      /* the whole file, if npy_read() read it */
 } Npy;
-/* <f4, <f8 (narrowed), <i4, <i8 (narrowed); C order */
+/* Whatever numpy writes without pickling and is one number an element. */
 const char *npy_read(const char *path, Npy *out);
 const char *npy_parse(Bytes bytes, Npy *out);
 void npy_free(Npy *array);
-size_t npy_header(char *out, size_t size, const Shape *shape, char kind); /* as numpy writes it; bytes used */
+/* Takes the axes of 1 in front off that are too many. NULL, or that the array has another shape, with what most
+ * likely happened to it. */
+const char *npy_fit(Npy *array, const Shape *expected);
+/* Elements [first, first+n) in C order, whatever the order and type in the file; all of them, a new array. */
+void npy_get(const Npy *array, size_t first, size_t n, double *out);
+float *npy_floats(const Npy *array);
+/* A header for values of 4 bytes in C order, kind 'f' or 'i', as numpy writes it; returns its bytes. */
+size_t npy_header(char *out, size_t size, const Shape *shape, char kind);
 
-/* ---------------------------------------------------------------- tap.c: --dump and --check */
+/* ---------------------------------------------------------------- tap.c: --dump, --check and --feed */
 
-/* What the whole program does with named tensors. NULL turns a part off. Dies if a folder cannot be used. */
-void taps_open(const char *dump_dir, const char *only_glob, const char *check_dir, double tolerance);
+/* What the whole program does with named tensors. NULL turns a part off. Dies if a folder cannot be used. With
+ * `feed`, a tensor that was compared is then replaced by check_dir's: taps may overwrite what they are given. */
+void taps_open(const char *dump_dir, const char *only_glob, const char *check_dir, double tolerance, bool feed);
 extern bool taps_on;
 /* All names that follow start with this, e.g. "step003.cond."; "" at the start. */
 void tap_scope(const char *format, ...) PRINTF_LIKE(1, 2);
 /* Hands over one tensor under a name made by the format; a predicted branch when nobody listens. */
 #define tap(values, shape, ...) do { if (taps_on) tap_floats(values, shape, __VA_ARGS__); } while (0)
-void tap_floats(const float *values, Shape shape, const char *format, ...) PRINTF_LIKE(3, 4);
-void tap_ids(const int32_t *ids, int n, const char *format, ...) PRINTF_LIKE(3, 4);
+void tap_floats(float *values, Shape shape, const char *format, ...) PRINTF_LIKE(3, 4);
+/* n ids below `vocabulary`, with room for so many; returns how many they are then. */
+int tap_ids(int32_t *ids, int n, int room, int vocabulary, const char *format, ...) PRINTF_LIKE(5, 6);
 /* Frame `index` of a tensor [C,F,H,W] that never exists whole: frame is [C,H,W]; frames come in order. */
-void tap_frame(const float *frame, Shape shape, int index, const char *name);
+void tap_frame(float *frame, Shape shape, int index, const char *name);
 /* Prints --check's table on standard error, names the first tensor that fails in order of data flow;
  * false then. */
 bool taps_report(void);

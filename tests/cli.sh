@@ -75,7 +75,7 @@ input() {
     refused 2 "fp16.gguf: default.precision is 'fp16', expected f32, bf16 or int8" -m "$work/fp16.gguf" x
     refused 2 "layout.gguf: vae.conv_layout is N,T,Y,X,I, expected O,T,Y,X,I" -m "$work/layout.gguf" x
     refused 2 "--noise nowhere.npy: No such file" $small --noise nowhere.npy x
-    refused 2 "found float32 of \[3\], expected float32 of \[4, 2, 4, 8\]" $small --noise tests/goldens/npy/f4_3.npy x
+    refused 2 "--noise tests/goldens/npy/f4_3.npy: shape \[3\], expected \[4, 2, 4, 8\]" $small --noise tests/goldens/npy/f4_3.npy x
     refused 2 "not an .npy file" $small --noise Makefile x
     { head -c 128 $golden/noise.npy; printf '\0\0\300\177'; tail -c +133 $golden/noise.npy; } >"$work/nan.npy"
     refused 2 "nan.npy: number 1 of 256 is not finite" $small --noise "$work/nan.npy" x
@@ -84,6 +84,7 @@ input() {
     refused 2 "--check tests: the folder holds no .npy" $small --check tests x
     refused 2 "--dump-only: nothing is written without --dump" $small --dump-only 'step*' x
     refused 2 "--tolerance: nothing is compared without --check" $small --tolerance 1 x
+    refused 2 "--feed: nothing is compared and replaced without --check" $small --feed x
     refused 2 "--frames and --seconds" $small --seconds 1 x
     refused 2 "an output file without a name" $small -o "" x
     cp tests/goldens/npy/f4_3.npy "$work/input.npy"
@@ -242,6 +243,15 @@ checks() {
         --tolerance 1e-5 "a red fox"
     claim "a changed weight: status 1, not $status" [ $status -eq 1 ]
     claim "a changed weight is found" grep -q "first in order of data flow is step000.cond.block01 " "$work/err"
+    run -q -m "$work/changed.gguf" $settings -o "$work/clip.y4m" -n "the lazy dog" --check $golden --feed \
+        --tolerance 1e-5 "a red fox"
+    claim "--feed: a changed block fails in each pass, and nothing after it does" \
+        grep -q "^check failed: 4 of 25 tensors, the first in order of data flow is step000.cond.block01 " "$work/err"
+    claim "--feed: the four are the block's" [ "$(grep -c "^step00[01]\.\(un\)\?cond\.block01 .*FAILED" "$work/err")" -eq 4 ]
+    claim "--feed: the record says so" grep -q '"fed_by_check": true' "$work/clip.y4m.json"
+    "$sora" -q -m "$work/infinite.gguf" $settings -o "$work/clip.y4m" -n "the lazy dog" --check $golden "a red fox" 2>"$work/err"
+    claim "--check where numbers are not finite: its table" \
+        grep -q "^check failed: .* first in order of data flow is step000.cond.block01 (this run's value at .* is not finite)" "$work/err"
     run $small -o "$work/clip.y4m" -n "the lazy dog" --dump "$work/some" --dump-only "step00?.velocity" "a red fox"
     claim "--dump-only" [ "$(ls "$work/some" | tr '\n' ' ')" = "step000.velocity.npy step001.velocity.npy " ]
     for guidance in 1 0.5 0; do # as in diffusers; reference.py compares
@@ -286,7 +296,7 @@ information() {
     run --help
     claim "--help: status 0" [ $status -eq 0 ]
     for option in model prompt prompt-file negative output size frames seconds fps steps guidance shift sampler seed \
-        threads precision isa noise dump dump-only check tolerance chroma record-prompt no-record profile info \
+        threads precision isa noise dump dump-only check feed tolerance chroma record-prompt no-record profile info \
         tokenize preview quiet help version; do
         claim "--help lists --$option" grep -q -- "--$option " "$work/out"
     done

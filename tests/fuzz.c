@@ -93,10 +93,11 @@ static bool run_weights(Bytes in) {
 static bool run_npy(Bytes in) {
     Npy array;
     if (npy_parse(in, &array)) return false;
+    float *values = npy_floats(&array);
     double sum = 0;
-    for (size_t i = 0; i < shape_count(&array.shape); i++)
-        sum += array.kind == 'f' ? ((const float *)array.values)[i] : ((const int32_t *)array.values)[i];
-    fprintf(nowhere, "%g", sum);
+    for (size_t i = 0; i < shape_count(&array.shape); i++) sum += values[i];
+    fprintf(nowhere, "%g %s", sum, npy_fit(&array, &SHAPE(2, 1, 3)) ? "misfit" : "");
+    free(values);
     npy_free(&array);
     return true;
 }
@@ -314,6 +315,7 @@ static void seed_all(void) {
     seed_texts();
     seed_files(&targets[WEIGHTS], "tests/goldens/weights/*.gguf");
     seed_files(&targets[NUMPY], "tests/goldens/npy/*.npy");
+    seed_files(&targets[NUMPY], "tests/goldens/npy/types/*.npy");
     seed_files(&targets[WHOLE_MODEL], "tests/goldens/model/*.gguf");
 }
 

@@ -112,8 +112,9 @@ def make_noise(folder: Path) -> None:
 
 
 def make_npy(folder: Path) -> None:
-    """Arrays of 0, 1, 2, ... as numpy writes them: TYPE_SIZES.npy in what the reader takes, bad_*.npy in what it
-    refuses; v2.npy has a header of format version 2."""
+    """What the reader takes as numpy writes it: TYPE_SIZES.npy, arrays of 0, 1, 2, ...; types/ORDER_TYPE.npy [2, 3, 4],
+    numbers that need a type's sign, fraction or highest bits, in either byte order, and the big-endian ones in Fortran
+    order too; v2.npy, of format version 2. What it refuses: bad_*.npy."""
     for kind in ("f4", "f8", "i4", "i8"):
         for shape in ((), (3,), (0, 2), (2, 1, 3), (1, 2, 3, 2, 1)):
             name = "x".join(map(str, shape)) or "scalar"
@@ -125,11 +126,25 @@ def make_npy(folder: Path) -> None:
             np.lib.format.write_array_header_1_0(file, fields)
     with open(folder / "v2.npy", "wb") as file:
         np.lib.format.write_array(file, np.arange(6, dtype=np.float32).reshape(2, 3), version=(2, 0))
-    np.save(folder / "bad_fortran.npy", np.asfortranarray(np.zeros((2, 3), np.float32)))
-    np.save(folder / "bad_type.npy", np.zeros(3, np.float16))
-    np.save(folder / "bad_endian.npy", np.zeros(3, ">f4"))
-    np.save(folder / "bad_dimensions.npy", np.zeros((1,) * 6, np.float32))
-    np.save(folder / "bad_range.npy", np.array([0, 2**31]))
+    types = folder / "types"
+    types.mkdir(exist_ok=True)
+    count = np.arange(24).reshape(2, 3, 4)
+    for kind in ("f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"):
+        numbers = {"f": (count - 11) / 4, "i": count - 11, "b": count % 2}.get(kind[0])
+        if numbers is None:
+            numbers = count.astype(np.uint64) << np.uint64(8 * int(kind[1]) - 5)
+        np.save(types / f"little_{kind}.npy", numbers.astype("<" + kind))
+        np.save(types / f"big_{kind}.npy", numbers.astype(">" + kind))
+        np.save(types / f"fortran_{kind}.npy", np.asfortranarray(numbers.astype(">" + kind)))
+    np.save(folder / "batch.npy", np.arange(6, dtype=np.float32).reshape(1, 1, 1, 1, 2, 3))
+    np.save(folder / "bad_dimensions.npy", np.zeros((2, 1, 1, 1, 1, 1), np.float32))
+    np.save(folder / "bad_complex.npy", np.zeros(3, np.complex64))
+    np.save(folder / "bad_text.npy", np.array(["a red fox"]))
+    np.save(folder / "bad_bytes.npy", np.zeros(3, "V2"))
+    np.save(folder / "bad_fields.npy", np.zeros(3, [("a", "f4"), ("b", "i8")]))
+    np.save(folder / "bad_objects.npy", np.array([None, {}]), allow_pickle=True)
+    np.savez(folder / "bad_archive", noise=np.zeros(3, np.float32))
+    (folder / "bad_archive.npz").rename(folder / "bad_archive.npy")
 
 
 def make_model(folder: Path) -> None:

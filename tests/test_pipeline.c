@@ -94,7 +94,7 @@ typedef struct {
     int count;
 } Collected;
 
-static void collect(void *to, const float *frame) {
+static void collect(void *to, float *frame) {
     Collected *c = to;
     memcpy(c->frames + c->count++ * c->size, frame, c->size * sizeof(float));
 }

@@ -1,4 +1,5 @@
-/* test_tap.c - tap.c: what --dump writes, --check compares; each kind of difference is found and named. */
+/* test_tap.c - tap.c: what --dump writes, --check compares; each kind of difference is found and named; --feed
+ * mends it. */
 #include "tests/test.h"
 #include "engine/engine.h"
 
@@ -8,21 +9,23 @@
 #include <unistd.h>
 
 /* A run in small: ids, a block's output, latents, and a video that comes frame by frame. `fault` is what goes
- * wrong on the way. */
-typedef enum { NOTHING, ID, BLOCK, NOT_A_NUMBER, SHAPED, FRAME_MISSING, FRAME, ALL_OTHER_NAMES } Fault;
+ * wrong on the way; a wrong block makes wrong latents. */
+typedef enum { NOTHING, ID, BLOCK, NOT_A_NUMBER, SHAPED, FRAME_MISSING, FRAME, ALL_OTHER_NAMES, MORE_NAMES } Fault;
 
 enum { CHANNELS = 3, FRAMES = 5, PLANE = 4 * 6, COUNT = CHANNELS * FRAMES * PLANE };
 
 typedef struct {
     const char *dump, *only, *check;
     Fault fault;
+    bool feed;
 } Run;
 
 static float value(size_t i) {
     return (float)sin((double)i);
 }
 
-static void tap_video(Fault fault) {
+static void tap_video(const Run *run) {
+    Fault fault = run->fault;
     float frame[CHANNELS * PLANE];
     for (int f = 0; f < (fault == FRAME_MISSING ? FRAMES - 1 : FRAMES); f++) {
         for (int c = 0; c < CHANNELS; c++)
@@ -30,6 +33,7 @@ static void tap_video(Fault fault) {
                 frame[c * PLANE + i] = value((size_t)((c * FRAMES + f) * PLANE + i));
         if (fault == FRAME && f == 3) frame[PLANE + 7] += 0.5f;
         tap_frame(frame, SHAPE(CHANNELS, FRAMES, 4, 6), f, "video");
+        if (run->feed && frame[PLANE + 7] != value((FRAMES + f) * PLANE + 7)) exit(STATUS_USAGE);
     }
 }
 
@@ -38,21 +42,24 @@ static void run_small(void *argument) {
     Fault fault = run->fault;
     float x[COUNT];
     for (size_t i = 0; i < COUNT; i++) x[i] = value(i);
-    taps_open(run->dump, run->only, run->check, 1e-4);
+    taps_open(run->dump, run->only, run->check, 1e-4, run->feed);
     if (fault == ALL_OTHER_NAMES) {
         tap(x, SHAPE(COUNT), "unknown");
         exit(!taps_report());
     }
     int32_t ids[4] = {1, 2, 3, fault == ID ? 5 : 4};
-    tap_ids(ids, 4, "prompt.ids");
+    int n = tap_ids(ids, 4, 4, 100, "prompt.ids");
+    if (run->feed && (n != 4 || ids[3] != 4)) exit(STATUS_USAGE);
     if (fault == BLOCK) x[17] += 1e-3f;
     tap_scope("step%03d.%s.", 7, "cond");
     tap(x, SHAPE(CHANNELS, FRAMES, 4, 6), "block%02d", 3);
+    for (int i = 4; i < 7 && fault == MORE_NAMES; i++) tap(x, SHAPE(COUNT), "block%02d", i);
     tap_scope("%s", "");
-    if (fault == BLOCK) x[18] += 1; /* what follows from the first difference */
+    if (fault == MORE_NAMES) tap(x, SHAPE(COUNT), "noise");
     if (fault == NOT_A_NUMBER) x[20] = NAN;
     tap(x, fault == SHAPED ? SHAPE(3, 100) : SHAPE(3, 120), "latents");
-    tap_video(fault);
+    if (run->feed && fault != SHAPED && x[20] != value(20)) exit(STATUS_USAGE);
+    tap_video(run);
     exit(!taps_report());
 }
 
@@ -67,7 +74,9 @@ static void test_dump(const char *folder) {
     CHECK(!why && shape_equal(&video.shape, &SHAPE(CHANNELS, FRAMES, 4, 6)), "the dumped video: %s",
           why ? why : "another shape");
     bool right = !why;
-    for (size_t i = 0; i < COUNT && right; i++) right = ((const float *)video.values)[i] == value(i);
+    float *values = npy_floats(&video);
+    for (size_t i = 0; i < COUNT && right; i++) right = values[i] == value(i);
+    free(values);
     CHECK(right, "the frames of the dumped video are not in their places");
     npy_free(&video);
     free(path);
@@ -100,8 +109,8 @@ static void test_faults(const char *folder) {
     } cases[] = {
         {ID, "of 4 tensors, the first in order of data flow is prompt.ids (id 3 is 5, the reference has 4)"},
         {BLOCK, "check failed: 2 of 4 tensors, the first in order of data flow is step007.cond.block03"},
-        {NOT_A_NUMBER, "is latents (this run's value at [0, 20] is no finite number)"},
-        {SHAPED, "is latents (the reference has shape [3, 120])"},
+        {NOT_A_NUMBER, "is latents (this run's value at [0, 20] is not finite)"},
+        {SHAPED, "is latents (the reference: shape [3, 120], expected [3, 100])"},
         {FRAME_MISSING, "is video (frames are missing)"},
         {FRAME, "is video (5.00e-01 is beyond 0.0001)"},
         {ALL_OTHER_NAMES, "no file in"},
@@ -113,6 +122,143 @@ static void test_faults(const char *folder) {
               cases[i].expected, status, output);
     }
 }
+
+/* What the run goes on with, ids, latents and frames, is the reference's: the run itself looks. */
+static void test_feed(const char *folder) {
+    static const struct {
+        Fault fault;
+        const char *expected;
+    } cases[] = {
+        {NOTHING, "check passed: 4 tensors"},
+        {ID, "check failed: 1 of 4 tensors, the first in order of data flow is prompt.ids (id 3 is 5"},
+        {BLOCK, "check failed: 1 of 4 tensors, the first in order of data flow is step007.cond.block03"},
+        {NOT_A_NUMBER, "check failed: 1 of 4 tensors, the first in order of data flow is latents (this run's"},
+        {SHAPED, "check failed: 1 of 4 tensors, the first in order of data flow is latents (the reference: shape"},
+        {FRAME, "check failed: 1 of 4 tensors, the first in order of data flow is video"},
+    };
+    char output[4096];
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Run run = {.check = folder, .fault = cases[i].fault, .feed = true};
+        int status = run_apart(run_small, &run, output);
+        CHECK(status == (cases[i].fault ? STATUS_CHECK : STATUS_OK) && strstr(output, cases[i].expected),
+              "--feed, expected \"%s\": status %d,\n%s", cases[i].expected, status, output);
+    }
+}
+
+/* Names that only the run has: one by one, or from the first to the last of those alike. */
+static void test_lacking(const char *folder) {
+    char output[4096];
+    int status = run_apart(run_small, &(Run){.check = folder, .fault = MORE_NAMES}, output);
+    CHECK(status == STATUS_OK && strstr(output, "check passed: 4 tensors within 0.0001; 4 of this run had no reference\n"),
+          "tensors without reference: status %d,\n%s", status, output);
+    CHECK(strstr(output, "\nnoise                      has no reference\n") &&
+              strstr(output, "\nstep007.cond.block04       to step007.cond.block06: 3 without a reference\n"),
+          "what has no reference is not listed:\n%s", output);
+}
+
+/* ---------------------------------------------------------------- references of other types */
+
+typedef struct {
+    const char *name;
+    double scale, offset; /* of what the run has, relative to the reference */
+    bool feed, ids;
+} Reference;
+
+/* A run of one tensor [2,3,4] whose reference is (i - 11) / 4 or i - 11, in numpy's words (goldens/npy/types). */
+static void run_other(void *argument) {
+    const Reference *r = argument;
+    bool fraction = strstr(r->name, "_f");
+    float x[24], expected[24];
+    for (int i = 0; i < 24; i++) {
+        expected[i] = (float)(fraction ? (i - 11) / 4.0 : i - 11);
+        x[i] = (float)(r->scale * expected[i] + r->offset);
+    }
+    taps_open(NULL, NULL, test_path("goldens/npy/types"), 1e-4, r->feed);
+    tap(x, SHAPE(2, 3, 4), "%s", r->name);
+    if (r->feed && memcmp(x, expected, sizeof x)) exit(STATUS_USAGE);
+    exit(!taps_report());
+}
+
+static void test_types(void) {
+    static const struct {
+        Reference reference;
+        const char *failure; /* NULL: it passes */
+    } cases[] = {
+        {{.name = "little_f2", .scale = 1}, NULL},
+        {{.name = "big_f4", .scale = 1}, NULL},
+        {{.name = "fortran_f8", .scale = 1}, NULL},
+        {{.name = "fortran_i1", .scale = 1}, NULL},
+        {{.name = "little_i8", .scale = 1}, NULL},
+        {{.name = "fortran_f2", .scale = 1.0005}, NULL}, /* float16 has no number between */
+        {{.name = "fortran_f4", .scale = 1.0005}, "is beyond 0.0001)"},
+        {{.name = "fortran_f2", .scale = 1.001}, "is beyond 0.0001)"},
+        {{.name = "little_f4", .scale = 0.5}, "beyond 0.0001: the reference is 2 times this run's)"},
+        {{.name = "little_f4", .scale = 2, .offset = 4}, "beyond 0.0001: the reference is 0.5 times this run's -2)"},
+        {{.name = "little_i4", .scale = 1, .offset = 0.25}, "is beyond 0.0001"},
+        {{.name = "little_f2", .scale = 3, .feed = true}, "is beyond 0.0001"},
+        {{.name = "fortran_i2", .scale = 3, .feed = true}, "is beyond 0.0001"},
+    };
+    char output[4096];
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        const char *name = cases[i].reference.name, *failure = cases[i].failure;
+        int status = run_apart(run_other, (void *)&cases[i].reference, output);
+        CHECK(status == (failure ? STATUS_CHECK : STATUS_OK) && strstr(output, failure ? failure : "check passed: 1 "),
+              "%s at %g: status %d,\n%s", name, cases[i].reference.scale, status, output);
+    }
+}
+
+/* The file NAME.npy of `count` float16 numbers: one is 0x3c00, infinity 0x7c00, NaN 0x7e00. */
+static void write_halves(const char *folder, const char *name, const uint16_t *halves, int count) {
+    char *path = format_string("%s/%s.npy", folder, name);
+    char *text = format_string("{'descr': '<f2', 'fortran_order': False, 'shape': (%d,)}", count);
+    OutputFile file = output_open(path);
+    output_write(&file, "\x93NUMPY\1", 8);
+    output_write(&file, &(uint16_t){(uint16_t)strlen(text)}, 2);
+    output_write(&file, text, strlen(text));
+    output_write(&file, halves, 2 * (size_t)count);
+    output_commit(&file);
+    free(text);
+    free(path);
+}
+
+/* A reference that is not finite somewhere is not fed there; one that is too large for its own type says so. */
+static void run_unfinished(void *folder) {
+    float x[4] = {1, 2, 3, 4};
+    taps_open(NULL, NULL, folder, 1e-4, true);
+    tap(x, SHAPE(4), "x");
+    if (x[0] != 1 || x[1] != 2 || x[2] != 1 || x[3] != 4) exit(STATUS_USAGE);
+    exit(!taps_report());
+}
+
+/* Ids of another number: taken, padding not. */
+static void run_longer_ids(void *folder) {
+    int32_t ids[8] = {5, 6, 1};
+    taps_open(NULL, NULL, folder, 1e-4, true);
+    int trimmed = tap_ids(ids, 3, 8, 100, "trimmed.ids");
+    if (trimmed != 4 || ids[0] != 7 || ids[2] != 9 || ids[3] != 1) exit(STATUS_USAGE);
+    ids[0] = 5, ids[1] = 6, ids[2] = 1;
+    int padded = tap_ids(ids, 3, 8, 100, "padded.ids"), long_ones = tap_ids(ids, 3, 3, 100, "trimmed.ids");
+    int unknown = tap_ids(ids, 3, 8, 8, "trimmed.ids");
+    if (padded != 3 || long_ones != 3 || unknown != 3 || ids[0] != 5 || ids[1] != 6 || ids[2] != 1) exit(STATUS_USAGE);
+    exit(!taps_report());
+}
+
+static void test_unusual_feeds(void) {
+    char output[4096], *folder = temporary_path("halves");
+    run_apart(run_small, &(Run){.dump = folder}, output); /* makes the folder */
+    write_halves(folder, "x", (uint16_t[]){0x7c00, 0x7e00, 0x3c00, 0x7c00}, 4);
+    int status = run_apart(run_unfinished, folder, output);
+    CHECK(status == STATUS_CHECK && strstr(output, "(the reference's value at [0] is not finite)"),
+          "infinite references: status %d,\n%s", status, output);
+    write_halves(folder, "trimmed.ids", (uint16_t[]){0x4700, 0x4800, 0x4880, 0x3c00}, 4);
+    write_halves(folder, "padded.ids", (uint16_t[]){0x4500, 0x4600, 0x3c00, 0, 0}, 5);
+    status = run_apart(run_longer_ids, folder, output);
+    CHECK(status == STATUS_CHECK && strstr(output, "shape [5], expected [3]: padded?"),
+          "ids of another number: status %d,\n%s", status, output);
+    free(folder);
+}
+
+/* ---------------------------------------------------------------- the table */
 
 /* Name, shape, largest difference, relative, cosine and the index of the worst. */
 static void test_row(const char *folder) {
@@ -190,6 +336,10 @@ void test_tap(void) {
     test_dump_only();
     test_check(folder);
     test_faults(folder);
+    test_feed(folder);
+    test_lacking(folder);
+    test_types();
+    test_unusual_feeds();
     test_row(folder);
     test_folders(folder);
     test_damaged(folder);

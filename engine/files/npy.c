@@ -2,12 +2,16 @@
  *
  *   "\x93NUMPY"  u8 major  u8 minor  u16 (u32 from version 2 on) length of the header
  *   header:  {'descr': '<f4', 'fortran_order': False, 'shape': (16, 2, 4, 6), }  spaces, "\n"
- *   the values, C order
+ *   the values
  *
- * Read are little endian floats and integers of 4 or 8 bytes, in C order, with at most 5 dimensions; 8 bytes
- * are narrowed to 4. Values of 4 bytes stay where they lie in the mapped file, so that a clip longer than
- * memory can be compared. The header is Python source text; what is accepted of it is the dictionary above
- * with its keys in any order, which is all that numpy writes. */
+ * Read are the numbers that numpy writes without pickling: floats of 2, 4 and 8 bytes, integers of 1 to 8 bytes
+ * with and without a sign, booleans; in either byte order; in C order (the last index runs fastest) or Fortran
+ * order (the first does). The values stay where they lie in the mapped file, so that a clip longer than memory
+ * can be compared; npy_get() turns some of them at a time into doubles, which hold each of these types but for
+ * integers beyond 2^53.
+ *
+ * The header is Python source text; what is accepted of it is the dictionary above, with its keys in any order
+ * and either kind of quotes, which is all that numpy and the writers of other languages write. */
 #include "engine/engine.h"
 
 #include <inttypes.h>
@@ -41,14 +45,16 @@ typedef struct {
     const char *at, *end;
 } Cursor;
 
+enum { MAX_WORD = 24 }; /* of the strings that mean something here, with its end */
+
 typedef struct {
-    char descr[8];
+    char descr[MAX_WORD];
     bool fortran_order, seen_descr, seen_order, seen_shape;
     Shape shape;
 } Header;
 
 static void skip_spaces(Cursor *text) {
-    while (text->at < text->end && (*text->at == ' ' || *text->at == '\n')) text->at++;
+    while (text->at < text->end && memchr(" \t\r\n", *text->at, 4)) text->at++;
 }
 
 /* Takes a word or sign if it comes next, after spaces. */
@@ -60,6 +66,19 @@ static bool accept(Cursor *text, const char *word) {
     return true;
 }
 
+/* A string between two quotes of either kind; false if there is none, or a longer one. */
+static bool accept_string(Cursor *text, char out[MAX_WORD]) {
+    const char *quote = accept(text, "'") ? "'" : "\"";
+    if (*quote == '"' && !accept(text, quote)) return false;
+    size_t n = 0;
+    for (; text->at < text->end && *text->at != *quote && n < MAX_WORD - 1; text->at++) out[n++] = *text->at;
+    out[n] = 0;
+    if (text->at == text->end || *text->at != *quote) return false;
+    text->at++;
+    return true;
+}
+
+/* Digits, behind which Python 2 may have put an L. */
 static bool accept_size(Cursor *text, int *out) {
     int64_t value = 0;
     skip_spaces(text);
@@ -67,17 +86,16 @@ static bool accept_size(Cursor *text, int *out) {
     for (; text->at < text->end && *text->at >= '0' && *text->at <= '9' && value <= INT_MAX; text->at++)
         value = 10 * value + (*text->at - '0');
     *out = (int)value;
-    return text->at > start && value <= INT_MAX;
+    bool found = text->at > start && value <= INT_MAX;
+    if (found && text->at < text->end && *text->at == 'L') text->at++;
+    return found;
 }
 
 static const char *parse_descr(Cursor *text, Header *header) {
-    size_t n = 0;
-    if (!accept(text, "'")) return "the header's descr is no string";
-    for (; text->at < text->end && *text->at != '\'' && n < sizeof header->descr - 1; text->at++)
-        header->descr[n++] = *text->at;
-    header->descr[n] = 0;
     header->seen_descr = true;
-    return accept(text, "'") ? NULL : "the header's descr is no string that is known here";
+    if (accept_string(text, header->descr)) return NULL;
+    return accept(text, "[") ? "values of a structured type, expected plain numbers"
+                             : "the header's descr is no string that is known here";
 }
 
 static const char *parse_order(Cursor *text, Header *header) {
@@ -86,28 +104,46 @@ static const char *parse_order(Cursor *text, Header *header) {
     return header->fortran_order || accept(text, "False") ? NULL : "the header's fortran_order is no boolean";
 }
 
+/* A leading size of 1 makes room for one size more: it is a batch axis, which npy_fit() would take off. */
+static bool add_size(Shape *shape, int size) {
+    if (shape->n == MAX_DIMS && shape->d[0] == 1) {
+        memmove(shape->d, shape->d + 1, (MAX_DIMS - 1) * sizeof *shape->d);
+        shape->n--;
+    }
+    if (shape->n == MAX_DIMS) return false;
+    shape->d[shape->n++] = size;
+    return true;
+}
+
 static const char *parse_shape(Cursor *text, Header *header) {
-    Shape *shape = &header->shape;
+    int size;
     header->seen_shape = true;
-    shape->n = 0;
+    header->shape.n = 0;
     if (!accept(text, "(")) return "the header's shape is no tuple";
     while (!accept(text, ")")) {
-        if (shape->n == MAX_DIMS) return "more than 5 dimensions";
-        if (!accept_size(text, &shape->d[shape->n++])) return "the header's shape is no tuple of sizes";
+        if (!accept_size(text, &size)) return "the header's shape is no tuple of sizes";
+        if (!add_size(&header->shape, size)) return "more than 5 dimensions";
         if (!accept(text, ",") && (text->at == text->end || *text->at != ')'))
             return "the header's shape is no tuple of sizes";
     }
     return NULL;
 }
 
+/* "key: value" of the dictionary. */
+static const char *parse_item(Cursor *text, Header *header) {
+    char key[MAX_WORD];
+    if (!accept_string(text, key) || !accept(text, ":")) return "the header is no dictionary";
+    if (!strcmp(key, "descr")) return parse_descr(text, header);
+    if (!strcmp(key, "fortran_order")) return parse_order(text, header);
+    if (!strcmp(key, "shape")) return parse_shape(text, header);
+    return reason("the header has an unknown key, '%s'", key);
+}
+
 static const char *parse_header(Cursor text, Header *header) {
     const char *why = NULL;
     if (!accept(&text, "{")) return "the header is no dictionary";
     while (!why && !accept(&text, "}")) {
-        if (accept(&text, "'descr':")) why = parse_descr(&text, header);
-        else if (accept(&text, "'fortran_order':")) why = parse_order(&text, header);
-        else if (accept(&text, "'shape':")) why = parse_shape(&text, header);
-        else return "the header has an unknown key";
+        why = parse_item(&text, header);
         if (!why && !accept(&text, ",") && (text.at == text.end || *text.at != '}'))
             why = "the header is no dictionary";
     }
@@ -120,43 +156,27 @@ static const char *parse_header(Cursor text, Header *header) {
 
 /* ---------------------------------------------------------------- values */
 
-static const char *narrow_integers(const uint8_t *in, size_t count, int32_t *out) {
-    for (size_t i = 0; i < count; i++) {
-        int64_t value;
-        memcpy(&value, in + 8 * i, sizeof value);
-        if (value < INT32_MIN || value > INT32_MAX)
-            return reason("%" PRId64 " at index %zu does not fit into 32 bits", value, i);
-        out[i] = (int32_t)value;
+/* "<f4": byte order, kind, bytes. */
+static const char *parse_type(const char *descr, Npy *out) {
+    static const char *const known[] = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"};
+    bool ordered = *descr && strchr("<>=|", *descr);
+    for (size_t i = 0; ordered && i < sizeof known / sizeof *known; i++) {
+        if (strcmp(descr + 1, known[i])) continue;
+        *out = (Npy){.kind = known[i][0], .width = known[i][1] - '0', .big_endian = *descr == '>'};
+        return NULL;
     }
-    return NULL;
-}
-
-static void narrow_floats(const uint8_t *in, size_t count, float *out) {
-    for (size_t i = 0; i < count; i++) {
-        double value;
-        memcpy(&value, in + 8 * i, sizeof value);
-        out[i] = (float)value;
-    }
-}
-
-static const char *take_values(const uint8_t *data, int width, Npy *out) {
-    size_t count = shape_count(&out->shape);
-    out->values = data;
-    if (width == 4 && (uintptr_t)data % 4 == 0) return NULL;
-    out->values = out->owned = allocate(4 * count);
-    if (width == 4) memcpy(out->owned, data, 4 * count);
-    else if (out->kind == 'i') return narrow_integers(data, count, out->owned);
-    else narrow_floats(data, count, out->owned);
-    return NULL;
+    const char *what = !ordered           ? ""
+                       : descr[1] == 'V' ? " (bfloat16? numpy does not name it in a file)"
+                       : descr[1] == 'O' ? " (pickled objects)"
+                       : descr[1] == 'c' ? " (complex numbers)"
+                                         : "";
+    return reason("values of type '%s'%s, expected floats of 2, 4 or 8 bytes, integers or booleans", descr, what);
 }
 
 static const char *check_values(const Header *header, Bytes data, Npy *out) {
-    const char *type = header->descr;
-    bool known = !strcmp(type, "<f4") || !strcmp(type, "<f8") || !strcmp(type, "<i4") || !strcmp(type, "<i8");
-    if (!known) return reason("values of type '%s', expected <f4, <f8, <i4 or <i8", type);
-    if (header->fortran_order) return "values in Fortran order, expected C order";
-    int width = type[2] - '0';
-    uint64_t expected = (uint64_t)width;
+    const char *why = parse_type(header->descr, out);
+    if (why) return why;
+    uint64_t expected = (uint64_t)out->width;
     for (int i = 0; i < header->shape.n; i++) {
         uint64_t size = (uint64_t)header->shape.d[i];
         if (size && expected > SIZE_MAX / size) return "the shape is larger than memory";
@@ -164,14 +184,16 @@ static const char *check_values(const Header *header, Bytes data, Npy *out) {
     }
     if (data.size != expected)
         return reason("%zu bytes of values, expected %" PRIu64 " for the shape", data.size, expected);
-    out->kind = type[1];
     out->shape = header->shape;
-    return take_values(data.data, width, out);
+    out->fortran_order = header->fortran_order;
+    out->data = data.data;
+    return NULL;
 }
 
 const char *npy_parse(Bytes bytes, Npy *out) {
     *out = (Npy){0};
     const uint8_t *p = bytes.data;
+    if (bytes.size >= 4 && !memcmp(p, "PK\3\4", 4)) return "this is an .npz archive: save each array with numpy.save";
     if (bytes.size < 12 || memcmp(p, "\x93NUMPY", 6)) return "this is not an .npy file";
     int major = p[6];
     if (major < 1 || major > 3) return reason(".npy version %d.%d, expected 1.0 to 3.0", major, p[7]);
@@ -181,9 +203,7 @@ const char *npy_parse(Bytes bytes, Npy *out) {
     Header header = {0};
     const char *text = (const char *)p + start;
     const char *why = parse_header((Cursor){text, text + length}, &header);
-    if (!why) why = check_values(&header, (Bytes){p + start + length, bytes.size - start - length}, out);
-    if (why) npy_free(out);
-    return why;
+    return why ? why : check_values(&header, (Bytes){p + start + length, bytes.size - start - length}, out);
 }
 
 const char *npy_read(const char *path, Npy *out) {
@@ -198,9 +218,86 @@ const char *npy_read(const char *path, Npy *out) {
 }
 
 void npy_free(Npy *array) {
-    free(array->owned);
     unmap_file(array->mapping);
     *array = (Npy){0};
+}
+
+/* Where the element lies whose number in C order is `flat`. */
+static size_t place_of(const Npy *array, size_t flat) {
+    size_t place = 0, size = shape_count(&array->shape);
+    if (!array->fortran_order) return flat;
+    for (int i = array->shape.n; i-- > 0; flat /= (size_t)array->shape.d[i]) {
+        size /= (size_t)array->shape.d[i]; /* of the indices that run faster in Fortran order */
+        place += flat % (size_t)array->shape.d[i] * size;
+    }
+    return place;
+}
+
+static double float_of(uint64_t bits, int width) {
+    float narrow;
+    double wide;
+    if (width == 2) convert_to_floats(&narrow, &(uint16_t){(uint16_t)bits}, TYPE_F16, 1);
+    else memcpy(&narrow, &(uint32_t){(uint32_t)bits}, sizeof narrow);
+    memcpy(&wide, &bits, sizeof wide);
+    return width == 8 ? wide : (double)narrow;
+}
+
+static double element(const Npy *array, size_t place) {
+    const uint8_t *p = array->data + place * (size_t)array->width;
+    uint64_t bits = 0, sign = (uint64_t)1 << (8 * array->width - 1);
+    for (int i = 0; i < array->width; i++)
+        bits |= (uint64_t)p[array->big_endian ? array->width - 1 - i : i] << 8 * i;
+    if (array->kind == 'f') return float_of(bits, array->width);
+    return array->kind == 'i' ? (double)(int64_t)((bits ^ sign) - sign) : (double)bits;
+}
+
+void npy_get(const Npy *array, size_t first, size_t n, double *out) {
+    for (size_t i = 0; i < n; i++) out[i] = element(array, place_of(array, first + i));
+}
+
+float *npy_floats(const Npy *array) {
+    size_t count = shape_count(&array->shape);
+    float *values = allocate(count * sizeof *values);
+    for (size_t i = 0; i < count; i++) values[i] = (float)element(array, place_of(array, i));
+    return values;
+}
+
+/* ---------------------------------------------------------------- shapes that do not fit */
+
+static int compare_sizes(const void *a, const void *b) { return *(const int *)a - *(const int *)b; }
+
+static bool same_sizes_in_another_order(Shape a, Shape b) {
+    qsort(a.d, (size_t)a.n, sizeof *a.d, compare_sizes);
+    qsort(b.d, (size_t)b.n, sizeof *b.d, compare_sizes);
+    return shape_equal(&a, &b);
+}
+
+/* The shape without its first size. */
+static Shape inner_shape(const Shape *shape) {
+    Shape inner = {.n = shape->n - 1};
+    memcpy(inner.d, shape->d + 1, (size_t)inner.n * sizeof *inner.d);
+    return inner;
+}
+
+/* What most likely happened to an array that should have another shape; "" if that cannot be told. */
+static const char *misfit(const Shape *found, const Shape *expected) {
+    if (found->n == 0 || expected->n == 0) return "";
+    Shape inner = inner_shape(found), rows = inner_shape(expected);
+    if (shape_equal(&inner, expected)) return ": a batch, of which one is expected";
+    if (found->n == expected->n + 1 && found->d[0] == 1) return misfit(&inner, expected);
+    if (shape_equal(&inner, &rows) && found->d[0] > expected->d[0]) return ": padded? Only the first rows are expected";
+    return same_sizes_in_another_order(*found, *expected) ? ": its axes are in another order" : "";
+}
+
+const char *npy_fit(Npy *array, const Shape *expected) {
+    char found[64], wanted[64];
+    Shape shape = array->shape;
+    while (shape.n > expected->n && shape.d[0] == 1) shape = inner_shape(&shape);
+    if (!shape_equal(&shape, expected))
+        return reason("shape %s, expected %s%s", shape_string(&array->shape, found), shape_string(expected, wanted),
+                      misfit(&array->shape, expected));
+    array->shape = shape;
+    return NULL;
 }
 
 /* ---------------------------------------------------------------- writing */

@@ -1,17 +1,25 @@
-/* tap.c - named tensors out of the running program: --dump writes them, --check compares them.
+/* tap.c - named tensors out of the running program, and back into it: --dump writes them, --check compares them,
+ * --feed replaces them.
  *
  * The stages hand over whatever the interface names; this file alone knows whether anybody listens. A name
  * is the scope ("step003.cond.") and what the stage adds ("block07"). A tensor is checked if the folder
- * holds a file of its name; files that no tensor of the run asked for are listed at the end.
+ * holds a file of its name. What only the folder has, and what only the run has, is listed at the end.
  *
  * The measure is the largest difference over the largest magnitude of the reference: one small entry among
  * large ones may be off by much of itself, and that is rounding. The cosine beside it tells a wrong scale
- * from a wrong direction. Token ids have to be equal.
+ * from a wrong direction. Token ids have to be equal. A float16 reference stands for all numbers that round to it:
+ * what its rounding explains is no difference.
+ *
+ * With --feed the run goes on with the reference's numbers once they are compared, so that a stage is judged on
+ * the inputs that the reference's stage had, and what one stage adds does not reach the next one's difference.
+ * A stage must therefore read a tensor from where it was tapped, after it was tapped. What a sampler remembers
+ * of earlier steps has no name: it is the run's own, made from what was fed.
  *
  * The decoded video may be larger than memory, so tap_frame() takes it frame by frame: into its places in
  * the dump, and against its places in the mapped reference. */
 #include "engine/engine.h"
 
+#include <ctype.h>
 #include <dirent.h>
 #include <errno.h>
 #include <fnmatch.h>
@@ -23,7 +31,7 @@
 
 bool taps_on;
 
-enum { MAX_NAME = 128 };
+enum { MAX_NAME = 128, PART = 1024 /* elements compared at a time */ };
 
 /* A line of the table; `why` is NULL if the tensor agrees. */
 typedef struct {
@@ -36,10 +44,17 @@ typedef struct {
 
 /* A comparison in progress. */
 typedef struct {
-    double absolute, magnitude, dot, actual_squares, expected_squares;
-    size_t worst;
+    double rounding; /* of the reference's type, relative; 0 where it is too small to matter */
+    double absolute, magnitude, dot, actual_squares, expected_squares, actual_sum, expected_sum;
+    size_t count, worst;
     const char *bad; /* whose number at `worst` is not finite; NULL if all are */
 } Difference;
+
+/* Tensors of the run that have no reference and whose names differ in their numbers alone. */
+typedef struct {
+    char *first, *last;
+    int count;
+} Lack;
 
 /* A tensor that arrives in frames; one at a time does. */
 typedef struct {
@@ -52,6 +67,7 @@ typedef struct {
 static struct {
     const char *dump_dir, *only, *check_dir;
     double tolerance;
+    bool feed;
     char scope[MAX_NAME];
     int dumped;
     char **files; /* of check_dir, without .npy */
@@ -59,6 +75,8 @@ static struct {
     int file_count;
     Row *rows;
     int row_count;
+    Lack *lacks;
+    int lack_count;
     Stream stream;
 } taps;
 
@@ -90,11 +108,12 @@ static void make_folder(const char *dir) {
     if (stat(dir, &status) || !S_ISDIR(status.st_mode)) die(STATUS_USAGE, "--dump %s: not a folder", dir);
 }
 
-void taps_open(const char *dump_dir, const char *only_glob, const char *check_dir, double tolerance) {
+void taps_open(const char *dump_dir, const char *only_glob, const char *check_dir, double tolerance, bool feed) {
     taps.dump_dir = dump_dir;
     taps.only = only_glob;
     taps.check_dir = check_dir;
     taps.tolerance = tolerance;
+    taps.feed = feed;
     taps_on = dump_dir || check_dir;
     if (dump_dir) make_folder(dump_dir);
     if (check_dir) list_files(check_dir);
@@ -130,7 +149,7 @@ static void dump(const char *name, const void *values, const Shape *shape, char 
     output_commit(&file);
 }
 
-/* ---------------------------------------------------------------- --check */
+/* ---------------------------------------------------------------- --check and --feed */
 
 static Row *row_add(const char *name, const Shape *shape) {
     taps.rows = reallocate(taps.rows, (size_t)(taps.row_count + 1) * sizeof *taps.rows);
@@ -139,30 +158,47 @@ static Row *row_add(const char *name, const Shape *shape) {
     return row;
 }
 
-/* Opens the reference of a tensor and begins its row; NULL if there is none to compare with, or it differs in
- * kind or shape, which the row then says. */
-static Row *check_open(const char *name, const Shape *shape, char kind, Npy *reference) {
+static bool same_but_for_digits(const char *a, const char *b) {
+    while (*a && (*a == *b || (isdigit((unsigned char)*a) && isdigit((unsigned char)*b)))) a++, b++;
+    return *a == *b;
+}
+
+static void note_lack(const char *name) {
+    int i = 0;
+    while (i < taps.lack_count && !same_but_for_digits(taps.lacks[i].first, name)) i++;
+    if (i == taps.lack_count) {
+        taps.lacks = reallocate(taps.lacks, (size_t)++taps.lack_count * sizeof *taps.lacks);
+        taps.lacks[i] = (Lack){.first = format_string("%s", name)};
+    }
+    free(taps.lacks[i].last);
+    taps.lacks[i].last = format_string("%s", name);
+    taps.lacks[i].count++;
+}
+
+/* Opens the reference of a tensor and begins its row; NULL if there is none. The row says why if the two cannot be
+ * compared. The reference is the caller's to free. */
+static Row *check_open(const char *name, const Shape *shape, Npy *reference) {
     int i = 0;
     while (i < taps.file_count && strcmp(taps.files[i], name)) i++;
-    if (i == taps.file_count) return NULL;
+    *reference = (Npy){0};
+    if (i == taps.file_count) {
+        note_lack(name);
+        return NULL;
+    }
     taps.compared[i] = true;
     Row *row = row_add(name, shape);
-    char buffer[64], *path = format_string("%s/%s.npy", taps.check_dir, name);
+    char *path = format_string("%s/%s.npy", taps.check_dir, name);
     const char *why = npy_read(path, reference);
-    free(path);
+    if (!why) why = npy_fit(reference, shape);
     if (why) row->why = format_string("the reference: %s", why);
-    else if (reference->kind != kind)
-        row->why = format_string("the reference holds %s", kind == 'i' ? "floats" : "integers");
-    else if (!shape_equal(shape, &reference->shape))
-        row->why = format_string("the reference has shape %s", shape_string(&reference->shape, buffer));
-    if (row->why && !why) npy_free(reference);
-    return row->why ? NULL : row;
+    free(path);
+    return row;
 }
 
 /* Adds n elements, the first of which has flat index `first`. */
-static void compare(Difference *d, const float *actual, const float *expected, size_t n, size_t first) {
+static void compare(Difference *d, const float *actual, const double *expected, size_t n, size_t first) {
     for (size_t i = 0; i < n && !d->bad; i++) {
-        double a = actual[i], e = expected[i], absolute = fabs(a - e);
+        double a = actual[i], e = expected[i], absolute = fmax(fabs(a - e) - d->rounding * fabs(e), 0);
         if (!isfinite(a) || !isfinite(e)) d->bad = isfinite(a) ? "the reference's" : "this run's";
         if (absolute > d->absolute || d->bad) {
             d->absolute = absolute;
@@ -172,6 +208,26 @@ static void compare(Difference *d, const float *actual, const float *expected, s
         d->dot += a * e;
         d->actual_squares += a * a;
         d->expected_squares += e * e;
+        d->actual_sum += a;
+        d->expected_sum += e;
+    }
+    d->count += n;
+}
+
+/* Where the reference is not finite, the run's own number stays. */
+static void feed(float *values, const double *expected, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (isfinite((float)expected[i])) values[i] = (float)expected[i];
+}
+
+/* n elements of a tensor, the first of which has flat index `first`, against their reference. */
+static void check_part(Difference *d, float *values, const Npy *reference, size_t n, size_t first) {
+    double expected[PART];
+    for (size_t done = 0, part; done < n; done += part) {
+        part = n - done < PART ? n - done : PART;
+        npy_get(reference, first + done, part, expected);
+        compare(d, values + done, expected, part, first + done);
+        if (taps.feed) feed(values + done, expected, part);
     }
 }
 
@@ -186,6 +242,23 @@ static char *place_string(const Shape *shape, size_t flat, char buffer[64]) {
     return shape_string(&place, buffer);
 }
 
+static Difference difference_from(const Npy *reference) {
+    return (Difference){.rounding = reference->kind == 'f' && reference->width == 2 ? 0x1p-11 : 0};
+}
+
+/* What a tensor has become that is off as a whole: another scale or another zero, as of pixels in [0,1]. A new
+ * string, "" if it is nothing so simple. */
+static char *linear_relation(const Difference *d) {
+    double n = (double)d->count, covariance = d->dot - d->actual_sum * d->expected_sum / n;
+    double actual = d->actual_squares - d->actual_sum * d->actual_sum / n;
+    double expected = d->expected_squares - d->expected_sum * d->expected_sum / n;
+    double slope = covariance / actual, offset = (d->expected_sum - slope * d->actual_sum) / n;
+    bool scaled = fabs(slope - 1) > 0.01, shifted = fabs(offset) > 0.01 * d->magnitude;
+    if (!(covariance * covariance > 0.9998 * actual * expected) || !(scaled || shifted)) return format_string("%s", "");
+    if (!shifted) return format_string(": the reference is %.4g times this run's", slope);
+    return format_string(": the reference is %.4g times this run's %+.4g", slope, offset);
+}
+
 static void conclude(const Difference *d, Row *row) {
     char place[64];
     double norms = sqrt(d->actual_squares) * sqrt(d->expected_squares);
@@ -194,35 +267,54 @@ static void conclude(const Difference *d, Row *row) {
     row->absolute = d->absolute;
     row->relative = d->absolute == 0 ? 0 : d->absolute / d->magnitude; /* infinite if all of it should be 0 */
     row->cosine = norms > 0 ? d->dot / norms : d->absolute == 0;
+    if (!d->bad && row->relative <= taps.tolerance) return;
+    char *relation = linear_relation(d);
     if (d->bad)
-        row->why = format_string("%s value at %s is no finite number", d->bad,
+        row->why = format_string("%s value at %s is not finite", d->bad,
                                  place_string(&row->shape, row->worst, place));
-    else if (row->relative > taps.tolerance)
-        row->why = format_string("%.2e is beyond %g", row->relative, taps.tolerance);
+    else if (isinf(row->relative)) row->why = format_string("the reference is 0 everywhere");
+    else row->why = format_string("%.2e is beyond %g%s", row->relative, taps.tolerance, relation);
+    free(relation);
 }
 
-static void check_floats(const char *name, const float *values, const Shape *shape) {
+static void check_floats(const char *name, float *values, const Shape *shape) {
     Npy reference;
-    Row *row = check_open(name, shape, 'f', &reference);
-    if (!row) return;
-    Difference difference = {0};
-    compare(&difference, values, reference.values, shape_count(shape), 0);
-    conclude(&difference, row);
+    Row *row = check_open(name, shape, &reference);
+    Difference difference = difference_from(&reference);
+    if (row && !row->why) {
+        check_part(&difference, values, &reference, shape_count(shape), 0);
+        conclude(&difference, row);
+    }
     npy_free(&reference);
 }
 
-static void check_ids(const char *name, const int32_t *ids, const Shape *shape) {
+/* The reference's ids take the place of the run's, and so does their number, unless that is padding: what does not
+ * end as the run's own do. Returns how many they are now. */
+static int feed_ids(int32_t *ids, int n, int room, int vocabulary, const double *expected, size_t count) {
+    bool fits = count > 0 && count <= (size_t)room && (count == (size_t)n || expected[count - 1] == ids[n - 1]);
+    for (size_t i = 0; i < count && fits; i++)
+        fits = expected[i] >= 0 && expected[i] < vocabulary && expected[i] == (int32_t)expected[i];
+    for (size_t i = 0; i < count && fits; i++) ids[i] = (int32_t)expected[i];
+    return fits ? (int)count : n;
+}
+
+static int check_ids(const char *name, int32_t *ids, int n, int room, int vocabulary) {
     Npy reference;
-    Row *row = check_open(name, shape, 'i', &reference);
-    if (!row) return;
-    const int32_t *expected = reference.values;
-    size_t i = 0, n = shape_count(shape);
-    while (i < n && ids[i] == expected[i]) i++;
-    row->measured = i == n;
-    row->cosine = 1;
-    if (i < n)
-        row->why = format_string("id %zu is %d, the reference has %d", i, (int)ids[i], (int)expected[i]);
+    Row *row = check_open(name, &SHAPE(n), &reference);
+    size_t count = reference.data ? shape_count(&reference.shape) : 0, i = 0;
+    double *expected = allocate(count * sizeof *expected);
+    npy_get(&reference, 0, count, expected);
+    if (row && !row->why) {
+        while (i < count && ids[i] == expected[i]) i++;
+        row->measured = i == count;
+        row->cosine = 1;
+        if (i < count)
+            row->why = format_string("id %zu is %d, the reference has %.9g", i, (int)ids[i], expected[i]);
+    }
+    if (taps.feed) n = feed_ids(ids, n, room, vocabulary, expected, count);
+    free(expected);
     npy_free(&reference);
+    return n;
 }
 
 /* ---------------------------------------------------------------- taps */
@@ -232,7 +324,7 @@ static void scoped_name(char name[2 * MAX_NAME], const char *format, va_list arg
     vsnprintf(name + scope, 2 * MAX_NAME - scope, format, arguments);
 }
 
-void tap_floats(const float *values, Shape shape, const char *format, ...) {
+void tap_floats(float *values, Shape shape, const char *format, ...) {
     char name[2 * MAX_NAME];
     va_list arguments;
     va_start(arguments, format);
@@ -242,24 +334,25 @@ void tap_floats(const float *values, Shape shape, const char *format, ...) {
     if (taps.check_dir) check_floats(name, values, &shape);
 }
 
-void tap_ids(const int32_t *ids, int n, const char *format, ...) {
-    if (!taps_on) return;
+int tap_ids(int32_t *ids, int n, int room, int vocabulary, const char *format, ...) {
+    if (!taps_on) return n;
     char name[2 * MAX_NAME];
     va_list arguments;
     va_start(arguments, format);
     scoped_name(name, format, arguments);
     va_end(arguments);
     if (dump_wants(name)) dump(name, ids, &SHAPE(n), 'i');
-    if (taps.check_dir) check_ids(name, ids, &SHAPE(n));
+    return taps.check_dir ? check_ids(name, ids, n, room, vocabulary) : n;
 }
 
 static void stream_open(Stream *stream, const char *name, const Shape *shape) {
     *stream = (Stream){.row = -1};
     if (dump_wants(name)) stream->file = dump_open(name, shape, 'f');
-    Row *row = taps.check_dir ? check_open(name, shape, 'f', &stream->reference) : NULL;
-    if (row) {
+    Row *row = taps.check_dir ? check_open(name, shape, &stream->reference) : NULL;
+    if (row && !row->why) {
         stream->row = (int)(row - taps.rows);
         row->why = format_string("frames are missing");
+        stream->difference = difference_from(&stream->reference);
     }
 }
 
@@ -270,25 +363,23 @@ static void stream_close(Stream *stream) {
         free(row->why);
         row->why = NULL;
         conclude(&stream->difference, row);
-        npy_free(&stream->reference);
     }
+    npy_free(&stream->reference);
 }
 
 /* A frame's plane of channel c starts at element (c*F + index)*H*W of the whole. */
-void tap_frame(const float *frame, Shape shape, int index, const char *name) {
+void tap_frame(float *frame, Shape shape, int index, const char *name) {
     if (!taps_on) return;
     Stream *stream = &taps.stream;
     if (index == 0) stream_open(stream, name, &shape);
     size_t plane = (size_t)shape.d[2] * (size_t)shape.d[3];
-    const float *expected = stream->reference.values;
     char header[256];
     size_t header_bytes = npy_header(header, sizeof header, &shape, 'f');
     for (int c = 0; c < shape.d[0]; c++) {
         size_t first = ((size_t)c * (size_t)shape.d[1] + (size_t)index) * plane;
-        const float *values = frame + (size_t)c * plane;
+        float *values = frame + (size_t)c * plane;
         if (stream->file.stream) output_write_at(&stream->file, header_bytes + 4 * first, values, 4 * plane);
-        if (stream->row >= 0)
-            compare(&stream->difference, values, expected + first, plane, first);
+        if (stream->row >= 0) check_part(&stream->difference, values, &stream->reference, plane, first);
     }
     if (index == shape.d[1] - 1) stream_close(stream);
 }
@@ -304,42 +395,51 @@ static void print_row(const Row *row) {
     fprintf(stderr, "%s%s\n", row->why ? "FAILED: " : "ok", row->why ? row->why : "");
 }
 
-static int print_rows(void) {
-    int failed = 0;
+static void print_rows(void) {
     fprintf(stderr, "%-26s %-19s %-8s %-8s %11s  %s\n", "tensor", "shape", "max abs", "relative", "cosine",
             "worst");
-    for (int i = 0; i < taps.row_count; i++) {
-        print_row(&taps.rows[i]);
-        failed += taps.rows[i].why != NULL;
-    }
+    for (int i = 0; i < taps.row_count; i++) print_row(&taps.rows[i]);
+}
+
+/* What stands on one side alone. */
+static void print_unmatched(void) {
     for (int i = 0; i < taps.file_count; i++)
         if (!taps.compared[i])
             fprintf(stderr, "%s\n",
                     reason("%-26s not compared: this run has no tensor of that name", taps.files[i]));
-    return failed;
+    for (int i = 0; i < taps.lack_count; i++) {
+        const Lack *lack = &taps.lacks[i];
+        if (lack->count == 1) fprintf(stderr, "%-26s has no reference\n", lack->first);
+        else fprintf(stderr, "%-26s to %s: %d without a reference\n", lack->first, lack->last, lack->count);
+    }
 }
 
-static const Row *first_failure(void) {
-    for (int i = 0; i < taps.row_count; i++)
-        if (taps.rows[i].why) return &taps.rows[i];
-    return NULL;
+static int count_failures(const Row **first) {
+    int failed = 0;
+    *first = NULL;
+    for (int i = 0; i < taps.row_count; i++) {
+        if (!taps.rows[i].why) continue;
+        if (!failed++) *first = &taps.rows[i];
+    }
+    return failed;
 }
 
 bool taps_report(void) {
     if (taps.only && !taps.dumped) warn("--dump-only %s: no tensor has such a name", taps.only);
     if (!taps.check_dir) return true;
-    int failed = print_rows();
-    if (!taps.row_count) {
-        fprintf(stderr, "check failed: no file in %s has the name of a tensor of this run\n", taps.check_dir);
-        return false;
-    }
-    const Row *first = first_failure();
+    print_rows();
+    print_unmatched();
+    const Row *first;
+    int failed = count_failures(&first), left = taps.file_count - taps.row_count, lacking = 0;
+    for (int i = 0; i < taps.lack_count; i++) lacking += taps.lacks[i].count;
     if (first)
-        fprintf(stderr, "check failed: %d of %d tensors, the first in order of data flow is %s (%s)\n",
+        fprintf(stderr, "check failed: %d of %d tensors, the first in order of data flow is %s (%s)",
                 failed, taps.row_count, first->name, first->why);
-    else if (taps.file_count > taps.row_count)
-        fprintf(stderr, "check passed: %d tensors within %g, but %d more in %s were not compared\n",
-                taps.row_count, taps.tolerance, taps.file_count - taps.row_count, taps.check_dir);
-    else fprintf(stderr, "check passed: %d tensors within %g\n", taps.row_count, taps.tolerance);
-    return !first;
+    else if (taps.row_count)
+        fprintf(stderr, "check passed: %d tensors within %g", taps.row_count, taps.tolerance);
+    else fprintf(stderr, "check failed: no file in %s has the name of a tensor of this run", taps.check_dir);
+    if (taps.row_count && left) fprintf(stderr, "; %d more in %s were not compared", left, taps.check_dir);
+    if (lacking > 0) fprintf(stderr, "; %d of this run had no reference", lacking);
+    fputc('\n', stderr);
+    return taps.row_count && !first;
 }
