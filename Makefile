@@ -60,9 +60,8 @@ install: sora
 	install sora $(DESTDIR)$(PREFIX)/bin
 	install -m 644 models/demo.gguf $(DESTDIR)$(PREFIX)/share/sora
 
-# Passive: threads that wait between many small runs leave the cores to others.
 test: sora $(BUILD)/run-tests
-	OMP_WAIT_POLICY=passive SORA=$(BUILD)/sora $(BUILD)/run-tests
+	SORA=$(BUILD)/sora $(BUILD)/run-tests
 
 # The tests, and mutated inputs for everything that reads a file, under ASan and UBSan.
 SANITIZE     = $(MAKE) BUILD=build/sanitize CFLAGS='-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all'
@@ -73,8 +72,7 @@ $(BUILD)/fuzz: $(BUILD)/tests/fuzz.o $(OBJECTS)
 
 sanitize:
 	$(SANITIZE) build/sanitize/sora build/sanitize/run-tests
-	ASAN_OPTIONS=allocator_may_return_null=1 OMP_WAIT_POLICY=passive SORA=build/sanitize/sora \
-	    build/sanitize/run-tests
+	ASAN_OPTIONS=allocator_may_return_null=1 SORA=build/sanitize/sora build/sanitize/run-tests
 
 fuzz:
 	$(SANITIZE) build/sanitize/fuzz

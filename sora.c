@@ -37,7 +37,7 @@ static const struct {
     [SHIFT] = {"shift", 0, "S", "time shift of the noise schedule"},
     [SAMPLER_NAME] = {"sampler", 0, "NAME", "unipc, euler or dpm++"},
     [SEED] = {"seed", 0, "N", "initial noise as torch's CPU generator makes it (default: random, printed)"},
-    [THREADS] = {"threads", 't', "N", "threads (default: all cores)"},
+    [THREADS] = {"threads", 't', "N", "threads (default: the cores that it may use)"},
     [PRECISION] = {"precision", 0, "TYPE",
                    "arithmetic of the large products: f32, bf16 or int8 (default: the model's own)"},
     [ISA] = {"isa", 0, "NAME", "kernels: auto, generic, avx2, avx512 or neon"},
@@ -331,7 +331,9 @@ static int run(Command *c) {
 }
 
 int main(int argc, char **argv) {
+    threads_wait_briefly(argv);
     standard_streams_keep();
+    threads_default();
     interrupts_catch();
     Command command = parse(argc, argv);
     const char *why = kernels_choose(command.isa);

@@ -24,7 +24,7 @@ _Static_assert(SIZE_MAX >= UINT64_MAX, "a 64-bit machine is needed");
 #error "a little-endian machine is needed"
 #endif
 
-/* ---------------------------------------------------------------- util.c: errors, memory, files, time */
+/* ---------------------------------------------------------------- util.c: errors, memory, files */
 
 enum { STATUS_OK = 0, STATUS_CHECK = 1, STATUS_USAGE = 2, STATUS_RESOURCE = 3, STATUS_INTERRUPTED = 130 };
 
@@ -86,15 +86,35 @@ void standard_streams_keep(void);
  * pipe is a failed write instead of a signal. */
 void interrupts_catch(void);
 
-double seconds(void);           /* a monotonic clock */
-size_t memory_available(void);  /* bytes that can be had without swapping; SIZE_MAX if unknown */
-size_t memory_peak(void);       /* private bytes at the highest point: mapped weights do not count */
-
 /* Sizes and counts; none comes near the limit of its type. */
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 static inline size_t larger(size_t a, size_t b) { return a > b ? a : b; }
 static inline int ceiling(int a, int b) { return (a + b - 1) / b; } /* of a / b */
 static inline int round_up(int a, int b) { return ceiling(a, b) * b; }
+
+/* ---------------------------------------------------------------- system.c: what the operating system gives */
+
+double seconds(void);            /* a monotonic clock */
+size_t memory_available(void);   /* bytes that can be had without swapping; SIZE_MAX if unknown */
+size_t memory_peak(void);        /* private bytes at the highest point: mapped weights do not count */
+void memory_note(void);          /* looks whether this is the highest point */
+int processors_available(void);  /* cores that this process may use: affinity, quota; at least 1 */
+void system_root(const char *path); /* for tests: /proc and /sys are read below this folder */
+
+/* ---------------------------------------------------------------- threads.c: loops on all cores */
+
+/* Iterations of a loop marked so run on all cores, in any order; none may depend on another. */
+#ifdef _OPENMP
+#define PARALLEL_FOR _Pragma("omp parallel for schedule(dynamic)")
+#else
+#define PARALLEL_FOR
+#endif
+void threads_wait_briefly(char **argv); /* main's first call; may start the program again */
+void threads_default(void);             /* as many as there are processors_available() */
+void threads_set(int count);
+void threads_start(void); /* the workers; from then on signals reach the main thread alone */
+int threads_count(void);
+int thread_index(void); /* of the thread that runs this iteration */
 
 /* ---------------------------------------------------------------- utf8.c: bytes that grow, UTF-8 */
 
@@ -158,7 +178,7 @@ typedef struct {
 typedef struct WeightFile WeightFile;
 const char *weights_open(const char *path, WeightFile **out);              /* maps and checks everything */
 const char *weights_parse(Bytes bytes, const char *path, WeightFile **out); /* the same on bytes in memory */
-void weights_close(WeightFile *file); /* frees the tables, not the mapping */
+void weights_close(WeightFile *file); /* and gives the mapping back; NULL is nothing to close */
 /* Ends the program with a line that names the file. */
 _Noreturn void weights_refuse(const WeightFile *file, const char *format, ...) PRINTF_LIKE(2, 3);
 
@@ -205,17 +225,6 @@ void weights_print(const WeightFile *file, FILE *out); /* --info: keys, then ten
 void weight_row(const Weight *weight, int row, float *out); /* one row as floats */
 
 /* --------------------------------------------------------------- kernels.c: one table, chosen at start-up */
-
-/* Threads: iterations of a loop marked so run on all cores, in any order; none may depend on another. */
-#ifdef _OPENMP
-#define PARALLEL_FOR _Pragma("omp parallel for schedule(dynamic)")
-#else
-#define PARALLEL_FOR
-#endif
-void threads_set(int count);
-void threads_start(void); /* the workers; from then on signals reach the main thread alone */
-int threads_count(void);
-int thread_index(void); /* of the thread that runs this iteration */
 
 enum { LANES = 16 }; /* virtual lanes of every row reduction, whatever the width of a register */
 enum { MAX_TILE_ROWS = 14, MAX_TILE_COLS = 32, TILES_AHEAD = 8 };

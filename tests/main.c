@@ -1,5 +1,6 @@
 /* main.c - runs the suites named on the command line, or all; closes with "N passed, N failed". */
 #include "tests/test.h"
+#include "engine/engine.h"
 
 #include <math.h>
 #include <stdarg.h>
@@ -11,7 +12,7 @@
 
 /* One line a suite, in the order of data flow; each is the function test_NAME in test_NAME.c. */
 #define SUITES(X) \
-    X(util) X(weights) X(kernels) X(tokenizer) X(noise) X(sampler) X(libm) X(y4m) X(preview) X(pipeline) X(npy) \
+    X(util) X(system) X(weights) X(kernels) X(tokenizer) X(noise) X(sampler) X(libm) X(y4m) X(preview) X(pipeline) X(npy) \
     X(tap) X(sha256) X(json) X(cli)
 
 #define DECLARE(name) void test_##name(void);
@@ -92,6 +93,7 @@ static void remove_temporary(void) {
 }
 
 int main(int argc, char **argv) {
+    threads_wait_briefly(argv);
     if (!mkdtemp(temporary)) abort();
     for (int s = 0; suites[s].name; s++) {
         bool chosen = argc < 2;

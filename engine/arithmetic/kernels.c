@@ -10,46 +10,7 @@
 #include "engine/engine.h"
 
 #include <math.h>
-#include <signal.h>
 #include <string.h>
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
-void threads_set(int count) {
-#ifdef _OPENMP
-    omp_set_num_threads(count);
-#else
-    (void)count;
-#endif
-}
-
-void threads_start(void) {
-#ifdef _OPENMP
-    sigset_t all;
-    sigfillset(&all);
-    sigdelset(&all, SIGBUS); /* comes to whoever reads the page */
-#pragma omp parallel
-    if (omp_get_thread_num()) sigprocmask(SIG_BLOCK, &all, NULL);
-#endif
-}
-
-int threads_count(void) {
-#ifdef _OPENMP
-    return omp_get_max_threads();
-#else
-    return 1;
-#endif
-}
-
-int thread_index(void) {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
 
 float lanes_sum(const float lanes[LANES]) {
     float sum[LANES];

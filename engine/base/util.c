@@ -1,4 +1,4 @@
-/* util.c - errors, memory, files and time.
+/* util.c - errors, memory and files.
  *
  * Output files. A file appears under its name only when it is complete: it is written beside its place as
  * NAME.PID.part and renamed by output_commit(). die() and an interrupt remove what was not committed, so a
@@ -21,9 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/resource.h>
 #include <sys/stat.h>
-#include <time.h>
 #include <unistd.h>
 
 /* ---------------------------------------------------------------- errors */
@@ -101,23 +99,6 @@ char *format_string(const char *format, ...) {
     vsnprintf(text, (size_t)length + 1, format, arguments);
     va_end(arguments);
     return text;
-}
-
-/* Resident pages that no file backs: the mapped weights do not count, they can be had again at any time. */
-static size_t memory_private(void) {
-    long resident = 0, shared = 0;
-    FILE *status = fopen("/proc/self/statm", "r");
-    if (!status) return 0;
-    if (fscanf(status, "%*d %ld %ld", &resident, &shared) != 2) resident = shared = 0;
-    fclose(status);
-    return (size_t)(resident - shared) * (size_t)sysconf(_SC_PAGESIZE);
-}
-
-static size_t highest;
-
-static void memory_note(void) {
-    size_t now = memory_private();
-    if (now > highest) highest = now;
 }
 
 void *arena_take(Arena *arena, size_t bytes) {
@@ -328,43 +309,4 @@ void interrupts_catch(void) {
     sigaction(SIGBUS, &action, NULL);
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN); /* likewise a limit on the size of files */
-}
-
-/* ---------------------------------------------------------------- time and the machine's memory */
-
-double seconds(void) {
-    struct timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
-    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
-}
-
-/* The number after `label` at the start of a line of a small text file; `fallback` if there is none. */
-static double read_number(const char *path, const char *label, double fallback) {
-    FILE *stream = fopen(path, "re");
-    if (!stream) return fallback;
-    char line[256];
-    double value = fallback;
-    size_t length = strlen(label);
-    while (fgets(line, sizeof line, stream))
-        if (!strncmp(line, label, length) && sscanf(line + length, "%lf", &value) == 1) break;
-    fclose(stream);
-    return value;
-}
-
-/* Linux says what it could free, a container what it is allowed; elsewhere the machine's memory has to do. */
-size_t memory_available(void) {
-    double pages = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
-    double machine = 1024 * read_number("/proc/meminfo", "MemAvailable:", pages / 1024);
-    double limit = read_number("/sys/fs/cgroup/memory.max", "", machine);
-    double used = limit < machine ? read_number("/sys/fs/cgroup/memory.stat", "anon ", 0) : 0;
-    double available = limit - used < machine ? limit - used : machine;
-    return available > 0 ? (size_t)available : pages > 0 ? 0 : SIZE_MAX;
-}
-
-size_t memory_peak(void) {
-    struct rusage usage;
-    memory_note();
-    if (highest > 0) return highest;
-    getrusage(RUSAGE_SELF, &usage);
-    return (size_t)usage.ru_maxrss * 1024;
 }

@@ -44,6 +44,7 @@ typedef struct {
 
 struct WeightFile {
     char *path;
+    Bytes mapping; /* {NULL, 0} if the bytes are the caller's */
     Key *keys;
     Tensor *tensors;
     size_t key_count, tensor_count, alignment;
@@ -294,9 +295,13 @@ const char *weights_parse(Bytes bytes, const char *path, WeightFile **out) {
 
 const char *weights_open(const char *path, WeightFile **out) {
     Bytes bytes;
-    const char *why = map_file(path, &bytes);
     *out = NULL;
-    return why ? why : weights_parse(bytes, path, out);
+    const char *why = map_file(path, &bytes);
+    if (why) return why;
+    why = weights_parse(bytes, path, out);
+    if (why) unmap_file(bytes);
+    else (*out)->mapping = bytes;
+    return why;
 }
 
 void weights_close(WeightFile *file) {
@@ -308,6 +313,7 @@ void weights_close(WeightFile *file) {
     free(file->keys);
     free(file->tensors);
     free(file->path);
+    if (file->mapping.data) unmap_file(file->mapping);
     free(file);
 }
 
