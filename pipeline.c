@@ -198,8 +198,8 @@ typedef struct {
     Schedule schedule;
     bool guided;             /* guidance 1 is the conditional velocity itself; diffusers takes less as 1 */
     Prompt prompt, negative; /* the latter if guided */
-    int C, T, H, W;          /* of the latents */
-    size_t elements;         /* C*T*H*W */
+    int C, T, H, W;          /* of the latents, (T,C,H,W) */
+    size_t frame, elements;  /* C*H*W, and T times that */
     char noise_sha256[65];   /* of the file of --noise */
 } Run;
 
@@ -222,13 +222,23 @@ static Run run_plan(Model *m, const Settings *s) {
     run.T = (s->frames - 1) / m->vae.temporal_stride + 1;
     run.H = s->height / m->vae.spatial_stride;
     run.W = s->width / m->vae.spatial_stride;
-    run.elements = (size_t)run.C * run.T * run.H * run.W;
+    run.frame = (size_t)run.C * run.H * run.W;
+    run.elements = run.T * run.frame;
     return run;
 }
 
 static Shape latent_shape(const Run *run) { return SHAPE(run->C, run->T, run->H, run->W); }
 
-static float *read_noise(Run *run) {
+/* (C,T,H,W), as files and torch have it, to (T,C,H,W). */
+static void to_frames(const Run *run, float *frames, const float *clip) {
+    size_t plane = (size_t)run->H * run->W;
+    for (int t = 0; t < run->T; t++)
+        for (int c = 0; c < run->C; c++)
+            memcpy(frames + ((size_t)t * run->C + c) * plane, clip + ((size_t)c * run->T + t) * plane,
+                   sizeof(float) * plane);
+}
+
+static void read_noise(Run *run, float *latents) {
     Npy file;
     Shape shape = latent_shape(run);
     const char *path = run->settings->noise, *why = npy_read(path, &file);
@@ -239,33 +249,43 @@ static float *read_noise(Run *run) {
     if (finite < run->elements)
         die(STATUS_USAGE, "--noise %s: number %zu of %zu is not finite", path, finite + 1, run->elements);
     sha256_of(file.mapping.data, file.mapping.size, run->noise_sha256);
+    to_frames(run, latents, noise);
+    free(noise);
     npy_free(&file);
-    return noise;
 }
 
 /* The first latents, a new array. */
 static float *make_noise(Run *run) {
-    if (run->settings->noise) return read_noise(run);
+    float *latents = allocate(sizeof(float) * run->elements);
+    if (run->settings->noise) {
+        read_noise(run, latents);
+        return latents;
+    }
     Generator generator;
     float *noise = allocate(sizeof(float) * run->elements);
     generator_seed(&generator, run->settings->seed);
     generator_randn(&generator, noise, run->elements);
-    return noise;
+    to_frames(run, latents, noise);
+    free(noise);
+    return latents;
 }
 
 /* Everything that the denoising loop holds, in one arena. */
 typedef struct {
     TransformerState state;
     TextContext cond, uncond;
+    KvCache cache;
     History history;
-    float *velocity, *unconditional;
+    float *velocity, *unconditional, *timesteps;
 } Denoiser;
 
 static Denoiser denoiser_take(Arena *arena, const Run *run) {
     const Transformer *t = &run->model->transformer;
     Denoiser d = {.cond = text_context_take(arena, t, run->prompt.n)};
     if (run->guided) d.uncond = text_context_take(arena, t, run->negative.n);
-    d.state = transformer_state_take(arena, t, run->T, run->H, run->W);
+    d.state = transformer_state_take(arena, t, run->T, run->T, run->H, run->W);
+    d.cache = kv_cache_take(arena, t, (Window){.window = run->T}, 0, d.state.tokens, TYPE_F32);
+    d.timesteps = arena_floats(arena, run->T);
     d.history = history_take(arena, run->elements);
     d.velocity = arena_floats(arena, run->elements);
     d.unconditional = arena_floats(arena, run->guided ? run->elements : 0);
@@ -274,9 +294,11 @@ static Denoiser denoiser_take(Arena *arena, const Run *run) {
 
 static void predict(const Run *run, Denoiser *d, const char *name, const TextContext *context, int step,
                     float timestep, const float *latents, float *velocity) {
+    Chunk chunk = {0, run->T, d->timesteps};
+    for (int f = 0; f < run->T; f++) d->timesteps[f] = timestep;
     tap_scope("step%03d.%s.", step, name);
     profile_begin(TRANSFORMER);
-    transformer_forward(&run->model->transformer, &d->state, context, latents, timestep, velocity);
+    transformer_forward(&run->model->transformer, &d->state, context, &d->cache, &chunk, latents, velocity);
     profile_end(TRANSFORMER);
     tap_scope("step%03d.", step);
 }
@@ -297,11 +319,11 @@ static void denoise(const Run *run, Denoiser *d, float *latents) {
             predict(run, d, "uncond", &d->uncond, step, timestep, latents, u);
             for (size_t i = 0; i < run->elements; i++) v[i] = u[i] + guidance * (v[i] - u[i]);
         }
-        tap(v, latent_shape(run), "velocity");
+        tap_frames(v, latent_shape(run), "velocity");
         profile_begin(SAMPLER);
         sampler_step(schedule, step, v, latents, &d->history);
         profile_end(SAMPLER);
-        tap(latents, latent_shape(run), "latents");
+        tap_frames(latents, latent_shape(run), "latents");
         stay_finite(run->model, latents, run->elements, reason("latents after step %d of %d", step + 1, s->steps));
     }
     tap_scope("%s", "");
@@ -318,13 +340,13 @@ static void make_latents(Run *run, float *latents) {
     denoiser_take(&count, run);
     Arena arena = arena_open(count.used);
     Denoiser denoiser = denoiser_take(&arena, run);
-    tap(latents, latent_shape(run), "noise");
+    tap_frames(latents, latent_shape(run), "noise");
     profile_begin(TRANSFORMER);
     transformer_read(t, prompt->embeds, prompt->n, &denoiser.cond);
     if (run->guided) transformer_read(t, negative->embeds, negative->n, &denoiser.uncond);
     profile_end(TRANSFORMER);
     denoise(run, &denoiser, latents);
-    tap(latents, latent_shape(run), "latents");
+    tap_frames(latents, latent_shape(run), "latents");
     arena_close(&arena);
     scratch_free();
 }
@@ -384,18 +406,16 @@ static Video video_open(const Run *run) {
 }
 
 static void decode(const Run *run, Video *video, const float *latents) {
-    Vae *vae = &run->model->vae;
-    Arena arena = arena_open(vae_decode_memory(vae, run->H, run->W));
+    VaeStream *decoder = vae_decoder_open(&run->model->vae, run->H, run->W, write_frame, video);
     char header[80];
     write_bytes(video, header, y4m_header(&video->format, header));
     progress("frame", 0, run->settings->frames);
-    vae_decode_start(vae, &arena, run->H, run->W);
     for (int t = 0; t < run->T; t++) {
         profile_begin(VAE_DECODE);
-        vae_decode_frame(vae, latents, run->T, t, write_frame, video);
+        vae_decode(decoder, latents + t * run->frame);
         profile_end(VAE_DECODE);
     }
-    arena_close(&arena);
+    vae_stream_close(decoder);
     scratch_free();
 }
 
@@ -441,10 +461,8 @@ static size_t denoising_memory(const Run *run) {
 }
 
 static size_t decoding_memory(const Run *run) {
-    Vae *vae = &run->model->vae;
-    return vae_decode_memory(vae, run->H, run->W) +
-           larger(attention_memory(vae->precision, run->H * run->W, 1, vae->proj.in),
-                  product_memory(vae->precision, 0, 27 * vae->proj.in)); /* a 3x3x3 convolution */
+    const Vae *vae = &run->model->vae;
+    return vae_decoder_memory(vae, run->H, run->W) + vae_decoder_scratch(vae, run->H, run->W);
 }
 
 /* Bytes of private memory at the highest point. */
@@ -458,11 +476,11 @@ static double run_flops(const Run *run) {
     const Transformer *t = &m->transformer;
     int L = tokens_of(run), n = run->prompt.n, n_negative = run->negative.n;
     double flops = text_encoder_flops(&m->text_encoder, n) +
-                   run->settings->steps * transformer_flops(t, L, n + 1);
+                   run->settings->steps * transformer_flops(t, L, L, n + 1);
     if (run->guided)
         flops += text_encoder_flops(&m->text_encoder, n_negative) +
-                 run->settings->steps * transformer_flops(t, L, n_negative + 1);
-    return flops + vae_decode_flops(&m->vae, run->T, run->H, run->W);
+                 run->settings->steps * transformer_flops(t, L, L, n_negative + 1);
+    return flops + vae_decoder_flops(&m->vae, run->T, run->H, run->W);
 }
 
 static void estimate(const Run *run) {

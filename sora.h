@@ -2,7 +2,7 @@
  *
  *   prompt -> tokenizer.c -> ids -> text_encoder.c -> embeds ---+
  *   seed -> engine/arithmetic/noise.c -> noise -> latents -> transformer.c -> velocity -> sampler.c -> latents
- *                                                 (steps times)
+ *                                                 (steps times)  cache.c: what earlier chunks left to look back at
  *   latents -> vae.c -> frames -> y4m.c -> file
  *
  * pipeline.c strings them together; sora.c is the command line.
@@ -100,21 +100,67 @@ TextContext text_context_take(Arena *arena, const Transformer *transformer, int 
 /* embeds (n, text_dim), of the n that the context was taken for. */
 void transformer_read(const Transformer *transformer, const float *embeds, int n, TextContext *context);
 
+/* Latent frames that pass at once; a clip that is not made in chunks is one. Latents are frame-major everywhere,
+ * (T,C,H,W), so that a chunk lies in one piece; [C,T,H,W] at the border. */
+typedef struct {
+    int first, frames;      /* the clip's frames [first, first + frames) */
+    const float *timesteps; /* [frames], each in [0,1000] */
+} Chunk;
+
+typedef struct KvCache KvCache;
+
 /* What a forward pass needs besides weights: positions, and room to compute in. */
 typedef struct {
-    int T, H, W, L;       /* of the latents; tokens */
-    float *cosine, *sine; /* (L, d/2) */
-    float *x, *y;         /* (L,D) */
-    float *wide;          /* (L, the widest of q k v, ffn and patches) */
-    float *time, *modulation, *e; /* (D), (6,D), (6,D) */
+    int H, W, tokens;        /* of a frame: of latents; tokens */
+    Rope rope;               /* its times are those of one pass */
+    float *x, *y;            /* (L,D) */
+    float *wide;             /* the widest of q k v, ffn and patches */
+    float *time;             /* (frames,D) */
+    float *modulation, *e;   /* (frames,6,D), (6,frames,D) */
 } TransformerState;
-TransformerState transformer_state_take(Arena *arena, const Transformer *transformer, int T, int H, int W);
+/* For at most so many frames in a pass, whose attention sees at most `seen`, its own included. */
+TransformerState transformer_state_take(Arena *arena, const Transformer *transformer, int frames, int seen, int H, int W);
+/* Of one position on an axis: cosines, then sines (2,pairs). */
+void rope_angles(float *angles, int pos, int pairs);
 /* What the transformer is told of a timestep: cosines, then sines (freq_dim). */
 void timestep_sinusoids(float *out, int freq_dim, float timestep);
-double transformer_flops(const Transformer *transformer, int L, int positions); /* of one forward pass */
-/* velocity (out_dim,T,H,W) from latents (in_dim,T,H,W) at a timestep in [0,1000]. */
-void transformer_forward(const Transformer *transformer, TransformerState *state, const TextContext *context,
-                         const float *latents, float timestep, float *velocity);
+/* Of one forward pass of L tokens, whose attention sees so many keys and text positions. */
+double transformer_flops(const Transformer *transformer, int L, int keys, int positions);
+/* velocity (frames,out_dim,H,W) of the chunk's latents (frames,in_dim,H,W). Its keys and values stand in the cache
+ * until the next pass, behind those of the frames that are held; kv_cache_keep() holds them, too. */
+void transformer_forward(const Transformer *transformer, TransformerState *state, const TextContext *text,
+                         KvCache *cache, const Chunk *chunk, const float *latents, float *velocity);
+
+/* ---------------------------------------------------------------- cache.c: what earlier chunks left to look back at */
+
+/* Which frames self attention sees, and where in time it takes them to be. */
+typedef struct {
+    int window;    /* frames in all, the pass's own and the sink counted in */
+    int sink;      /* of these the clip's first, which are never dropped */
+    bool relative; /* positions are places in the window, not in the clip */
+} Window;
+
+/* Keys (before RoPE) and values of earlier frames in every block. */
+struct KvCache {
+    Window rule;
+    int layers, tokens, D;
+    int room, frames;     /* frames that it can hold, and does, oldest first; no room: nobody looks back */
+    int *number;          /* [room] each one's number in the clip */
+    Type type;            /* F32 or BF16 */
+    char *keys, *values;  /* (layers, room, tokens, D) */
+};
+/* With room for so many frames of so many tokens. */
+KvCache kv_cache_take(Arena *arena, const Transformer *transformer, Window rule, int room, int tokens, Type type);
+/* Drops the oldest frames after the sink until `frames` more can be held. */
+void kv_cache_make_room(KvCache *cache, int frames);
+/* The keys and values in one block of all frames that are held, (frames*tokens, D) each. */
+void kv_cache_read(const KvCache *cache, int block, float *keys, float *values);
+/* Writes those of frames that pass behind the frames that are held. */
+void kv_cache_write(KvCache *cache, int block, const float *keys, const float *values, int frames);
+void kv_cache_keep(KvCache *cache, const Chunk *chunk); /* the chunk that passed last is held from now on */
+void kv_cache_drop(KvCache *cache, int from, int count); /* of the frames that are held, those at [from, from + count) */
+/* Of frame j of what a pass of the chunk sees: those that are held, then its own. */
+int kv_cache_position(const KvCache *cache, const Chunk *chunk, int j);
 
 /* ---------------------------------------------------------------- sampler.c: velocity -> next latents */
 
@@ -145,54 +191,53 @@ void sampler_step(const Schedule *schedule, int step, const float *velocity, flo
 
 /* ----------------------------------------------------------- vae.c: latents -> frames (the causal 3D VAE) */
 
-/* A causal convolution and its past: what it saw in the two frames before, if there were any. */
 typedef struct {
     Linear layer; /* (O, kt*kh*kw*I), taps outermost */
-    int kt, kh, kw, in, out;
-    char *past[2]; /* frames of row operands, older first */
-    int seen;      /* frames of it that have been, at most two */
+    int kt, kh, kw, in, out; /* out == 0: there is none */
 } Conv;
 
-typedef struct {
-    const float *norm1, *norm2;        /* residual.0.gamma, residual.3.gamma */
-    Conv conv1, conv2, shortcut;       /* residual.2, residual.6, shortcut (out == 0: none) */
-} ResidualBlock;
-
-/* One resolution of the decoder: residual blocks, then, but for the last, an upsampling to the next one. */
-typedef struct {
-    int num_blocks;
-    ResidualBlock *blocks;
-    Conv time_conv, resample; /* out == 0: none */
-    bool started;             /* time_conv lets the clip's first frame pass */
-    int height, width, channels, wide_channels;
-    float *x, *t;             /* (height*width, channels), the same memory on every level */
-    float *wide;              /* (height*width, wide_channels) */
-    char *h;                  /* what a convolution reads: a row operand for each pixel */
-} VaeLevel;
+/* A half of the VAE is a list of layers. What each does with the frame x that it is handed: */
+typedef enum {
+    CONVOLUTION, /* x = conv1(x), or conv1(silu(norm1(x))) */
+    RESIDUAL,    /* x = shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x)))))) */
+    ATTENTION,   /* x += conv2(attention(conv1(norm1(x)))), over the pixels of the frame */
+    DOUBLE_TIME, /* the clip's first frame goes on as it is, of each later one conv1 makes two */
+    DOUBLE_SPACE /* x = conv1(every pixel of x four times) */
+} VaeLayerKind;
 
 typedef struct {
-    int z_dim, out_channels, patch_size, num_levels, temporal_stride, spatial_stride;
+    VaeLayerKind kind;
+    const float *norm1, *norm2; /* (I), or NULL */
+    Conv conv1, conv2, shortcut;
+} VaeLayer;
+
+typedef struct {
+    int count;
+    VaeLayer *layers;
+} VaeLayers;
+
+typedef struct {
+    int z_dim, patch_size, temporal_stride, spatial_stride;
     const float *latents_mean, *latents_std; /* (z_dim) */
-    Conv conv2, conv1, qkv, proj, head;
-    ResidualBlock middle_0, middle_2;
-    const float *middle_norm, *head_norm; /* middle.1.norm.gamma, head.0.gamma */
-    VaeLevel *levels;
-    Precision precision;  /* F32 or BF16 */
-    char *zeros;          /* a pixel outside the image */
-    float *frame;         /* the decoded frame [3,Y,X] */
+    VaeLayers decoder;
+    Precision precision; /* F32 or BF16 */
 } Vae;
 
 Vae vae_load(const WeightFile *file, Precision precision);
 void vae_free(Vae *vae);
-size_t vae_decode_memory(Vae *vae, int H, int W); /* not once it has started */
-double vae_decode_flops(const Vae *vae, int T, int H, int W);
 
 typedef void FrameSink(void *to, float *frame); /* frame [3,Y,X] in [-1,1], to be overwritten at will */
-/* Lays out the decoder for latents of H x W; the past is empty. */
-void vae_decode_start(Vae *vae, Arena *arena, int H, int W);
-/* Decodes frame t of latents (z_dim,T,H,W) and hands every video frame that follows to the sink at once: one
- * for the clip's first, temporal_stride for each later. Frames must come in order. */
-void vae_decode_frame(Vae *vae, const float *latents, int T, int t, FrameSink *sink, void *to);
+
+/* What moves while frames pass the layers. */
+typedef struct VaeStream VaeStream;
+VaeStream *vae_decoder_open(const Vae *vae, int H, int W, FrameSink *sink, void *to); /* for latents of H x W */
+size_t vae_decoder_memory(const Vae *vae, int H, int W);  /* bytes while it is open */
+size_t vae_decoder_scratch(const Vae *vae, int H, int W); /* and while it works: its products and attention */
+double vae_decoder_flops(const Vae *vae, int T, int H, int W);
+/* Decodes the clip's next latent frame (z_dim,H,W) and hands every video frame that follows to the sink at once: one
+ * for the clip's first, temporal_stride for each later. */
+void vae_decode(VaeStream *stream, const float *latents);
+void vae_stream_close(VaeStream *stream);
 
 /* ---------------------------------------------------------------- y4m.c: frames -> file */
 

@@ -1,6 +1,7 @@
 /* transformer.c - latents, text, time -> velocity: the diffusion transformer of Wan 2.1 (Wan Team, 2025).
  *
- * The latents [C,T,H,W] are cut into patches; each patch is a token, ordered (t, h, w). A block is
+ * The frames of a chunk are cut into patches; each patch is a token, ordered (t, h, w). Self attention sees the
+ * chunk and what the cache holds of the frames before it (cache.c). A block is
  *
  *   s1, c1, g1, s2, c2, g2 = modulation + time          (shift, scale, gate; twice)
  *   x += g1 * o(self attention(norm(x) * (1 + c1) + s1))     RoPE on queries and keys
@@ -13,7 +14,8 @@
  *
  * Pitfalls. Queries and keys are normalised over all heads at once, before they are cut into heads. The text
  * is padded with zeros to 512 positions and no mask hides them: the padding takes part in cross attention.
- * Angles of RoPE are computed in double. */
+ * Angles of RoPE are computed in double. Every latent frame has a time step of its own, so shifts, scales and gates
+ * come once a frame. */
 #include "sora.h"
 
 #include <math.h>
@@ -130,44 +132,43 @@ void transformer_read(const Transformer *t, const float *embeds, int n, TextCont
 
 /* ---------------------------------------------------------------- positions and time */
 
-/* Angles of one axis: pos / 10000^(2i/dim), i < dim/2, into columns [0, dim/2) of a row. With Wan's heads,
- * which are 128 wide, every C library gives the same floats up to position 849 in time (3,397 frames) and 1023 in
- * space (tests/test_libm.c). At 850 one cosine is -5e-7, whose last bits are those of the power. */
-static void rope_axis(float *cosine, float *sine, int pos, int dim) {
-    for (int i = 0; i < dim / 2; i++) {
-        double angle = pos / pow(10000.0, 2.0 * i / dim);
-        cosine[i] = (float)cos(angle);
-        sine[i] = (float)sin(angle);
+/* pos / 10000^(i/pairs). With Wan's heads, which are 128 wide, every C library gives the same floats up to position
+ * 849 in time (3,397 frames) and 1023 in space (tests/test_libm.c). At 850 one cosine is -5e-7, whose last bits are
+ * those of the power. */
+void rope_angles(float *angles, int pos, int pairs) {
+    for (int i = 0; i < pairs; i++) {
+        double angle = pos / pow(10000.0, 2.0 * i / (2 * pairs)); /* as upstream's 2i/dim */
+        angles[i] = (float)cos(angle);
+        angles[pairs + i] = (float)sin(angle);
     }
 }
 
 /* The pairs of a head are shared out to the axes: a third each for h and w, what is left for t. */
-static void rope_table(const Transformer *t, TransformerState *s) {
-    int d = t->dim / t->num_heads, spatial = 2 * (d / 6), temporal = d - 2 * spatial;
-    int rows = s->H / t->patch_size[1], columns = s->W / t->patch_size[2];
-    for (int l = 0; l < s->L; l++) {
-        float *c = s->cosine + (size_t)l * (d / 2), *si = s->sine + (size_t)l * (d / 2);
-        rope_axis(c, si, l / (rows * columns), temporal);
-        rope_axis(c + temporal / 2, si + temporal / 2, l / columns % rows, spatial);
-        rope_axis(c + (temporal + spatial) / 2, si + (temporal + spatial) / 2, l % columns, spatial);
-    }
+static Rope rope_take(Arena *arena, const Transformer *t, int frames, int H, int W) {
+    int pairs = t->dim / t->num_heads / 2;
+    Rope r = {.rows = H / t->patch_size[1], .columns = W / t->patch_size[2], .spatial = pairs / 3};
+    r.temporal = pairs - 2 * r.spatial;
+    r.time = arena_floats(arena, 2 * (size_t)frames * r.temporal);
+    r.row = arena_floats(arena, 2 * (size_t)r.rows * r.spatial);
+    r.column = arena_floats(arena, 2 * (size_t)r.columns * r.spatial);
+    if (!arena->base) return r;
+    for (int i = 0; i < r.rows; i++) rope_angles(r.row + 2 * i * r.spatial, i, r.spatial);
+    for (int i = 0; i < r.columns; i++) rope_angles(r.column + 2 * i * r.spatial, i, r.spatial);
+    return r;
 }
 
-TransformerState transformer_state_take(Arena *arena, const Transformer *t, int T, int H, int W) {
-    int D = t->dim, L = T * H * W / patch_volume(t);
-    size_t angles = (size_t)L * (D / t->num_heads / 2);
-    int channels = t->in_dim > t->out_dim ? t->in_dim : t->out_dim;
-    size_t wide = larger(larger(3 * D, t->ffn_dim), channels * patch_volume(t));
-    TransformerState s = {.T = T, .H = H, .W = W, .L = L};
-    s.cosine = arena_floats(arena, angles);
-    s.sine = arena_floats(arena, angles);
-    s.x = arena_floats(arena, (size_t)L * D);
-    s.y = arena_floats(arena, (size_t)L * D);
-    s.wide = arena_floats(arena, larger((size_t)L * wide, t->freq_dim));
-    s.time = arena_floats(arena, D);
-    s.modulation = arena_floats(arena, 6 * (size_t)D);
-    s.e = arena_floats(arena, 6 * (size_t)D);
-    if (arena->base) rope_table(t, &s);
+TransformerState transformer_state_take(Arena *arena, const Transformer *t, int frames, int seen, int H, int W) {
+    int D = t->dim, channels = t->in_dim > t->out_dim ? t->in_dim : t->out_dim;
+    TransformerState s = {.H = H, .W = W, .rope = rope_take(arena, t, seen, H, W)};
+    s.tokens = s.rope.rows * s.rope.columns;
+    size_t L = (size_t)frames * s.tokens, keys = (size_t)seen * s.tokens;
+    size_t wide = larger(larger(L * D + 2 * keys * D, L * t->ffn_dim), L * channels * patch_volume(t));
+    s.x = arena_floats(arena, L * D);
+    s.y = arena_floats(arena, L * D);
+    s.wide = arena_floats(arena, larger(wide, (size_t)frames * t->freq_dim));
+    s.time = arena_floats(arena, (size_t)frames * D);
+    s.modulation = arena_floats(arena, 6 * (size_t)frames * D);
+    s.e = arena_floats(arena, 6 * (size_t)frames * D);
     return s;
 }
 
@@ -183,126 +184,126 @@ void timestep_sinusoids(float *out, int freq_dim, float timestep) {
     }
 }
 
-/* time (D) and modulation (6,D) from a timestep: sinusoids, an MLP, and its projection. */
-static void embed_time(const Transformer *t, TransformerState *s, float timestep) {
-    int D = t->dim;
-    float *sinusoid = s->wide, *hidden = s->y;
-    timestep_sinusoids(sinusoid, t->freq_dim, timestep);
-    linear(hidden, sinusoid, 1, &t->time_embedding_0);
-    silu(hidden, hidden, D);
-    linear(s->time, hidden, 1, &t->time_embedding_2);
-    silu(hidden, s->time, D);
-    linear(s->modulation, hidden, 1, &t->time_projection_1);
+/* time (frames,D) and modulation (frames,6,D) from the time steps: sinusoids, an MLP, and its projection. */
+static void embed_time(const Transformer *t, TransformerState *s, const Chunk *chunk) {
+    int D = t->dim, frames = chunk->frames;
+    float *sinusoids = s->wide, *hidden = s->y;
+    for (int f = 0; f < frames; f++)
+        timestep_sinusoids(sinusoids + f * t->freq_dim, t->freq_dim, chunk->timesteps[f]);
+    linear(hidden, sinusoids, frames, &t->time_embedding_0);
+    silu(hidden, hidden, (size_t)frames * D);
+    linear(s->time, hidden, frames, &t->time_embedding_2);
+    silu(hidden, s->time, (size_t)frames * D);
+    linear(s->modulation, hidden, frames, &t->time_projection_1);
 }
 
 /* ---------------------------------------------------------------- the forward pass */
 
-/* Offset in one channel [T,H,W] of the latents of an element (pt,ph,pw) of token l's patch. */
-static size_t patch_offset(const Transformer *t, const TransformerState *s, int l, int element) {
-    const int *p = t->patch_size;
-    int rows = s->H / p[1], columns = s->W / p[2];
-    int frame = l / (rows * columns) * p[0] + element / (p[1] * p[2]);
-    int row = l / columns % rows * p[1] + element / p[2] % p[1];
-    return ((size_t)frame * s->H + row) * s->W + l % columns * p[2] + element % p[2];
+/* Offset in latents (frames,C,H,W) of an element (ph,pw) of token l's patch in one channel. */
+static size_t patch_offset(const Transformer *t, const TransformerState *s, int channels, int channel, int l,
+                           int element) {
+    int columns = s->rope.columns;
+    size_t row = l / columns % s->rope.rows * t->patch_size[1] + element / t->patch_size[2];
+    size_t column = l % columns * t->patch_size[2] + element % t->patch_size[2];
+    return (((size_t)(l / s->tokens) * channels + channel) * s->H + row) * s->W + column;
 }
 
-/* Patches are embedded as a convolution's rows, (C,pt,ph,pw), ... */
-static void embed_patches(const Transformer *t, TransformerState *s, const float *latents) {
-    size_t channel = (size_t)s->T * s->H * s->W;
+/* Patches are embedded as a convolution's rows, (C,ph,pw), ... */
+static void embed_patches(const Transformer *t, TransformerState *s, int L, const float *latents) {
     float *out = s->wide;
-    for (int l = 0; l < s->L; l++)
+    for (int l = 0; l < L; l++)
         for (int c = 0; c < t->in_dim; c++)
-            for (int i = 0; i < patch_volume(t); i++)
-                *out++ = latents[c * channel + patch_offset(t, s, l, i)];
-    linear(s->x, s->wide, s->L, &t->patch_embedding);
+            for (int i = 0; i < patch_volume(t); i++) *out++ = latents[patch_offset(t, s, t->in_dim, c, l, i)];
+    linear(s->x, s->wide, L, &t->patch_embedding);
 }
 
-/* ... and come out of the head as (pt,ph,pw,C), channels innermost. */
-static void unpatch(const Transformer *t, const TransformerState *s, const float *patches, float *velocity) {
-    size_t channel = (size_t)s->T * s->H * s->W;
-    for (int l = 0; l < s->L; l++)
+/* ... and come out of the head as (ph,pw,C), channels innermost. */
+static void unpatch(const Transformer *t, const TransformerState *s, int L, const float *patches, float *velocity) {
+    for (int l = 0; l < L; l++)
         for (int i = 0; i < patch_volume(t); i++)
-            for (int c = 0; c < t->out_dim; c++)
-                velocity[c * channel + patch_offset(t, s, l, i)] = *patches++;
+            for (int c = 0; c < t->out_dim; c++) velocity[patch_offset(t, s, t->out_dim, c, l, i)] = *patches++;
 }
 
-static void self_attention(const Transformer *t, TransformerState *s, const AttentionLayers *attn) {
-    int D = t->dim, d = D / t->num_heads, L = s->L;
-    float *q = s->wide, *k = q + (size_t)L * D, *v = k + (size_t)L * D;
-    linear(q, s->y, L, &attn->q);
-    linear(k, s->y, L, &attn->k);
-    linear(v, s->y, L, &attn->v);
-    rms_norm(q, q, L, D, attn->norm_q, t->eps);
-    rms_norm(k, k, L, D, attn->norm_k, t->eps);
-    rope(q, L, t->num_heads, d, s->cosine, s->sine);
-    rope(k, L, t->num_heads, d, s->cosine, s->sine);
-    attention(&(Attention){.precision = t->precision, .q = q, .k = k, .v = v, .out = s->y, .queries = L,
-                           .keys = L, .heads = t->num_heads, .d = d, .q_stride = D, .kv_stride = D,
-                           .out_stride = D, .scale = 1.0f / sqrtf((float)d)});
-    linear(q, s->y, L, &attn->o); /* into wide, where queries were */
+enum { SHIFT, SCALE, GATE, FFN_SHIFT, FFN_SCALE, FFN_GATE, MODULATIONS };
+
+/* e (count,frames,D) = table (count,D) + what the time says: of frame f and row j at time[f*per_frame + j*per_row].
+ * Scales begin at 1. */
+static void modulate(float *e, const float *table, int count, int frames, int D, const float *time, int per_frame,
+                     int per_row) {
+    for (int j = 0; j < count; j++)
+        for (int f = 0; f < frames; f++, e += D)
+            for (int i = 0; i < D; i++) {
+                e[i] = table[j * D + i] + time[(size_t)f * per_frame + j * per_row + i];
+                if (j % 3 == SCALE) e[i] += 1.0f;
+            }
 }
 
-static void cross_attention(const Transformer *t, TransformerState *s, const AttentionLayers *attn,
-                            const TextContext *context, int block) {
-    int D = t->dim, d = D / t->num_heads, L = s->L;
-    size_t at = (size_t)block * context->positions * D;
-    float *q = s->wide;
-    linear(q, s->y, L, &attn->q);
-    rms_norm(q, q, L, D, attn->norm_q, t->eps);
-    attention(&(Attention){.precision = t->precision, .q = q, .k = context->keys + at,
-                           .v = context->values + at, .out = s->y, .queries = L,
-                           .keys = context->positions, .heads = t->num_heads, .d = d, .q_stride = D,
-                           .kv_stride = D, .out_stride = D, .scale = 1.0f / sqrtf((float)d),
-                           .bias = context->bias});
-    linear(q, s->y, L, &attn->o);
-}
+void transformer_forward(const Transformer *t, TransformerState *s, const TextContext *text, KvCache *cache,
+                         const Chunk *chunk, const float *latents, float *velocity) {
+    int D = t->dim, d = D / t->num_heads, frames = chunk->frames, tokens = s->tokens;
+    kv_cache_make_room(cache, frames);
+    int L = frames * tokens, past = cache->frames * tokens;   /* tokens that pass, and that they look back at */
+    float *x = s->x, *y = s->y;                               /* (L,D): the stream; what a layer reads, or adds */
+    float *q = s->wide, *k = q + (size_t)L * D, *v = k + (size_t)(past + L) * D; /* (L,D), (past + L,D) twice */
+    float *new_k = k + (size_t)past * D, *new_v = v + (size_t)past * D;          /* (L,D) each: the chunk's own */
+    float *e = s->e, *wide = s->wide;                         /* (6,frames,D); (L,D), later (L,ffn_dim) */
+#define E(which) (e + (size_t)(which) * frames * D)
+    Rope rope_k = s->rope, rope_q = rope_k;
+    for (int f = 0; f < cache->frames + frames; f++)
+        rope_angles(rope_k.time + 2 * f * rope_k.temporal, kv_cache_position(cache, chunk, f), rope_k.temporal);
+    rope_q.time += 2 * cache->frames * rope_k.temporal;
+    Attention attend = {.precision = t->precision, .q = q, .out = y, .queries = L, .heads = t->num_heads, .d = d,
+                        .q_stride = D, .kv_stride = D, .out_stride = D, .scale = 1.0f / sqrtf((float)d)};
 
-static void forward_block(const Transformer *t, TransformerState *s, const TextContext *context, int i) {
-    const TransformerBlock *block = &t->blocks[i];
-    int D = t->dim, L = s->L;
-    float *e = s->e;
-    for (int j = 0; j < 6 * D; j++) e[j] = block->modulation[j] + s->modulation[j];
-    for (int j = 0; j < D; j++) {
-        e[D + j] += 1.0f; /* the scales */
-        e[4 * D + j] += 1.0f;
-    }
-
-    layer_norm(s->y, s->x, L, D, t->eps, e + D, e);
-    self_attention(t, s, &block->self_attn);
-    add_gated(s->x, s->wide, L, D, e + 2 * D);
-
-    layer_norm(s->y, s->x, L, D, t->eps, block->norm3_weight, block->norm3_bias);
-    cross_attention(t, s, &block->cross_attn, context, i);
-    add(s->x, s->wide, (size_t)L * D);
-
-    layer_norm(s->y, s->x, L, D, t->eps, e + 4 * D, e + 3 * D);
-    linear(s->wide, s->y, L, &block->ffn_0);
-    gelu(s->wide, s->wide, (size_t)L * t->ffn_dim);
-    linear(s->y, s->wide, L, &block->ffn_2);
-    add_gated(s->x, s->y, L, D, e + 5 * D);
-}
-
-void transformer_forward(const Transformer *t, TransformerState *s, const TextContext *context,
-                         const float *latents, float timestep, float *velocity) {
-    int D = t->dim;
-    embed_time(t, s, timestep);
-    embed_patches(t, s, latents);
+    embed_time(t, s, chunk);
+    embed_patches(t, s, L, latents);
     for (int i = 0; i < t->num_layers; i++) {
-        forward_block(t, s, context, i);
-        tap(s->x, SHAPE(s->L, D), "block%02d", i);
+        const TransformerBlock *block = &t->blocks[i];
+        const AttentionLayers *self = &block->self_attn, *cross = &block->cross_attn;
+        modulate(e, block->modulation, MODULATIONS, frames, D, s->modulation, MODULATIONS * D, D);
+
+        layer_norm(y, x, L, D, t->eps, E(SCALE), E(SHIFT), tokens);
+        linear(q, y, L, &self->q);
+        linear(new_k, y, L, &self->k);
+        linear(new_v, y, L, &self->v);
+        rms_norm(q, q, L, D, self->norm_q, t->eps);
+        rms_norm(new_k, new_k, L, D, self->norm_k, t->eps);
+        kv_cache_read(cache, i, k, v);
+        kv_cache_write(cache, i, new_k, new_v, frames);
+        rope(q, L, t->num_heads, &rope_q);
+        rope(k, past + L, t->num_heads, &rope_k);
+        attend.k = k, attend.v = v, attend.keys = past + L, attend.bias = NULL;
+        attention(&attend);
+        linear(wide, y, L, &self->o);
+        add_gated(x, wide, L, D, E(GATE), tokens);
+
+        layer_norm(y, x, L, D, t->eps, block->norm3_weight, block->norm3_bias, L);
+        linear(q, y, L, &cross->q);
+        rms_norm(q, q, L, D, cross->norm_q, t->eps);
+        size_t at = (size_t)i * text->positions * D;
+        attend.k = text->keys + at, attend.v = text->values + at, attend.keys = text->positions;
+        attend.bias = text->bias;
+        attention(&attend);
+        linear(wide, y, L, &cross->o);
+        add(x, wide, (size_t)L * D);
+
+        layer_norm(y, x, L, D, t->eps, E(FFN_SCALE), E(FFN_SHIFT), tokens);
+        linear(wide, y, L, &block->ffn_0);
+        gelu(wide, wide, (size_t)L * t->ffn_dim);
+        linear(y, wide, L, &block->ffn_2);
+        add_gated(x, y, L, D, E(FFN_GATE), tokens);
+        tap(x, SHAPE(L, D), "block%02d", i);
     }
-    for (int j = 0; j < D; j++) {
-        s->e[j] = t->head_modulation[j] + s->time[j];
-        s->e[D + j] = t->head_modulation[D + j] + s->time[j] + 1.0f;
-    }
-    layer_norm(s->y, s->x, s->L, D, t->eps, s->e + D, s->e);
-    linear(s->wide, s->y, s->L, &t->head);
-    unpatch(t, s, s->wide, velocity);
-    tap(velocity, SHAPE(t->out_dim, s->T, s->H, s->W), "velocity");
+    modulate(e, t->head_modulation, 2, frames, D, s->time, D, 0);
+    layer_norm(y, x, L, D, t->eps, E(SCALE), E(SHIFT), tokens);
+    linear(wide, y, L, &t->head);
+    unpatch(t, s, L, wide, velocity);
+    tap_frames(velocity, SHAPE(t->out_dim, frames, s->H, s->W), "velocity");
+#undef E
 }
 
-double transformer_flops(const Transformer *t, int L, int positions) {
+double transformer_flops(const Transformer *t, int L, int keys, int positions) {
     double D = t->dim, patch = patch_volume(t);
-    double block = 2.0 * L * D * (6 * D + 2.0 * t->ffn_dim) + 4.0 * L * D * (L + positions);
+    double block = 2.0 * L * D * (6 * D + 2.0 * t->ffn_dim) + 4.0 * L * D * (keys + positions);
     return t->num_layers * block + 2.0 * L * D * patch * (t->in_dim + t->out_dim);
 }

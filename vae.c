@@ -1,30 +1,34 @@
-/* vae.c - latents -> frames: the decoder of Wan 2.1's causal 3D VAE, one latent frame at a time.
+/* vae.c - latents -> frames: Wan 2.1's causal 3D VAE, one latent frame at a time.
  *
- *   z -> conv2 (1x1x1) -> conv1 -> middle: residual, attention, residual -> levels -> head -> frame
- *   residual: x + conv2(silu(norm2(conv1(silu(norm1(x))))))     (x through a 1x1x1 shortcut if widths differ)
- *   level:    residual blocks, then upsampling: in time by time_conv, in space by doubling and a 3x3
- *             convolution
+ * The decoder is a list of layers that a frame passes in order:
  *
- * Causal means that a convolution over time sees a frame and the two before it, never one after. So the
- * decoder runs as a stream: each convolution keeps its last two input frames, a frame is pushed through the
- * layers, and where a level doubles the frame rate each of the two goes on by itself to the end before the
- * next is made. Memory does not depend on the clip's length. The clip's first frame has no companion:
- * time_conv lets it pass, and starts with an empty past at the second (upstream's "Rep").
+ *   z -> conv2 (1x1x1) -> conv1 -> residual, attention, residual -> levels -> head -> frame
+ *   level: residual blocks, then, but for the last level, twice the frames (if this level doubles them) and twice
+ *          the height and width
+ *
+ * Causal means that a convolution over time sees a frame and the two before it, never one after. So the layers run as
+ * a stream: each convolution keeps its last two input frames, a frame is pushed through the list, and where a layer
+ * makes two frames of one, the first goes on by itself to the end before the second does. Memory does not depend on
+ * the clip's length. The clip's first frame has no companion: it passes DOUBLE_TIME as it is, whose convolution starts
+ * with an empty past at the second (upstream's "Rep"). With two levels that double, in time:
+ *
+ *   latent frames   0       1                2
+ *   first doubling  0     1   2            3   4
+ *   second          0    1 2 3 4          5 6 7 8      the clip's frames
  *
  * Frames are stored (pixels, channels), channels innermost, which makes a convolution a product whose rows
- * are runs of channels at shifted pixels (product.c). Neither padding, nor the doubled image, nor the split
- * of time_conv's output into two frames is ever built: they are ways to find a row.
+ * are runs of channels at shifted pixels (product.c). Neither padding nor the doubled image is ever built: they are
+ * ways to find a row.
  *
- * Follows AutoencoderKLWan of diffusers (without residual shortcuts) and wan/modules/vae.py of the original
- * release, whose names the fields carry. Its RMS_norm is F.normalize over channels, times sqrt(channels)
- * and gamma. */
+ * Follows AutoencoderKLWan of diffusers (without residual shortcuts) and wan/modules/vae.py of the original release,
+ * after which the weights are named. Its RMS_norm is F.normalize over channels, times sqrt(channels) and gamma. */
 #include "sora.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* ---------------------------------------------------------------- weights */
+/* ---------------------------------------------------------------- weights: a list of layers */
 
 enum { MAX_LEVELS = 8 };
 
@@ -37,20 +41,6 @@ static Conv bind_conv(const WeightFile *file, Precision precision, int O, int I,
     return conv;
 }
 
-static ResidualBlock bind_residual(const WeightFile *file, Precision precision, int I, int O,
-                                   const char *name) {
-    char path[64];
-#define PATH(part) (snprintf(path, sizeof path, "%s." part, name), path)
-    ResidualBlock block = {0};
-    block.norm1 = weights_floats(file, I, "vae.%s.residual.0.gamma", name);
-    block.conv1 = bind_conv(file, precision, O, I, 3, 3, PATH("residual.2"));
-    block.norm2 = weights_floats(file, O, "vae.%s.residual.3.gamma", name);
-    block.conv2 = bind_conv(file, precision, O, O, 3, 3, PATH("residual.6"));
-    if (I != O) block.shortcut = bind_conv(file, precision, O, I, 1, 1, PATH("shortcut"));
-#undef PATH
-    return block;
-}
-
 static const float *config_floats(const WeightFile *file, const char *key, int count) {
     WeightArray array;
     if (!weights_array(file, key, &array) || array.count != (size_t)count || !array_is_number(&array))
@@ -58,46 +48,6 @@ static const float *config_floats(const WeightFile *file, const char *key, int c
     float *values = allocate(sizeof(float) * (size_t)count);
     for (int i = 0; i < count; i++) values[i] = (float)array_double(&array, (size_t)i);
     return values;
-}
-
-/* The original release numbers residual blocks and upsamplings of all levels in one list. */
-static void bind_levels(const WeightFile *file, Vae *vae, const int *dims, int blocks) {
-    WeightArray temporal;
-    char path[64];
-    int last = vae->num_levels - 1, in = dims[last], index = 0;
-    if (!weights_array(file, "vae.temperal_downsample", &temporal) || temporal.count != (size_t)last ||
-        !array_is_number(&temporal))
-        weights_refuse(file, "vae.temperal_downsample is not an array of %d numbers", last);
-    for (int i = 0; i <= last; i++) { /* the file lists the finest level first */
-        VaeLevel *level = &vae->levels[i];
-        int out = dims[last - i];
-        level->num_blocks = blocks + 1;
-        level->blocks = allocate(sizeof *level->blocks * (size_t)level->num_blocks);
-        for (int j = 0; j < level->num_blocks; j++, in = out) {
-            snprintf(path, sizeof path, "decoder.upsamples.%d", index++);
-            level->blocks[j] = bind_residual(file, vae->precision, in, out, path);
-        }
-        if (i == last) break;
-        snprintf(path, sizeof path, "decoder.upsamples.%d.resample.1", index);
-        level->resample = bind_conv(file, vae->precision, in = out / 2, out, 1, 3, path);
-        vae->spatial_stride *= 2;
-        if (array_double(&temporal, (size_t)(last - 1 - i)) != 0) {
-            snprintf(path, sizeof path, "decoder.upsamples.%d.time_conv", index);
-            level->time_conv = bind_conv(file, vae->precision, 2 * out, out, 3, 1, path);
-            vae->temporal_stride *= 2;
-        }
-        index++;
-    }
-}
-
-static void bind_middle(const WeightFile *file, Vae *vae, int top) {
-    vae->conv2 = bind_conv(file, vae->precision, vae->z_dim, vae->z_dim, 1, 1, "conv2");
-    vae->conv1 = bind_conv(file, vae->precision, top, vae->z_dim, 3, 3, "decoder.conv1");
-    vae->middle_0 = bind_residual(file, vae->precision, top, top, "decoder.middle.0");
-    vae->middle_norm = weights_floats(file, top, "vae.decoder.middle.1.norm.gamma");
-    vae->qkv = bind_conv(file, vae->precision, 3 * top, top, 1, 1, "decoder.middle.1.to_qkv");
-    vae->proj = bind_conv(file, vae->precision, top, top, 1, 1, "decoder.middle.1.proj");
-    vae->middle_2 = bind_residual(file, vae->precision, top, top, "decoder.middle.2");
 }
 
 /* Widths of the levels, finest first. */
@@ -112,29 +62,130 @@ static int read_dims(const WeightFile *file, int dims[MAX_LEVELS]) {
     return (int)mult.count;
 }
 
+/* A new layer at the end of the list. */
+static VaeLayer *add_layer(VaeLayers *list, VaeLayerKind kind) {
+    list->layers = reallocate(list->layers, sizeof *list->layers * (size_t)(list->count + 1));
+    VaeLayer *layer = &list->layers[list->count++];
+    *layer = (VaeLayer){.kind = kind};
+    return layer;
+}
+
+#define PATH(...) (snprintf(path, sizeof path, __VA_ARGS__), path)
+
+static void bind_residual(const WeightFile *file, Vae *vae, VaeLayers *list, int I, int O, const char *name) {
+    char path[64];
+    VaeLayer *layer = add_layer(list, RESIDUAL);
+    layer->norm1 = weights_floats(file, I, "vae.%s.residual.0.gamma", name);
+    layer->conv1 = bind_conv(file, vae->precision, O, I, 3, 3, PATH("%s.residual.2", name));
+    layer->norm2 = weights_floats(file, O, "vae.%s.residual.3.gamma", name);
+    layer->conv2 = bind_conv(file, vae->precision, O, O, 3, 3, PATH("%s.residual.6", name));
+    if (I != O) layer->shortcut = bind_conv(file, vae->precision, O, I, 1, 1, PATH("%s.shortcut", name));
+}
+
+static void bind_attention(const WeightFile *file, Vae *vae, VaeLayers *list, int C, const char *name) {
+    char path[64];
+    VaeLayer *layer = add_layer(list, ATTENTION);
+    layer->norm1 = weights_floats(file, C, "vae.%s.norm.gamma", name);
+    layer->conv1 = bind_conv(file, vae->precision, 3 * C, C, 1, 1, PATH("%s.to_qkv", name));
+    layer->conv2 = bind_conv(file, vae->precision, C, C, 1, 1, PATH("%s.proj", name));
+}
+
+static void bind_convolution(const WeightFile *file, Vae *vae, VaeLayers *list, int O, int I, int size,
+                             const char *name) {
+    add_layer(list, CONVOLUTION)->conv1 = bind_conv(file, vae->precision, O, I, size, size, name);
+}
+
+/* The original release numbers residual blocks and upsamplings of all levels in one list. dims: finest first. */
+static void bind_levels(const WeightFile *file, Vae *vae, VaeLayers *list, const int *dims, int levels) {
+    WeightArray temporal;
+    char path[64];
+    int blocks = weights_size(file, "vae.num_res_blocks", 64) + 1, last = levels - 1, in = dims[last], index = 0;
+    if (!weights_array(file, "vae.temperal_downsample", &temporal) || temporal.count != (size_t)last ||
+        !array_is_number(&temporal))
+        weights_refuse(file, "vae.temperal_downsample is not an array of %d numbers", last);
+    for (int i = last; i >= 0; i--) {
+        int out = dims[i];
+        for (int j = 0; j < blocks; j++, in = out)
+            bind_residual(file, vae, list, in, out, PATH("decoder.upsamples.%d", index++));
+        if (i == 0) break;
+        if (array_double(&temporal, (size_t)(i - 1)) != 0) {
+            Conv conv = bind_conv(file, vae->precision, 2 * out, out, 3, 1,
+                                  PATH("decoder.upsamples.%d.time_conv", index));
+            add_layer(list, DOUBLE_TIME)->conv1 = conv;
+            vae->temporal_stride *= 2;
+        }
+        Conv conv = bind_conv(file, vae->precision, in = out / 2, out, 1, 3,
+                              PATH("decoder.upsamples.%d.resample.1", index++));
+        add_layer(list, DOUBLE_SPACE)->conv1 = conv;
+        vae->spatial_stride *= 2;
+    }
+}
+
+static void bind_decoder(const WeightFile *file, Vae *vae) {
+    int dims[MAX_LEVELS], levels = read_dims(file, dims), top = dims[levels - 1], z = vae->z_dim;
+    VaeLayers *list = &vae->decoder;
+    bind_convolution(file, vae, list, z, z, 1, "conv2");
+    bind_convolution(file, vae, list, top, z, 3, "decoder.conv1");
+    bind_residual(file, vae, list, top, top, "decoder.middle.0");
+    bind_attention(file, vae, list, top, "decoder.middle.1");
+    bind_residual(file, vae, list, top, top, "decoder.middle.2");
+    bind_levels(file, vae, list, dims, levels);
+    bind_convolution(file, vae, list, 3 * vae->patch_size * vae->patch_size, dims[0], 3, "decoder.head.2");
+    list->layers[list->count - 1].norm1 = weights_floats(file, dims[0], "vae.decoder.head.0.gamma");
+}
+
 Vae vae_load(const WeightFile *file, Precision precision) {
-    int dims[MAX_LEVELS], levels = read_dims(file, dims);
     Vae vae = {.z_dim = weights_size(file, "vae.z_dim", MAX_CHANNELS),
                .patch_size = weights_size_or(file, "vae.patch_size", 16, 1),
-               .num_levels = levels, .temporal_stride = 1, .precision = precision == F32 ? F32 : BF16};
-    vae.out_channels = 3 * vae.patch_size * vae.patch_size;
+               .temporal_stride = 1, .precision = precision == F32 ? F32 : BF16};
     vae.spatial_stride = vae.patch_size;
-    vae.levels = allocate(sizeof *vae.levels * (size_t)levels);
     vae.latents_mean = config_floats(file, "vae.latents_mean", vae.z_dim);
     vae.latents_std = config_floats(file, "vae.latents_std", vae.z_dim);
-    bind_middle(file, &vae, dims[levels - 1]);
-    bind_levels(file, &vae, dims, weights_size(file, "vae.num_res_blocks", 64));
-    vae.head_norm = weights_floats(file, dims[0], "vae.decoder.head.0.gamma");
-    vae.head = bind_conv(file, vae.precision, vae.out_channels, dims[0], 3, 3, "decoder.head.2");
+    bind_decoder(file, &vae);
     return vae;
 }
 
 void vae_free(Vae *vae) {
-    for (int i = 0; i < vae->num_levels; i++) free(vae->levels[i].blocks);
-    free(vae->levels);
+    free(vae->decoder.layers);
     free((void *)vae->latents_mean);
     free((void *)vae->latents_std);
 }
+
+/* ---------------------------------------------------------------- the stream */
+
+/* What frames of one size share. */
+typedef struct {
+    int height, width;
+    int channels, wide_channels; /* the most */
+    char *h;                     /* what a convolution reads: a row operand for each pixel */
+    float *wide;                 /* (pixels, wide_channels): queries, keys and values; two frames side by side */
+} Grid;
+
+/* What a convolution saw in the two frames before, if there were any. */
+typedef struct {
+    char *frames[2]; /* row operands, older first */
+    int seen;        /* of them */
+} Past;
+
+/* What moves at a layer. */
+typedef struct {
+    int grid;      /* the number of that which it reads */
+    Past past[2];  /* of conv1 and conv2 */
+    bool started;  /* the clip's first frame has passed */
+} Moving;
+
+struct VaeStream {
+    const Vae *vae;
+    const VaeLayers *list;
+    Arena arena;
+    Grid grids[MAX_LEVELS];
+    Moving *moving;  /* [list->count] */
+    float *x, *t;    /* (pixels, channels): the frame, and a residual's middle */
+    char *zeros;     /* a pixel outside the image */
+    float *frame;    /* the decoded frame [3,Y,X] */
+    FrameSink *sink;
+    void *to;
+};
 
 /* ---------------------------------------------------------------- convolutions */
 
@@ -172,234 +223,247 @@ static void run(const View *view, float *out, int mode) {
     product(out, rows, &conv->layer, mode);
 }
 
-/* A convolution within one frame. */
-static void spatial_conv(const Vae *vae, const VaeLevel *level, const Conv *conv, const char *in, float *out,
-                         int mode) {
-    View view = {conv, {in}, 0, vae->zeros, row_bytes(vae->precision, conv->in), level->height,
-                 level->width, 0};
-    run(&view, out, mode);
-}
-
-/* Reads the frame in level->h and its past; then that frame is the past,
- * and level->h the memory of the oldest. */
-static void causal_conv(const Vae *vae, VaeLevel *level, Conv *conv, float *out, int mode) {
-    View view = {conv, {conv->past[0], conv->past[1], level->h}, 2 - conv->seen, vae->zeros,
-                 row_bytes(vae->precision, conv->in), level->height, level->width, 0};
-    run(&view, out, mode);
-    conv->seen = smaller(conv->seen + 1, 2);
-    char *oldest = conv->past[0];
-    conv->past[0] = conv->past[1];
-    conv->past[1] = level->h;
-    level->h = oldest;
-}
-
-/* ---------------------------------------------------------------- blocks */
-
-static int pixels_of(const VaeLevel *level) { return level->height * level->width; }
-
-/* level->h from channels [0,n) of pixels that are `stride` floats apart. */
-static void narrow(const Vae *vae, VaeLevel *level, const float *x, int stride, int n) {
-    narrow_rows(vae->precision, level->h, x, (size_t)stride, pixels_of(level), n);
-}
-
-static void norm_silu(const Vae *vae, VaeLevel *level, const float *x, int n, const float *gamma) {
-    l2_norm_silu(vae->precision, level->h, x, pixels_of(level), n, gamma);
-}
-
-/* level->x becomes the block's output. */
-static void residual(const Vae *vae, VaeLevel *level, ResidualBlock *block) {
-    int in = block->conv1.in;
-    norm_silu(vae, level, level->x, in, block->norm1);
-    causal_conv(vae, level, &block->conv1, level->t, REPLACE);
-    if (block->shortcut.out) {
-        narrow(vae, level, level->x, in, in);
-        spatial_conv(vae, level, &block->shortcut, level->h, level->x, REPLACE);
+/* Reads the frame in the grid's h and, where the kernel is deep, its past; then that frame is the past, and h the
+ * memory of the oldest. */
+static void convolve(const VaeStream *s, Grid *grid, const Conv *conv, Past *past, float *out, int mode) {
+    View view = {.conv = conv, .frames = {grid->h}, .zeros = s->zeros,
+                 .pixel = row_bytes(s->vae->precision, conv->in), .height = grid->height, .width = grid->width};
+    if (conv->kt == 1) {
+        run(&view, out, mode);
+        return;
     }
-    norm_silu(vae, level, level->t, block->conv1.out, block->norm2);
-    causal_conv(vae, level, &block->conv2, level->x, ACCUMULATE);
+    view.frames[0] = past->frames[0], view.frames[1] = past->frames[1], view.frames[2] = grid->h;
+    view.skip = 2 - past->seen;
+    run(&view, out, mode);
+    past->seen = smaller(past->seen + 1, 2);
+    grid->h = past->frames[0];
+    past->frames[0] = past->frames[1];
+    past->frames[1] = (char *)view.frames[2];
+}
+
+/* ---------------------------------------------------------------- layers */
+
+static int pixels_of(const Grid *grid) { return grid->height * grid->width; }
+
+/* The grid's h from x (pixels, n). */
+static void narrow(const VaeStream *s, Grid *grid, const float *x, int n) {
+    narrow_rows(s->vae->precision, grid->h, x, (size_t)n, pixels_of(grid), n);
+}
+
+static void norm_silu(const VaeStream *s, Grid *grid, const float *x, int n, const float *gamma) {
+    l2_norm_silu(s->vae->precision, grid->h, x, pixels_of(grid), n, gamma);
+}
+
+static void convolution(VaeStream *s, Grid *grid, const VaeLayer *layer, Moving *moving) {
+    if (layer->norm1) norm_silu(s, grid, s->x, layer->conv1.in, layer->norm1);
+    else narrow(s, grid, s->x, layer->conv1.in);
+    convolve(s, grid, &layer->conv1, &moving->past[0], s->x, REPLACE);
+}
+
+static void residual(VaeStream *s, Grid *grid, const VaeLayer *layer, Moving *moving) {
+    norm_silu(s, grid, s->x, layer->conv1.in, layer->norm1);
+    convolve(s, grid, &layer->conv1, &moving->past[0], s->t, REPLACE);
+    if (layer->shortcut.out) {
+        narrow(s, grid, s->x, layer->shortcut.in);
+        convolve(s, grid, &layer->shortcut, NULL, s->x, REPLACE);
+    }
+    norm_silu(s, grid, s->t, layer->conv2.in, layer->norm2);
+    convolve(s, grid, &layer->conv2, &moving->past[1], s->x, ACCUMULATE);
 }
 
 /* One head over the pixels of one frame. */
-static void middle_attention(const Vae *vae, VaeLevel *level) {
-    int C = vae->proj.in, pixels = pixels_of(level);
-    float *qkv = level->wide;
-    l2_norm(level->t, level->x, pixels, C, vae->middle_norm);
-    narrow(vae, level, level->t, C, C);
-    spatial_conv(vae, level, &vae->qkv, level->h, qkv, REPLACE);
-    attention(&(Attention){.precision = vae->precision, .q = qkv, .k = qkv + C, .v = qkv + 2 * C,
-                           .out = level->t, .queries = pixels, .keys = pixels, .heads = 1, .d = C,
+static void attend(VaeStream *s, Grid *grid, const VaeLayer *layer) {
+    int C = layer->conv2.in, pixels = pixels_of(grid);
+    float *qkv = grid->wide;
+    l2_norm(s->t, s->x, pixels, C, layer->norm1);
+    narrow(s, grid, s->t, C);
+    convolve(s, grid, &layer->conv1, NULL, qkv, REPLACE);
+    attention(&(Attention){.precision = s->vae->precision, .q = qkv, .k = qkv + C, .v = qkv + 2 * C,
+                           .out = s->t, .queries = pixels, .keys = pixels, .heads = 1, .d = C,
                            .q_stride = 3 * (size_t)C, .kv_stride = 3 * (size_t)C, .out_stride = C,
                            .scale = 1.0f / sqrtf((float)C)});
-    narrow(vae, level, level->t, C, C);
-    spatial_conv(vae, level, &vae->proj, level->h, level->x, ACCUMULATE);
+    narrow(s, grid, s->t, C);
+    convolve(s, grid, &layer->conv2, NULL, s->x, ACCUMULATE);
 }
 
-/* ---------------------------------------------------------------- the stream */
+/* x becomes one of two frames that lie side by side in each pixel of wide. */
+static void take_half(VaeStream *s, const Grid *grid, int C, int half) {
+    PARALLEL_FOR for (int i = 0; i < pixels_of(grid); i++)
+        memcpy(s->x + (size_t)i * C, grid->wide + ((size_t)2 * i + half) * C, sizeof(float) * (size_t)C);
+}
 
-typedef struct {
-    FrameSink *sink;
-    void *to;
-} Output;
+static void double_space(VaeStream *s, Grid *grid, const VaeLayer *layer) {
+    narrow(s, grid, s->x, layer->conv1.in);
+    View view = {.conv = &layer->conv1, .frames = {grid->h}, .zeros = s->zeros,
+                 .pixel = row_bytes(s->vae->precision, layer->conv1.in), .height = 2 * grid->height,
+                 .width = 2 * grid->width, .doubled = 1};
+    run(&view, s->x, REPLACE);
+}
 
-/* The last level's x -> pixels: channel (c*p + b)*p + a of a pixel is colour c, row a, column b of its patch,
+/* x as the list leaves it -> pixels: channel (c*p + b)*p + a of a pixel is colour c, row a, column b of its patch,
  * as in upstream's unpatchify. */
-static void emit(Vae *vae, VaeLevel *level, Output output) {
-    int p = vae->patch_size, H = level->height, W = level->width;
-    norm_silu(vae, level, level->x, vae->head.in, vae->head_norm);
-    causal_conv(vae, level, &vae->head, level->t, REPLACE);
+static void emit(VaeStream *s, const Grid *grid) {
+    int p = s->vae->patch_size, H = grid->height, W = grid->width;
     for (int c = 0; c < 3; c++)
         for (int y = 0; y < H * p; y++)
             for (int x = 0; x < W * p; x++) {
                 int channel = (c * p + x % p) * p + y % p;
-                float value = level->t[((size_t)(y / p) * W + x / p) * vae->out_channels + channel];
-                float *pixel = vae->frame + ((size_t)c * H * p + y) * W * p + x;
-                *pixel = value > 1.0f ? 1.0f : value < -1.0f ? -1.0f : value; /* no number stays none */
+                float value = s->x[((size_t)(y / p) * W + x / p) * (3 * p * p) + channel];
+                float *pixel = s->frame + ((size_t)c * H * p + y) * W * p + x;
+                *pixel = value > 1.0f ? 1.0f : value < -1.0f ? -1.0f : value; /* NaN stays NaN */
             }
-    output.sink(output.to, vae->frame);
+    s->sink(s->to, s->frame);
 }
 
-static void push(Vae *vae, int index, Output output);
-
-/* From channels of this level, `stride` floats apart, doubled, to the next level, and on to the end. */
-static void upsample(Vae *vae, int index, const float *x, int stride, Output output) {
-    VaeLevel *level = &vae->levels[index], *next = level + 1;
-    int C = level->resample.in;
-    narrow(vae, level, x, stride, C);
-    View view = {&level->resample, {level->h}, 0, vae->zeros, row_bytes(vae->precision, C), next->height,
-                 next->width, 1};
-    run(&view, next->x, REPLACE);
-    push(vae, index + 1, output);
-}
-
-/* A frame lies in x of level `index`. */
-static void push(Vae *vae, int index, Output output) {
-    VaeLevel *level = &vae->levels[index];
-    int C = level->resample.in;
-    for (int i = 0; i < level->num_blocks; i++) residual(vae, level, &level->blocks[i]);
-    if (!level->resample.out) {
-        emit(vae, level, output);
-    } else if (level->time_conv.out && level->started) {
-        narrow(vae, level, level->x, C, C);
-        /* two frames, side by side in each pixel */
-        causal_conv(vae, level, &level->time_conv, level->wide, REPLACE);
-        upsample(vae, index, level->wide, 2 * C, output);
-        upsample(vae, index, level->wide + C, 2 * C, output);
-    } else {
-        level->started = true;
-        upsample(vae, index, level->x, C, output);
+/* The frame in x passes the layers from `index` on. */
+static void push(VaeStream *s, int index) {
+    for (; index < s->list->count; index++) {
+        const VaeLayer *layer = &s->list->layers[index];
+        Moving *moving = &s->moving[index];
+        Grid *grid = &s->grids[moving->grid];
+        switch (layer->kind) {
+        case CONVOLUTION: convolution(s, grid, layer, moving); break;
+        case RESIDUAL: residual(s, grid, layer, moving); break;
+        case ATTENTION: attend(s, grid, layer); break;
+        case DOUBLE_SPACE: double_space(s, grid, layer); break;
+        case DOUBLE_TIME:
+            if (!moving->started) {
+                moving->started = true;
+                break;
+            }
+            narrow(s, grid, s->x, layer->conv1.in);
+            convolve(s, grid, &layer->conv1, &moving->past[0], grid->wide, REPLACE);
+            take_half(s, grid, layer->conv1.in, 0);
+            push(s, index + 1);
+            take_half(s, grid, layer->conv1.in, 1);
+        }
     }
+    emit(s, &s->grids[s->moving[s->list->count - 1].grid]);
 }
 
-void vae_decode_frame(Vae *vae, const float *latents, int T, int t, FrameSink *sink, void *to) {
-    VaeLevel *level = &vae->levels[0];
+void vae_decode(VaeStream *s, const float *latents) {
+    const Vae *vae = s->vae;
     int z = vae->z_dim;
-    size_t pixels = (size_t)pixels_of(level);
+    size_t pixels = (size_t)pixels_of(&s->grids[0]);
     for (int c = 0; c < z; c++)
         for (size_t i = 0; i < pixels; i++)
-            level->t[i * z + c] =
-                latents[((size_t)c * T + t) * pixels + i] * vae->latents_std[c] + vae->latents_mean[c];
-    narrow(vae, level, level->t, z, z);
-    spatial_conv(vae, level, &vae->conv2, level->h, level->t, REPLACE);
-    narrow(vae, level, level->t, z, z);
-    causal_conv(vae, level, &vae->conv1, level->x, REPLACE);
-    residual(vae, level, &vae->middle_0);
-    middle_attention(vae, level);
-    residual(vae, level, &vae->middle_2);
-    push(vae, 0, (Output){sink, to});
+            s->x[i * z + c] = latents[c * pixels + i] * vae->latents_std[c] + vae->latents_mean[c];
+    push(s, 0);
 }
 
 /* ---------------------------------------------------------------- memory and work */
 
-static char *take_operands(const Vae *vae, Arena *arena, const VaeLevel *level) {
-    return arena_take(arena, (size_t)pixels_of(level) * row_bytes(vae->precision, level->channels));
-}
-
-static void take_past(const Vae *vae, Arena *arena, Conv *conv, const VaeLevel *level) {
-    for (int i = 0; i < 2; i++) conv->past[i] = take_operands(vae, arena, level);
-    conv->seen = 0;
-}
-
-/* All frames of a level have one size, so that a convolution's input and its oldest past can trade places.
- * Returns the floats of x, and of t. */
-static size_t lay_out_level(Vae *vae, Arena *arena, int index, int in) {
-    VaeLevel *level = &vae->levels[index];
-    int out = level->blocks[0].conv1.out;
-    level->channels = (int)larger(in, out);
-    level->wide_channels = 2 * level->time_conv.in;
-    if (index == 0) {
-        level->channels = (int)larger(level->channels, vae->z_dim);
-        level->wide_channels = (int)larger(level->wide_channels, vae->qkv.out);
+/* Which grid each layer reads, and how many channels are the most there. Returns the last grid. */
+static Grid *size_grids(VaeStream *s, int H, int W) {
+    Grid *grid = s->grids;
+    *grid = (Grid){.height = H, .width = W};
+    for (int i = 0; i < s->list->count; i++) {
+        const VaeLayer *layer = &s->list->layers[i];
+        int in = layer->conv1.in, out = layer->conv1.out;
+        s->moving[i].grid = (int)(grid - s->grids);
+        grid->channels = (int)larger(grid->channels, in);
+        if (layer->kind == ATTENTION || layer->kind == DOUBLE_TIME) {
+            grid->wide_channels = (int)larger(grid->wide_channels, out);
+            continue;
+        }
+        if (layer->kind == DOUBLE_SPACE) {
+            grid++;
+            *grid = (Grid){.height = 2 * grid[-1].height, .width = 2 * grid[-1].width};
+        }
+        grid->channels = (int)larger(grid->channels, out);
     }
-    if (!level->resample.out) level->channels = (int)larger(level->channels, vae->out_channels);
-    size_t pixels = (size_t)level->height * level->width;
-    level->h = take_operands(vae, arena, level);
-    level->wide = arena_floats(arena, pixels * level->wide_channels);
-    for (int i = 0; i < level->num_blocks; i++) {
-        take_past(vae, arena, &level->blocks[i].conv1, level);
-        take_past(vae, arena, &level->blocks[i].conv2, level);
-    }
-    if (level->time_conv.out) take_past(vae, arena, &level->time_conv, level);
-    level->started = false;
-    return pixels * level->channels;
+    return grid;
 }
 
-/* Only one level works at a time, and hands on nothing but the next one's x: all share one x and one t. */
-void vae_decode_start(Vae *vae, Arena *arena, int H, int W) {
-    int channels = vae->z_dim, in = vae->conv1.out;
-    size_t floats = 0;
-    for (int i = 0; i < vae->num_levels; i++) {
-        VaeLevel *level = &vae->levels[i];
-        level->height = H << i;
-        level->width = W << i;
-        floats = larger(floats, lay_out_level(vae, arena, i, in));
-        channels = (int)larger(channels, level->channels);
-        in = level->resample.out;
-    }
-    float *x = arena_floats(arena, floats), *t = arena_floats(arena, floats);
-    for (int i = 0; i < vae->num_levels; i++) vae->levels[i].x = x, vae->levels[i].t = t;
-    VaeLevel *first = &vae->levels[0], *last = &vae->levels[vae->num_levels - 1];
-    Conv *early[] = {&vae->conv1, &vae->middle_0.conv1, &vae->middle_0.conv2, &vae->middle_2.conv1,
-                     &vae->middle_2.conv2};
-    for (size_t i = 0; i < sizeof early / sizeof *early; i++) take_past(vae, arena, early[i], first);
-    take_past(vae, arena, &vae->head, last);
-    vae->zeros = arena_take(arena, row_bytes(vae->precision, channels));
-    vae->frame =
-        arena_floats(arena, 3 * (size_t)last->height * last->width * vae->patch_size * vae->patch_size);
+static char *take_operands(const VaeStream *s, Arena *arena, const Grid *grid) {
+    return arena_take(arena, (size_t)pixels_of(grid) * row_bytes(s->vae->precision, grid->channels));
 }
 
-size_t vae_decode_memory(Vae *vae, int H, int W) {
+/* All frames of a grid have one size, so that a convolution's input and its oldest past can trade places. */
+static void take_past(VaeStream *s, Arena *arena, const Grid *grid, const Conv *conv, Past *past) {
+    if (conv->kt > 1)
+        for (int i = 0; i < 2; i++) past->frames[i] = take_operands(s, arena, grid);
+}
+
+/* Only one layer works at a time, and hands on nothing but x: all grids share one x and one t. */
+static void lay_out(VaeStream *s, Arena *arena, int H, int W) {
+    const Grid *last = size_grids(s, H, W);
+    size_t floats = 0, channels = 0;
+    for (Grid *grid = s->grids; grid <= last; grid++) {
+        grid->h = take_operands(s, arena, grid);
+        grid->wide = arena_floats(arena, (size_t)pixels_of(grid) * grid->wide_channels);
+        floats = larger(floats, (size_t)pixels_of(grid) * grid->channels);
+        channels = larger(channels, grid->channels);
+    }
+    for (int i = 0; i < s->list->count; i++) {
+        const VaeLayer *layer = &s->list->layers[i];
+        Moving *moving = &s->moving[i];
+        take_past(s, arena, &s->grids[moving->grid], &layer->conv1, &moving->past[0]);
+        take_past(s, arena, &s->grids[moving->grid], &layer->conv2, &moving->past[1]);
+    }
+    s->x = arena_floats(arena, floats);
+    s->t = arena_floats(arena, floats);
+    s->zeros = arena_take(arena, row_bytes(s->vae->precision, (int)channels));
+    s->frame = arena_floats(arena, (size_t)pixels_of(last) * 3 * s->vae->patch_size * s->vae->patch_size);
+}
+
+static VaeStream *stream_new(const Vae *vae) {
+    VaeStream *s = allocate(sizeof *s);
+    *s = (VaeStream){.vae = vae, .list = &vae->decoder};
+    s->moving = allocate(sizeof *s->moving * (size_t)s->list->count);
+    return s;
+}
+
+void vae_stream_close(VaeStream *s) {
+    if (!s) return;
+    arena_close(&s->arena);
+    free(s->moving);
+    free(s);
+}
+
+size_t vae_decoder_memory(const Vae *vae, int H, int W) {
     Arena count = {0};
-    vae_decode_start(vae, &count, H, W);
+    VaeStream *s = stream_new(vae);
+    lay_out(s, &count, H, W);
+    vae_stream_close(s);
     return count.used;
+}
+
+size_t vae_decoder_scratch(const Vae *vae, int H, int W) {
+    size_t most = 0;
+    for (int i = 0; i < vae->decoder.count; i++) {
+        const VaeLayer *layer = &vae->decoder.layers[i];
+        int longest = (int)larger(layer->conv1.layer.weight.cols, layer->conv2.layer.weight.cols);
+        most = larger(most, product_memory(vae->precision, 0, longest));
+        if (layer->kind == ATTENTION) most = larger(most, attention_memory(vae->precision, H * W, 1, layer->conv2.in));
+    }
+    return most;
+}
+
+VaeStream *vae_decoder_open(const Vae *vae, int H, int W, FrameSink *sink, void *to) {
+    VaeStream *s = stream_new(vae);
+    s->sink = sink, s->to = to;
+    s->arena = arena_open(vae_decoder_memory(vae, H, W));
+    lay_out(s, &s->arena, H, W);
+    return s;
 }
 
 /* Over `frames` frames of `area` pixels, of which a convolution over time sees fewer at the start. */
 static double conv_flops(const Conv *conv, double frames, double area) {
     double missing = conv->kt == 3 ? (frames > 1 ? 3 : 2) : 0;
-    double seen = conv->kt ? (frames * conv->kt - missing) / conv->kt : 0;
+    double seen = conv->kt && frames > 0 ? (frames * conv->kt - missing) / conv->kt : 0;
     return 2.0 * seen * area * conv->layer.weight.rows * conv->layer.weight.cols;
 }
 
-static double block_flops(const ResidualBlock *block, double frames, double area) {
-    return conv_flops(&block->conv1, frames, area) + conv_flops(&block->conv2, frames, area) +
-           conv_flops(&block->shortcut, frames, area);
-}
-
-double vae_decode_flops(const Vae *vae, int T, int H, int W) {
-    double frames = T, area = (double)H * W;
-    double sum = conv_flops(&vae->conv2, frames, area) + conv_flops(&vae->conv1, frames, area) +
-                 conv_flops(&vae->qkv, frames, area) + conv_flops(&vae->proj, frames, area) +
-                 block_flops(&vae->middle_0, frames, area) + block_flops(&vae->middle_2, frames, area) +
-                 4.0 * frames * area * area * vae->proj.in;
-    for (int i = 0; i < vae->num_levels; i++, area *= 4) {
-        const VaeLevel *level = &vae->levels[i];
-        for (int j = 0; j < level->num_blocks; j++) sum += block_flops(&level->blocks[j], frames, area);
-        if (level->time_conv.out) {
-            if (frames > 1) sum += conv_flops(&level->time_conv, frames - 1, area);
-            frames = 2 * frames - 1;
-        }
-        if (level->resample.out) sum += conv_flops(&level->resample, frames, 4 * area);
-        else sum += conv_flops(&vae->head, frames, area);
+double vae_decoder_flops(const Vae *vae, int T, int H, int W) {
+    double frames = T, area = (double)H * W, sum = 0;
+    for (int i = 0; i < vae->decoder.count; i++) {
+        const VaeLayer *layer = &vae->decoder.layers[i];
+        if (layer->kind == DOUBLE_SPACE) area *= 4;
+        if (layer->kind == ATTENTION) sum += 4.0 * frames * area * area * layer->conv2.in;
+        sum += conv_flops(&layer->conv1, layer->kind == DOUBLE_TIME ? frames - 1 : frames, area) +
+               conv_flops(&layer->conv2, frames, area) + conv_flops(&layer->shortcut, frames, area);
+        if (layer->kind == DOUBLE_TIME) frames = 2 * frames - 1;
     }
     return sum;
 }

@@ -48,18 +48,21 @@ typedef struct {
     Transformer t;
     TransformerState state;
     TextContext context;
+    KvCache cache;
+    Chunk chunk;
     const float *latents;
     float *velocity;
 } Forward;
 
 static void lay_out(Forward *f, Arena *arena, int T, int H, int W) {
-    f->state = transformer_state_take(arena, &f->t, T, H, W);
+    f->state = transformer_state_take(arena, &f->t, T, T, H, W);
+    f->cache = kv_cache_take(arena, &f->t, (Window){.window = T}, 0, f->state.tokens, TYPE_F32);
     f->context = text_context_take(arena, &f->t, TEXT);
 }
 
 static void run_forward(void *with) {
     Forward *f = with;
-    transformer_forward(&f->t, &f->state, &f->context, f->latents, 500, f->velocity);
+    transformer_forward(&f->t, &f->state, &f->context, &f->cache, &f->chunk, f->latents, f->velocity);
 }
 
 /* One forward pass through `layers` blocks on latents of T x H x W. */
@@ -71,12 +74,15 @@ static void bench_transformer(Precision precision, int layers, int T, int H, int
     Arena arena = arena_open(count.used);
     lay_out(&f, &arena, T, H, W);
     transformer_read(&f.t, random_floats((size_t)TEXT * f.t.text_dim), TEXT, &f.context);
+    float *timesteps = hold(sizeof(float) * (size_t)T);
+    for (int i = 0; i < T; i++) timesteps[i] = 500;
+    f.chunk = (Chunk){0, T, timesteps};
     f.latents = random_floats(n);
     f.velocity = hold(n * sizeof(float));
     static const char *const names[] = {"transformer, no block", "transformer, 1 block",
                                         "transformer, 2 blocks"};
-    measure(&(Job){"stage", names[layers], precision, f.state.L, threads,
-                   transformer_flops(&f.t, f.state.L, f.context.positions), 0, run_forward, &f});
+    measure(&(Job){"stage", names[layers], precision, T * f.state.tokens, threads,
+                   transformer_flops(&f.t, T * f.state.tokens, T * f.state.tokens, f.context.positions), 0, run_forward, &f});
     arena_close(&arena);
     release();
 }
@@ -131,46 +137,48 @@ static Conv random_conv(Precision precision, int O, int I, int kt, int k) {
                   .in = I, .out = O};
 }
 
-static ResidualBlock random_residual(Precision precision, int I, int O) {
-    ResidualBlock block = {.norm1 = random_floats((size_t)I), .norm2 = random_floats((size_t)O),
-                           .conv1 = random_conv(precision, O, I, 3, 3),
-                           .conv2 = random_conv(precision, O, O, 3, 3)};
-    if (I != O) block.shortcut = random_conv(precision, O, I, 1, 1);
-    return block;
+/* A residual layer if the kernel is 3x3x3 twice, else one with a single convolution. */
+static VaeLayer random_layer(Precision precision, VaeLayerKind kind, int O, int I, int kt, int k) {
+    VaeLayer layer = {.kind = kind, .conv1 = random_conv(precision, O, I, kt, k)};
+    if (kind == RESIDUAL || kind == ATTENTION) layer.norm1 = random_floats((size_t)I);
+    if (kind == RESIDUAL) {
+        layer.norm2 = random_floats((size_t)O);
+        layer.conv2 = random_conv(precision, O, O, kt, k);
+        if (I != O) layer.shortcut = random_conv(precision, O, I, 1, 1);
+    }
+    if (kind == ATTENTION) layer.conv2 = random_conv(precision, I, I, kt, k);
+    return layer;
 }
 
 /* The decoder of Wan 2.1: four levels of 384, 384, 192 and 96 channels; the first two
  * double the frame rate. */
 static Vae random_vae(Precision precision) {
-    enum { LEVELS = 4, BLOCKS = 3, Z = 16, TOP = 384 };
+    enum { LEVELS = 4, BLOCKS = 3, Z = 16, TOP = 384, MOST = 32 };
     static const int channels[LEVELS] = {384, 384, 192, 96};
-    Vae vae = {.z_dim = Z, .out_channels = 3, .patch_size = 1, .num_levels = LEVELS, .temporal_stride = 4,
-               .spatial_stride = 8, .latents_mean = random_floats(Z), .latents_std = random_floats(Z),
-               .conv2 = random_conv(precision, Z, Z, 1, 1), .conv1 = random_conv(precision, TOP, Z, 3, 3),
-               .qkv = random_conv(precision, 3 * TOP, TOP, 1, 1),
-               .proj = random_conv(precision, TOP, TOP, 1, 1),
-               .middle_0 = random_residual(precision, TOP, TOP),
-               .middle_2 = random_residual(precision, TOP, TOP),
-               .middle_norm = random_floats(TOP),
-               .head = random_conv(precision, 3, channels[LEVELS - 1], 3, 3),
-               .head_norm = random_floats((size_t)channels[LEVELS - 1]),
-               .levels = hold(sizeof(VaeLevel) * LEVELS), .precision = precision};
+    Vae vae = {.z_dim = Z, .patch_size = 1, .temporal_stride = 4, .spatial_stride = 8, .precision = precision,
+               .latents_mean = random_floats(Z), .latents_std = random_floats(Z),
+               .decoder.layers = hold(sizeof(VaeLayer) * MOST)};
+#define ADD(...) vae.decoder.layers[vae.decoder.count++] = random_layer(precision, __VA_ARGS__)
+    ADD(CONVOLUTION, Z, Z, 1, 1);
+    ADD(CONVOLUTION, TOP, Z, 3, 3);
+    ADD(RESIDUAL, TOP, TOP, 3, 3);
+    ADD(ATTENTION, 3 * TOP, TOP, 1, 1);
+    ADD(RESIDUAL, TOP, TOP, 3, 3);
     for (int i = 0, in = TOP; i < LEVELS; i++) {
-        VaeLevel *level = &vae.levels[i];
         int out = channels[i];
-        level->num_blocks = BLOCKS;
-        level->blocks = hold(sizeof(ResidualBlock) * BLOCKS);
-        for (int j = 0; j < BLOCKS; j++, in = out) level->blocks[j] = random_residual(precision, in, out);
+        for (int j = 0; j < BLOCKS; j++, in = out) ADD(RESIDUAL, out, in, 3, 3);
         if (i == LEVELS - 1) break;
-        level->resample = random_conv(precision, in = out / 2, out, 1, 3);
-        if (i < 2) level->time_conv = random_conv(precision, 2 * out, out, 3, 1);
+        if (i < 2) ADD(DOUBLE_TIME, 2 * out, out, 3, 1);
+        ADD(DOUBLE_SPACE, in = out / 2, out, 1, 3);
     }
+    ADD(CONVOLUTION, 3, channels[LEVELS - 1], 3, 3);
+#undef ADD
+    vae.decoder.layers[vae.decoder.count - 1].norm1 = random_floats((size_t)channels[LEVELS - 1]);
     return vae;
 }
 
 typedef struct {
     Vae vae;
-    Arena arena;
     const float *latents;
     int T, H, W;
 } Decoding;
@@ -181,19 +189,17 @@ static void forget(void *to, float *frame) {
 
 static void run_decoding(void *with) {
     Decoding *d = with;
-    d->arena.used = 0;
-    vae_decode_start(&d->vae, &d->arena, d->H, d->W);
-    for (int t = 0; t < d->T; t++) vae_decode_frame(&d->vae, d->latents, d->T, t, forget, NULL);
+    VaeStream *stream = vae_decoder_open(&d->vae, d->H, d->W, forget, NULL);
+    for (int t = 0; t < d->T; t++) vae_decode(stream, d->latents + (size_t)t * d->vae.z_dim * d->H * d->W);
+    vae_stream_close(stream);
 }
 
 /* T latent frames of H x W: 4T-3 frames of 8H x 8W pixels. */
 static void bench_vae(Precision precision, int T, int H, int W, int threads) {
     Decoding d = {.vae = random_vae(precision), .T = T, .H = H, .W = W};
     d.latents = random_floats((size_t)d.vae.z_dim * T * H * W);
-    d.arena = arena_open(vae_decode_memory(&d.vae, H, W));
-    measure(&(Job){"stage", "VAE decode", precision, 4 * T - 3, threads, vae_decode_flops(&d.vae, T, H, W), 0,
+    measure(&(Job){"stage", "VAE decode", precision, 4 * T - 3, threads, vae_decoder_flops(&d.vae, T, H, W), 0,
                    run_decoding, &d});
-    arena_close(&d.arena);
     release();
 }
 

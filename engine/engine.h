@@ -368,15 +368,23 @@ void l2_norm(float *y, const float *x, int L, int n, const float *gain);
 /* silu(l2_norm(x)) as row operands; n <= MAX_CHANNELS. */
 enum { MAX_CHANNELS = 4096 };
 void l2_norm_silu(Precision precision, void *rows, const float *x, int L, int n, const float *gain);
-void layer_norm(float *y, const float *x, int L, int n, float eps, const float *scale, const float *shift);
+/* Each `each` rows have a scale and a shift (n) of their own, one set after the other; add_gated's gates likewise. */
+void layer_norm(float *y, const float *x, int L, int n, float eps, const float *scale, const float *shift, int each);
 void silu(float *y, const float *x, size_t n);
 void gelu(float *y, const float *x, size_t n);
 void add(float *y, const float *x, size_t n);                                      /* y += x */
 void multiply(float *y, const float *x, size_t n);                                 /* y *= x */
-void add_gated(float *y, const float *x, int L, int n, const float *gate);         /* y += x * gate (n) */
-/* Rotates the pairs (x[2i], x[2i+1]) of every head of x (L, heads*d) by the angles of its row:
- * cosine, sine (L, d/2). */
-void rope(float *x, int L, int heads, int d, const float *cosine, const float *sine);
+void add_gated(float *y, const float *x, int L, int n, const float *gate, int each); /* y += x * gate (L/each, n) */
+
+/* Rotary positions of tokens ordered (t, h, w): each axis turns pairs (x[2i], x[2i+1]) of its own in every head, in
+ * that order, by the angles of the token's place on it. */
+typedef struct {
+    int rows, columns;     /* of tokens in a frame */
+    int temporal, spatial; /* pairs of a head that turn with time; with rows, and as many with columns */
+    float *time;           /* (frames, 2, temporal): cosines, then sines */
+    float *row, *column;   /* (rows, 2, spatial), (columns, 2, spatial) */
+} Rope;
+void rope(float *x, int L, int heads, const Rope *rope); /* x (L, heads*d), from the first frame of `time` on */
 
 /* ---------------------------------------------------------------- noise.c: torch's normal numbers */
 
@@ -437,6 +445,9 @@ void tap_scope(const char *format, ...) PRINTF_LIKE(1, 2);
 /* Hands over one tensor under a name made by the format; a predicted branch when nobody listens. */
 #define tap(values, shape, ...) do { if (taps_on) tap_floats(values, shape, __VA_ARGS__); } while (0)
 void tap_floats(float *values, Shape shape, const char *format, ...) PRINTF_LIKE(3, 4);
+/* The same for values that lie frame by frame, (F,C,H,W), under the shape [C,F,H,W]. */
+#define tap_frames(values, shape, ...) do { if (taps_on) tap_transposed(values, shape, __VA_ARGS__); } while (0)
+void tap_transposed(float *values, Shape shape, const char *format, ...) PRINTF_LIKE(3, 4);
 /* n ids below `vocabulary`, with room for so many; returns how many they are then. */
 int tap_ids(int32_t *ids, int n, int room, int vocabulary, const char *format, ...) PRINTF_LIKE(5, 6);
 /* Frame `index` of a tensor [C,F,H,W] that never exists whole: frame is [C,H,W]; frames come in order. */

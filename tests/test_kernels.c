@@ -168,7 +168,7 @@ static void compute_rows(void *with, float *y) {
     const float *x = with, *gain = x + L * N, *shift = gain + N;
     rms_norm(y, x, L, N, gain, 1e-6f);
     l2_norm(y + L * N, x, L, N, gain);
-    layer_norm(y + 2 * L * N, x, L, N, 1e-6f, gain, shift);
+    layer_norm(y + 2 * L * N, x, L, N, 1e-6f, gain, shift, L);
     silu(y + 3 * L * N, x, L * N);
     gelu(y + 4 * L * N, x, L * N);
 }

@@ -36,13 +36,13 @@ void l2_norm_silu(Precision precision, void *rows, const float *x, int L, int n,
     }
 }
 
-void layer_norm(float *y, const float *x, int L, int n, float eps, const float *scale, const float *shift) {
+void layer_norm(float *y, const float *x, int L, int n, float eps, const float *scale, const float *shift, int each) {
     PARALLEL_FOR for (int l = 0; l < L; l++) {
-        const float *row = x + (size_t)l * n;
+        const float *row = x + (size_t)l * n, *c = scale + (size_t)(l / each) * n, *s = shift + (size_t)(l / each) * n;
         float *out = y + (size_t)l * n;
         float mean = kernels->sum(row, n) / (float)n;
         float factor = 1.0f / sqrtf(kernels->sum_squares(row, n, mean) / (float)n + eps);
-        for (int i = 0; i < n; i++) out[i] = (row[i] - mean) * factor * scale[i] + shift[i];
+        for (int i = 0; i < n; i++) out[i] = (row[i] - mean) * factor * c[i] + s[i];
     }
 }
 
@@ -68,21 +68,33 @@ void multiply(float *y, const float *x, size_t n) {
     FOR_PIECES(n, start, length) for (size_t i = start; i < start + length; i++) y[i] *= x[i];
 }
 
-void add_gated(float *y, const float *x, int L, int n, const float *gate) {
-    PARALLEL_FOR for (int l = 0; l < L; l++)
-        for (int i = 0; i < n; i++) y[(size_t)l * n + i] += x[(size_t)l * n + i] * gate[i];
+void add_gated(float *y, const float *x, int L, int n, const float *gate, int each) {
+    PARALLEL_FOR for (int l = 0; l < L; l++) {
+        const float *row = x + (size_t)l * n, *g = gate + (size_t)(l / each) * n;
+        float *out = y + (size_t)l * n;
+        for (int i = 0; i < n; i++) out[i] += row[i] * g[i];
+    }
 }
 
-void rope(float *x, int L, int heads, int d, const float *cosine, const float *sine) {
+/* Turns pairs of one axis by the angles of one position. */
+static float *rotate(float *x, const float *angles, int pairs) {
+    const float *cosine = angles, *sine = angles + pairs;
+    for (int i = 0; i < pairs; i++, x += 2) {
+        float a = x[0], b = x[1];
+        x[0] = a * cosine[i] - b * sine[i];
+        x[1] = a * sine[i] + b * cosine[i];
+    }
+    return x;
+}
+
+void rope(float *x, int L, int heads, const Rope *rope) {
+    int rows = rope->rows, columns = rope->columns, spatial = rope->spatial, temporal = rope->temporal;
     PARALLEL_FOR for (int l = 0; l < L; l++) {
-        const float *c = cosine + (size_t)l * (d / 2), *s = sine + (size_t)l * (d / 2);
+        float *head = x + (size_t)l * heads * 2 * (temporal + 2 * spatial);
         for (int h = 0; h < heads; h++) {
-            float *row = x + ((size_t)l * heads + h) * d;
-            for (int i = 0; i < d / 2; i++) {
-                float a = row[2 * i], b = row[2 * i + 1];
-                row[2 * i] = a * c[i] - b * s[i];
-                row[2 * i + 1] = a * s[i] + b * c[i];
-            }
+            head = rotate(head, rope->time + (size_t)(l / (rows * columns)) * 2 * temporal, temporal);
+            head = rotate(head, rope->row + (size_t)(l / columns % rows) * 2 * spatial, spatial);
+            head = rotate(head, rope->column + (size_t)(l % columns) * 2 * spatial, spatial);
         }
     }
 }

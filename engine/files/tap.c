@@ -334,6 +334,30 @@ void tap_floats(float *values, Shape shape, const char *format, ...) {
     if (taps.check_dir) check_floats(name, values, &shape);
 }
 
+/* Values (F,C,P) into clip (C,F,P), or back. */
+static void transpose_frames(float *clip, float *values, const Shape *shape, bool back) {
+    size_t C = (size_t)shape->d[0], F = (size_t)shape->d[1], plane = (size_t)shape->d[2] * (size_t)shape->d[3];
+    for (size_t c = 0; c < C; c++)
+        for (size_t f = 0; f < F; f++) {
+            float *outside = clip + (c * F + f) * plane, *inside = values + (f * C + c) * plane;
+            if (back) memcpy(inside, outside, sizeof(float) * plane);
+            else memcpy(outside, inside, sizeof(float) * plane);
+        }
+}
+
+void tap_transposed(float *values, Shape shape, const char *format, ...) {
+    char name[MAX_NAME];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(name, sizeof name, format, arguments);
+    va_end(arguments);
+    float *clip = allocate(sizeof(float) * shape_count(&shape));
+    transpose_frames(clip, values, &shape, false);
+    tap_floats(clip, shape, "%s", name);
+    transpose_frames(clip, values, &shape, true); /* --feed may have put others there */
+    free(clip);
+}
+
 int tap_ids(int32_t *ids, int n, int room, int vocabulary, const char *format, ...) {
     if (!taps_on) return n;
     char name[2 * MAX_NAME];
