@@ -16,7 +16,7 @@ else
 override CFLAGS += -Wno-unknown-pragmas
 endif
 
-STAGES  = prompt tokenizer text_encoder transformer cache sampler vae y4m record preview pipeline
+STAGES  = prompt tokenizer text_encoder transformer cache sampler vae y4m record preview model pipeline
 ENGINE  = $(patsubst %.c,%,$(wildcard engine/*/*.c))
 OBJECTS = $(STAGES:%=$(BUILD)/%.o) $(ENGINE:%=$(BUILD)/%.o)
 

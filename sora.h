@@ -5,7 +5,7 @@
  *                                                 (steps times)  cache.c: what earlier chunks left to look back at
  *   latents -> vae.c -> frames -> y4m.c -> file
  *
- * pipeline.c strings them together; sora.c is the command line.
+ * pipeline.c strings them together, as model.c says; sora.c is the command line.
  *
  * Glossary of dimension letters, here, in shape comments, in Python and in tests:
  *   C T H W   latent channels, frames, height, width  F Y X   video frames, rows, columns
@@ -283,7 +283,7 @@ Preview preview_open(void);
  * preview is not enabled or the window too small. */
 void preview_frame(Preview *preview, const VideoFormat *format, const float *frame, int index);
 
-/* ---------------------------------------------------------------- pipeline.c: the stages on one string */
+/* ---------------------------------------------------------------- model.c: a weight file, and what it says of how to use it */
 
 /* What one run is asked to do. The command line fills in what was given; settings_complete() takes the rest
  * from the model's own defaults. */
@@ -310,6 +310,10 @@ typedef struct {
 Model model_load(const char *path, Precision precision);
 void model_free(Model *model);
 void settings_complete(Settings *settings, const Model *model);
+int model_frames(const Model *model); /* the length of the clips that the model was made for */
+
+/* ---------------------------------------------------------------- pipeline.c: the stages on one string */
+
 /* Cleaned, at most text_len ids with the closing </s>. Returns their number. */
 int prompt_ids(const Model *model, const char *prompt, int32_t *ids);
 void generate(Model *model, const Settings *settings);
