@@ -23,17 +23,21 @@ OBJECTS = $(STAGES:%=$(BUILD)/%.o) $(ENGINE:%=$(BUILD)/%.o)
 sora: $(BUILD)/sora
 	cp $< $@
 
-$(BUILD)/sora: $(BUILD)/sora.o $(OBJECTS)
-	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ -lm
-
-# Written anew only when they change; whatever was compiled otherwise is then compiled again.
-$(BUILD)/flags: FORCE
+# Written anew only when they change; whatever was compiled or linked otherwise then is again.
+COMPILE = $(CC) $(CFLAGS)
+LINK    = $(COMPILE) $(LDFLAGS)
+$(BUILD)/compiled-by: COMMAND = $(COMPILE)
+$(BUILD)/linked-by: COMMAND = $(LINK)
+$(BUILD)/compiled-by $(BUILD)/linked-by: FORCE
 	@mkdir -p $(dir $@)
-	@echo '$(CC) $(CFLAGS)' | cmp -s - $@ || echo '$(CC) $(CFLAGS)' > $@
+	@echo '$(COMMAND)' | cmp -s - $@ || echo '$(COMMAND)' > $@
 
-$(BUILD)/%.o: %.c $(BUILD)/flags
+$(BUILD)/%.o: %.c $(BUILD)/compiled-by
 	@mkdir -p $(dir $@)
-	$(CC) $(CFLAGS) -MMD -MP -c -o $@ $<
+	$(COMPILE) -MMD -MP -c -o $@ $<
+
+$(BUILD)/sora: $(BUILD)/sora.o $(OBJECTS) $(BUILD)/linked-by
+	$(LINK) -o $@ $(filter %.o,$^) -lm
 
 # The tests link against everything but the command line.
 TESTS = $(patsubst tests/%.c,$(BUILD)/tests/%.o,tests/main.c $(wildcard tests/test_*.c))
@@ -43,8 +47,8 @@ TESTS = $(patsubst tests/%.c,$(BUILD)/tests/%.o,tests/main.c $(wildcard tests/te
 LIBM = log log1p exp pow cos sin sincos \
        logf log1pf log2 log2f expf exp2 exp2f powf cosf sinf sincosf tanhf
 
-$(BUILD)/run-tests: $(TESTS) $(OBJECTS)
-	$(CC) $(CFLAGS) $(LDFLAGS) $(LIBM:%=-Wl,--wrap=%) -o $@ $^ -lm
+$(BUILD)/run-tests: $(TESTS) $(OBJECTS) $(BUILD)/linked-by
+	$(LINK) $(LIBM:%=-Wl,--wrap=%) -o $@ $(filter %.o,$^) -lm
 
 # The prompt reaches the program as it was typed: through the environment, past make's and the shell's own signs.
 PROMPT = a blue star bounces on the grass
@@ -56,9 +60,13 @@ demo: sora
 	@echo "No screen? ./sora --preview \"a blue star bounces on the grass\" draws in the terminal."
 
 install: sora
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(PREFIX)/share/sora
-	install sora $(DESTDIR)$(PREFIX)/bin
-	install -m 644 models/demo.gguf $(DESTDIR)$(PREFIX)/share/sora
+	install -d "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(PREFIX)/share/sora"
+	install sora "$(DESTDIR)$(PREFIX)/bin"
+	install -m 644 models/demo.gguf "$(DESTDIR)$(PREFIX)/share/sora"
+
+uninstall:
+	rm -f "$(DESTDIR)$(PREFIX)/bin/sora" "$(DESTDIR)$(PREFIX)/share/sora/demo.gguf"
+	rmdir "$(DESTDIR)$(PREFIX)/share/sora" 2>/dev/null || :
 
 test: sora $(BUILD)/run-tests
 	SORA=$(BUILD)/sora $(BUILD)/run-tests
@@ -67,8 +75,8 @@ test: sora $(BUILD)/run-tests
 SANITIZE     = $(MAKE) BUILD=build/sanitize CFLAGS='-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all'
 FUZZ_SECONDS ?= 20
 
-$(BUILD)/fuzz: $(BUILD)/tests/fuzz.o $(OBJECTS)
-	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ -lm
+$(BUILD)/fuzz: $(BUILD)/tests/fuzz.o $(OBJECTS) $(BUILD)/linked-by
+	$(LINK) -o $@ $(filter %.o,$^) -lm
 
 sanitize:
 	$(SANITIZE) build/sanitize/sora build/sanitize/run-tests
@@ -100,8 +108,8 @@ test-reference: sora $(if $(filter .venv/%,$(PYTHON)),.venv/installed)
 # How near every kernel and stage comes to the machine's own peak; the same stages in PyTorch and stable-diffusion.cpp.
 BENCH = $(patsubst %.c,$(BUILD)/%.o,$(wildcard bench/*.c))
 
-$(BUILD)/bench/bench: $(BENCH) $(OBJECTS)
-	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ -lm
+$(BUILD)/bench/bench: $(BENCH) $(OBJECTS) $(BUILD)/linked-by
+	$(LINK) -o $@ $(filter %.o,$^) -lm
 
 bench: $(BUILD)/bench/bench
 	$< build/bench.tsv peaks kernels stages
@@ -120,4 +128,4 @@ clean:
 	rm -rf build/release build/sanitize sora
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d $(BUILD)/*/*/*.d)
-.PHONY: FORCE demo install test sanitize fuzz test-reference clean
+.PHONY: FORCE demo install uninstall test sanitize fuzz test-reference clean

@@ -13,7 +13,10 @@
 static void check_format(const WeightFile *file) {
     static const char *const layouts[][2] = {{"wan.patch_embedding_layout", "O,I,T,Y,X"},
                                              {"vae.conv_layout", "O,T,Y,X,I"}};
-    int64_t version = weights_int_or(file, "sora.format_version", FORMAT_VERSION);
+    int64_t version = weights_int_or(file, "sora.format_version", -1);
+    if (version < 0)
+        weights_refuse(file, "a GGUF file of another program (general.architecture is \"%s\"): convert it with export.py",
+                       weights_string_or(file, "general.architecture", ""));
     if (version != FORMAT_VERSION)
         weights_refuse(file, "sora.format_version is %" PRId64 ", expected %d", version, FORMAT_VERSION);
     for (size_t i = 0; i < sizeof layouts / sizeof *layouts; i++) {
@@ -54,9 +57,10 @@ static Precision suited(const WeightFile *file) {
 Model model_load(const char *path, Precision precision) {
     Model m = {0};
     const char *why = weights_open(path, &m.file);
-    if (!why) why = tokenizer_load(m.file, &m.tokenizer);
     if (why) die(STATUS_USAGE, "%s: %s", path, why);
     check_format(m.file);
+    why = tokenizer_load(m.file, &m.tokenizer);
+    if (why) die(STATUS_USAGE, "%s: %s", path, why);
     m.precision = precision == AUTOMATIC ? suited(m.file) : precision;
     m.text_encoder = text_encoder_load(m.file, m.precision);
     m.transformer = transformer_load(m.file, m.precision);
@@ -88,8 +92,17 @@ static void take_default_number(double *setting, const Model *m, const char *key
 }
 
 static void check_size(const char *option, int pixels, int multiple) {
-    if (pixels <= 0 || pixels % multiple)
-        die(STATUS_USAGE, "--size: %s %d is not a multiple of %d", option, pixels, multiple);
+    int below = pixels / multiple * multiple;
+    if (below == pixels) return;
+    if (!below) die(STATUS_USAGE, "--size: %s %d is not a multiple of %d", option, pixels, multiple);
+    die(STATUS_USAGE, "--size: %s %d is not a multiple of %d: %d or %d", option, pixels, multiple, below,
+        below + multiple);
+}
+
+static void check_frames(int frames, int stride) {
+    int below = (frames - 1) / stride * stride + 1;
+    if (below < frames)
+        die(STATUS_USAGE, "--frames: %d is not %dk+1: %d or %d", frames, stride, below, below + stride);
 }
 
 int model_frames(const Model *m) {
@@ -121,8 +134,7 @@ void settings_complete(Settings *s, const Model *m) {
     if (!s->negative) s->negative = weights_string_or(m->file, "default.negative_prompt", "");
     check_size("width", s->width, vae->spatial_stride * patch[2]);
     check_size("height", s->height, vae->spatial_stride * patch[1]);
-    if ((s->frames - 1) % vae->temporal_stride)
-        die(STATUS_USAGE, "--frames: %d is not %dk+1", s->frames, vae->temporal_stride);
+    check_frames(s->frames, vae->temporal_stride);
     double positions = (double)s->width * s->height / vae->spatial_stride / vae->spatial_stride;
     if (positions * (s->frames / vae->temporal_stride + 1) > INT_MAX)
         die(STATUS_USAGE, "--size %dx%d with --frames %d is more than 2^31 latent positions", s->width,

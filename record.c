@@ -2,7 +2,8 @@
  * and all that makes the same file again.
  *
  * A prompt can be private, so it stands there only on request; otherwise its SHA-256 does, by which whoever
- * knows the prompt can confirm it. The model is named by the hash that export.py took of its tensors. Threads
+ * knows the prompt can confirm it. The model is named by the hash that its file claims to have: export.py took it of
+ * the tensors, and to take it again would mean to read them all. The other hashes are taken here. Threads
  * are left out, and so is the instruction set in float32: they change nothing. */
 #include "sora.h"
 
@@ -33,10 +34,11 @@ static void write_settings(Json *json, const Model *model, const Settings *s, co
     json_double(json, "guidance", s->guidance);
     json_double(json, "shift", s->shift);
     if (s->noise) json_string(json, "noise_sha256", noise_sha256);
-    else json_int(json, "seed", (int64_t)s->seed);
+    else json_unsigned(json, "seed", s->seed);
     json_string(json, "precision", precision_name(model->precision));
     if (model->precision != F32) json_string(json, "isa", kernels->name);
     json_int(json, "chroma", s->chroma);
+    json_string(json, "matrix", y4m_is_bt709(&(VideoFormat){.width = s->width, .height = s->height}) ? "BT.709" : "BT.601");
     if (s->feed) json_bool(json, "fed_by_check", true); /* frames are the reference's, and no settings make them */
     json_close(json);
 }
@@ -54,7 +56,7 @@ void record_write(OutputFile *file, const Model *model, const Settings *s, const
     json_string(&json, "tool", "sora.c");
     json_string(&json, "version", SORA_VERSION);
     json_string(&json, "model", weights_string_or(model->file, "general.name", ""));
-    json_string(&json, "model_tensors_sha256", weights_string_or(model->file, "sora.tensors_sha256", ""));
+    json_string(&json, "model_tensors_sha256_claimed", weights_string_or(model->file, "sora.tensors_sha256", ""));
     write_text(&json, "prompt", s->prompt, s->record_prompt);
     write_text(&json, "negative_prompt", s->negative, s->record_prompt);
     write_settings(&json, model, s, noise_sha256);

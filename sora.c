@@ -6,6 +6,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -31,7 +32,7 @@ static const struct {
     [SIZE] = {"size", 's', "WxH", "pixels, multiples of 16 for Wan 2.1, of 24 for the bundled model"},
     [FRAMES] = {"frames", 'f', "N", "number of frames, 4k+1"},
     [SECONDS] = {"seconds", 0, "S", "length, instead of --frames"},
-    [FPS] = {"fps", 0, "N[:D]", "frame rate written in the file"},
+    [FPS] = {"fps", 0, "RATE", "frame rate written in the file: 24, 23.976, 30000/1001 or 30000:1001"},
     [STEPS] = {"steps", 0, "N", "denoising steps"},
     [GUIDANCE] = {"guidance", 'g', "G", "classifier-free guidance; 1 is none, and so is less"},
     [SHIFT] = {"shift", 0, "S", "time shift of the noise schedule"},
@@ -102,29 +103,80 @@ static double parse_number(Option option, const char *text, double least, double
     return value;
 }
 
-/* "A" or "A<separator>B". */
-static void parse_pair(Option option, const char *text, char separator, int most, int *a, int *b) {
-    const char *middle = strchr(text, separator);
-    char first[32];
-    size_t length = middle ? (size_t)(middle - text) : strlen(text);
-    if (length >= sizeof first)
-        die(STATUS_USAGE, "--%s: '%s' is not %s", options[option].name, text, options[option].argument);
-    memcpy(first, text, length);
-    first[length] = 0;
-    *a = (int)parse_integer(option, first, 1, most);
-    if (middle) *b = (int)parse_integer(option, middle + 1, 1, most);
+/* Digits at *text, which moves past them: at most `most` as a number; -1 if there are none, or a larger one. */
+static int64_t take_number(const char **text, int64_t most) {
+    int64_t value = 0;
+    const char *start = *text;
+    for (; **text >= '0' && **text <= '9' && value <= most; (*text)++) value = 10 * value + (**text - '0');
+    return *text > start && value <= most ? value : -1;
 }
 
+/* "WxH" */
+static void parse_size(const char *text, int *width, int *height) {
+    const char *at = text;
+    int64_t w = take_number(&at, 16384), h = *at == 'x' ? at++, take_number(&at, 16384) : -1;
+    if (*at || w < 1 || h < 1) die(STATUS_USAGE, "--size: '%s' is not WxH, two whole numbers from 1 to 16384", text);
+    *width = (int)w;
+    *height = (int)h;
+}
+
+static int64_t common_divisor(int64_t a, int64_t b) { return b ? common_divisor(b, a % b) : a; }
+
+/* value / parts as a fraction in lowest terms. The rates that television slowed down by 1000/1001 are rounded when they
+ * are written as decimals: 23.976 and 23.98 mean 24000/1001. */
+static void decimal_rate(int64_t value, int64_t parts, int64_t *num, int64_t *den) {
+    static const int slowed[] = {12, 15, 24, 30, 48, 60, 120};
+    int64_t divisor = common_divisor(value, parts);
+    *num = value / divisor;
+    *den = parts / divisor;
+    for (size_t i = 0; i < sizeof slowed / sizeof *slowed && parts >= 100; i++) {
+        if (llround(slowed[i] * 1000 / 1001.0 * (double)parts) != value) continue;
+        *num = slowed[i] * 1000;
+        *den = 1001;
+    }
+}
+
+/* "24", "23.976", "30000/1001", "30000:1001" */
+static void parse_rate(const char *text, int *rate_num, int *rate_den) {
+    enum { MOST = 1000000 };
+    const char *at = text;
+    int64_t num = take_number(&at, MOST), den = 1, parts = 1;
+    if (*at == ':' || *at == '/') {
+        at++;
+        den = take_number(&at, MOST);
+    } else if (*at == '.' && num >= 0) {
+        for (at++; *at >= '0' && *at <= '9' && parts < MOST; at++, parts *= 10) num = 10 * num + (*at - '0');
+        if (num > 0) decimal_rate(num, parts, &num, &den);
+    }
+    if (*at || num < 1 || den < 1 || num > MOST)
+        die(STATUS_USAGE, "--fps: '%s' is no frame rate: 24, 23.976, 30000/1001 or 30000:1001, with numbers up to %d",
+            text, MOST);
+    *rate_num = (int)num;
+    *rate_den = (int)den;
+}
+
+/* All that torch's manual_seed() takes: a negative seed is the positive one of the same 64 bits. */
+static uint64_t parse_seed(const char *text) {
+    char *end;
+    errno = 0;
+    uint64_t seed = *text == '-' ? (uint64_t)strtoll(text, &end, 10) : strtoull(text, &end, 10);
+    if (!*text || *end || errno)
+        die(STATUS_USAGE, "--seed: '%s' is not a whole number from -2^63 to 2^64-1", text);
+    return seed;
+}
+
+/* UTF-8, or UTF-16 if a byte order mark says so. */
 static char *read_prompt(const char *path) {
     Bytes bytes;
+    Text text = {0};
     const char *why = read_file(path, 1 << 16, &bytes); /* 512 tokens are what is read of it */
     if (why) die(STATUS_USAGE, "--prompt-file %s: %s", path, why);
-    char *text = allocate(bytes.size + 1);
-    memcpy(text, bytes.data, bytes.size);
-    for (size_t i = 0; i < bytes.size; i++)
-        if (!text[i]) text[i] = ' ';
+    if (!text_append_utf16(&text, bytes)) text_append(&text, bytes.data, bytes.size);
     free((void *)bytes.data);
-    return text;
+    if (memchr(text.data, 0, text.size))
+        die(STATUS_USAGE, "--prompt-file %s: byte %zu is 0, expected text in UTF-8, or in UTF-16 with its byte order mark",
+            path, (size_t)((uint8_t *)memchr(text.data, 0, text.size) - text.data));
+    return (char *)text.data;
 }
 
 /* ---------------------------------------------------------------- the command line */
@@ -150,13 +202,10 @@ static void apply(Command *c, Option option, const char *value) {
     case PROMPT_FILE: set_prompt(c, read_prompt(c->prompt_file = value)); break;
     case NEGATIVE: s->negative = value; break;
     case OUTPUT_FILE: s->output = value; break;
-    case SIZE:
-        if (!strchr(value, 'x')) die(STATUS_USAGE, "--size: '%s' is not WxH", value);
-        parse_pair(SIZE, value, 'x', 16384, &s->width, &s->height);
-        break;
+    case SIZE: parse_size(value, &s->width, &s->height); break;
     case FRAMES: s->frames = (int)parse_integer(FRAMES, value, 1, 1000001); break;
     case SECONDS: s->seconds = parse_number(SECONDS, value, 0, 1e5); break;
-    case FPS: s->fps_den = 1; parse_pair(FPS, value, ':', 1000000, &s->fps_num, &s->fps_den); break;
+    case FPS: parse_rate(value, &s->fps_num, &s->fps_den); break;
     case STEPS: s->steps = (int)parse_integer(STEPS, value, 1, 1000); break;
     case GUIDANCE: s->guidance = parse_number(GUIDANCE, value, 0, 1000); break;
     case SHIFT: s->shift = parse_number(SHIFT, value, 1e-3, 1000); break;
@@ -164,7 +213,7 @@ static void apply(Command *c, Option option, const char *value) {
         if (!sampler_parse(value, &s->sampler))
             die(STATUS_USAGE, "--sampler: '%s' is not unipc, euler or dpm++", value);
         break;
-    case SEED: s->seed = (uint64_t)parse_integer(SEED, value, 0, INT64_MAX); c->seeded = true; break;
+    case SEED: s->seed = parse_seed(value); c->seeded = true; break;
     case THREADS: threads_set((int)parse_integer(THREADS, value, 1, 512)); break;
     case PRECISION:
         if (!precision_parse(value, &c->precision))
@@ -280,6 +329,18 @@ static int print_info(const char *path) {
     return STATUS_OK;
 }
 
+/* A name that promises what is not written is refused before the work, with the command that makes it. */
+static void check_output_name(const char *output) {
+    static const char *const others[] = {"mp4", "m4v", "mov", "mkv", "webm", "avi", "gif", "webp", "apng", "png",
+                                         "jpg", "jpeg", "ppm", "mpg", "mpeg", "ts", "ogv", "wmv", "flv", "avif"};
+    const char *dot = strrchr(output, '.');
+    int stem = dot ? (int)(dot - output) : 0;
+    for (size_t i = 0; dot && i < sizeof others / sizeof *others; i++)
+        if (!strcasecmp(dot + 1, others[i]))
+            die(STATUS_USAGE, "--output %s: the video is written as Y4M; for %s give -o %.*s.y4m, then: ffmpeg -i "
+                "%.*s.y4m %s", output, others[i], stem, output, stem, output, output);
+}
+
 static void check_together(const Command *c) {
     const Settings *s = &c->settings;
     if (c->dump_only && !c->dump) die(STATUS_USAGE, "--dump-only: nothing is written without --dump");
@@ -308,6 +369,7 @@ static void spare_inputs(const Command *c, const char *model) {
 static int run(Command *c) {
     Settings *s = &c->settings;
     check_together(c);
+    check_output_name(s->output);
     const char *path = c->model ? c->model : bundled_model();
     if (c->info) return print_info(path);
     if (!s->prompt) die(STATUS_USAGE, "no prompt; --help lists the options");

@@ -247,7 +247,8 @@ typedef struct {
     int chroma;             /* 420 or 444 when writing; reading also 422 and 400 (mono) */
 } VideoFormat;
 
-/* Planes of 8 bits, BT.601 limited range, from a frame [3,Y,X] of floats in [-1,1];
+bool y4m_is_bt709(const VideoFormat *format); /* by its size, as players assume; else it is BT.601 */
+/* Planes of 8 bits in limited range from a frame [3,Y,X] of floats in [-1,1];
  * out has y4m_frame_bytes(). */
 size_t y4m_frame_bytes(const VideoFormat *format);
 void y4m_convert(const VideoFormat *format, const float *frame, uint8_t *out);

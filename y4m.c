@@ -2,12 +2,14 @@
  *
  *   "YUV4MPEG2 W832 H480 F16:1 Ip A1:1 C420jpeg\n", then for each frame "FRAME\n" and bytes: Y, Cb, Cr
  *
- * The format carries no matrix; readers assume BT.601 at these sizes, so that is what is written, in limited
- * range:
+ * The format carries no matrix. Players assume BT.709 for frames of 1280 or more columns or more than 576 lines, and
+ * BT.601 for smaller ones, so that is what is written and read, in limited range:
  *
  *   y  = 0.299 r + 0.587 g + 0.114 b         Y = 125.5 + 109.5 y    16..235 for y in [-1,1]
  *   cb = (b - y) / 1.772                     Cb = 128 + 112 cb      16..240
  *   cr = (r - y) / 1.402                     Cr = 128 + 112 cr      16..240
+ *
+ * (BT.709: 0.2126, 0.7152, 0.0722; 1.8556; 1.5748. Each divisor is twice what its colour's weight leaves of 1.)
  *
  * 4:2:0 is sited at the centre of four pixels ("jpeg", as in MPEG-1), so a chroma sample is the average of
  * its 2x2 pixels, or of those that exist at an odd right or lower edge.
@@ -47,6 +49,18 @@ size_t y4m_frame_bytes(const VideoFormat *format) {
     return luma_bytes(format) + 2 * chroma_bytes(format);
 }
 
+typedef struct {
+    float red, green, blue; /* weights of luma */
+    float cb, cr;           /* divisors of b - y and r - y */
+} Matrix;
+
+bool y4m_is_bt709(const VideoFormat *format) { return format->width >= 1280 || format->height > 576; }
+
+static Matrix matrix(const VideoFormat *format) {
+    return y4m_is_bt709(format) ? (Matrix){0.2126f, 0.7152f, 0.0722f, 1.8556f, 1.5748f}
+                                : (Matrix){0.299f, 0.587f, 0.114f, 1.772f, 1.402f};
+}
+
 /* ---------------------------------------------------------------- writing */
 
 /* Several readers stop at 79 bytes, so what they can do without goes first; the rest has 74 at the most. */
@@ -60,9 +74,7 @@ size_t y4m_header(const VideoFormat *format, char out[80]) {
     return (size_t)length;
 }
 
-static float luma(float r, float g, float b) {
-    return 0.299f * r + 0.587f * g + 0.114f * b;
-}
+static float luma(Matrix m, float r, float g, float b) { return m.red * r + m.green * g + m.blue * b; }
 
 static uint8_t to_byte(float x) {
     x += 0.5f;
@@ -84,8 +96,9 @@ static float box_average(const float *plane, const VideoFormat *format, Sampling
 
 void y4m_convert(const VideoFormat *format, const float *frame, uint8_t *out) {
     size_t pixels = luma_bytes(format);
+    Matrix m = matrix(format);
     const float *red = frame, *green = frame + pixels, *blue = frame + 2 * pixels;
-    for (size_t i = 0; i < pixels; i++) out[i] = to_byte(125.5f + 109.5f * luma(red[i], green[i], blue[i]));
+    for (size_t i = 0; i < pixels; i++) out[i] = to_byte(125.5f + 109.5f * luma(m, red[i], green[i], blue[i]));
     uint8_t *cb = out + pixels, *cr = cb + chroma_bytes(format);
     Sampling s = sampling(format->chroma);
     for (int row = 0; row * s.dy < format->height; row++) {
@@ -93,9 +106,9 @@ void y4m_convert(const VideoFormat *format, const float *frame, uint8_t *out) {
             float r = box_average(red, format, s, row, column);
             float g = box_average(green, format, s, row, column);
             float b = box_average(blue, format, s, row, column);
-            float y = luma(r, g, b);
-            *cb++ = to_byte(128 + 112 * ((b - y) / 1.772f));
-            *cr++ = to_byte(128 + 112 * ((r - y) / 1.402f));
+            float y = luma(m, r, g, b);
+            *cb++ = to_byte(128 + 112 * ((b - y) / m.cb));
+            *cr++ = to_byte(128 + 112 * ((r - y) / m.cr));
         }
     }
 }
@@ -215,6 +228,7 @@ const char *y4m_open(Bytes bytes, Y4mReader **out, VideoFormat *format) {
 static void planes_to_floats(const Y4mReader *reader, const uint8_t *planes, float *frame) {
     const VideoFormat *format = &reader->format;
     Sampling s = sampling(format->chroma);
+    Matrix m = matrix(format);
     size_t pixels = luma_bytes(format), chroma_width = (size_t)((format->width + s.dx - 1) / s.dx), i = 0;
     const uint8_t *blue = planes + pixels, *red = blue + chroma_bytes(format);
     float black = reader->full_range ? 127.5f : 125.5f, gain = reader->full_range ? 127.5f : 109.5f;
@@ -224,9 +238,9 @@ static void planes_to_floats(const Y4mReader *reader, const uint8_t *planes, flo
             size_t at = (size_t)(row / s.dy) * chroma_width + (size_t)(column / s.dx);
             float cb = format->chroma == 400 ? 0 : ((float)blue[at] - 128) / chroma_gain;
             float cr = format->chroma == 400 ? 0 : ((float)red[at] - 128) / chroma_gain;
-            float y = ((float)planes[i] - black) / gain, r = y + 1.402f * cr, b = y + 1.772f * cb;
+            float y = ((float)planes[i] - black) / gain, r = y + m.cr * cr, b = y + m.cb * cb;
             frame[i] = r;
-            frame[pixels + i] = (y - 0.299f * r - 0.114f * b) / 0.587f;
+            frame[pixels + i] = (y - m.red * r - m.blue * b) / m.green;
             frame[2 * pixels + i] = b;
         }
     }

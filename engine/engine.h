@@ -126,6 +126,8 @@ typedef struct {
 void text_append(Text *text, const void *bytes, size_t size);
 void text_append_utf8(Text *text, Bytes bytes);           /* with U+FFFD for what is no UTF-8 */
 void text_append_character(Text *text, uint32_t code);
+/* UTF-16 that begins with its byte order mark, without it. Any other bytes: false, and nothing is appended. */
+bool text_append_utf16(Text *text, Bytes bytes);
 size_t utf8_decode(Bytes text, uint32_t *code); /* of valid UTF-8; returns its bytes */
 /* Whether a terminal shows what text, not empty, begins with, and does not obey it; *bytes: of that. */
 bool is_printable(Bytes text, size_t *bytes);
@@ -165,8 +167,10 @@ void progress_note(const char *format, ...) PRINTF_LIKE(1, 2); /* a line that st
 
 /* -------------------------------------------------------------- weights.c: the flat weight file (GGUF v3) */
 
-/* Numbers as in ggml.h. */
+/* Numbers as in ggml.h. Files hold more types, which --info knows by name; these are the ones that can be bound. */
 typedef enum { TYPE_F32 = 0, TYPE_F16 = 1, TYPE_Q8_0 = 8, TYPE_BF16 = 30 } Type;
+const char *type_name(Type type);       /* "f32", "q4_k"; NULL if it is unknown */
+size_t type_bytes(Type type, size_t n); /* of n elements, whole blocks of a known type */
 
 /* A matrix (rows, cols) where it lies in the mapped file, row-major; a vector has one row. */
 typedef struct {
@@ -281,8 +285,6 @@ float lanes_sum(const float lanes[LANES]); /* the one tree in which lanes are ad
 
 /* Narrow weights to floats, exactly; n is a multiple of 32 for q8_0. */
 void convert_to_floats(float *out, const void *in, Type type, size_t n);
-size_t type_bytes(Type type, size_t n); /* of n elements */
-const char *type_name(Type type);       /* "f32", "f16", "bf16", "q8_0"; NULL for others */
 
 /* ---------------------------------------------------------------- panel.c: what the tiles multiply */
 
@@ -478,6 +480,7 @@ void json_open(Json *json, const char *key);
 void json_close(Json *json);
 void json_string(Json *json, const char *key, const char *value);
 void json_int(Json *json, const char *key, int64_t value);
+void json_unsigned(Json *json, const char *key, uint64_t value);
 void json_bool(Json *json, const char *key, bool value);
 void json_double(Json *json, const char *key, double value);
 void json_free(Json *json);

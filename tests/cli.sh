@@ -39,19 +39,31 @@ usage() {
     refused 2 "--size: WxH is missing" -m $model x --size
     refused 2 "two prompts: 'a' and 'b'" -m $model a b
     refused 2 "no prompt" -m $model
-    refused 2 "'3' is not WxH" -m $model --size 3 x
-    refused 2 "width 33 is not a multiple of 8" -m $model --size 33x16 x
-    refused 2 "height 20 is not a multiple of 8" -m $model --size=32x20 x
-    refused 2 "'0' is not a whole number" -m $model --size 32x0 x
-    refused 2 "4 is not 4k+1" -m $model --frames 4 x
+    refused 2 "width 33 is not a multiple of 8: 32 or 40$" -m $model --size 33x16 x
+    refused 2 "height 20 is not a multiple of 8: 16 or 24$" -m $model --size=32x20 x
+    refused 2 "height 7 is not a multiple of 8$" -m $model --size 32x7 x
+    for size in 32x0 32x 32 x32 32x32x32 -32x32 99999x32; do
+        refused 2 "--size: '$size' is not WxH" -m $model --size "$size" x
+    done
+    refused 2 "4 is not 4k+1: 1 or 5$" -m $model --frames 4 x
+    refused 2 "80 is not 4k+1: 77 or 81$" -m $model --frames 80 x
     refused 2 "'1e3' is not a whole number" -m $model --frames 1e3 x
     refused 2 "--seconds: 'nan'" -m $model --seconds nan x
-    refused 2 "--fps: '0'" -m $model --fps 0:1 x
+    for rate in 0 0:1 24: 24:0 24:1:1 -24 .5 1e3 1000001 1.0000001 fast ""; do
+        refused 2 "--fps: '$rate' is no frame rate" -m $model --fps "$rate" x
+    done
     refused 2 "--steps: '0'" -m $model --steps 0 x
     refused 2 "--guidance: 'inf'" -m $model -g inf x
     refused 2 "--shift: '0'" -m $model --shift 0 x
     refused 2 "--sampler: 'heun' is not unipc, euler or dpm++" -m $model --sampler heun x
-    refused 2 "--seed: '-1'" -m $model --seed -1 x
+    for seed in -9223372036854775809 18446744073709551616 1.5 - 7x ""; do
+        refused 2 "--seed: '$seed' is not a whole number from -2^63 to 2^64-1" -m $model --seed "$seed" x
+    done
+    refused 2 "--output a.b/clip.MP4: .* for mp4 give -o a.b/clip.y4m, then: ffmpeg -i a.b/clip.y4m a.b/clip.MP4$" \
+        -m $model -o a.b/clip.MP4 x
+    for name in webm gif mkv mov png ppm; do
+        refused 2 "for $name give -o clip.y4m, then: ffmpeg -i clip.y4m clip.$name$" -m $model -o clip.$name x
+    done
     refused 2 "--threads: '0'" -m $model -t 0 x
     refused 2 "--precision: 'f31'" -m $model --precision f31 x
     refused 2 "--isa: 'pentium'" -m $model --isa pentium x
@@ -63,7 +75,15 @@ usage() {
 
 input() {
     refused 2 "nowhere.gguf: No such file" -m nowhere.gguf x
-    refused 2 "$work: not a regular file" -m "$work" x
+    refused 2 "$work: this is a folder: convert it with export.py" -m "$work" x
+    printf '\020\0\0\0\0\0\0\0{"a":{"shape":[]}}' >"$work/foreign"
+    refused 2 "foreign: this is a safetensors file: convert it with export.py" -m "$work/foreign" x
+    printf 'PK\003\004 and so on' >"$work/foreign"
+    refused 2 "foreign: this is a PyTorch file (.pth): convert it with export.py" -m "$work/foreign" x
+    echo "version https://git-lfs.github.com/spec/v1" >"$work/foreign"
+    refused 2 "foreign: this is a Git LFS pointer: git lfs pull fetches the file itself" -m "$work/foreign" x
+    refused 2 "foreign.gguf: a GGUF file of another program (general.architecture is \"llama\"): convert it with export.py" \
+        -m tests/goldens/weights/foreign.gguf x
     refused 2 "empty.gguf: the file is empty" -m "$work/empty.gguf" x
     refused 2 "not a GGUF file" -m Makefile x
     refused 2 "cut.gguf: tensor .* the file is cut off" -m "$work/cut.gguf" x
@@ -80,6 +100,9 @@ input() {
     { head -c 128 $golden/noise.npy; printf '\0\0\300\177'; tail -c +133 $golden/noise.npy; } >"$work/nan.npy"
     refused 2 "nan.npy: number 1 of 256 is not finite" $small --noise "$work/nan.npy" x
     refused 2 "--prompt-file nowhere.txt: No such file" $small --prompt-file nowhere.txt
+    printf 'a\0 \0f\0o\0x\0' >"$work/prompt.raw"
+    refused 2 "prompt.raw: byte 1 is 0, expected text in UTF-8, or in UTF-16 with its byte order mark" \
+        $small --prompt-file "$work/prompt.raw"
     refused 2 "--check nowhere: No such file" $small --check nowhere x
     refused 2 "--check tests: the folder holds no .npy" $small --check tests x
     refused 2 "--dump-only: nothing is written without --dump" $small --dump-only 'step*' x
@@ -232,6 +255,11 @@ generation() {
     done
     same --noise "$work/dump/noise.npy"
     same --prompt-file "$work/prompt"
+    same --prompt-file "$work/prompt.le"
+    same --prompt-file "$work/prompt.be"
+    same --seed 7
+    same --seed 4294967303 # of a seed's 64 bits the generator takes 32
+    same --seed -4294967289
     run $small -n "the lazy dog" -o - "a red fox"
     claim "standard output is the same file" cmp "$work/out" "$work/expected.y4m"
     claim "nothing is said where nobody looks" [ ! -s "$work/err" ]
@@ -270,7 +298,25 @@ checks() {
     done
 }
 
+# Seeds from end to end of torch's range.
+seeds() {
+    for seed in -9223372036854775808 -2 9223372036854775813 18446744073709551615; do
+        run $small --seed $seed -o "$work/clip.y4m" --check "tests/goldens/noise/seeds/$seed" --tolerance 1e-6 x
+        claim "--seed $seed is torch's: status 0, not $status" [ $status -eq 0 ]
+    done
+    claim "the record has the seed that is the same" grep -q '"seed": 18446744073709551615,$' "$work/clip.y4m.json"
+}
+
 options() {
+    for rate in 24=24:1 23.976=24000:1001 23.98=24000:1001 29.97=30000:1001 59.94=60000:1001 119.88=120000:1001 \
+        12.5=25:2 16.0=16:1 59.9=599:10 30000/1001=30000:1001 50:2=50:2; do
+        run $small -f 1 -g 1 --steps 1 --fps "${rate%=*}" -o "$work/clip.y4m" x
+        claim "--fps ${rate%=*} is ${rate#*=}" grep -aq "^YUV4MPEG2 W32 H16 F${rate#*=} " "$work/clip.y4m"
+    done
+    claim "the record says which matrix" grep -q '"matrix": "BT.601"' "$work/clip.y4m.json"
+    run $small -s 1280x16 -f 1 -g 1 --steps 1 -o "$work/clip.y4m" x
+    claim "the record says which matrix of larger frames" grep -q '"matrix": "BT.709"' "$work/clip.y4m.json"
+    claim "the record says which hash is not its own" grep -q '"model_tensors_sha256_claimed": "[0-9a-f]\{64\}"' "$work/clip.y4m.json"
     run $small -o "$work/clip.y4m" --chroma 444 --fps 30000:1001 --record-prompt -g 1 "a red fox"
     claim "--chroma and --fps" grep -aq "F30000:1001 Ip A1:1 C444 " "$work/clip.y4m"
     claim "--record-prompt" grep -q '"a red fox"' "$work/clip.y4m.json"
@@ -299,6 +345,11 @@ options() {
     claim "a failed run leaves the old file" [ "$(cat "$work/clip.keep")" = old ]
 }
 
+docs_show_help() {
+    "$sora" --help >"$work/help"
+    sed -n '/^```$/,/^```$/p' docs/options.md | sed '1d;/^```$/,$d' | cmp - "$work/help"
+}
+
 information() {
     run --help
     claim "--help: status 0" [ $status -eq 0 ]
@@ -312,6 +363,10 @@ information() {
     run -m $model --info
     claim "--info lists a key" grep -q "^wan.dim  *24$" "$work/out"
     claim "--info lists a tensor" grep -q "^blocks.0.ffn.0.weight  *f32  *\[40, 24\]$" "$work/out"
+    run -m tests/goldens/weights/foreign.gguf --info
+    claim "--info of another program's file: status 0, not $status" [ $status -eq 0 ]
+    claim "--info of another program's file: a type that is not read" grep -q "^of.q4_k  *q4_k  *\[1, 256\]$" "$work/out"
+    claim "docs/options.md shows --help" docs_show_help
     run -m $model --tokenize "a red fox"
     claim "--tokenize" [ "$(cat "$work/out")" = "$(od -A n -t d4 -j 128 $golden/prompt.ids.npy | xargs)" ]
 }
@@ -335,14 +390,52 @@ demo() {
     done
 }
 
+# make's rules on a compiler that only notes how it is called, and an installation into a folder with spaces.
+building() {
+    cat >"$work/cc" <<'end'
+echo "$@" >>"$(dirname "$0")/calls"
+while [ $# -gt 0 ]; do [ "$1" = -o ] && : >"$2"; shift; done
+end
+    build() { # build ARGUMENTS...: leaves the calls that were made
+        : >"$work/calls"
+        env -u MAKEFLAGS -u MFLAGS make -s BUILD="$work/build" CC="sh $work/cc" OPENMP=0 "$@" "$work/build/sora" 2>"$work/err"
+    }
+    build
+    all=$(wc -l <"$work/calls")
+    claim "make compiles: $all calls" [ "$all" -gt 20 ]
+    build
+    claim "make again does nothing" [ ! -s "$work/calls" ]
+    build LDFLAGS=-static
+    claim "other LDFLAGS link again, and compile nothing" [ "$(grep -c . "$work/calls")$(grep -c -- -static "$work/calls")" = 11 ]
+    build LDFLAGS=-static CFLAGS=-O1
+    claim "other CFLAGS compile and link again" [ "$(wc -l <"$work/calls")" -eq "$all" ]
+
+    [ -x ./sora ] || return
+    place() { env -u MAKEFLAGS -u MFLAGS make -s -o sora "$1" DESTDIR="$work/a stage" PREFIX="/it's here" >/dev/null 2>"$work/err"; }
+    place install
+    installed="$work/a stage/it's here/bin/sora"
+    run -h
+    claim "installed in a folder with spaces: the program" cmp ./sora "$installed"
+    claim "installed in a folder with spaces: its model" cmp models/demo.gguf "$work/a stage/it's here/share/sora/demo.gguf"
+    claim "the installed program finds the installed model" sh -c "cd / && \"$installed\" --info | grep -q '^wan.dim '"
+    place uninstall
+    claim "uninstall leaves no file" [ -z "$(find "$work/a stage" -type f)" ]
+    claim "uninstall leaves no folder of its own" [ ! -e "$work/a stage/it's here/share/sora" ]
+    claim "uninstall again: nothing to say" place uninstall
+}
+
 printf "a red fox" >"$work/prompt"
+printf '\377\376a\0 \0r\0e\0d\0 \0f\0o\0x\0' >"$work/prompt.le"
+printf '\376\377\0a\0 \0r\0e\0d\0 \0f\0o\0x' >"$work/prompt.be"
 usage
 input
 resources
 not_finite
 streams
 generation
+seeds
 checks
 options
 information
+building
 demo

@@ -95,9 +95,29 @@ def make_weights(folder: Path) -> None:
     writer.close()
 
 
+    make_foreign(folder / "foreign.gguf")
+
+
+def make_foreign(path: Path) -> None:
+    """A file such as other programs write: another architecture, a tensor of every type that ggml stores (zeros, a row
+    of 256), five dimensions, none, and a name of 127 bytes."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("foreign")
+    for kind, (block, size) in gguf.constants.GGML_QUANT_SIZES.items():
+        if kind.name not in ("Q8_1", "Q8_K"):  # ggml computes with them, and stores none
+            writer.add_tensor(f"of.{kind.name.lower()}", np.zeros((1, 256 // block * size), np.uint8), raw_dtype=kind)
+    writer.add_tensor("conv3d.weight", np.zeros((2, 3, 1, 2, 2), np.float32))
+    writer.add_tensor("scale", np.array(1, np.float32))
+    writer.add_tensor("n" * 127, np.zeros(4, np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 def make_noise(folder: Path) -> None:
     """integers.npy, randn_N.npy, randn_mixed.npy, randn_clip.npy: a row a seed, [len(seeds), n]; the seeds, and
-    the sizes of the mixed draws, are those of test_noise.c. They hold for torch on a processor with AVX2."""
+    the sizes of the mixed draws, are those of test_noise.c. seeds/SEED/noise.npy: of the whole range. They hold for torch on a processor with AVX2."""
     seeds = [0, 7, 2**32 + 7, 2**64 - 1]
 
     def save(name: str, draw: Callable[[torch.Generator], torch.Tensor]) -> None:
@@ -108,6 +128,10 @@ def make_noise(folder: Path) -> None:
     for n in (1, 2, 15, 16, 17, 31, 33, 4099):
         save(f"randn_{n}", lambda g: torch.randn(n, generator=g))
     save("randn_mixed", lambda g: torch.cat([torch.randn(n, generator=g) for n in (3, 5, 16, 1, 17, 2, 40)]))
+    for seed in (-2**63, -2, 2**63 + 5, 2**64 - 1):  # as `sora --seed`: what its --check reads
+        part = folder / "seeds" / str(seed)
+        part.mkdir(parents=True, exist_ok=True)
+        np.save(part / "noise.npy", torch.randn(4, 2, 4, 8, generator=torch.Generator().manual_seed(seed)))
     save("randn_clip", lambda g: torch.randn(1, 16, 2, 4, 6, generator=g).flatten())
 
 

@@ -9,7 +9,8 @@ static void test_object(void) {
     Json json = {0};
     json_open(&json, NULL);
     json_string(&json, "tool", "sora");
-    json_int(&json, "seed", -9223372036854775807);
+    json_int(&json, "low", -9223372036854775807);
+    json_unsigned(&json, "seed", UINT64_MAX);
     json_open(&json, "empty");
     json_close(&json);
     json_open(&json, "size");
@@ -21,7 +22,7 @@ static void test_object(void) {
     json_bool(&json, "ok", true);
     json_close(&json);
     static const char expected[] =
-        "{\n  \"tool\": \"sora\",\n  \"seed\": -9223372036854775807,\n  \"empty\": {},\n"
+        "{\n  \"tool\": \"sora\",\n  \"low\": -9223372036854775807,\n  \"seed\": 18446744073709551615,\n  \"empty\": {},\n"
         "  \"size\": {\n    \"shift\": 3,\n    \"third\": 0.3333333333333333,\n"
         "    \"tenth\": 0.1,\n    \"none\": null\n  },\n  \"ok\": true\n}\n";
     CHECK(!strcmp((char *)json.text.data, expected), "the object is\n%s", (char *)json.text.data);

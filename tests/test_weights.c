@@ -156,6 +156,15 @@ static void number_wrong_type(void *file) { weights_double_or(file, "test.string
 static void bool_wrong_type(void *file) { weights_bool_or(file, "test.u8", true); }
 static void string_wrong_type(void *file) { weights_string_or(file, "test.u8", "none"); }
 
+/* Ends with one line that names the file and says what is expected. */
+static void expect_death(void (*run)(void *), WeightFile *file, const char *expected) {
+    char output[4096];
+    int status = run_apart(run, file, output);
+    CHECK(status == STATUS_USAGE && strstr(output, expected), "expected \"%s\": status %d, \"%s\"", expected, status,
+          output);
+    CHECK(strstr(output, ".gguf: "), "the file is not named in \"%s\"", output);
+}
+
 static void test_deaths(WeightFile *file) {
     static const struct {
         void (*run)(void *);
@@ -176,13 +185,7 @@ static void test_deaths(WeightFile *file) {
         {sizes_wrong_count, "key \"test.numbers\" is not an array of 2 integers"},
         {sizes_wrong_value, "key \"test.numbers\" is -1, expected 1 to 100000"},
     };
-    char output[4096];
-    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
-        int status = run_apart(cases[i].run, file, output);
-        CHECK(status == STATUS_USAGE && strstr(output, cases[i].expected),
-              "expected \"%s\": status %d, \"%s\"", cases[i].expected, status, output);
-        CHECK(strstr(output, "tiny.gguf"), "the file is not named in \"%s\"", output);
-    }
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) expect_death(cases[i].run, file, cases[i].expected);
 }
 
 static void print_info(void *file) {
@@ -192,12 +195,63 @@ static void print_info(void *file) {
 static void test_info(WeightFile *file) {
     static const char *const expected[] = {"test.i8",       "-100",
                                            "na\xc3\xafve",  "3: \"\", \"\xe2\x96\x81the\", \"</s>\"",
-                                           "q8_0  [3, 64]", "f32   [2, 3, 3, 3]",
+                                           "q8_0    [3, 64]", "f32     [2, 3, 3, 3]",
                                            "7 tensors"};
     char output[4096];
     run_apart(print_info, file, output);
     for (size_t i = 0; i < sizeof expected / sizeof *expected; i++)
         CHECK(strstr(output, expected[i]), "--info lacks \"%s\":\n%s", expected[i], output);
+}
+
+/* ---------------------------------------------------------------- files of other programs */
+
+/* Whatever gguf can store is printed by name, and bound only if it can be multiplied. */
+static void test_foreign(const WeightFile *file) {
+    static const char *const types[] = {
+        "f32", "f16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq2_xxs",
+        "iq2_xs", "iq3_xxs", "iq1_s", "iq4_nl", "iq3_s", "iq2_s", "iq4_xs", "i8", "i16", "i32", "i64", "f64", "iq1_m",
+        "bf16", "tq1_0", "tq2_0", "mxfp4", "nvfp4", "q1_0"};
+    enum { COUNT = sizeof types / sizeof *types };
+    char output[4096], line[256];
+    run_apart(print_info, (void *)file, output);
+    for (size_t i = 0; i < COUNT; i++) {
+        char name[32];
+        snprintf(name, sizeof name, "of.%s", types[i]);
+        snprintf(line, sizeof line, "\n%-60s %-7s [1, 256]\n", name, types[i]);
+        CHECK(strstr(output, line), "--info lacks \"%s\":\n%s", line + 1, output);
+    }
+    memset(line, 'n', 127);
+    strcpy(line + 127, " f16     [4]\n");
+    CHECK(strstr(output, line), "--info lacks a name of 127 bytes:\n%s", output);
+    CHECK(strstr(output, " f32     [2, 3, 1, 2, 2]\n"), "--info lacks five dimensions:\n%s", output);
+    snprintf(line, sizeof line, "%-60s f32     [1]\n", "scale");
+    CHECK(strstr(output, line), "--info lacks a single number:\n%s", output);
+    snprintf(line, sizeof line, "%d tensors,", COUNT + 3);
+    CHECK(strstr(output, line), "--info counts other than %s\n%s", line, output);
+}
+
+static void bind_foreign(void *file) { weights_bind(file, 1, 256, "of.q4_k"); }
+
+static void read_foreign(void *file) { weights_floats(file, 256, "of.i8"); }
+
+/* The bytes of a type that is not known reach to the next tensor, or to the end. */
+static void test_unknown_type(void) {
+    char output[4096];
+    Builder b;
+    put_header(&b, 3, 0);
+    put_tensor(&b, "new", 7, 3, 99, 0);
+    put_tensor(&b, "old", 4, 1, TYPE_F32, 64);
+    put_tensor(&b, "newer", 7, 3, 100, 96);
+    put_padding(&b);
+    b.size += 64 + 32 + 5;
+    WeightFile *file;
+    const char *why = weights_parse((Bytes){b.data, b.size}, "new.gguf", &file);
+    CHECK(!why, "unknown types: %s", why);
+    if (why) return;
+    run_apart(print_info, file, output);
+    CHECK(strstr(output, " type 99 [3, 7]\n") && strstr(output, " type 100 [3, 7]\n"), "unknown types:\n%s", output);
+    CHECK(weights_bind(file, 1, 4, "old").data == b.data + b.size - 37, "what follows an unknown type is misplaced");
+    weights_close(file);
 }
 
 /* ---------------------------------------------------------------- files that are wrong */
@@ -218,7 +272,11 @@ static void test_headers(void) {
     expect_refused(&b, "not a GGUF file");
     put_header(&b, 0, 0);
     b.data[4] = 2;
-    expect_refused(&b, "version 2, expected 3");
+    CHECK(!parse_copy(b.data, b.size), "version 2 is refused");
+    b.data[4] = 1;
+    expect_refused(&b, "version 1, expected 3");
+    b.data[4] = 0, b.data[7] = 3;
+    expect_refused(&b, "(big-endian), expected 3");
     put_header(&b, UINT64_MAX, 0);
     expect_refused(&b, "do not fit into the file");
     put_header(&b, 0, UINT64_MAX / 14);
@@ -278,8 +336,10 @@ static void test_bad_tensors(void) {
     tensor_refused(1, (uint64_t)1 << 31, TYPE_F32, 0, "beyond 2147483647");
     tensor_refused(INT32_MAX, INT32_MAX, TYPE_F32, 0, "more elements than a file can hold");
     tensor_refused(17, 1, TYPE_F32, 0, "needs 68 bytes, and 64 are left");
-    tensor_refused(16, 1, 12, 0, "type other than f32, f16, bf16 and q8_0");
-    tensor_refused(16, 2, TYPE_Q8_0, 0, "no multiple of 32");
+    tensor_refused(16, 2, TYPE_Q8_0, 0, "is q8_0 with rows of no multiple of 32");
+    tensor_refused(128, 2, 12, 0, "is q4_k with rows of no multiple of 256");
+    tensor_refused(256, 1, 12, 0, "needs 144 bytes, and 64 are left");
+    tensor_refused(8, 1, 99, 32, "at offset 32, expected at 0");
     tensor_refused(8, 1, TYPE_F32, 32, "at offset 32, expected at 0");
     tensor_refused(8, 1, TYPE_F32, UINT64_MAX, "expected at 0");
     Builder b;
@@ -297,9 +357,15 @@ static void test_bad_tensors(void) {
     expect_refused(&b, "tensor \"y\" is at offset 0, expected at 32");
     put_header(&b, 1, 0);
     put_string(&b, "x");
-    put_u32(&b, 5);
+    put_u32(&b, 6);
     b.size += 64;
-    expect_refused(&b, "more than 4");
+    expect_refused(&b, "more than 5");
+    put_header(&b, 2, 0);
+    put_tensor(&b, "x", 1, 1, 99, 0);
+    put_tensor(&b, "y", 1, 1, TYPE_F32, 1000);
+    put_padding(&b);
+    b.size += 64;
+    expect_refused(&b, "tensor \"x\" needs 1000 bytes, and 64 are left");
 }
 
 /* Lookups go through a table with collisions: every one of many names is found, and no other. */
@@ -341,6 +407,15 @@ void test_weights(void) {
         test_info(file);
     }
     weights_close(file);
+    why = weights_open(test_path("goldens/weights/foreign.gguf"), &file);
+    CHECK(!why, "foreign.gguf: %s", why);
+    if (!why) {
+        test_foreign(file);
+        expect_death(bind_foreign, file, "tensor \"of.q4_k\" is q4_k, expected f32, f16, bf16 or q8_0");
+        expect_death(read_foreign, file, "tensor \"of.i8\" is i8, expected f32, f16, bf16 or q8_0");
+    }
+    weights_close(file);
+    test_unknown_type();
     why = weights_open("tests/no-such-file", &file);
     CHECK(why && !strcmp(why, "No such file or directory") && !file, "a missing file: %s", why);
     test_every_prefix();

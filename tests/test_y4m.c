@@ -27,22 +27,53 @@ static void test_headers(void) {
                   "YUV4MPEG2 W32768 H32768 F2147483647:2147483647 Ip A1:1 C420jpeg\n");
 }
 
-/* BT.601's colour bars, from the recommendation's own 8-bit values. */
-static void test_colours(void) {
-    static const struct {
-        float rgb[3];
-        uint8_t ycbcr[3];
-    } bars[] = {
-        {{1, 1, 1}, {235, 128, 128}}, {{-1, -1, -1}, {16, 128, 128}}, {{1, -1, -1}, {81, 90, 240}},
-        {{-1, 1, -1}, {145, 54, 34}}, {{-1, -1, 1}, {41, 240, 110}},  {{1, 1, -1}, {210, 16, 146}},
-        {{-1, 1, 1}, {170, 166, 16}}, {{1, -1, 1}, {106, 202, 222}},
-    };
-    VideoFormat format = {1, 1, 16, 1, 444};
-    for (size_t i = 0; i < sizeof bars / sizeof *bars; i++) {
-        uint8_t out[3];
-        y4m_convert(&format, bars[i].rgb, out);
-        CHECK(!memcmp(out, bars[i].ycbcr, 3), "bar %zu is %d %d %d", i, out[0], out[1], out[2]);
+/* Colour bars, the 8-bit values of both recommendations. */
+static const struct {
+    float rgb[3];
+    uint8_t bt601[3], bt709[3];
+} bars[] = {
+    {{1, 1, 1}, {235, 128, 128}, {235, 128, 128}}, {{-1, -1, -1}, {16, 128, 128}, {16, 128, 128}},
+    {{1, -1, -1}, {81, 90, 240}, {63, 102, 240}},  {{-1, 1, -1}, {145, 54, 34}, {173, 42, 26}},
+    {{-1, -1, 1}, {41, 240, 110}, {32, 240, 118}}, {{1, 1, -1}, {210, 16, 146}, {219, 16, 138}},
+    {{-1, 1, 1}, {170, 166, 16}, {188, 154, 16}},  {{1, -1, 1}, {106, 202, 222}, {78, 214, 230}},
+};
+enum { BARS = sizeof bars / sizeof *bars };
+
+/* Frames of one colour in the smallest and the largest sizes of either matrix, written and read again. */
+static void expect_bars(VideoFormat format, bool bt709) {
+    size_t pixels = (size_t)format.width * (size_t)format.height;
+    float *frame = malloc(3 * pixels * sizeof *frame);
+    char header[80], *file = malloc(sizeof header + 6 + 3 * pixels);
+    if (!frame || !file) abort();
+    size_t start = y4m_header(&format, header) + 6;
+    snprintf(file, sizeof header + 6, "%sFRAME\n", header);
+    uint8_t *out = (uint8_t *)file + start;
+    CHECK(y4m_is_bt709(&format) == bt709, "%dx%d: the other matrix", format.width, format.height);
+    for (int i = 0; i < BARS; i++) {
+        const uint8_t *expected = bt709 ? bars[i].bt709 : bars[i].bt601;
+        for (size_t p = 0; p < 3 * pixels; p++) frame[p] = bars[i].rgb[p / pixels];
+        y4m_convert(&format, frame, out);
+        CHECK(out[0] == expected[0] && out[pixels] == expected[1] && out[2 * pixels] == expected[2],
+              "%dx%d: bar %d is %d %d %d", format.width, format.height, i, out[0], out[pixels], out[2 * pixels]);
+        Y4mReader *reader;
+        VideoFormat found;
+        bool end = false;
+        const char *why = y4m_open((Bytes){(uint8_t *)file, start + 3 * pixels}, &reader, &found);
+        if (!why) why = y4m_next(reader, frame, &end);
+        float read[3] = {frame[0], frame[pixels], frame[2 * pixels]};
+        CHECK(!why && relative_error(read, bars[i].rgb, 3) < 0.01, "%dx%d: bar %d is read as %g %g %g", format.width,
+              format.height, i, read[0], read[1], read[2]);
+        y4m_close(reader);
     }
+    free(frame), free(file);
+}
+
+static void test_colours(void) {
+    expect_bars((VideoFormat){1, 1, 16, 1, 444}, false);
+    expect_bars((VideoFormat){1279, 576, 16, 1, 444}, false);
+    expect_bars((VideoFormat){1280, 1, 16, 1, 444}, true);
+    expect_bars((VideoFormat){1, 577, 16, 1, 444}, true);
+    VideoFormat format = {1, 1, 16, 1, 444};
     uint8_t out[3];
     y4m_convert(&format, (float[]){NAN, 3, -INFINITY}, out);
     CHECK(out[0] == 0, "what is not a number becomes %d", out[0]);
@@ -196,6 +227,8 @@ void test_y4m(void) {
     expect_identity("YUV4MPEG2 W5 H3 C422\n", (VideoFormat){5, 3, 25, 1, 422});
     expect_identity("YUV4MPEG2 W5 H3 Cmono\n", (VideoFormat){5, 3, 25, 1, 400});
     expect_identity("YUV4MPEG2 W6 H4\n", (VideoFormat){6, 4, 25, 1, 420});
+    expect_identity("YUV4MPEG2 W1280 H7 C444\n", (VideoFormat){1280, 7, 25, 1, 444});
+    expect_identity("YUV4MPEG2 W3 H577\n", (VideoFormat){3, 577, 25, 1, 420});
     test_layouts();
     test_refused();
     test_damaged_end();

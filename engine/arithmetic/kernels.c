@@ -327,26 +327,6 @@ bool precision_parse(const char *name, Precision *out) {
     return false;
 }
 
-size_t type_bytes(Type type, size_t n) {
-    switch (type) {
-    case TYPE_F32: return n * 4;
-    case TYPE_F16:
-    case TYPE_BF16: return n * 2;
-    case TYPE_Q8_0: return n / 32 * 34;
-    }
-    return 0;
-}
-
-const char *type_name(Type type) {
-    switch (type) {
-    case TYPE_F32: return "f32";
-    case TYPE_F16: return "f16";
-    case TYPE_BF16: return "bf16";
-    case TYPE_Q8_0: return "q8_0";
-    }
-    return NULL;
-}
-
 /* Both halves of the range by one multiplication each: a subnormal half is its bits times 2^-24. */
 static float half_to_float(uint16_t half) {
     uint32_t exponent = half >> 10 & 31, mantissa = half & 1023, bits;

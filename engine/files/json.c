@@ -74,6 +74,11 @@ void json_int(Json *json, const char *key, int64_t value) {
     append_format(json, "%" PRId64, value);
 }
 
+void json_unsigned(Json *json, const char *key, uint64_t value) {
+    begin_value(json, key);
+    append_format(json, "%" PRIu64, value);
+}
+
 void json_bool(Json *json, const char *key, bool value) {
     begin_value(json, key);
     append_format(json, "%s", value ? "true" : "false");

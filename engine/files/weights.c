@@ -1,4 +1,4 @@
-/* weights.c - the flat weight file: GGUF version 3, mapped into memory, read where it lies.
+/* weights.c - the flat weight file: GGUF, mapped into memory, read where it lies.
  *
  *   "GGUF"  u32 version  u64 tensors  u64 keys
  *   keys:     string name, u32 type, value
@@ -6,12 +6,14 @@
  *   padding to `general.alignment`, then the data of each tensor, each padded likewise
  *   (string: u64 length, bytes; a value that is an array: u32 type, u64 count, elements)
  *
- * (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.) All numbers are little endian.
+ * (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.) All numbers are little endian. Version 2 differs from
+ * 3 in name alone.
  *
  * Parsing is the border: a file that has passed weights_parse() can be used without further checks. Every
  * count is held against the bytes that are left before anything is allocated or skipped, so a file of n
  * bytes costs O(n) whatever its sizes and counts say. Tensors have to follow one another without gaps, as
- * every writer of the format lays them out; a wrong size or offset is caught there.
+ * every writer of the format lays them out; a wrong size or offset is caught there. Any program's file is parsed, for
+ * --info; what has a type that no product here reads is refused when it is bound.
  *
  * A tensor is used as a matrix (rows, cols). Any split of its sizes into an outer and an inner part will do:
  * the kernel of a convolution (O, I, t, h, w) is bound as the matrix (O, I*t*h*w), and folded sizes bind the
@@ -23,8 +25,9 @@
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
-enum { VERSION = 3, MAX_SIZES = 4, DEFAULT_ALIGNMENT = 32, MAX_ALIGNMENT = 1 << 16, MAX_NAME = 256 };
+enum { OLDEST_VERSION = 2, VERSION = 3, DEFAULT_ALIGNMENT = 32, MAX_ALIGNMENT = 1 << 16, MAX_NAME = 256 };
 
 static const uint8_t value_bytes[VALUE_TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
 
@@ -52,6 +55,34 @@ struct WeightFile {
     void **copies; /* what weights_floats() and weights_string_or() had to copy */
     size_t copy_count;
 };
+
+/* ---------------------------------------------------------------- types */
+
+/* Of ggml.h, by number: blocks of so many elements take so many bytes. */
+static const struct {
+    const char *name;
+    int elements, bytes;
+} types[] = {
+    [TYPE_F32] = {"f32", 1, 4}, [TYPE_F16] = {"f16", 1, 2}, [2] = {"q4_0", 32, 18}, [3] = {"q4_1", 32, 20},
+    [6] = {"q5_0", 32, 22}, [7] = {"q5_1", 32, 24}, [TYPE_Q8_0] = {"q8_0", 32, 34}, [9] = {"q8_1", 32, 36},
+    [10] = {"q2_k", 256, 84}, [11] = {"q3_k", 256, 110}, [12] = {"q4_k", 256, 144},
+    [13] = {"q5_k", 256, 176}, [14] = {"q6_k", 256, 210}, [15] = {"q8_k", 256, 292},
+    [16] = {"iq2_xxs", 256, 66}, [17] = {"iq2_xs", 256, 74}, [18] = {"iq3_xxs", 256, 98},
+    [19] = {"iq1_s", 256, 50}, [20] = {"iq4_nl", 32, 18}, [21] = {"iq3_s", 256, 110},
+    [22] = {"iq2_s", 256, 82}, [23] = {"iq4_xs", 256, 136}, [24] = {"i8", 1, 1}, [25] = {"i16", 1, 2},
+    [26] = {"i32", 1, 4}, [27] = {"i64", 1, 8}, [28] = {"f64", 1, 8}, [29] = {"iq1_m", 256, 56},
+    [TYPE_BF16] = {"bf16", 1, 2}, [34] = {"tq1_0", 256, 54}, [35] = {"tq2_0", 256, 66},
+    [39] = {"mxfp4", 32, 17}, [40] = {"nvfp4", 64, 36}, [41] = {"q1_0", 128, 18},
+};
+enum { TYPES = sizeof types / sizeof *types };
+
+const char *type_name(Type type) { return (size_t)type < TYPES ? types[type].name : NULL; }
+
+size_t type_bytes(Type type, size_t n) { return n / (size_t)types[type].elements * (size_t)types[type].bytes; }
+
+static bool is_read_here(Type type) {
+    return type == TYPE_F32 || type == TYPE_F16 || type == TYPE_BF16 || type == TYPE_Q8_0;
+}
 
 /* ---------------------------------------------------------------- names */
 
@@ -168,7 +199,8 @@ static const char *parse_keys(WeightFile *file, Reader *reader) {
 
 #define MAX_ELEMENTS (SIZE_MAX / 65536) /* so that no later product with a few bytes overflows */
 
-/* The file's sizes are innermost first, a shape is outermost first as everywhere else. */
+/* The file's sizes are innermost first, a shape is outermost first as everywhere else. How many bytes a type takes
+ * that is not known here shows only when the next tensor's place does. */
 static const char *check_sizes(Tensor *tensor, const uint64_t *sizes) {
     Shape *shape = &tensor->shape;
     uint64_t count = 1;
@@ -178,22 +210,25 @@ static const char *check_sizes(Tensor *tensor, const uint64_t *sizes) {
         count *= sizes[d];
         shape->d[shape->n - 1 - d] = (int)sizes[d];
     }
-    if (tensor->type == TYPE_Q8_0 && sizes[0] % 32) return "is q8_0 with rows of no multiple of 32";
+    const char *name = type_name(tensor->type);
+    if (!name) return NULL;
+    int block = types[tensor->type].elements;
+    if (sizes[0] % (uint64_t)block) return reason("is %s with rows of no multiple of %d", name, block);
     tensor->bytes = type_bytes(tensor->type, (size_t)count);
     return NULL;
 }
 
 static const char *take_tensor(Reader *reader, Tensor *tensor, uint64_t *offset) {
     uint32_t n, type;
-    uint64_t sizes[MAX_SIZES];
+    uint64_t sizes[MAX_DIMS];
     if (!take_u32(reader, &n)) return "is cut off";
-    if (n == 0 || n > MAX_SIZES) return "has no dimensions, or more than 4";
+    if (n > MAX_DIMS) return "has more than 5 dimensions";
     for (uint32_t d = 0; d < n; d++)
         if (!take_u64(reader, &sizes[d])) return "is cut off";
     if (!take_u32(reader, &type) || !take_u64(reader, offset)) return "is cut off";
+    if (n == 0) sizes[n++] = 1; /* a single number */
     tensor->shape.n = (int)n;
     tensor->type = (Type)type;
-    if (!type_name(tensor->type)) return "is of a type other than f32, f16, bf16 and q8_0";
     return check_sizes(tensor, sizes);
 }
 
@@ -230,10 +265,11 @@ static const char *place_tensors(WeightFile *file, Reader *reader, const uint8_t
         if (offsets[i] != expected)
             return reason("tensor \"%.*s\" is at offset %" PRIu64 ", expected at %" PRIu64,
                           NAMED(tensor->name), offsets[i], expected);
+        bool last = i + 1 == file->tensor_count;
+        if (!type_name(tensor->type)) tensor->bytes = last ? reader->left : (size_t)(offsets[i + 1] - offsets[i]);
         if (!take(reader, tensor->bytes, &tensor->data))
             return reason("tensor \"%.*s\" needs %zu bytes, and %zu are left: the file is cut off or damaged",
                           NAMED(tensor->name), tensor->bytes, reader->left);
-        bool last = i + 1 == file->tensor_count; /* some writers leave out the padding at the very end */
         if (!last && !skip_padding(reader, start, file->alignment))
             return reason("the file ends after tensor \"%.*s\"", NAMED(tensor->name));
     }
@@ -251,14 +287,35 @@ static const char *read_alignment(WeightFile *file) {
     return NULL;
 }
 
+/* Of a file that is no GGUF. */
+static const char *what_it_is(Reader start) {
+    static const char *const kinds[][2] = {
+        {"PK\3\4", "a PyTorch file (.pth): convert it with export.py"},
+        {"\x80\2", "a PyTorch file (.pth): convert it with export.py"},
+        {"version https://git-lfs", "a Git LFS pointer: git lfs pull fetches the file itself"},
+        {"<!DOCTYPE", "an HTML page"},
+        {"<html", "an HTML page"},
+    };
+    for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++) {
+        size_t length = strlen(kinds[i][0]);
+        if (start.left >= length && !memcmp(start.at, kinds[i][0], length)) return reason("this is %s", kinds[i][1]);
+    }
+    uint64_t header;
+    if (take_u64(&start, &header) && header && header <= start.left && *start.at == '{')
+        return "this is a safetensors file: convert it with export.py";
+    return "this is not a GGUF file";
+}
+
 /* The smallest key takes 14 bytes, the smallest tensor 33; larger counts cannot be true. */
 static const char *take_header(WeightFile *file, Reader *reader) {
     const uint8_t *magic;
     uint32_t version;
     uint64_t tensors, keys;
-    if (!take(reader, 4, &magic) || memcmp(magic, "GGUF", 4)) return "this is not a GGUF file";
+    Reader start = *reader;
+    if (!take(reader, 4, &magic) || memcmp(magic, "GGUF", 4)) return what_it_is(start);
     if (!take_u32(reader, &version)) return "the file is cut off";
-    if (version != VERSION) return reason("GGUF version %" PRIu32 ", expected 3", version);
+    if (version < OLDEST_VERSION || version > VERSION)
+        return reason("GGUF version %" PRIu32 "%s, expected 3", version, version << 16 ? "" : " (big-endian)");
     if (!take_u64(reader, &tensors) || !take_u64(reader, &keys)) return "the file is cut off";
     if (tensors > reader->left / 33 || keys > reader->left / 14 || tensors > INT32_MAX || keys > INT32_MAX)
         return reason("%" PRIu64 " tensors and %" PRIu64 " keys do not fit into the file", tensors, keys);
@@ -295,7 +352,9 @@ const char *weights_parse(Bytes bytes, const char *path, WeightFile **out) {
 
 const char *weights_open(const char *path, WeightFile **out) {
     Bytes bytes;
+    struct stat status;
     *out = NULL;
+    if (!stat(path, &status) && S_ISDIR(status.st_mode)) return "this is a folder: convert it with export.py";
     const char *why = map_file(path, &bytes);
     if (why) return why;
     why = weights_parse(bytes, path, out);
@@ -349,6 +408,9 @@ void weights_refuse(const WeightFile *file, const char *format, ...) {
 static const Tensor *need_tensor(const WeightFile *file, const char *name) {
     const Tensor *tensor = find_tensor(file, name);
     if (!tensor) weights_refuse(file, "tensor \"%s\" is missing", name);
+    const char *type = type_name(tensor->type);
+    if (!is_read_here(tensor->type))
+        weights_refuse(file, "tensor \"%s\" is %s, expected f32, f16, bf16 or q8_0", name, type ? type : "of an unknown type");
     return tensor;
 }
 
@@ -557,8 +619,9 @@ void weights_print(const WeightFile *file, FILE *out) {
     for (size_t i = 0; i < file->key_count; i++) print_key(&file->keys[i], out);
     for (size_t i = 0; i < file->tensor_count; i++) {
         const Tensor *tensor = &file->tensors[i];
-        fprintf(out, "%-60.*s %-5s %s\n", NAMED(tensor->name), type_name(tensor->type),
-                shape_string(&tensor->shape, shape));
+        const char *type = type_name(tensor->type);
+        if (!type) type = reason("type %d", (int)tensor->type);
+        fprintf(out, "%-60.*s %-7s %s\n", NAMED(tensor->name), type, shape_string(&tensor->shape, shape));
         elements += (double)shape_count(&tensor->shape);
         bytes += (double)tensor->bytes;
     }

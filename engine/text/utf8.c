@@ -62,3 +62,25 @@ void text_append_character(Text *text, uint32_t code) {
     bytes[0] = (uint8_t)(n == 1 ? code : (0xF00 >> n) | code);
     text_append(text, bytes, (size_t)n);
 }
+
+static uint32_t utf16_unit(Bytes text, size_t at, bool big_endian) {
+    return at + 1 < text.size ? (uint32_t)text.data[at + !big_endian] << 8 | text.data[at + big_endian] : 0;
+}
+
+/* A surrogate without its other half, and a byte without its other one, become U+FFFD. */
+bool text_append_utf16(Text *text, Bytes bytes) {
+    uint32_t mark = utf16_unit(bytes, 0, true);
+    bool big_endian = mark == 0xFEFF;
+    if (!big_endian && mark != 0xFFFE) return false;
+    text_append(text, "", 0);
+    for (size_t at = 2; at < bytes.size; at += 2) {
+        uint32_t code = utf16_unit(bytes, at, big_endian), low = utf16_unit(bytes, at + 2, big_endian);
+        if (code >= 0xD800 && code < 0xDC00 && low >= 0xDC00 && low < 0xE000) {
+            code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+            at += 2;
+        }
+        bool alone = (code >= 0xD800 && code < 0xE000) || at + 1 == bytes.size;
+        text_append_character(text, alone ? 0xFFFD : code);
+    }
+    return true;
+}
