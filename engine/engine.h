@@ -1,7 +1,7 @@
 /* engine.h - the machine room: what the stages of sora.h stand on. Nothing here knows what a video model is.
  *
  *   base/        errors, memory, files, time; names to numbers; what is shown while it runs
- *   text/        UTF-8; HTML's names for characters
+ *   text/        UTF-8; HTML's names for characters; Unicode's compositions; text as a vocabulary has it
  *   files/       weight files, arrays, what --dump and --check do with them, hashes, JSON
  *   arithmetic/  kernels, what they multiply, and the operations built from them; random numbers
  *
@@ -59,6 +59,7 @@ typedef struct {
     const uint8_t *data;
     size_t size;
 } Bytes;
+static inline Bytes tail(Bytes text, size_t from) { return (Bytes){text.data + from, text.size - from}; }
 const char *map_file(const char *path, Bytes *out); /* read-only */
 void unmap_file(Bytes bytes);
 /* "-" is standard input; free() out->data. */
@@ -116,22 +117,6 @@ void threads_start(void); /* the workers; from then on signals reach the main th
 int threads_count(void);
 int thread_index(void); /* of the thread that runs this iteration */
 
-/* ---------------------------------------------------------------- utf8.c: bytes that grow, UTF-8 */
-
-/* Begin with {0}, free() the data; a 0 that does not count follows what was appended. */
-typedef struct {
-    uint8_t *data;
-    size_t size, room;
-} Text;
-void text_append(Text *text, const void *bytes, size_t size);
-void text_append_utf8(Text *text, Bytes bytes);           /* with U+FFFD for what is no UTF-8 */
-void text_append_character(Text *text, uint32_t code);
-/* UTF-16 that begins with its byte order mark, without it. Any other bytes: false, and nothing is appended. */
-bool text_append_utf16(Text *text, Bytes bytes);
-size_t utf8_decode(Bytes text, uint32_t *code); /* of valid UTF-8; returns its bytes */
-/* Whether a terminal shows what text, not empty, begins with, and does not obey it; *bytes: of that. */
-bool is_printable(Bytes text, size_t *bytes);
-
 /* ---------------------------------------------------------------- index.c: names to numbers */
 
 /* The names stand in the caller's entries, which begin with them as Bytes, are `stride` bytes apart, and stay
@@ -140,13 +125,23 @@ typedef struct {
     int32_t *places;
     size_t mask;
     const void *names;
-    size_t stride;
+    size_t stride, longest; /* longest: bytes of the longest name */
 } Index;
-#define HASH_START 14695981039346656037u
-uint64_t hash_next(uint64_t hash, uint8_t byte); /* of a name and one more byte, from that of the name */
 Index index_new(size_t count, const void *names, size_t stride);
-int32_t *index_place(const Index *index, Bytes name); /* where it is, or the free one where it belongs */
-int32_t *index_hashed(const Index *index, Bytes name, uint64_t hash); /* the same, if its hash is known */
+int32_t index_add(Index *index, int32_t entry);     /* returns the entry that it replaces, or -1 */
+int32_t index_find(const Index *index, Bytes name); /* -1: no such name */
+
+/* Walks over the names that a text begins with, from the shortest on. */
+typedef struct {
+    const Index *index;
+    Bytes text;
+    size_t size; /* of the name found last */
+    uint64_t hash;
+} Prefixes;
+Prefixes index_prefixes(const Index *index, Bytes text);
+int32_t prefixes_next(Prefixes *walk); /* the next name's entry; -1 after the last */
+/* The longest name that a text begins with: its entry, and its bytes in *size; -1 and 0 if there is none. */
+int32_t index_longest(const Index *index, Bytes text, size_t *size);
 
 /* ---------------------------------------------------------------- profile.c: where the time goes */
 
@@ -165,6 +160,63 @@ void progress_enable(bool wanted); /* and then only if standard error is a termi
 void progress(const char *stage, int done, int total);
 void progress_note(const char *format, ...) PRINTF_LIKE(1, 2); /* a line that stays, above it */
 
+/* ---------------------------------------------------------------- utf8.c: bytes that grow, UTF-8 */
+
+/* Begin with {0}, free() the data; a 0 that does not count follows what was appended. */
+typedef struct {
+    uint8_t *data;
+    size_t size, room;
+} Text;
+void text_append(Text *text, const void *bytes, size_t size);
+void text_append_utf8(Text *text, Bytes bytes);           /* with U+FFFD for what is no UTF-8 */
+void text_append_character(Text *text, uint32_t code);
+/* UTF-16 that begins with its byte order mark, without it. Any other bytes: false, and nothing is appended. */
+bool text_append_utf16(Text *text, Bytes bytes);
+bool starts_with(Bytes text, const char *prefix);
+static inline Bytes text_bytes(const Text *text) { return (Bytes){text->data, text->size}; }
+size_t utf8_decode(Bytes text, uint32_t *code); /* of valid UTF-8; returns its bytes */
+size_t character_bytes(Bytes text); /* of the first character, by its first byte alone */
+/* Whether a terminal shows what text, not empty, begins with, and does not obey it; *bytes: of that. */
+bool is_printable(Bytes text, size_t *bytes);
+
+/* A rule looks at what a text, not empty and valid UTF-8, begins with. Where it applies, it appends what takes
+ * the place of that to `out` and returns how many bytes it took; elsewhere it returns 0. */
+typedef size_t Rule(Bytes text, Text *out);
+void text_rewrite(Text *text, Rule *rule); /* from left to right; what no rule takes stays */
+
+/* ---------------------------------------------------------------- html.c: references to characters */
+
+Rule html_reference; /* "&amp;", "&#38;", "&lt" as html.unescape of Python reads them */
+Rule ftfy_reference; /* what ftfy takes of them: none without its semicolon, but "&NTILDE;" too */
+uint32_t windows_1252(uint32_t code); /* of 0x80 to 0x9F; itself where that has none */
+
+/* ---------------------------------------------------------------- unicode.c: one way to write a character */
+
+void text_compose(Text *text); /* Unicode's normal form C */
+Rule usual_form; /* of ligatures of Latin letters, full-width and half-width characters, as ftfy has it */
+bool is_digit(uint32_t code); /* 0 to 9 in any script */
+bool is_space(uint32_t code); /* what Python's \s matches and str.strip() strips */
+
+/* ------------------------------------------------------------- normalizer.c: text as a vocabulary has it */
+
+#define SPACE_SYMBOL "\342\226\201" /* U+2581, a space in a vocabulary */
+enum { SPACE_BYTES = 3 };
+
+typedef struct WeightFile WeightFile; /* weights.c */
+
+/* The rules of a vocabulary's library, as the weight file has them. */
+typedef struct {
+    enum { NEVER, FIRST, ALWAYS } prepend; /* a space goes in front: FIRST, of the whole text only */
+    bool squeeze_spaces;                   /* tokenizers: a run of spaces is one */
+    bool remove_extra_whitespaces, escape_whitespaces; /* sentencepiece */
+    Bytes trie, replacements; /* sentencepiece's map: u32 units, 0-terminated strings */
+} Normalizer;
+const char *normalizer_load(const WeightFile *file, Normalizer *out);
+/* tokenizers: one part of the text, between added tokens; `first`, if it begins the text. */
+Text normalize_part(const Normalizer *normalizer, Bytes part, bool first);
+/* sentencepiece: the whole text; `symbols` stay as they are. */
+Text normalize_whole(const Normalizer *normalizer, const Index *symbols, Bytes text);
+
 /* -------------------------------------------------------------- weights.c: the flat weight file (GGUF v3) */
 
 /* Numbers as in ggml.h. Files hold more types, which --info knows by name; these are the ones that can be bound. */
@@ -179,7 +231,6 @@ typedef struct {
     int rows, cols;
 } Weight;
 
-typedef struct WeightFile WeightFile;
 const char *weights_open(const char *path, WeightFile **out);              /* maps and checks everything */
 const char *weights_parse(Bytes bytes, const char *path, WeightFile **out); /* the same on bytes in memory */
 void weights_close(WeightFile *file); /* and gives the mapping back; NULL is nothing to close */

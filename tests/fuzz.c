@@ -70,8 +70,28 @@ static void encode(const Tokenizer *tokenizer, Bytes text) {
         if (ids[i] < 0) abort();
 }
 
+static bool same_text(const Text *text, Bytes other) {
+    return text->size == other.size && !memcmp(text->data, other.data, other.size);
+}
+
+/* What is clean is UTF-8, and what is composed is composed. */
+static void check_clean(Bytes clean) {
+    Text text = {0};
+    text_append_utf8(&text, clean);
+    text_append(&text, "", 0);
+    if (!same_text(&text, clean)) abort();
+    text_compose(&text);
+    Text again = {0};
+    text_append(&again, text.data, text.size);
+    text_compose(&again);
+    if (!same_text(&again, text_bytes(&text))) abort();
+    free(again.data);
+    free(text.data);
+}
+
 static bool run_text(Bytes in) {
     Bytes clean = prompt_clean(in);
+    check_clean(clean);
     for (int i = 0; i < 2; i++) encode(tokenizers[i], clean);
     free((void *)clean.data);
     return true;
@@ -302,6 +322,8 @@ static void seed_texts(void) {
         "\xe4\xbd\xa0\xe5\xa5\xbd \xd8\xb3\xd9\x84\xd8\xa7\xd9\x85 e\xcc\x81",
         "\xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x91\xa7",
         "\xff\xc0\x80\xed\xa0\x80\xf4\x90\x80\x80\xe2\x82",
+        "\xef\xbb\xbf\xef\xbc\xa1\xef\xbd\xb6\xef\xbe\x9e \xef\xac\x83 \xc2\x85\x1b[1;\xd9\xa3m \xe2\x80\xa8",
+        "o\xcc\x82\xcc\xa3 \xe1\xbb\x99 \xe1\x84\x80\xe1\x85\xa1\xe1\x86\xa8 \xea\xb0\x80\xe1\x86\xa8 \xef\xac\xab &NTILDE;",
         "a</s>b<extra_id_0> <pad><unk>",
         "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
     };

@@ -5,7 +5,8 @@
   umT5's does not use: prepend schemes, byte fallback, no squeezing, added tokens outside the vocabulary.
 - sentencepiece: models trained here, with each normaliser and each option that changes how text is read.
 - transformers: what it does around that (closing `</s>`, padding to the limit, truncation).
-- ftfy and html: clean-up, as in diffusers' prompt_clean with ftfy's two repairs that prompt.c has.
+- ftfy and html: clean-up, as in diffusers' prompt_clean; what ftfy does by guessing at encodings is counted, not compared.
+- unicodedata: tables.h, and every character up to U+2FFFF among marks, where Python has the same version of Unicode.
 
 The C code is built into a shared object and called through ctypes; the weight files come from export's own tables, so
 the exporter's reading of both formats is compared too. `--goldens` writes what `make test` reads.
@@ -14,8 +15,10 @@ the exporter's reading of both formats is compared too. `--goldens` writes what 
 """
 
 import argparse
+import contextlib
 import ctypes
 import gzip
+import hashlib
 import html
 import io
 import itertools
@@ -26,6 +29,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import unicodedata
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,6 +42,8 @@ from sentencepiece import sentencepiece_model_pb2
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from engine.text import tables  # noqa: E402
+from export.sources import NEGATIVE_PROMPT  # noqa: E402
 from export.tokenizer import tokenizer_keys  # noqa: E402
 
 LIMIT = 512
@@ -57,7 +63,7 @@ class RawBytes(ctypes.Structure):
 def build(folder):
     """prompt.c, tokenizer.c and what they stand on, as a shared object."""
     library = folder / "libtokenizer.so"
-    engine = sorted(str(f) for f in (ROOT / "engine").glob("*.c"))
+    engine = sorted(str(f) for f in (ROOT / "engine").glob("*/*.c"))
     subprocess.run(["cc", "-std=c11", "-O2", "-D_POSIX_C_SOURCE=200809L", "-D_DEFAULT_SOURCE", "-ffp-contract=off",
                     "-fPIC", "-shared", "-Wno-unknown-pragmas", "-I.", "-o", str(library), "prompt.c", "tokenizer.c",
                     *engine, "-lm"], cwd=ROOT, check=True)
@@ -357,18 +363,89 @@ def corpus(seed):
 
 # ---------------------------------------------------------------- clean-up
 
-FTFY = ftfy.TextFixerConfig(
-    unescape_html="auto", uncurl_quotes=True, remove_terminal_escapes=False, fix_encoding=False, restore_byte_a0=False,
-    replace_lossy_sequences=False, decode_inconsistent_utf8=False, fix_c1_controls=False, fix_latin_ligatures=False,
-    fix_character_width=False, fix_line_breaks=False, fix_surrogates=False, remove_control_chars=False,
-    normalization=None, explain=False)
+UNGUESSED = ftfy.TextFixerConfig(fix_encoding=False, explain=False)
 
 
-def clean(data):
-    """diffusers' prompt_clean (pipelines/wan/pipeline_wan.py) with ftfy's two repairs that prompt.c has."""
-    text = ftfy.fix_text(data.decode(errors="replace"), FTFY)
-    text = html.unescape(html.unescape(text)).strip()
+def clean(text, config=UNGUESSED):
+    """diffusers' prompt_clean (pipelines/wan/pipeline_wan.py), but for ftfy's guesses at encodings."""
+    text = html.unescape(html.unescape(ftfy.fix_text(text, config))).strip()
     return re.sub(r"\s+", " ", text).strip()
+
+
+def unguessed(name, inputs):
+    """Those that ftfy does not take for text that was decoded in a wrong encoding; says how many it does."""
+    kept = [text for text in inputs if ftfy.fix_text(text) == ftfy.fix_text(text, UNGUESSED)]
+    print(f"     ftfy guesses at the encoding of {len(inputs) - len(kept)} of {len(inputs)} {name}", flush=True)
+    return kept
+
+
+# Characters of Unicode 3.2: later versions, of which each Python has another, treat them alike.
+KNOWN = [c for c in map(chr, range(0x30000)) if unicodedata.ucd_3_2_0.category(c) not in ("Cn", "Cs")]
+ALPHABETS = {script: [c for c in KNOWN if unicodedata.name(c, "").startswith(script) and unicodedata.category(c)[0] in "LM"]
+             for script in ("LATIN SMALL", "LATIN CAPITAL", "FULLWIDTH LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "HEBREW",
+                            "ARABIC LETTER", "SYRIAC", "DEVANAGARI", "BENGALI", "GURMUKHI", "GUJARATI", "ORIYA", "TAMIL",
+                            "TELUGU", "KANNADA", "MALAYALAM", "SINHALA", "THAI", "LAO", "TIBETAN", "MYANMAR", "GEORGIAN",
+                            "HANGUL", "ETHIOPIC", "KHMER", "MONGOLIAN", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA",
+                            "CJK UNIFIED")}
+BETWEEN = [*" " * 12, ", ", ". ", "，", "。", "！", "（", "）", "　", " “", "” ", " ‘", "’", "'", " - ", " … ", " & ",
+           "&amp;", "&quot;", "\n", "\r\n", "\u2028", "\ufeff", " 12 ", "１２", "\u00a0"]
+
+
+def sentence(rng, script):
+    """Words of one script as people type them: composed or not, with the script's punctuation or another's."""
+    words = ("".join(rng.choices(ALPHABETS[script], k=rng.randint(1, 9))) for _ in range(rng.randint(1, 12)))
+    text = "".join(word + rng.choice(BETWEEN) for word in words)
+    return unicodedata.normalize(rng.choice(["NFC", "NFD"]), text)
+
+
+def sentences(count, seed):
+    """The released models' own negative prompt, and sentences of all scripts."""
+    rng = random.Random(seed)
+    yield NEGATIVE_PROMPT
+    for i in range(count):
+        yield sentence(rng, list(ALPHABETS)[i % len(ALPHABETS)])
+
+
+def pools():
+    """What ftfy has repairs for: marks, compositions and their parts, Hangul, widths, controls, terminal escapes."""
+    parts = [c for c in KNOWN if unicodedata.decomposition(c)]
+    return [[c for c in KNOWN if unicodedata.combining(c)], parts, list(unicodedata.normalize("NFD", "".join(parts))),
+            [chr(c) for c in (*range(0xAC00, 0xD7A4, 31), *range(0x1100, 0x1200))],
+            [chr(c) for c in range(0xFE00, 0x10000)],
+            [chr(c) for c in (*range(0x20), *range(0x7F, 0xA0), *range(0x132, 0x14A), *range(0x1C4, 0x1F4), 0x2BC,
+                              *range(0x2010, 0x2070), 0x3000, *range(0xFB00, 0xFB07))],
+            [c for c in KNOWN if c.isdecimal()], list("abcXYZ &<;#\n\r\033[;m019"), KNOWN,
+            ["&amp;", "&lt;", "\033[", "\033[1;31m", "\r\n", "&#", "&eacute;", "&EACUTE;", "&nbsp;", "&#x85;", "&#769;",
+             "&ﬁlig;"]]
+
+
+def disordered(count, seed):
+    """Random strings that need many repairs at once."""
+    rng, every = random.Random(seed), pools()
+    for _ in range(count):
+        some = rng.choices(every, k=rng.choice([1, 2, 3, 9]))
+        yield "".join(rng.choice(rng.choice(some)) for _ in range(rng.choice([1, 2, 3, 5, 8, 20, 60])))
+
+
+def blocks():
+    """Every character up to U+2FFFF by itself, and between a letter and two marks: 4096 of them in a string."""
+    for first in range(0, 0x30000, 0x1000):
+        characters = [chr(c) for c in range(first, first + 0x1000) if not 0xD800 <= c < 0xE000]
+        if characters:
+            yield first, "\n".join(f"a{c}\u0323\u0301{c}" for c in characters)
+
+
+def tables_match():
+    """Whether Python has the version of Unicode of tables.h; if so, tables.py must write the same."""
+    committed, out = (ROOT / "engine/text/tables.h").read_text(), io.StringIO()
+    if f"Unicode {unicodedata.unidata_version}," not in committed:
+        print(f"left out: every character, since this Python has Unicode {unicodedata.unidata_version}")
+        return False
+    with contextlib.redirect_stdout(out):
+        tables.main()
+    if out.getvalue().split("\n", 1)[1] != committed.split("\n", 1)[1]:
+        sys.exit("engine/text/tables.h is not what engine/text/tables.py writes")
+    return True
 
 
 def random_prompt(rng):
@@ -436,11 +513,18 @@ def write_goldens(folder, models):
         write_weights(folder / f"{name}.gguf", keys)
         lines = [f"{escape(t.encode())}\t{' '.join(map(str, library(t)))}\n" for t in chosen]
         (folder / f"{name}.txt").write_text("".join(lines))
-    chosen = rng.sample([p for p in prompts(1000, 5) if len(p) < 100], 600)
-    (folder / "clean.txt").write_text("".join(f"{escape(p)}\t{escape(clean(p).encode())}\n" for p in chosen))
+    chosen = rng.sample([p for p in prompts(1000, 5) if len(p) < 100], 300)
+    short = [text for text in (*sentences(500, 6), *disordered(500, 7)) if len(text) < 30]
+    chosen += [text.encode() for text in (NEGATIVE_PROMPT, *rng.sample(short, 299))]
+    lines = [f"{escape(p)}\t{escape(clean(p.decode(errors='replace')).encode())}\n" for p in chosen]
+    (folder / "clean.txt").write_text("".join(lines))
+    if tables_match():
+        lines = [f"{first:x}\t{hashlib.sha256(clean(text).encode()).hexdigest()}\n" for first, text in blocks()]
+        (folder / "characters.txt").write_text("".join(lines))
     (folder / "VERSIONS").write_text(
         f"python {platform.python_version()}, tokenizers {tokenizers.__version__}, "
-        f"sentencepiece {sentencepiece.__version__}, ftfy {ftfy.__version__}, gguf {version('gguf')}\n"
+        f"sentencepiece {sentencepiece.__version__}, ftfy {ftfy.__version__}, gguf {version('gguf')}, "
+        f"Unicode {unicodedata.unidata_version}\n"
         "python tests/reference_tokenizer.py --goldens tests/goldens/tokenizer\n")
 
 
@@ -458,8 +542,25 @@ class Comparison:
         self.strings += len(inputs)
 
     def clean_up(self):
-        self.compare("clean-up as ftfy and html.unescape", clean, lambda p: clean_in_c(self.c, p),
-                     list(prompts(self.count, 1)))
+        """Prompts as bytes, perhaps no UTF-8; strings that need many repairs; every character."""
+        def in_c(text):
+            return clean_in_c(self.c, text.encode())
+        self.compare("clean-up of references, spaces and bytes", lambda p: clean(p.decode(errors="replace")),
+                     lambda p: clean_in_c(self.c, p), list(prompts(self.count, 1)))
+        inputs = list(disordered(10 * self.count, 2))
+        self.compare("clean-up of what needs many repairs", clean, in_c, inputs)
+        unguessed("strings that need many repairs", inputs)
+        unguessed("prompts in many languages", corpus(3))
+        if tables_match():
+            self.compare("clean-up of every character", clean, in_c, [text for _, text in blocks()])
+
+    def whole(self, name, path, library):
+        """From what is typed to ids, as upstream with ftfy's default: clean-up and tokenizer in one."""
+        tokenizer = Tokenizer(self.c, write_weights(self.folder / "model.gguf", tokenizer_keys(path)))
+        inputs = unguessed("sentences", list(sentences(3 * self.count, 4)))
+        assert NEGATIVE_PROMPT in inputs
+        self.compare(f"{name}, sentences in {len(ALPHABETS)} alphabets as typed", lambda text: library(clean(text, None)),
+                     lambda text: tokenizer.encode(clean_in_c(self.c, text.encode())), inputs)
 
     def tokenizer(self, name, path, library, inputs):
         """`library` maps a text to its ids by the tokenizer file at `path`."""
@@ -480,28 +581,30 @@ class Comparison:
         self.tokenizer(f"tokenizers, {name}", path, library(path), inputs)
 
 
-def compare_trained(comparison, sentences):
+def compare_trained(comparison, learned):
     """sentencepiece models with every option; two of them changed in ways that no option leads to."""
     for seed, (name, options) in enumerate(TRAINING.items()):
-        data = train(options, sentences)
+        data = train(options, learned)
         comparison.model(name, data, texts(comparison.count, 10 + seed))
         for change in CHANGES if name in ("nmt_nfkc", "user-defined symbols") else ():
             changed = changed_model(data, CHANGES[change])
             comparison.model(f"{name}, {change}", changed, texts(comparison.count, 50 + seed))
 
 
-def compare_json(comparison, sentences):
+def compare_json(comparison, learned):
     """tokenizer.json with every option that the exporter takes."""
-    trained = sentencepiece_model_pb2.ModelProto.FromString(train(TRAINING["identity, byte fallback"], sentences))
+    trained = sentencepiece_model_pb2.ModelProto.FromString(train(TRAINING["identity, byte fallback"], learned))
     vocab = [(p.piece, p.score) for p in trained.pieces] + [("[eod]", 0.0)]
     for seed, (name, options) in enumerate(JSON_VARIANTS.items()):
         comparison.json(name, json_variant(vocab, **options), texts(comparison.count, 100 + seed))
+    comparison.whole("tokenizers, a piece twice", comparison.folder / "tokenizer.json",
+                     library_of_json(comparison.folder / "tokenizer.json"))
     comparison.json("through transformers", json_variant(vocab), texts(comparison.count, 99), library_of_transformers)
 
 
-def compare_dense(comparison, sentences):
+def compare_dense(comparison, learned):
     """Vocabularies in which many paths are equal or nearly so, by both libraries' rules."""
-    plain = train(TRAINING["identity"], sentences)
+    plain = train(TRAINING["identity"], learned)
     for seed, (name, score) in enumerate(DENSE_SCORES.items()):
         inputs = dense_texts(comparison.count, 200 + seed)
         for symbols in ([], ["ab", "aba", "bab", "b" + SPACE]):
@@ -521,11 +624,13 @@ def main():
         comparison = Comparison(Path(folder), args.count)
         comparison.clean_up()
         if args.umt5:
-            comparison.tokenizer("tokenizers, umT5 itself", args.umt5, library_of_json(args.umt5), texts(args.count, 2))
-        sentences = corpus(3)
-        compare_trained(comparison, sentences)
-        compare_json(comparison, sentences)
-        compare_dense(comparison, sentences)
+            library = library_of_json(args.umt5)
+            comparison.tokenizer("tokenizers, umT5 itself", args.umt5, library, texts(args.count, 2))
+            comparison.whole("tokenizers, umT5 itself", args.umt5, library)
+        learned = corpus(3)
+        compare_trained(comparison, learned)
+        compare_json(comparison, learned)
+        compare_dense(comparison, learned)
         if args.goldens:
             write_goldens(args.goldens, comparison.goldens)
     print(f"{comparison.strings - comparison.wrong} passed, {comparison.wrong} failed")

@@ -93,6 +93,37 @@ static void test_clean(Bytes prompt, Bytes expected, const void *context) {
     free((void *)clean.data);
 }
 
+static size_t put_character(char *out, uint32_t code) {
+    Text text = {0};
+    text_append_character(&text, code);
+    memcpy(out, text.data, text.size);
+    free(text.data);
+    return text.size;
+}
+
+/* 4096 characters, each by itself and between a letter and two marks, cleaned: the SHA-256 of the result. */
+static void test_characters(Bytes first, Bytes expected, const void *context) {
+    (void)context;
+    static char text[0x1000 * 16];
+    char digest[65];
+    size_t size = 0;
+    uint32_t code = (uint32_t)strtoul((const char *)first.data, NULL, 16);
+    for (uint32_t end = code + 0x1000; code < end; code++) {
+        if (code >= 0xD800 && code < 0xE000) continue;
+        if (size) text[size++] = '\n';
+        text[size++] = 'a';
+        size += put_character(text + size, code);
+        size += put_character(text + size, 0x323);
+        size += put_character(text + size, 0x301);
+        size += put_character(text + size, code);
+    }
+    Bytes clean = prompt_clean((Bytes){(const uint8_t *)text, size});
+    sha256_of(clean.data, clean.size, digest);
+    CHECK(!strcmp(digest, (const char *)expected.data), "4096 characters from U+%.*s on are cleaned otherwise",
+          SHOWN(first));
+    free((void *)clean.data);
+}
+
 /* A prefix of the ids, closed by </s>, whatever the limit. */
 static void test_limits(void) {
     WeightFile *file;
@@ -242,6 +273,7 @@ void test_tokenizer(void) {
     for (int i = 0; i < 7; i++) test_golden(goldens[i]);
     for (int i = 0; i < 7; i++) test_damage(goldens[i]);
     CHECK(for_each_line("clean", test_clean, NULL) == 600, "clean.txt is short");
+    CHECK(for_each_line("characters", test_characters, NULL) == 48, "characters.txt is short");
     test_limits();
     test_refusals();
 }

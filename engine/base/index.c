@@ -6,9 +6,10 @@
 
 #include <string.h>
 
-uint64_t hash_next(uint64_t hash, uint8_t byte) {
-    return (hash ^ byte) * 1099511628211u;
-}
+static const uint64_t HASH_START = 14695981039346656037u;
+
+/* The hash of a name and one more byte, from that of the name. */
+static uint64_t hash_next(uint64_t hash, uint8_t byte) { return (hash ^ byte) * 1099511628211u; }
 
 static uint64_t hash_name(Bytes name) {
     uint64_t hash = HASH_START;
@@ -19,21 +20,54 @@ static uint64_t hash_name(Bytes name) {
 Index index_new(size_t count, const void *names, size_t stride) {
     size_t places = 16;
     while (places < 2 * count) places *= 2;
-    Index index = {allocate(places * sizeof(int32_t)), places - 1, names, stride};
+    Index index = {allocate(places * sizeof(int32_t)), places - 1, names, stride, 0};
     memset(index.places, 0xff, places * sizeof(int32_t));
     return index;
 }
 
-int32_t *index_hashed(const Index *index, Bytes name, uint64_t hash) {
+static Bytes name_of(const Index *index, int32_t entry) {
+    const void *bytes = (const char *)index->names + (size_t)entry * index->stride;
+    return *(const Bytes *)bytes;
+}
+
+/* Where a name is, or the free place where it belongs. */
+static int32_t *find_place(const Index *index, Bytes name, uint64_t hash) {
     for (size_t p = hash ^ hash >> 32;; p++) {
         int32_t *place = &index->places[p & index->mask];
         if (*place < 0) return place;
-        const void *entry = (const char *)index->names + (size_t)*place * index->stride;
-        const Bytes *other = entry;
-        if (other->size == name.size && !memcmp(other->data, name.data, name.size)) return place;
+        Bytes other = name_of(index, *place);
+        if (other.size == name.size && !memcmp(other.data, name.data, name.size)) return place;
     }
 }
 
-int32_t *index_place(const Index *index, Bytes name) {
-    return index_hashed(index, name, hash_name(name));
+int32_t index_find(const Index *index, Bytes name) { return *find_place(index, name, hash_name(name)); }
+
+int32_t index_add(Index *index, int32_t entry) {
+    Bytes name = name_of(index, entry);
+    int32_t *place = find_place(index, name, hash_name(name)), old = *place;
+    *place = entry;
+    index->longest = larger(index->longest, name.size);
+    return old;
+}
+
+Prefixes index_prefixes(const Index *index, Bytes text) {
+    if (text.size > index->longest) text.size = index->longest;
+    return (Prefixes){index, text, 0, HASH_START};
+}
+
+int32_t prefixes_next(Prefixes *walk) {
+    while (walk->size < walk->text.size) {
+        walk->hash = hash_next(walk->hash, walk->text.data[walk->size++]);
+        int32_t entry = *find_place(walk->index, (Bytes){walk->text.data, walk->size}, walk->hash);
+        if (entry >= 0) return entry;
+    }
+    return -1;
+}
+
+int32_t index_longest(const Index *index, Bytes text, size_t *size) {
+    int32_t best = -1;
+    Prefixes walk = index_prefixes(index, text);
+    *size = 0;
+    for (int32_t entry; (entry = prefixes_next(&walk)) >= 0; best = entry) *size = walk.size;
+    return best;
 }

@@ -88,13 +88,13 @@ static bool is_read_here(Type type) {
 
 static const Key *find_key(const WeightFile *file, const char *name) {
     Bytes bytes = {(const uint8_t *)name, strlen(name)};
-    int32_t at = *index_place(&file->key_index, bytes);
+    int32_t at = index_find(&file->key_index, bytes);
     return at < 0 ? NULL : &file->keys[at];
 }
 
 static const Tensor *find_tensor(const WeightFile *file, const char *name) {
     Bytes bytes = {(const uint8_t *)name, strlen(name)};
-    int32_t at = *index_place(&file->tensor_index, bytes);
+    int32_t at = index_find(&file->tensor_index, bytes);
     return at < 0 ? NULL : &file->tensors[at];
 }
 
@@ -190,9 +190,8 @@ static const char *parse_keys(WeightFile *file, Reader *reader) {
         if (!good_name(key->name)) return reason("key %zu has no usable name", i + 1);
         const char *why = take_value(reader, key);
         if (why) return reason("key \"%.*s\" %s", NAMED(key->name), why);
-        int32_t *place = index_place(&file->key_index, key->name);
-        if (*place >= 0) return reason("key \"%.*s\" appears twice", NAMED(key->name));
-        *place = (int32_t)i;
+        if (index_add(&file->key_index, (int32_t)i) >= 0)
+            return reason("key \"%.*s\" appears twice", NAMED(key->name));
     }
     return NULL;
 }
@@ -241,9 +240,8 @@ static const char *parse_tensors(WeightFile *file, Reader *reader, uint64_t *off
         if (!good_name(tensor->name)) return reason("tensor %zu has no usable name", i + 1);
         const char *why = take_tensor(reader, tensor, &offsets[i]);
         if (why) return reason("tensor \"%.*s\" %s", NAMED(tensor->name), why);
-        int32_t *place = index_place(&file->tensor_index, tensor->name);
-        if (*place >= 0) return reason("tensor \"%.*s\" appears twice", NAMED(tensor->name));
-        *place = (int32_t)i;
+        if (index_add(&file->tensor_index, (int32_t)i) >= 0)
+            return reason("tensor \"%.*s\" appears twice", NAMED(tensor->name));
     }
     return NULL;
 }

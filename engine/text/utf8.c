@@ -5,6 +5,7 @@
  * a character (Unicode, table 3-7), as in Python's bytes.decode(errors="replace"). */
 #include "engine/engine.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 void text_append(Text *text, const void *bytes, size_t size) {
@@ -83,4 +84,27 @@ bool text_append_utf16(Text *text, Bytes bytes) {
         text_append_character(text, alone ? 0xFFFD : code);
     }
     return true;
+}
+
+size_t character_bytes(Bytes text) {
+    size_t bytes = (size_t)"\1\1\1\1\1\1\1\1\1\1\1\1\2\2\3\4"[text.data[0] >> 4];
+    return bytes < text.size ? bytes : text.size;
+}
+
+bool starts_with(Bytes text, const char *prefix) {
+    size_t size = strlen(prefix);
+    return text.size >= size && !memcmp(text.data, prefix, size);
+}
+
+void text_rewrite(Text *text, Rule *rule) {
+    Text out = {0};
+    bool valid;
+    for (Bytes rest = text_bytes(text); rest.size;) {
+        size_t taken = rule(rest, &out);
+        if (!taken) text_append(&out, rest.data, taken = utf8_bytes(rest, &valid));
+        rest = tail(rest, taken);
+    }
+    text_append(&out, "", 0); /* never NULL, even if nothing is left */
+    free(text->data);
+    *text = out;
 }

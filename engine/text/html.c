@@ -1,0 +1,145 @@
+/* html.c - references to characters, as HTML writes them: "&amp;", "&#38;", "&#x26;".
+ *
+ * Two readers differ. Python's html.unescape follows the HTML standard, where 106 old names count without
+ * their semicolon: "&lt" is "<", "&ampere" is "&ere". ftfy wants the semicolon, and at most 24 letters and
+ * digits before it; but it also reads "&EACUTE;", a name in capitals that the standard does not have. */
+#include "engine/engine.h"
+#include "engine/text/tables.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* ---------------------------------------------------------------- names */
+
+/* "Aacute", and "*=c1,..." or "=c1,..." where the table goes on. */
+typedef struct {
+    Bytes name;
+    const char *value;
+} Entity;
+static Entity entities[NAMES];
+static Index entity_index;
+
+static void load_names(void) {
+    if (entity_index.places) return;
+    entity_index = index_new(NAMES, entities, sizeof(Entity));
+    int32_t n = 0;
+    for (const char *const *row = names; *row; row++)
+        for (const char *at = *row; *at; at = strchr(at, ',') + 1) {
+            size_t size = strcspn(at, "*=");
+            entities[n] = (Entity){{(const uint8_t *)at, size}, at + size};
+            index_add(&entity_index, n++);
+        }
+}
+
+/* Whether a name counts without its semicolon. */
+static bool is_bare(int32_t entity) { return *entities[entity].value == '*'; }
+
+/* Appends what stands behind the '=', or, with `capital`, behind the '^' if there is one: "c1", "3d+20e5". */
+static void append_entity(Text *out, int32_t entity, bool capital) {
+    const char *at = strchr(entities[entity].value, '=');
+    if (capital && at[strcspn(at, "^,")] == '^') at = strchr(at, '^');
+    do {
+        char *end;
+        text_append_character(out, (uint32_t)strtoul(at + 1, &end, 16));
+        at = end;
+    } while (*at == '+');
+}
+
+/* ---------------------------------------------------------------- numbers */
+
+static bool is_letter(uint8_t c) { return (c | 32) >= 'a' && (c | 32) <= 'z'; }
+
+static bool is_alphanumeric(uint8_t c) { return is_letter(c) || (c >= '0' && c <= '9'); }
+
+static int digit_value(uint8_t c, bool hex) {
+    if (c >= '0' && c <= '9') return c - '0';
+    return hex && is_letter(c) && (c | 32) <= 'f' ? (c | 32) - 'a' + 10 : -1;
+}
+
+uint32_t windows_1252(uint32_t code) {
+    static const uint16_t table[32] = {0x20AC, 0x81,   0x201A, 0x192,  0x201E, 0x2026, 0x2020, 0x2021,
+                                       0x2C6,  0x2030, 0x160,  0x2039, 0x152,  0x8D,   0x17D,  0x8F,
+                                       0x90,   0x2018, 0x2019, 0x201C, 0x201D, 0x2022, 0x2013, 0x2014,
+                                       0x2DC,  0x2122, 0x161,  0x203A, 0x153,  0x9D,   0x17E,  0x178};
+    return table[code - 0x80];
+}
+
+/* The code points that Python drops (html._invalid_codepoints). */
+static bool is_dropped(uint32_t code) {
+    return (code < 0x20 && !strchr("\t\n\f\r", (int)code)) || code == 0x7F ||
+           (code >= 0xFDD0 && code <= 0xFDEF) || (code & 0xFFFE) == 0xFFFE;
+}
+
+/* The character that a number stands for: HTML reads 0x80 to 0x9F as Windows-1252. */
+static void append_numbered(Text *out, uint32_t code) {
+    bool none = code == 0 || (code >= 0xD800 && code <= 0xDFFF) || code > 0x10FFFF;
+    if (code >= 0x80 && code <= 0x9F) text_append_character(out, windows_1252(code));
+    else if (none) text_append_character(out, 0xFFFD);
+    else if (!is_dropped(code)) text_append_character(out, code);
+}
+
+static size_t numeric_reference(Bytes text, Text *out) {
+    bool hex = text.size > 2 && (text.data[2] | 32) == 'x';
+    size_t first = hex ? 3 : 2, at = first;
+    uint32_t code = 0;
+    for (int digit; at < text.size && (digit = digit_value(text.data[at], hex)) >= 0; at++)
+        if (code <= 0x10FFFF) code = code * (hex ? 16 : 10) + (uint32_t)digit;
+    if (at == first) return 0;
+    append_numbered(out, code);
+    return at + (at < text.size && text.data[at] == ';');
+}
+
+/* ---------------------------------------------------------------- the two readers */
+
+/* Of the names that the text goes on with, the longest that counts: "&notin;" is no "&not" and "in;". */
+size_t html_reference(Bytes text, Text *out) {
+    if (text.data[0] != '&') return 0;
+    if (text.size > 1 && text.data[1] == '#') return numeric_reference(text, out);
+    load_names();
+    size_t taken = 0;
+    int32_t best = -1;
+    Prefixes walk = index_prefixes(&entity_index, tail(text, 1));
+    for (int32_t entity; (entity = prefixes_next(&walk)) >= 0;) {
+        size_t end = 1 + walk.size;
+        bool closed = end < text.size && text.data[end] == ';';
+        if (closed || is_bare(entity)) best = entity, taken = end + closed;
+    }
+    if (taken) append_entity(out, best, false);
+    return taken;
+}
+
+/* "&NTILDE;" is "&ntilde;" in capitals, unless HTML reads it, or a part of it, some other way. */
+static int32_t find_capitals(Bytes reference) {
+    Text html = {0};
+    char name[32] = {0};
+    bool read = html_reference(reference, &html) > 0;
+    free(html.data);
+    for (size_t i = 0; i < reference.size - 2; i++) {
+        uint8_t c = reference.data[1 + i];
+        if (read || c >= 'a') return -1;
+        name[i] = (char)(c >= 'A' ? c + 32 : c);
+    }
+    return index_find(&entity_index, (Bytes){(const uint8_t *)name, strlen(name)});
+}
+
+static size_t named_reference(Bytes reference, Text *out) {
+    load_names();
+    int32_t entity = index_find(&entity_index, (Bytes){reference.data + 1, reference.size - 2});
+    bool capital = entity < 0;
+    if (capital) entity = find_capitals(reference);
+    if (entity < 0) return 0;
+    append_entity(out, entity, capital);
+    return reference.size;
+}
+
+size_t ftfy_reference(Bytes text, Text *out) {
+    if (text.data[0] != '&') return 0;
+    size_t first = text.size > 1 && text.data[1] == '#' ? 2 : 1, end = first, before = out->size;
+    while (end < text.size && end - first <= 24 && is_alphanumeric(text.data[end])) end++;
+    if (end == first || end - first > 24 || end == text.size || text.data[end] != ';') return 0;
+    if (first == 1) return named_reference((Bytes){text.data, end + 1}, out);
+    bool whole = numeric_reference(text, out) == end + 1;
+    if (whole && !(out->size == before + 1 && out->data[before] == ';')) return end + 1;
+    out->size = before; /* a semicolon in what it gives tells ftfy that not all was read: "&#65x;", "&#59;" */
+    return 0;
+}
