@@ -1,6 +1,6 @@
 /* prompt.c - what was typed, cleaned as upstream cleans it before its tokenizer sees it.
  *
- * Upstream (Wan2.1, wan/modules/tokenizers.py; diffusers, pipelines/wan/pipeline_wan.py, if ftfy is installed):
+ * Upstream (wan/modules/tokenizers.py of Wan2.1; pipelines/wan/pipeline_wan.py of diffusers, if it has ftfy):
  *
  *   text = ftfy.fix_text(text)
  *   text = html.unescape(html.unescape(text)).strip()
@@ -17,8 +17,8 @@
  *
  * The released models' own negative prompt is full of full-width commas: here they become plain ones.
  *
- * One repair of ftfy's is left out. It guesses whether text was once decoded in a wrong encoding ("cafÃ©") and
- * decodes it anew (fix_encoding). The result equals upstream's for every text that this guess leaves alone.
+ * One repair is left out: ftfy guesses whether text was once decoded in a wrong encoding ("cafÃ©") and decodes
+ * it anew (fix_encoding). The result equals upstream's for every text that this guess leaves alone.
  *
  * Bytes that are no UTF-8 become U+FFFD (engine/text/utf8.c), so there are none of ftfy's surrogates, and all
  * that follows may rely on valid UTF-8. References to characters are read in engine/text/html.c; ligatures,
@@ -99,8 +99,8 @@ static void fix_line(Text *line, bool references) {
     } while (!same);
 }
 
-/* A line with a '<' is taken for markup, whose references mean something, and so are all lines after it. (ftfy
- * also begins a new line after a million characters.) */
+/* A line with a '<' is taken for markup, whose references mean something, and so is all that follows. (ftfy also
+ * begins a new line after a million characters.) */
 static void fix_text(Text *text) {
     Text out = {0};
     bool markup = false;

@@ -24,8 +24,8 @@
 
 /* ---------------------------------------------------------------- prompt.c: what was typed -> clean text */
 
-/* diffusers' prompt_clean without ftfy's guesses: HTML entities, curly quotes, Unicode white space. The
- * result is valid UTF-8 (U+FFFD stands for what was not); free() its data. */
+/* As upstream with ftfy, but for its guesses at wrong encodings: one way to write what can be written in
+ * many, one space for white space. Valid UTF-8 (U+FFFD stands for what was not); free() its data. */
 Bytes prompt_clean(Bytes prompt);
 
 /* ---------------------------------------------------------------- tokenizer.c: clean text -> ids */

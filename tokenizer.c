@@ -2,7 +2,7 @@
  *
  * A vocabulary gives every piece a score, its log probability. Of all ways to write the text as a sequence of
  * pieces the one with the largest sum wins. One pass from left to right (Viterbi) keeps, for each position,
- * the best way to get there. "a red" has the words ▁a and ▁red (U+2581 is a space); the second, in umT5's pieces:
+ * the best way to get there. "a red" has two words, ▁a and ▁red (U+2581 is a space); in umT5's pieces, ▁red:
  *
  *   position   ways to get there                                                              best
  *   ▁          ▁ -3.20                                                                        -3.20
@@ -25,10 +25,10 @@
  *     single precision. Control, byte and unused pieces never match. A user-defined symbol of n bytes scores
  *     0.1 (n - 1).
  *
- * engine/text/normalizer.c tells how each of them prepares the text, docs/upstreams.md what transformers makes
- * of either. Both keep, of two equal sums, the path that was found first, which is the one whose last piece
- * starts further left; a run of unknown characters is one unknown id, or, with byte fallback, the ids of its
- * bytes. As in transformers, `</s>` closes the ids, and a text beyond the limit loses its end, not its `</s>`.
+ * Both keep, of two equal sums, the path that was found first, which is the one whose last piece starts further
+ * left; a run of unknown characters is one unknown id, or, with byte fallback, the ids of its bytes. As in
+ * transformers, `</s>` closes the ids, and a text beyond the limit loses its end, not its `</s>`. How the text
+ * is prepared: engine/text/normalizer.c; what transformers makes of either tokenizer: docs/upstreams.md.
  *
  * The vocabulary (256,300 pieces for umT5) has to be ready at once: pieces stay where they lie in the file,
  * and an index finds those that a position begins with, in one step for each byte (engine/base/index.c). */

@@ -179,8 +179,8 @@ size_t character_bytes(Bytes text); /* of the first character, by its first byte
 /* Whether a terminal shows what text, not empty, begins with, and does not obey it; *bytes: of that. */
 bool is_printable(Bytes text, size_t *bytes);
 
-/* A rule looks at what a text, not empty and valid UTF-8, begins with. Where it applies, it appends what takes
- * the place of that to `out` and returns how many bytes it took; elsewhere it returns 0. */
+/* A rule looks at what a text, not empty and valid UTF-8, begins with. Where it applies, it appends to `out`
+ * what takes the place of that, and returns how many bytes it took; elsewhere it returns 0. */
 typedef size_t Rule(Bytes text, Text *out);
 void text_rewrite(Text *text, Rule *rule); /* from left to right; what no rule takes stays */
 

@@ -43,7 +43,7 @@ from sentencepiece import sentencepiece_model_pb2
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from engine.text import tables  # noqa: E402
-from export.sources import NEGATIVE_PROMPT  # noqa: E402
+from export.defaults import NEGATIVE_PROMPT  # noqa: E402
 from export.tokenizer import tokenizer_keys  # noqa: E402
 
 LIMIT = 512
@@ -398,10 +398,13 @@ def sentence(rng, script):
     return unicodedata.normalize(rng.choice(["NFC", "NFD"]), text)
 
 
+EXAMPLE = "a cafe&amp;#769;,  “Ｏｐｅｎ”\r\n"  # of prompt.c
+
+
 def sentences(count, seed):
-    """The released models' own negative prompt, and sentences of all scripts."""
+    """The released models' own negative prompt, prompt.c's example, and sentences of all alphabets."""
     rng = random.Random(seed)
-    yield NEGATIVE_PROMPT
+    yield from (NEGATIVE_PROMPT, EXAMPLE)
     for i in range(count):
         yield sentence(rng, list(ALPHABETS)[i % len(ALPHABETS)])
 
@@ -515,7 +518,7 @@ def write_goldens(folder, models):
         (folder / f"{name}.txt").write_text("".join(lines))
     chosen = rng.sample([p for p in prompts(1000, 5) if len(p) < 100], 300)
     short = [text for text in (*sentences(500, 6), *disordered(500, 7)) if len(text) < 30]
-    chosen += [text.encode() for text in (NEGATIVE_PROMPT, *rng.sample(short, 299))]
+    chosen += [text.encode() for text in (NEGATIVE_PROMPT, EXAMPLE, *rng.sample(short, 298))]
     lines = [f"{escape(p)}\t{escape(clean(p.decode(errors='replace')).encode())}\n" for p in chosen]
     (folder / "clean.txt").write_text("".join(lines))
     if tables_match():

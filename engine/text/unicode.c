@@ -8,8 +8,8 @@
  *   compose       o + dot below is U+1ECD, U+1ECD + circumflex is U+1ED9
  *
  * A mark joins the last character of class 0, unless a mark of its own class stands between. The syllables of
- * Hangul are computed; the rest is in tables.h, read when it is first needed. It is part of the program, not of
- * weight files, so a prompt is the same text with each of them, and no file can get it wrong. */
+ * Hangul are computed; the rest is in tables.h, read when it is first needed. That is part of the program, not
+ * of weight files: a prompt is the same text with each of them, older ones too, and no file can get it wrong. */
 #include "engine/engine.h"
 #include "engine/text/tables.h"
 
