@@ -378,9 +378,12 @@ demo() {
             "a blue star bounces on the grass"
         claim "the bundled model equals diffusers, $check: status 0, not $status" [ $status -eq 0 ]
     done
-    run -m models/demo.gguf --seed 7 -o "$work/clip.y4m" "a blue star bounces on the grass"
+    run -m models/demo.gguf --seed 1 -o "$work/clip.y4m" "a blue star bounces on the grass"
+    digest=$(sed -n 's/.*"y4m_sha256": "\([0-9a-f]*\)".*/\1/p' "$work/clip.y4m.json")
+    claim "its defaults: the clip of docs/numbers.md, not $digest" grep -q "^$digest  out.y4m" docs/numbers.md
     claim "its defaults: 96x96 at 16 a second" grep -aq "^YUV4MPEG2 W96 H96 F16:1 " "$work/clip.y4m"
     claim "its defaults: 33 frames" [ "$(frames 96 96)" -eq 33 ]
+    claim "its defaults: f32" grep -q '"precision": "f32"' "$work/clip.y4m.json"
     run -m models/demo.gguf -f 37 --steps 1 -g 1 --seed 7 -o "$work/clip.y4m" x
     claim "a warning of more frames than it learned" grep -q "warning: 37 frames: the model made clips of 33" "$work/err"
     page=$(head -c 4000 README.md)

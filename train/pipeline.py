@@ -20,9 +20,10 @@ import vae
 import world
 
 SHIFT = 3.0
-# What export.py finds in sora.json beside a checkpoint, and puts into the file as its defaults.
+# What export.py finds in sora.json beside a checkpoint, and puts into the file as its defaults. In f32 everybody gets
+# the same clip, whatever the processor multiplies fastest.
 RUN = dict(width=world.SIZE, height=world.SIZE, frames=world.FRAMES, fps=16, steps=12, guidance=1.5,
-           negative_prompt="", name="sora.c demo")
+           negative_prompt="", name="sora.c demo", precision="f32")
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
 

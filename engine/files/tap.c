@@ -114,6 +114,7 @@ void taps_open(const char *dump_dir, const char *only_glob, const char *check_di
     taps.check_dir = check_dir;
     taps.tolerance = tolerance;
     taps.feed = feed;
+    taps.dumped = 0;
     taps_on = dump_dir || check_dir;
     if (dump_dir) make_folder(dump_dir);
     if (check_dir) list_files(check_dir);

@@ -1,0 +1,60 @@
+/* test_digest.c - the bundled model's latents and clips, to the bit: every table of kernels, compiler, processor
+ * and C library gives the same.
+ *
+ * The digests below are this program's own. They say that all agree, not that what they agree on is right: that
+ * is what the tensors of diffusers in tests/goldens/demo are for (cli.sh). Who changes arithmetic on purpose
+ * takes the new digests from the messages, and shows with the goldens that the change is right. */
+#include "sora.h"
+#include "tests/test.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+/* sora --seed 1 -m models/demo.gguf "a blue star bounces on the grass", with -s, -f and --steps where they are
+ * not 0; the SHA-256 of latents.npy, as --dump writes it, and of the clip. */
+typedef struct {
+    int size, frames, steps;
+    const char *latents, *clip;
+} Example;
+
+static const Example shorter = {48, 5, 2, "67170f2f4cb0d862bbba4c9b3a68416d6fcd992d65a598e867945a64d5767ccb",
+                                "a82a6812c9789d5fa180eae122ea8b088203fb74199728a7c5ba217314216414"};
+static const Example whole = {0, 0, 0, "f560d846ad66eb7400ca0b9427d4a6ff8bcd67aa2e8ba70d8830de0233c1cdc8",
+                              "e2c1087270efa5c2c31c19a19fb867d323f7792bb655fbc518c188a66ee018c8"};
+
+static void check_file(const char *kernel, const char *path, const char *expected) {
+    Bytes bytes;
+    char found[65];
+    const char *why = read_file(path, (size_t)1 << 24, &bytes);
+    CHECK(!why, "%s: %s", path, why ? why : "");
+    if (why) return;
+    sha256_of(bytes.data, bytes.size, found);
+    CHECK(!strcmp(found, expected), "%s kernels: the digest of %s is %s, not %s", kernel, strrchr(path, '/') + 1,
+          found, expected);
+    free((void *)bytes.data);
+}
+
+static void check_example(const Example *example) {
+    char *folder = temporary_path("digest"), *clip = format_string("%s/clip.y4m", folder),
+         *latents = format_string("%s/latents.npy", folder);
+    Model model = model_load("models/demo.gguf", AUTOMATIC);
+    Settings s = {.prompt = "a blue star bounces on the grass", .seed = 1, .output = clip, .width = example->size,
+                  .height = example->size, .frames = example->frames, .steps = example->steps, .chroma = 420,
+                  .seconds = -1, .guidance = -1, .shift = -1, .sampler = SAMPLERS, .quiet = true};
+    settings_complete(&s, &model);
+    taps_open(folder, "latents", NULL, 0, false);
+    generate(&model, &s);
+    taps_open(NULL, NULL, NULL, 0, false);
+    check_file(kernels->name, latents, example->latents);
+    check_file(kernels->name, clip, example->clip);
+    model_free(&model);
+    free(folder), free(clip), free(latents);
+}
+
+void test_digest(void) {
+    static const char *const isas[] = {"generic", "avx2", "avx512", "neon"};
+    for (size_t i = 0; i < sizeof isas / sizeof *isas; i++)
+        if (!kernels_choose(isas[i])) check_example(&shorter);
+    kernels_choose("auto");
+    check_example(&whole);
+}
