@@ -41,7 +41,7 @@ static const struct {
     [THREADS] = {"threads", 't', "N", "threads (default: the cores that it may use)"},
     [PRECISION] = {"precision", 0, "TYPE",
                    "arithmetic of the large products: f32, bf16 or int8 (default: the model's own)"},
-    [ISA] = {"isa", 0, "NAME", "kernels: auto, generic, avx2, avx512 or neon"},
+    [ISA] = {"isa", 0, "NAME", "kernels: auto, naive, generic, avx2, avx512[vnni|bf16], neon[dotprod]"},
     [NOISE] = {"noise", 0, "FILE", "initial noise [C,T,H,W] from a .npy file"},
     [DUMP] = {"dump", 0, "DIR", "write every named tensor as .npy"},
     [DUMP_ONLY] = {"dump-only", 0, "GLOB", "only those whose name matches"},

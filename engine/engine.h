@@ -13,15 +13,27 @@
 #ifndef ENGINE_H
 #define ENGINE_H
 
+#include <float.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <string.h>
 
 /* Weights and clips outgrow 32 bits, and files are read where they lie. */
 _Static_assert(SIZE_MAX >= UINT64_MAX, "a 64-bit machine is needed");
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "a little-endian machine is needed"
+#endif
+
+/* Every result is promised to the bit, so an operator must round once, to float32, where it stands. What the
+ * compiler tells of its options is refused here; the rest is tried when the program starts (kernels_choose). */
+#if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
+    defined(__NO_SIGNED_ZEROS__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
+#error "compile without -ffast-math, -Ofast and their parts: they change results"
+#endif
+#if FLT_EVAL_METHOD != 0
+#error "arithmetic of float must round to float: on x86, compile for SSE2"
 #endif
 
 /* ---------------------------------------------------------------- util.c: errors, memory, files */
@@ -279,10 +291,7 @@ void weights_print(const WeightFile *file, FILE *out); /* --info: keys, then ten
 
 void weight_row(const Weight *weight, int row, float *out); /* one row as floats */
 
-/* --------------------------------------------------------------- kernels.c: one table, chosen at start-up */
-
-enum { LANES = 16 }; /* virtual lanes of every row reduction, whatever the width of a register */
-enum { MAX_TILE_ROWS = 14, MAX_TILE_COLS = 32, TILES_AHEAD = 8 };
+/* -------------------------------------------------- types.c: how numbers are stored and multiplied */
 
 /* Arithmetic of the large products. What is multiplied is float32, bfloat16, or bytes with a scale for each
  * 256; what is summed is float32 (for bytes: exact integers, then float32). */
@@ -290,52 +299,27 @@ typedef enum { F32, BF16, INT8, PRECISIONS, AUTOMATIC } Precision;
 bool precision_parse(const char *name, Precision *out); /* "f32", "bf16" or "int8"; false for any other */
 const char *precision_name(Precision precision);
 
-/* 32 bits of a panel, whatever they were written as: a float, a pair of bfloat16, four bytes. */
-#if defined(__GNUC__)
-typedef uint32_t __attribute__((may_alias)) Word;
-#else
-typedef uint32_t Word;
-#endif
-
-/* The functions that have a body per instruction set (kernel_body.h). With F32 every table gives
- * the same bits; so does INT8 on finite numbers, and BF16 but for subnormal ones, which some dot products
- * flush. */
-typedef struct {
-    const char *name;         /* generic, avx2, avx512, neon */
-    bool fast[PRECISIONS];    /* faster than float32; where BF16 is not, tiles take it as floats (panel.c) */
-    /* What INT8 row operands carry added to each byte: 128 where the dot product wants them unsigned,
-     * else 0. */
-    int byte_offset;
-    int tile_rows, tile_cols; /* R and C below; C divides MAX_TILE_COLS */
-    /* acc (R, C), rows ld apart, += the sum over segments s and k < n of row operands times a panel
-     * (panel.c). Row i of segment s starts at a[s*R + i] + from (bytes). An element of F32 is one chain of
-     * fused multiply-adds in the order of s, then k. INT8 takes one segment. Meanwhile a TILES_AHEADth of a
-     * panel as long as this one is fetched from `ahead` into the cache. */
-    void (*tile[PRECISIONS])(float *acc, int ld, const void *const *a, size_t from, const void *panel,
-                             int segments, int n, const char *ahead);
-    void (*from_bf16)(float *y, const uint16_t *x, size_t n);
-    void (*to_bf16)(uint16_t *y, const float *x, size_t n); /* to nearest, ties to even */
-    /* x * factor, plus byte_offset; returns the sum of the bytes without it. */
-    int (*to_int8)(uint8_t *y, const float *x, int n, float factor);
-    float (*largest)(const float *x, int n); /* magnitude */
-    void (*transpose)(Word *out, size_t stride_out, const Word *in, size_t stride_in, int rows, int n);
-    /* One row of one tile of an online softmax: scores [n], room for n rounded up to LANES, become
-     * exp(scale*scores + bias - m), m the new running maximum, which is returned; sums [LANES] and *rescale
-     * follow (what was summed under the old maximum is to be multiplied by *rescale). bias may be NULL. */
-    float (*softmax_tile)(float *scores, int n, float scale, const float *bias, float maximum, float *sums,
-                          float *rescale);
-    float (*sum)(const float *x, int n);
-    float (*sum_squares)(const float *x, int n, float center); /* of x - center */
-    void (*silu)(float *y, const float *x, size_t n);          /* x / (1 + exp(-x)) */
-    void (*gelu)(float *y, const float *x, size_t n);          /* the tanh form */
-} Kernels;
-extern const Kernels *kernels;
-const char *kernels_choose(const char *isa); /* "auto" or a name; NULL, or why it cannot run here */
-
-float lanes_sum(const float lanes[LANES]); /* the one tree in which lanes are added */
-
 /* Narrow weights to floats, exactly; n is a multiple of 32 for q8_0. */
 void convert_to_floats(float *out, const void *in, Type type, size_t n);
+
+/* The bits of a float32 and back. */
+static inline uint32_t bits_of(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+static inline float float_of(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, sizeof x);
+    return x;
+}
+
+/* bfloat16 is the upper half of a float32: the nearest to x, ties to even; NaN stays NaN. */
+static inline uint16_t bf16_of(float x) {
+    uint32_t bits = bits_of(x);
+    return x == x ? (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
+}
+static inline float float_of_bf16(uint16_t x) { return float_of((uint32_t)x << 16); }
 
 /* ---------------------------------------------------------------- panel.c: what the tiles multiply */
 
@@ -383,7 +367,9 @@ void linear(float *y, const float *x, int L, const Linear *layer);
 
 /* Row operands that a product reads where they lie: row r of x is `segments` runs of n elements, narrowed to
  * the layer's precision; locate() writes where run s starts to where[s*stride]. A linear layer has one
- * segment; a convolution has one per tap (Dukhan, The Indirect Convolution Algorithm, 2019). */
+ * segment; a convolution has one per tap (Dukhan, The Indirect Convolution Algorithm, 2019).
+ * INT8 takes one segment. */
+enum { MAX_SEGMENTS = 27 }; /* taps of a 3x3x3 convolution */
 typedef struct {
     int rows, segments, n;
     /* Runs before these that are zeros: their weights are left out, which changes no bit of a sum. */
@@ -398,7 +384,9 @@ void product(float *y, Rows x, const Linear *layer, int mode);
 /* ---------------------------------------------------------------- attention.c */
 
 /* out (Lq, heads*d) = softmax(scale * q k^T + bias) v per head, with a memory that does not grow with Lq*Lk.
- * Row strides are in floats. bias, if any, is bias[head*bias_head + query*bias_query + key]. */
+ * Row strides are in floats. bias, if any, is bias[head*bias_head + query*bias_query + key]; -infinity hides a
+ * key from a query. A query from which all are hidden gets NaN. */
+enum { TILE_KEYS = 128 }; /* keys after which the softmax rescales: a rounding, so the same everywhere */
 typedef struct {
     Precision precision; /* F32 or BF16; bytes are too coarse here, INT8 counts as F32 */
     const float *q, *k, *v;
@@ -438,6 +426,73 @@ typedef struct {
     float *row, *column;   /* (rows, 2, spatial), (columns, 2, spatial) */
 } Rope;
 void rope(float *x, int L, int heads, const Rope *rope); /* x (L, heads*d), from the first frame of `time` on */
+
+/* -------------------------------------------------------------- kernels.c: a table of functions, chosen at start-up */
+
+enum { LANES = 16 }; /* virtual lanes of every sum over a row, whatever the width of a register */
+enum { MAX_TILE_ROWS = 14, MAX_TILE_COLS = 32, TILES_AHEAD = 8 };
+
+/* 32 bits of a panel, whatever they were written as: a float, a pair of bfloat16, four bytes. */
+#if defined(__GNUC__)
+typedef uint32_t __attribute__((may_alias)) Word;
+#else
+typedef uint32_t Word;
+#endif
+
+/* What is computed in a way of its own on each instruction set. naive.c defines every result to the bit; with
+ * F32 and INT8 all tables give these bits, and so they do with BF16 but where tiles take pairs. */
+typedef struct {
+    const char *name;
+    bool fast[PRECISIONS]; /* faster than float32 */
+
+    /* The operations: the sections above say what they are, and rows.c hands them row by row. */
+    void (*product)(float *y, const Rows *x, const Linear *layer, int mode, char *memory);
+    void (*attention)(const Attention *attention);
+    void (*rms_norm_row)(float *y, const float *x, int n, const float *gain, float eps);
+    void (*l2_norm_row)(float *y, const float *x, int n, const float *gain);
+    void (*layer_norm_row)(float *y, const float *x, int n, float eps, const float *scale, const float *shift);
+    void (*silu)(float *y, const float *x, size_t n); /* x / (1 + exp(-x)) */
+    void (*gelu)(float *y, const float *x, size_t n); /* the tanh form */
+    void (*from_bf16)(float *y, const uint16_t *x, size_t n);
+    void (*to_bf16)(uint16_t *y, const float *x, size_t n);
+    /* x, at most INT8_CHUNK, as bytes plus byte_offset; their sum without it. Returns their scale. */
+    float (*quantize)(uint8_t *y, const float *x, int n, int *sum);
+
+    /* What product.c and attention.c build them from, on all instruction sets; naive.c has none of it. */
+    bool pairs; /* BF16's tiles multiply pairs; elsewhere they take it as floats (panel.c) */
+    /* What INT8 row operands carry added to each byte: 128 where the dot product wants them unsigned,
+     * else 0. */
+    int byte_offset;
+    int tile_rows, tile_cols; /* R and C below; C divides MAX_TILE_COLS */
+    /* acc (R, C), rows ld apart, += the sum over segments s and k < n of row operands times a panel
+     * (panel.c). Row i of segment s starts at a[s*R + i] + from (bytes). An element of F32 is one chain of
+     * fused multiply-adds in the order of s, then k. INT8 takes one segment. Meanwhile a TILES_AHEADth of a
+     * panel as long as this one is fetched from `ahead` into the cache. */
+    void (*tile[PRECISIONS])(float *acc, int ld, const void *const *a, size_t from, const void *panel,
+                             int segments, int n, const char *ahead);
+    void (*transpose)(Word *out, size_t stride_out, const Word *in, size_t stride_in, int rows, int n);
+    /* One row of one tile of an online softmax: scores [n], room for n rounded up to LANES, become
+     * exp(scale*scores + bias - m), m the new running maximum, which is returned; sums [LANES] and *rescale
+     * follow (what was summed under the old maximum is to be multiplied by *rescale). bias may be NULL. */
+    float (*softmax_tile)(float *scores, int n, float scale, const float *bias, float maximum, float *sums,
+                          float *rescale);
+
+    float (*multiply_add)(float a, float b, float c); /* a * b + c, two roundings: what kernels_choose() tries */
+} Kernels;
+extern const Kernels *kernels;
+
+/* "auto", which takes the fastest that this processor has, or the name of one that it can run; NULL, or why
+ * not. Dies if the program was built, or is run, so that arithmetic rounds otherwise than naive.c says. */
+const char *kernels_choose(const char *isa);
+const char *kernels_known(int i); /* the name of table i, in this build or another; NULL past the last */
+
+void product_in_panels(float *y, const Rows *x, const Linear *layer, int mode, char *memory); /* product.c */
+void attention_in_tiles(const Attention *attention);                                        /* attention.c */
+
+/* ---------------------------------------------------------------- naive.c: the same as loops */
+
+extern const Kernels naive_table;
+float lanes_sum(const float lanes[LANES]); /* the one tree in which lanes are added */
 
 /* ---------------------------------------------------------------- noise.c: torch's normal numbers */
 

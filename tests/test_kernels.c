@@ -1,13 +1,15 @@
-/* test_kernels.c - products and attention against their specification, and the numeric contract: the same
- * bits from every instruction set and every number of threads. */
+/* test_kernels.c - every table that this processor can run against naive.c, to the bit, with one and with more
+ * threads; and naive.c against the formulas in double precision. */
 #include "engine/engine.h"
 #include "tests/test.h"
 
 #include <math.h>
 #include <stdlib.h>
-#include <string.h>
 
-static const char *const isas[] = {"generic", "avx2", "avx512", "neon"};
+/* A body that runs under each table; `name` is its name. */
+#define FOR_TABLES(name)                                                                                     \
+    for (int table_ = 0; kernels_known(table_); table_++)                                                    \
+        for (const char *name = kernels_known(table_); name && !kernels_choose(name); name = NULL)
 
 static float *random_floats(size_t n, uint64_t seed) {
     Generator generator;
@@ -17,32 +19,57 @@ static float *random_floats(size_t n, uint64_t seed) {
     return x;
 }
 
-/* Calls `compute` under every table that runs here, with 1 and 3 threads,
- * and wants the same n floats each time. */
-static void same_everywhere(const char *what, size_t n, void (*compute)(void *, float *), void *with,
-                            float *result) {
+/* The same bits, or NaN in both; with slack also what is off by so much of the largest finite number. */
+static bool agree(const float *a, const float *b, size_t n, float slack) {
+    float largest = 0;
+    for (size_t i = 0; i < n; i++)
+        if (isfinite(b[i])) largest = fmaxf(largest, fabsf(b[i]));
+    for (size_t i = 0; i < n; i++)
+        if (bits_of(a[i]) != bits_of(b[i]) && !(isnan(a[i]) && isnan(b[i])) &&
+            !(fabsf(a[i] - b[i]) <= slack * largest))
+            return false;
+    return true;
+}
+
+/* Where pairs of bfloat16 are an instruction, the order within a sum is the processor's. */
+static float slack_of(Precision precision) { return precision == BF16 && kernels->pairs ? 1e-5f : 0; }
+
+/* Calls `compute` under every table, with 1 and 3 threads, and wants naive's n floats each time. */
+static void same_everywhere(const char *what, Precision precision, size_t n, void (*compute)(void *, float *),
+                            void *with, float *result) {
     float *again = allocate(n * sizeof *again);
     int threads = threads_count();
-    kernels_choose("generic");
-    threads_set(1);
+    kernels_choose("naive");
     compute(with, result);
-    for (int i = 0; i < 4; i++)
+    FOR_TABLES(name)
         for (int t = 1; t <= 3; t += 2) {
-            if (kernels_choose(isas[i])) continue;
             threads_set(t);
             memset(again, 0xff, n * sizeof *again);
             compute(with, again);
-            CHECK(!memcmp(again, result, n * sizeof *again), "%s: %s with %d threads differs from generic",
-                  what, isas[i], t);
+            CHECK(agree(again, result, n, slack_of(precision)), "%s: %s with %d threads differs from naive", what,
+                  name, t);
         }
     kernels_choose("auto");
     threads_set(threads);
     free(again);
 }
 
-/* What a precision may be off by, relative to the largest value, when random numbers are multiplied: bytes
- * only, since bfloat16 is compared with the specification on rounded numbers. */
-static const double allowed[PRECISIONS] = {0, 0, 1.5e-2};
+/* What naive may be off by against double precision, relative to the largest value: the rounding of what is
+ * multiplied. */
+static const double allowed[PRECISIONS] = {2e-6, 1e-2, 1.5e-2};
+
+/* ---------------------------------------------------------------- the choice */
+
+static void check_names(void) {
+    int chosen = 0;
+    FOR_TABLES(name) {
+        CHECK(!strcmp(kernels->name, name), "%s chooses %s", name, kernels->name);
+        chosen++;
+    }
+    CHECK(chosen >= 2, "only %d tables run here", chosen);
+    CHECK(kernels_choose("avx1024"), "an unknown name is accepted");
+    CHECK(!kernels_choose("auto") && strcmp(kernels->name, "naive"), "auto takes naive");
+}
 
 /* ---------------------------------------------------------------- products */
 
@@ -57,24 +84,13 @@ static void compute_linear(void *with, float *y) {
     linear(y, p->x, p->L, &p->layer);
 }
 
-static float rounded(Precision precision, float x) {
-    uint16_t narrow;
-    if (precision != BF16) return x;
-    kernels->to_bf16(&narrow, &x, 1);
-    kernels->from_bf16(&x, &narrow, 1);
-    return x;
-}
-
-/* The specification, to the bit: one chain of fused multiply-adds, then the bias. */
 static void specify_linear(const Product *p, const float *w, float *y) {
-    Precision precision = p->layer.precision;
     for (int l = 0; l < p->L; l++)
         for (int o = 0; o < p->O; o++) {
-            const float *x = p->x + (size_t)l * p->I, *column = w + (size_t)o * p->I;
-            float sum = 0;
+            double sum = p->layer.bias ? p->layer.bias[o] : 0;
             for (int k = 0; k < p->I; k++)
-                sum = fmaf(rounded(precision, x[k]), rounded(precision, column[k]), sum);
-            y[(size_t)l * p->O + o] = p->layer.bias ? sum + p->layer.bias[o] : sum;
+                sum += (double)p->x[(size_t)l * p->I + k] * w[(size_t)o * p->I + k];
+            y[(size_t)l * p->O + o] = (float)sum;
         }
 }
 
@@ -86,7 +102,7 @@ static void check_linear(Precision precision, int L, int I, int O, bool bias) {
     Product p = {L, I, O, x, {{w, TYPE_F32, O, I}, bias ? b : NULL, precision}};
     char what[64];
     snprintf(what, sizeof what, "%s linear %dx%d @ %d", precision_name(precision), L, I, O);
-    same_everywhere(what, n, compute_linear, &p, y);
+    same_everywhere(what, precision, n, compute_linear, &p, y);
     specify_linear(&p, w, expected);
     double error = relative_error(y, expected, n);
     CHECK(error <= allowed[precision], "%s: relative error %.2e", what, error);
@@ -105,10 +121,144 @@ static void check_narrow(Type type) {
     convert_to_floats(w, bytes, type, I * O);
     Product p = {L, I, O, x, {{bytes, type, O, I}, NULL, F32}};
     compute_linear(&p, y);
-    specify_linear(&p, w, expected);
+    p.layer.weight = (Weight){w, TYPE_F32, O, I};
+    compute_linear(&p, expected);
     CHECK(!memcmp(y, expected, sizeof y), "a product with %s weights differs from that with widened ones",
           type_name(type));
     free(bytes), free(w), free(x);
+}
+
+/* ---------------------------------------------------------------- products as large as the released models' */
+
+enum { EVERY = 13, SAMPLED_ROWS = 3 }; /* outputs that are compared: some of each panel; rows */
+
+/* bfloat16 in (-1/64, 1/64), faster than normal numbers. */
+static uint16_t *random_weights(size_t n) {
+    uint16_t *w = allocate(n * sizeof *w);
+    uint32_t state = 1;
+    for (size_t i = 0; i < n; i++) {
+        state = state * 1664525u + 1013904223u;
+        w[i] = bf16_of((float)(int32_t)state * 0x1p-37f);
+    }
+    return w;
+}
+
+/* naive's results for some rows and outputs, (SAMPLED_ROWS, every EVERYth of O). */
+static float *sample_naively(const Product *p) {
+    int count = ceiling(p->O, EVERY), I = p->I;
+    uint16_t *w = allocate(sizeof *w * (size_t)count * I);
+    float *x = allocate(sizeof *x * SAMPLED_ROWS * (size_t)I), *y = allocate(sizeof *y * SAMPLED_ROWS * (size_t)count);
+    for (int i = 0; i < count; i++)
+        memcpy(w + (size_t)i * I, (const uint16_t *)p->layer.weight.data + (size_t)i * EVERY * I, sizeof *w * I);
+    for (int i = 0; i < SAMPLED_ROWS; i++)
+        memcpy(x + (size_t)i * I, p->x + (size_t)(p->L - 1) * i / (SAMPLED_ROWS - 1) * I, sizeof *x * I);
+    kernels_choose("naive");
+    linear(y, x, SAMPLED_ROWS, &(Linear){{w, TYPE_BF16, count, I}, NULL, p->layer.precision});
+    free(w), free(x);
+    return y;
+}
+
+static void check_sampled(const Product *p, const float *expected, const char *name) {
+    int count = ceiling(p->O, EVERY);
+    float *y = allocate(sizeof *y * (size_t)p->L * p->O), *found = allocate(sizeof *found * SAMPLED_ROWS * (size_t)count);
+    linear(y, p->x, p->L, &p->layer);
+    for (int i = 0; i < SAMPLED_ROWS; i++)
+        for (int j = 0; j < count; j++)
+            found[i * count + j] = y[(size_t)((p->L - 1) * i / (SAMPLED_ROWS - 1)) * p->O + j * EVERY];
+    CHECK(agree(found, expected, SAMPLED_ROWS * (size_t)count, slack_of(p->layer.precision)),
+          "%s linear %dx%d @ %d: %s differs from naive", precision_name(p->layer.precision), p->L, p->I, p->O, name);
+    free(y), free(found);
+}
+
+/* Few rows are one block, for which tasks pack panels for themselves; `blocks` of them share groups of panels. */
+static void check_large(Precision precision, int blocks, int I, int O, const uint16_t *w) {
+    float *x = random_floats((size_t)(MAX_TILE_ROWS * 8 + 1) * I, 11);
+    FOR_TABLES(name) {
+        if (!strcmp(name, "naive")) continue;
+        Product p = {blocks > 1 ? kernels->tile_rows * 8 + 1 : 3, I, O, x, {{w, TYPE_BF16, O, I}, NULL, precision}};
+        float *expected = sample_naively(&p);
+        kernels_choose(name);
+        check_sampled(&p, expected, name);
+        free(expected);
+    }
+    kernels_choose("auto");
+    free(x);
+}
+
+/* umT5's and the 1.3B model's feed-forward layers; then more outputs than the panels of one group have. */
+static void check_large_products(void) {
+    static const int several_groups[PRECISIONS] = {500, 1000, 2000};
+    uint16_t *w = random_weights((size_t)4096 * 10240);
+    for (int p = 0; p < PRECISIONS; p++) {
+        check_large((Precision)p, 1, 4096, 10240, w);
+        check_large((Precision)p, 1, 8960, 1536, w);
+        check_large((Precision)p, 1, 1536, 8960, w);
+        check_large((Precision)p, 2, 8960, several_groups[p], w);
+    }
+    free(w);
+}
+
+/* ---------------------------------------------------------------- convolutions */
+
+/* 3x3x3 over frames of 6x5 pixels, of which the first is left out; pixels past the edge are zeros. */
+enum { HEIGHT = 6, WIDTH = 5, PIXELS = HEIGHT * WIDTH, OUT = 19 };
+
+typedef struct {
+    Precision precision;
+    int channels;
+    const float *x, *w, *bias; /* (3,PIXELS,channels); (OUT,27*channels); (OUT) */
+    char *frames, *zeros;
+} Convolution;
+
+static void locate(const void *of, int row, const void **where, int stride) {
+    const Convolution *c = of;
+    for (int t = 1; t < 3; t++)
+        for (int y = row / WIDTH - 1; y <= row / WIDTH + 1; y++)
+            for (int x = row % WIDTH - 1; x <= row % WIDTH + 1; x++, where += stride) {
+                bool inside = x >= 0 && x < WIDTH && y >= 0 && y < HEIGHT;
+                size_t pixel = (size_t)(t * PIXELS + y * WIDTH + x);
+                *where = inside ? c->frames + pixel * row_bytes(c->precision, c->channels) : c->zeros;
+            }
+}
+
+static void compute_convolution(void *with, float *y) {
+    Convolution c = *(const Convolution *)with;
+    Linear layer = {{c.w, TYPE_F32, OUT, 27 * c.channels}, c.bias, c.precision};
+    size_t bytes = row_bytes(c.precision, c.channels);
+    c.zeros = allocate(bytes);
+    c.frames = allocate(bytes * 3 * PIXELS);
+    narrow_rows(c.precision, c.frames, c.x, (size_t)c.channels, 3 * PIXELS, c.channels);
+    product(y, (Rows){PIXELS, 18, c.channels, 9, locate, &c}, &layer, REPLACE);
+    product(y, (Rows){PIXELS, 18, c.channels, 9, locate, &c}, &layer, ACCUMULATE);
+    free(c.zeros), free(c.frames);
+}
+
+static void specify_convolution(const Convolution *c, float *y) {
+    for (int pixel = 0; pixel < PIXELS; pixel++)
+        for (int o = 0; o < OUT; o++) {
+            double sum = c->bias[o];
+            for (int tap = 9; tap < 27; tap++)
+                for (int i = 0; i < c->channels; i++) {
+                    int row = pixel / WIDTH + tap / 3 % 3 - 1, column = pixel % WIDTH + tap % 3 - 1;
+                    if (row < 0 || row >= HEIGHT || column < 0 || column >= WIDTH) continue;
+                    sum += (double)c->x[(tap / 9 * PIXELS + row * WIDTH + column) * c->channels + i] *
+                           c->w[(o * 27 + tap) * c->channels + i];
+                }
+            y[pixel * OUT + o] = (float)(2 * sum);
+        }
+}
+
+static void check_convolution(Precision precision, int channels) {
+    float *x = random_floats((size_t)3 * PIXELS * channels, 12), *w = random_floats((size_t)OUT * 27 * channels, 13),
+          *bias = random_floats(OUT, 14), y[PIXELS * OUT], expected[PIXELS * OUT];
+    Convolution c = {precision, channels, x, w, bias, NULL, NULL};
+    char what[64];
+    snprintf(what, sizeof what, "%s convolution of %d channels", precision_name(precision), channels);
+    same_everywhere(what, precision, PIXELS * OUT, compute_convolution, &c, y);
+    specify_convolution(&c, expected);
+    double error = relative_error(y, expected, PIXELS * OUT);
+    CHECK(error <= allowed[precision], "%s: relative error %.2e", what, error);
+    free(x), free(w), free(bias);
 }
 
 /* ---------------------------------------------------------------- attention */
@@ -154,10 +304,10 @@ static void check_attention(Precision precision, int queries, int keys, int head
     char what[64];
     snprintf(what, sizeof what, "%s attention %dx%d, %d heads of %d", precision_name(precision), queries,
              keys, heads, d);
-    same_everywhere(what, n, compute_attention, &a, y);
+    same_everywhere(what, precision, n, compute_attention, &a, y);
     specify_attention(&a, expected);
     double error = relative_error(y, expected, n);
-    CHECK(error < (precision == F32 ? 2e-6 : 2e-2), "%s: relative error %.2e", what, error);
+    CHECK(error < 2 * allowed[precision], "%s: relative error %.2e", what, error);
     free(q), free(k), free(v), free(b), free(y), free(expected);
 }
 
@@ -176,7 +326,7 @@ static void compute_rows(void *with, float *y) {
 static void check_rows(void) {
     enum { L = 3, N = 67 };
     float *x = random_floats((L + 2) * N, 10), *y = allocate(sizeof(float) * 5 * L * N);
-    same_everywhere("norms and activations", 5 * L * N, compute_rows, x, y);
+    same_everywhere("norms and activations", F32, 5 * L * N, compute_rows, x, y);
     for (int i = 0; i < L * N; i++) {
         double z = x[i], s = z / (1 + exp(-z));
         double g = 0.5 * z * (1 + tanh(sqrt(2 / acos(-1)) * (z + 0.044715 * z * z * z)));
@@ -188,7 +338,7 @@ static void check_rows(void) {
     free(x), free(y);
 }
 
-/* Far out the activations are their limits, and nothing overflows or becomes not-a-number. */
+/* Far out the activations are their limits, and nothing overflows or becomes NaN. */
 static void check_extremes(void) {
     float x[] = {-1e30f, -200.0f, -90.0f, 0.0f, 90.0f, 200.0f, 1e30f}, y[7];
     silu(y, x, 7);
@@ -199,20 +349,179 @@ static void check_extremes(void) {
         CHECK(fabsf(y[i] - fmaxf(x[i], 0)) < 1e-7f * fmaxf(1.0f, fabsf(x[i])), "gelu(%g) = %g", x[i], y[i]);
 }
 
+/* ---------------------------------------------------------------- NaN and infinity */
+
+static bool all_nan(const float *x, size_t n, size_t stride) {
+    for (size_t i = 0; i < n; i++)
+        if (!isnan(x[i * stride])) return false;
+    return true;
+}
+
+static bool any_finite(const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (isfinite(x[i])) return true;
+    return false;
+}
+
+static bool all_finite(const float *x, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        if (!isfinite(x[i])) return false;
+    return true;
+}
+
+/* A float's bits and the bfloat16 that it becomes, as torch rounds. */
+static void check_bf16(void) {
+    static const uint32_t cases[][2] = {
+        {0x00000000, 0x0000}, {0x80000000, 0x8000}, {0x3f800000, 0x3f80}, {0x3f808000, 0x3f80},
+        {0x3f808001, 0x3f81}, {0x3f818000, 0x3f82}, {0x00008000, 0x0000}, {0x00018000, 0x0002},
+        {0x7f7f0000, 0x7f7f}, {0x7f7fffff, 0x7f80}, {0xff7fffff, 0xff80}, {0x7f800000, 0x7f80},
+        {0xff800000, 0xff80}, {0x7fc00000, 0x7fc0}, {0x7f800001, 0x7fc0}, {0x7fffffff, 0x7fc0},
+        {0xffc00000, 0x7fc0}, {0xff800001, 0x7fc0}, {0xffffffff, 0x7fc0},
+    };
+    enum { N = sizeof cases / sizeof *cases };
+    FOR_TABLES(name) {
+        float x[N], back[N];
+        uint16_t y[N];
+        for (int i = 0; i < N; i++) x[i] = float_of(cases[i][0]);
+        kernels->to_bf16(y, x, N);
+        kernels->from_bf16(back, y, N);
+        for (int i = 0; i < N; i++) {
+            CHECK(y[i] == cases[i][1], "%s: %08x as bfloat16 is %04x, not %04x", name, cases[i][0], y[i], cases[i][1]);
+            CHECK(bits_of(back[i]) == (uint32_t)y[i] << 16, "%s: bfloat16 %04x is widened to %08x", name, y[i],
+                  bits_of(back[i]));
+        }
+    }
+    kernels_choose("auto");
+}
+
+/* In its row or output, and nowhere else. One chunk of the row, for bytes, is enough. */
+static void check_nan_in_product(Precision precision) {
+    enum { L = 20, I = 530, O = 37 };
+    float *x = random_floats(L * I, 15), *w = random_floats(O * I, 16), y[L * O];
+    Product p = {L, I, O, x, {{w, TYPE_F32, O, I}, NULL, precision}};
+    char what[64];
+    x[3 * I + 300] = NAN, x[4 * I + 529] = -NAN, x[17 * I] = INFINITY, x[18 * I + 1] = -INFINITY;
+    snprintf(what, sizeof what, "%s rows that are not finite", precision_name(precision));
+    same_everywhere(what, precision, L * O, compute_linear, &p, y);
+    CHECK(all_finite(y, 3 * O) && all_finite(y + 5 * O, 12 * O) && all_finite(y + 19 * O, O),
+          "%s: other rows are not finite", what);
+    CHECK(all_nan(y + 3 * O, 2 * O, 1), "%s: NaN is lost", what);
+    CHECK(!any_finite(y + 17 * O, 2 * O), "%s: infinity is lost", what);
+    w[9 * I + 500] = NAN;
+    same_everywhere(what, precision, L * O, compute_linear, &p, y);
+    CHECK(all_nan(y + 9, L, O), "%s: NaN in the weights is lost", what);
+    CHECK(all_finite(y, 9) && all_finite(y + 10, O - 10), "%s: other outputs are not finite", what);
+    free(x), free(w);
+}
+
+/* Numbers so small that 127 / largest overflows, so large that their product does, and rows of zeros. */
+static void check_ends_of_range(Precision precision) {
+    enum { L = 6, I = 260, O = 18 };
+    static const float scales[L] = {1, 1e-44f, 1e-38f, 3e-37f, 1e36f, 0};
+    float *x = random_floats(L * I, 17), *w = random_floats(O * I, 18), y[L * O];
+    Product p = {L, I, O, x, {{w, TYPE_F32, O, I}, NULL, precision}};
+    for (int i = 0; i < L * I; i++) x[i] *= scales[i / I];
+    same_everywhere("numbers at the ends of the range", precision, L * O, compute_linear, &p, y);
+    CHECK(all_finite(y, L * O), "%s: numbers at the ends of the range leave it", precision_name(precision));
+}
+
+enum { KEYS = 300, QUERIES = 18, D = 20 };
+
+static Attention random_attention(Precision precision, float *bias) {
+    return (Attention){.precision = precision, .q = random_floats(QUERIES * D, 19), .k = random_floats(KEYS * D, 20),
+                       .v = random_floats(KEYS * D, 21), .queries = QUERIES, .keys = KEYS, .heads = 1, .d = D,
+                       .q_stride = D, .kv_stride = D, .out_stride = D, .scale = 0.3f, .bias = bias,
+                       .bias_query = KEYS};
+}
+
+static void free_attention(const Attention *a) { free((void *)a->q), free((void *)a->k), free((void *)a->v); }
+
+/* Query 0 sees all keys; 1 the last tile's only; 2 none; 3 far below 0; 4 the first key only. */
+static void check_hidden_keys(Precision precision) {
+    float *bias = allocate(sizeof(float) * QUERIES * KEYS), y[QUERIES * D], visible[QUERIES * D];
+    Attention a = random_attention(precision, bias);
+    for (int j = 0; j < KEYS; j++) {
+        bias[1 * KEYS + j] = j < 2 * TILE_KEYS ? -INFINITY : 0;
+        bias[2 * KEYS + j] = -INFINITY;
+        bias[3 * KEYS + j] = -1e37f;
+        bias[4 * KEYS + j] = j > 0 ? -INFINITY : 0;
+    }
+    same_everywhere("attention with hidden keys", precision, QUERIES * D, compute_attention, &a, y);
+    CHECK(all_nan(y + 2 * D, D, 1), "%s: a query that sees no key gets a number", precision_name(precision));
+    for (int i = 0; i < D; i++) {
+        double sum = 0;
+        for (int j = 0; j < KEYS; j++) sum += a.v[j * D + i];
+        CHECK(fabs(y[3 * D + i] - sum / KEYS) < 2 * allowed[precision], "keys far below 0 weigh %g, not the mean %g",
+              y[3 * D + i], sum / KEYS);
+        CHECK(fabs(y[4 * D + i] - a.v[i]) < allowed[precision] * 4, "the one visible key weighs %g, not %g",
+              y[4 * D + i], a.v[i]);
+    }
+    Attention last = a;
+    last.k += 2 * TILE_KEYS * D, last.v += 2 * TILE_KEYS * D, last.keys -= 2 * TILE_KEYS, last.bias = NULL;
+    compute_attention(&last, visible);
+    CHECK(!memcmp(y + D, visible + D, sizeof(float) * D), "%s: hidden tiles of keys leave something behind",
+          precision_name(precision));
+    free(bias), free_attention(&a);
+}
+
+static void check_nan_in_attention(Precision precision) {
+    float y[QUERIES * D];
+    Attention a = random_attention(precision, NULL);
+    ((float *)a.q)[5 * D + 3] = NAN, ((float *)a.q)[7 * D] = INFINITY;
+    ((float *)a.v)[140 * D + 2] = NAN, ((float *)a.v)[9 * D + 4] = INFINITY;
+    same_everywhere("attention with NaN", precision, QUERIES * D, compute_attention, &a, y);
+    CHECK(all_nan(y + 5 * D, D, 1) && all_nan(y + 7 * D, D, 1), "NaN in a query is lost");
+    CHECK(all_nan(y + 2, QUERIES, D), "NaN in a value is lost");
+    CHECK(y[4] == INFINITY, "infinity in a value becomes %g", y[4]);
+    CHECK(all_finite(y, 2) && all_finite(y + 5, D - 5), "NaN in a query spreads to others");
+    ((float *)a.k)[290 * D] = NAN;
+    same_everywhere("attention with NaN", precision, QUERIES * D, compute_attention, &a, y);
+    CHECK(all_nan(y, QUERIES * D, 1), "NaN in a key is lost");
+    free_attention(&a);
+}
+
+static void check_nan_in_rows(void) {
+    enum { L = 3, N = 67 };
+    float *x = random_floats((L + 2) * N, 22), y[5 * L * N];
+    x[N + 66] = NAN;
+    same_everywhere("norms and activations of NaN", F32, 5 * L * N, compute_rows, x, y);
+    for (int i = 0; i < 5; i++) {
+        const float *out = y + i * L * N;
+        CHECK(all_finite(out, N) && all_finite(out + 2 * N, N), "NaN spreads to other rows");
+        CHECK(i < 3 ? all_nan(out + N, N, 1) : all_finite(out + N, N - 1) && isnan(out[N + 66]),
+              "NaN is lost, or spreads within an activation");
+    }
+    x[N + 66] = -INFINITY, x[2 * N] = INFINITY;
+    same_everywhere("norms and activations of infinity", F32, 5 * L * N, compute_rows, x, y);
+    free(x);
+}
+
 void test_kernels(void) {
     int sizes[][3] = {{1, 1, 1}, {1, 300, 7}, {13, 24, 33}, {14, 512, 32}, {113, 513, 65}, {40, 1030, 96}};
+    check_names();
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         for (int p = 0; p < PRECISIONS; p++)
             check_linear((Precision)p, sizes[i][0], sizes[i][1], sizes[i][2], i % 2);
     check_narrow(TYPE_F16);
     check_narrow(TYPE_BF16);
     check_narrow(TYPE_Q8_0);
+    check_large_products();
     for (int p = F32; p <= BF16; p++) {
+        check_convolution((Precision)p, 4);
+        check_convolution((Precision)p, 131);
         check_attention((Precision)p, 1, 1, 1, 2, false);
         check_attention((Precision)p, 17, 40, 3, 24, true);
         check_attention((Precision)p, 75, 129, 2, 40, false);
         check_attention((Precision)p, 3, 513, 1, 130, true);
+        check_hidden_keys((Precision)p);
+        check_nan_in_attention((Precision)p);
     }
     check_rows();
     check_extremes();
+    check_bf16();
+    for (int p = 0; p < PRECISIONS; p++) {
+        check_nan_in_product((Precision)p);
+        check_ends_of_range((Precision)p);
+    }
+    check_nan_in_rows();
 }

@@ -9,12 +9,11 @@
  *   scores (queries, TILE_KEYS) = q @ k^T        panels of k: C keys, over d
  *   out (queries, d)           += p @ v          panels of v: C of d, over the keys
  *
- * The tile of keys is the same on every instruction set, since a rescaling rounds. */
+ * A score of -infinity weighs 0. So the largest score so far starts at the least finite number, not at
+ * -infinity: then a tile of hidden keys leaves 0 in the sums, and a query that sees none divides 0 by 0. */
 #include "engine/engine.h"
 
-#include <string.h>
-
-enum { TILE_KEYS = 128, BLOCK_ROWS = 5 };
+enum { BLOCK_ROWS = 5 };
 
 /* Where a head's packed keys and values lie, and what they are packed as. Sizes in bytes. */
 typedef struct {
@@ -106,7 +105,7 @@ static void begin_block(const Plan *plan, Block *block, int head, int query, cha
     for (int i = 0; i < block->padded; i++) {
         int row = smaller(i, block->rows - 1);
         const float *q = head_of(a->q, a->q_stride, query + row, head, a->d);
-        block->maximum[i] = -1e30f;
+        block->maximum[i] = -FLT_MAX;
         if (plan->precision == F32) {
             block->q[i] = q;
             block->p[i] = block->scores + (size_t)row * TILE_KEYS;
@@ -162,7 +161,7 @@ size_t attention_memory(Precision precision, int keys, int heads, int d) {
     return plan_bytes(&plan);
 }
 
-void attention(const Attention *a) {
+void attention_in_tiles(const Attention *a) {
     Plan plan = make_plan(a);
     int block = BLOCK_ROWS * kernels->tile_rows, blocks = round_up(a->queries, block) / block;
     plan.packed = scratch(plan_bytes(&plan));
@@ -172,5 +171,9 @@ void attention(const Attention *a) {
         attend(&plan, task / blocks, query, smaller(block, a->queries - query),
                plan.packed + plan.packed_size + plan.block_size * (size_t)thread_index());
     }
+}
+
+void attention(const Attention *a) {
+    kernels->attention(a);
     profile_flops(4.0 * a->queries * a->keys * a->heads * a->d);
 }

@@ -2,8 +2,10 @@
  *
  * The includer defines a vocabulary of vectors of VLEN floats and this file is written in nothing else:
  *   V, VLEN, TARGET, NAME(x), TILE_ROWS, TILE_VECTORS,
- *   V_LOAD V_STORE V_SET V_ADD V_SUB V_MUL V_DIV V_FMA(a,b,c)=a*b+c V_MAX V_MIN V_ABS V_ROUND V_POW2 V_HMAX
- *   W, vectors of VLEN 32-bit words: W_LOAD W_STORE W_SET W_FLOAT (integers to floats)
+ *   V_LOAD V_STORE V_SET V_ADD V_SUB V_MUL V_DIV V_FMA(a,b,c)=a*b+c V_ROUND V_HMAX
+ *   V_MAX(a,b) V_MIN(a,b), b where either is NaN; V_POW2(n), 2^n of -126 to 127 and 0 of -127
+ *   W, vectors of VLEN 32-bit words: W_LOAD W_STORE W_SET W_AND W_MAX (unsigned, below 2^31) W_FLOAT
+ *   (integers to floats)
  *   W_TRANSPOSE (of VLEN vectors) W_KEEP (leaves a vector as it is, in a register), the two dot products
  *   DOT_INT8(sum, a, b): integers, four products of bytes;
  *   DOT_BF16(sum, a, b): sum + two products of bfloat16, only where that is faster than two of float32
@@ -16,9 +18,9 @@
  * is done element by element is the same formula in every lane, with every rounding written out. */
 
 /* exp(x), about 1 ulp: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial for exp(r) (Cephes' expf), times
- * 2^n. Out of range it stays at the nearest value that is a normal number; not-a-number passes through. */
+ * 2^n. Below, where n is -127, it is 0; above it stays at a finite number; NaN passes through. */
 static inline TARGET V NAME(v_exp)(V x) {
-    x = V_MIN(V_SET(88.3f), V_MAX(V_SET(-87.3f), x));
+    x = V_MIN(V_SET(88.3f), V_MAX(V_SET(-88.03f), x));
     V n = V_ROUND(V_MUL(x, V_SET(1.44269504f)));
     V r = V_FMA(n, V_SET(-0.693359375f), x);
     r = V_FMA(n, V_SET(2.12194440e-4f), r);
@@ -83,10 +85,10 @@ static TARGET void NAME(tile_bf16)(float *acc, int ld, const void *const *a, siz
     FOR_ROWS FOR_VECTORS V_STORE(acc + (size_t)i * ld + j * VLEN, sum[i][j]);
 }
 #define TILE_BF16 NAME(tile_bf16)
-#define FAST_BF16 true
+#define PAIRS true
 #else
 #define TILE_BF16 NAME(tile_f32)
-#define FAST_BF16 false
+#define PAIRS false
 #endif
 
 /* Exact integers over a chunk, then one step in float32: acc += sum * (scale of the row * scale of the
@@ -125,13 +127,13 @@ static TARGET void NAME(tile_int8)(float *acc, int ld, const void *const *a, siz
 static TARGET void NAME(from_bf16)(float *y, const uint16_t *x, size_t n) {
     size_t i = 0;
     for (; i + VLEN <= n; i += VLEN) V_STORE(y + i, V_LOAD_BF16(x + i));
-    for (; i < n; i++) y[i] = float_of((uint32_t)x[i] << 16);
+    for (; i < n; i++) y[i] = float_of_bf16(x[i]);
 }
 
 static TARGET void NAME(to_bf16)(uint16_t *y, const float *x, size_t n) {
     size_t i = 0;
     for (; i + VLEN <= n; i += VLEN) V_STORE_BF16(y + i, V_LOAD(x + i));
-    for (; i < n; i++) y[i] = nearest_bf16(x[i]);
+    for (; i < n; i++) y[i] = bf16_of(x[i]);
 }
 
 /* x * factor to nearest, as bytes plus BYTE_OFFSET; the sum of the bytes without it is returned. */
@@ -144,12 +146,34 @@ static TARGET int NAME(to_int8)(uint8_t *y, const float *x, int n, float factor)
         for (; j + VLEN <= count; j += VLEN) V_STORE(rounded + j, V_ROUND(V_MUL(V_LOAD(x + i + j), f)));
         for (; j < count; j++) rounded[j] = rintf(x[i + j] * factor);
         for (j = 0; j < count; j++) {
-            int value = fabsf(rounded[j]) <= 127.0f ? (int)rounded[j] : 0; /* not-a-number has no byte */
-            y[i + j] = (uint8_t)(value + BYTE_OFFSET);
-            sum += value;
+            y[i + j] = (uint8_t)((int)rounded[j] + BYTE_OFFSET);
+            sum += (int)rounded[j];
         }
     }
     return sum;
+}
+
+/* The largest magnitude; NaN if there is one. Magnitudes are in the order of their bits, NaN above all. */
+static TARGET float NAME(largest)(const float *x, int n) {
+    W mask = W_SET(0x7fffffff), m = W_SET(0), other = m; /* two, since each waits for its last */
+    Word lanes[VLEN], most = 0;
+    int i = 0;
+    for (; i + 2 * VLEN <= n; i += 2 * VLEN) {
+        m = W_MAX(m, W_AND(mask, W_LOAD((const Word *)x + i)));
+        other = W_MAX(other, W_AND(mask, W_LOAD((const Word *)x + i + VLEN)));
+    }
+    W_STORE(lanes, W_MAX(m, other));
+    for (int j = 0; j < VLEN; j++) most = lanes[j] > most ? lanes[j] : most;
+    for (; i < n; i++) most = bits_of(fabsf(x[i])) > most ? bits_of(fabsf(x[i])) : most;
+    return float_of(most);
+}
+
+static TARGET float NAME(quantize)(uint8_t *y, const float *x, int n, int *sum) {
+    float largest = NAME(largest)(x, n), factor = 127.0f / largest;
+    bool usable = factor > 0 && factor < INFINITY;
+    *sum = usable ? NAME(to_int8)(y, x, n, factor) : 0;
+    if (!usable) memset(y, BYTE_OFFSET, (size_t)n);
+    return largest < INFINITY ? largest / 127.0f : NAN;
 }
 
 /* out [n][stride_out] = words of `rows` rows of n, transposed; rows is a multiple of VLEN. */
@@ -169,18 +193,6 @@ static TARGET void NAME(transpose)(Word *out, size_t stride_out, const Word *in,
     }
 }
 
-static TARGET float NAME(largest)(const float *x, int n) {
-    V m = V_SET(0.0f), other = m; /* two, since each waits for its last */
-    int i = 0;
-    for (; i + 2 * VLEN <= n; i += 2 * VLEN) {
-        m = V_MAX(m, V_ABS(V_LOAD(x + i)));
-        other = V_MAX(other, V_ABS(V_LOAD(x + i + VLEN)));
-    }
-    float most = V_HMAX(V_MAX(m, other));
-    for (; i < n; i++) most = fmaxf(most, fabsf(x[i]));
-    return most;
-}
-
 static TARGET float NAME(softmax_tile)(float *scores, int n, float scale, const float *bias, float maximum,
                                        float *sums, float *rescale) {
     int padded = (n + LANES - 1) / LANES * LANES, whole = n - n % LANES;
@@ -193,7 +205,7 @@ static TARGET float NAME(softmax_tile)(float *scores, int n, float scale, const 
         scores[i] *= scale;
         if (bias) scores[i] += bias[i];
     }
-    for (int i = n; i < padded; i++) scores[i] = -1e30f;
+    for (int i = n; i < padded; i++) scores[i] = -INFINITY;
     for (int i = 0; i < padded; i += VLEN) m = V_MAX(m, V_LOAD(scores + i));
     float highest = V_HMAX(m);
     m = V_SET(highest);
@@ -242,11 +254,28 @@ static TARGET float NAME(sum_squares)(const float *x, int n, float center) {
     return lanes_sum(lanes);
 }
 
+static TARGET void NAME(rms_norm_row)(float *y, const float *x, int n, const float *gain, float eps) {
+    float factor = 1.0f / sqrtf(NAME(sum_squares)(x, n, 0.0f) / (float)n + eps);
+    for (int i = 0; i < n; i++) y[i] = x[i] * factor * gain[i];
+}
+
+static TARGET void NAME(l2_norm_row)(float *y, const float *x, int n, const float *gain) {
+    float norm = sqrtf(NAME(sum_squares)(x, n, 0.0f));
+    float factor = sqrtf((float)n) / (norm < 1e-12f ? 1e-12f : norm);
+    for (int i = 0; i < n; i++) y[i] = x[i] * factor * gain[i];
+}
+
+static TARGET void NAME(layer_norm_row)(float *y, const float *x, int n, float eps, const float *scale,
+                                        const float *shift) {
+    float mean = NAME(sum)(x, n) / (float)n;
+    float factor = 1.0f / sqrtf(NAME(sum_squares)(x, n, mean) / (float)n + eps);
+    for (int i = 0; i < n; i++) y[i] = (x[i] - mean) * factor * scale[i] + shift[i];
+}
+
 static inline TARGET V NAME(v_silu)(V x) {
     return V_DIV(x, V_ADD(V_SET(1.0f), NAME(v_exp)(V_SUB(V_SET(0.0f), x))));
 }
 
-/* 0.5 x (1 + tanh(u)) = x / (1 + exp(-2u)), u = sqrt(2/pi) (x + 0.044715 x^3). */
 static inline TARGET V NAME(v_gelu)(V x) {
     V cubic = V_FMA(V_MUL(V_MUL(x, x), x), V_SET(0.044715f), x);
     return V_DIV(x, V_ADD(V_SET(1.0f), NAME(v_exp)(V_MUL(cubic, V_SET(-1.59576912f)))));
@@ -265,23 +294,33 @@ ELEMENTWISE(silu, NAME(v_silu))
 ELEMENTWISE(gelu, NAME(v_gelu))
 #undef ELEMENTWISE
 
+static TARGET float NAME(multiply_add)(float a, float b, float c) {
+    float result[VLEN];
+    V_STORE(result, V_ADD(V_MUL(V_SET(a), V_SET(b)), V_SET(c)));
+    return result[0];
+}
+
 static const Kernels NAME(table) = {
     .name = ISA_NAME,
-    .tile_rows = TILE_ROWS,
-    .tile_cols = TILE_VECTORS * VLEN,
-    .fast = {true, FAST_BF16, FAST_INT8},
-    .byte_offset = BYTE_OFFSET,
-    .tile = {NAME(tile_f32), TILE_BF16, NAME(tile_int8)},
-    .from_bf16 = NAME(from_bf16),
-    .to_bf16 = NAME(to_bf16),
-    .to_int8 = NAME(to_int8),
-    .transpose = NAME(transpose),
-    .largest = NAME(largest),
-    .softmax_tile = NAME(softmax_tile),
-    .sum = NAME(sum),
-    .sum_squares = NAME(sum_squares),
+    .fast = {true, PAIRS, FAST_INT8},
+    .product = product_in_panels,
+    .attention = attention_in_tiles,
+    .rms_norm_row = NAME(rms_norm_row),
+    .l2_norm_row = NAME(l2_norm_row),
+    .layer_norm_row = NAME(layer_norm_row),
     .silu = NAME(silu),
     .gelu = NAME(gelu),
+    .from_bf16 = NAME(from_bf16),
+    .to_bf16 = NAME(to_bf16),
+    .quantize = NAME(quantize),
+    .pairs = PAIRS,
+    .byte_offset = BYTE_OFFSET,
+    .tile_rows = TILE_ROWS,
+    .tile_cols = TILE_VECTORS * VLEN,
+    .tile = {NAME(tile_f32), TILE_BF16, NAME(tile_int8)},
+    .transpose = NAME(transpose),
+    .softmax_tile = NAME(softmax_tile),
+    .multiply_add = NAME(multiply_add),
 };
 
 #undef V
@@ -301,7 +340,6 @@ static const Kernels NAME(table) = {
 #undef V_FMA
 #undef V_MAX
 #undef V_MIN
-#undef V_ABS
 #undef V_ROUND
 #undef V_POW2
 #undef V_HMAX
@@ -313,11 +351,13 @@ static const Kernels NAME(table) = {
 #undef W_KEEP
 #undef W_TRANSPOSE
 #undef W_SET
+#undef W_AND
+#undef W_MAX
 #undef W_FLOAT
 #undef DOT_BF16
 #undef DOT_INT8
 #undef TILE_BF16
-#undef FAST_BF16
+#undef PAIRS
 #undef FAST_INT8
 #undef BYTE_OFFSET
 #undef BYTES

@@ -10,15 +10,6 @@
 #include "engine/engine.h"
 
 #include <math.h>
-#include <string.h>
-
-float lanes_sum(const float lanes[LANES]) {
-    float sum[LANES];
-    memcpy(sum, lanes, sizeof sum);
-    for (int half = LANES / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; i++) sum[i] += sum[i + half];
-    return sum[0];
-}
 
 /* Loops over a tile are unrolled whole, or its accumulators would not stay in registers. */
 #if defined(__clang__)
@@ -36,27 +27,11 @@ float lanes_sum(const float lanes[LANES]) {
 #define PREFETCH(p) ((void)(p))
 #endif
 
-static inline uint16_t nearest_bf16(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, sizeof bits);
-    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 /* ---------------------------------------------------------------- generic */
 
-/* Not-a-number takes the second way: C leaves its conversion undefined,
- * and what it multiplies is one already. */
+/* NaN takes the second way: C leaves its conversion undefined, and what it multiplies is NaN already. */
 static inline float power_of_two(float n) {
-    uint32_t bits = (uint32_t)(n >= -127.0f ? (int)n + 127 : 0) << 23;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-static inline float float_of(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
+    return float_of((uint32_t)(n >= -127.0f ? (int)n + 127 : 0) << 23);
 }
 
 static inline uint32_t dot_int8(uint32_t sum, uint32_t a, uint32_t b) {
@@ -93,7 +68,10 @@ static inline TARGET_AVX2 float avx2_highest(__m256 v) {
 static inline TARGET_AVX2 void avx2_store_bf16(uint16_t *p, __m256 v) {
     __m256i bits = _mm256_castps_si256(v),
             odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    bits = _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+    bits = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+    bits = _mm256_blendv_epi8(bits, _mm256_set1_epi32(0x7fc00000),
+                              _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)));
+    bits = _mm256_srli_epi32(bits, 16);
     bits = _mm256_permute4x64_epi64(_mm256_packus_epi32(bits, bits), 0x88);
     _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(bits));
 }
@@ -134,7 +112,9 @@ static inline TARGET_AVX2 void transpose_8x8(__m256i r[8]) {
 static inline TARGET_AVX512 void avx512_store_bf16(uint16_t *p, __m512 v) {
     __m512i bits = _mm512_castps_si512(v),
             odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-    bits = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+    bits = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    bits = _mm512_mask_mov_epi32(bits, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
+    bits = _mm512_srli_epi32(bits, 16);
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16(bits));
 }
 
@@ -178,8 +158,8 @@ static inline TARGET_AVX512 void transpose_16x16(__m512i r[16]) {
 #include "engine/arithmetic/vector_avx512.h"
 #include "engine/arithmetic/kernel_body.h"
 
-#define ISA_NAME "avx512"
-#define NAME(x) avx512_vnni_##x
+#define ISA_NAME "avx512vnni"
+#define NAME(x) avx512vnni_##x
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vnni")))
 #define TILE_ROWS 14
 #define TILE_VECTORS 2
@@ -189,8 +169,8 @@ static inline TARGET_AVX512 void transpose_16x16(__m512i r[16]) {
 #include "engine/arithmetic/vector_avx512.h"
 #include "engine/arithmetic/kernel_body.h"
 
-#define ISA_NAME "avx512"
-#define NAME(x) avx512_bf16_##x
+#define ISA_NAME "avx512bf16"
+#define NAME(x) avx512bf16_##x
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vnni,avx512bf16")))
 #define TILE_ROWS 14
 #define TILE_VECTORS 2
@@ -202,17 +182,14 @@ static inline TARGET_AVX512 void transpose_16x16(__m512i r[16]) {
 #include "engine/arithmetic/kernel_body.h"
 
 /* The compiler's builtin asks the operating system, too: it must save the registers. */
-static bool has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-static bool has_avx512(void) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
-}
-static bool has_avx512_vnni(void) { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
+static bool can_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+static bool can_avx512(void) { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw"); }
+static bool can_avx512vnni(void) { return can_avx512() && __builtin_cpu_supports("avx512vnni"); }
+static bool can_avx512bf16(void) { return can_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 
 /* Intel's processors start VDPBF16PS every second cycle, half the rate of float32 (80 against 140 GFLOP/s a
  * core were measured on Emerald Rapids); there the float32 unit does the work. */
-static bool has_avx512_bf16(void) {
-    return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16") && !__builtin_cpu_is("intel");
-}
+static bool pairs_pay(void) { return !__builtin_cpu_is("intel"); }
 
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -222,7 +199,9 @@ static bool has_avx512_bf16(void) {
 
 static inline void neon_store_bf16(uint16_t *p, float32x4_t v) {
     uint32x4_t bits = vreinterpretq_u32_f32(v), odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
-    vst1_u16(p, vshrn_n_u32(vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff))), 16));
+    bits = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7fff)));
+    bits = vbslq_u32(vceqq_f32(v, v), bits, vdupq_n_u32(0x7fc00000));
+    vst1_u16(p, vshrn_n_u32(bits, 16));
 }
 
 static inline void transpose_4x4(uint32x4_t r[4]) {
@@ -254,8 +233,8 @@ static inline uint32x4_t neon_dot_int8(uint32x4_t sum, int8x16_t a, int8x16_t b)
 
 #if !defined(__clang__) || __clang_major__ >= 16 /* older ones know dot products for a whole file only */
 #define HAS_NEON_DOTPROD
-#define ISA_NAME "neon"
-#define NAME(x) neon_dotprod_##x
+#define ISA_NAME "neondotprod"
+#define NAME(x) neondotprod_##x
 #define TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
 #define TILE_ROWS 6
 #define TILE_VECTORS 4
@@ -265,104 +244,70 @@ static inline uint32x4_t neon_dot_int8(uint32x4_t sum, int8x16_t a, int8x16_t b)
 #include "engine/arithmetic/vector_neon.h"
 #include "engine/arithmetic/kernel_body.h"
 
-static bool has_neon_dots(void) { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
+static bool can_neondotprod(void) { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
 #endif
-static bool has_neon(void) { return true; }
 #endif
 
 /* ---------------------------------------------------------------- the choice */
 
-static bool has_generic(void) { return true; }
+static bool yes(void) { return true; }
+static bool no(void) { return false; }
 
-/* Best first. */
+/* Best first: whether a processor that has been found to run a table is best served by it. */
 static const struct {
     const Kernels *table;
-    bool (*runs_here)(void);
+    bool (*can)(void), (*prefers)(void);
 } choices[] = {
 #if defined(__x86_64__) && defined(__GNUC__)
-    {&avx512_bf16_table, has_avx512_bf16},
-    {&avx512_vnni_table, has_avx512_vnni},
-    {&avx512_table, has_avx512},
-    {&avx2_table, has_avx2},
+    {&avx512bf16_table, can_avx512bf16, pairs_pay},
+    {&avx512vnni_table, can_avx512vnni, yes},
+    {&avx512_table, can_avx512, yes},
+    {&avx2_table, can_avx2, yes},
 #elif defined(__aarch64__)
 #ifdef HAS_NEON_DOTPROD
-    {&neon_dotprod_table, has_neon_dots},
+    {&neondotprod_table, can_neondotprod, yes},
 #endif
-    {&neon_table, has_neon},
+    {&neon_table, yes, yes},
 #endif
-    {&generic_table, has_generic},
+    {&generic_table, yes, yes},
+    {&naive_table, yes, no},
 };
 
 const Kernels *kernels = &generic_table;
 
+const char *kernels_known(int i) {
+    static const char *const names[] = {"naive", "generic", "avx2", "avx512", "avx512vnni", "avx512bf16", "neon",
+                                        "neondotprod", NULL};
+    return names[i];
+}
+
+/* Tries what no macro tells (engine.h), with numbers that the compiler does not know. The square of 1 + 2^-12
+ * lies in the middle between two floats: rounded to the even one before the addition, it adds up to 0. */
+static const char *otherwise_rounded(const Kernels *table) {
+    volatile float one = 1.0f, ulp = FLT_EPSILON, least = FLT_MIN, zero = 0.0f;
+    float x = one + 0x1p-12f, y = -(one + 0x1p-11f), nan = zero / zero;
+    if (table->multiply_add(x, x, y) != 0) return "a * b + c is rounded once: compile with -ffp-contract=off";
+    if (fmaf(x, x, y) != 0x1p-24f) return "fmaf() rounds twice";
+    if (one + ulp / 2 != 1 || one + ulp * 1.5f != one + 2 * ulp) return "results are not rounded to nearest";
+    if (least / 2 == 0) return "subnormal numbers become 0: link without -ffast-math";
+    if (nan == nan || signbit(-zero + zero)) return "NaN or -0 is not told from other numbers";
+    return NULL;
+}
+
 const char *kernels_choose(const char *isa) {
-    bool any = !strcmp(isa, "auto"), built = false;
+    bool automatic = !strcmp(isa, "auto"), built = false;
     for (size_t i = 0; i < sizeof choices / sizeof *choices; i++) {
-        if (!any && strcmp(isa, choices[i].table->name)) continue;
+        if (automatic ? !choices[i].prefers() : strcmp(isa, choices[i].table->name)) continue;
         built = true;
-        if (choices[i].runs_here()) {
-            kernels = choices[i].table;
-            return NULL;
-        }
+        if (!choices[i].can()) continue;
+        const char *why = otherwise_rounded(choices[i].table);
+        if (why) die(STATUS_CHECK, "this build computes other numbers: %s", why);
+        kernels = choices[i].table;
+        return NULL;
     }
     if (built) return reason("this processor cannot run the %s kernels", isa);
-    static const char *const known[] = {"generic", "avx2", "avx512", "neon"};
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (!strcmp(isa, known[i])) return reason("this build has no %s kernels", isa);
-    return reason("'%s' is no instruction set; expected auto, generic, avx2, avx512 or neon", isa);
-}
-
-/* ---------------------------------------------------------------- types */
-
-static const char *const precision_names[PRECISIONS] = {"f32", "bf16", "int8"};
-
-const char *precision_name(Precision precision) { return precision_names[precision]; }
-
-bool precision_parse(const char *name, Precision *out) {
-    for (int p = 0; p < PRECISIONS; p++)
-        if (!strcmp(name, precision_names[p])) {
-            *out = (Precision)p;
-            return true;
-        }
-    return false;
-}
-
-/* Both halves of the range by one multiplication each: a subnormal half is its bits times 2^-24. */
-static float half_to_float(uint16_t half) {
-    uint32_t exponent = half >> 10 & 31, mantissa = half & 1023, bits;
-    float value;
-    if (exponent == 0) {
-        value = (float)mantissa * 0x1p-24f;
-    } else {
-        bits = (exponent == 31 ? 255u : exponent + 112u) << 23 | mantissa << 13;
-        memcpy(&value, &bits, sizeof value);
-    }
-    return half >> 15 ? -value : value;
-}
-
-static void convert_f16(float *out, const uint8_t *in, size_t n) {
-    for (size_t i = 0; i < n; i++) {
-        uint16_t half;
-        memcpy(&half, in + 2 * i, sizeof half);
-        out[i] = half_to_float(half);
-    }
-}
-
-/* Blocks of 32: a half-precision scale, then 32 signed bytes (ggml's block_q8_0). */
-static void convert_q8_0(float *out, const uint8_t *in, size_t n) {
-    for (size_t i = 0; i < n; i += 32, in += 34) {
-        uint16_t half;
-        memcpy(&half, in, sizeof half);
-        float scale = half_to_float(half);
-        for (int j = 0; j < 32; j++) out[i + j] = scale * (float)(int8_t)in[2 + j];
-    }
-}
-
-void convert_to_floats(float *out, const void *in, Type type, size_t n) {
-    switch (type) {
-    case TYPE_F32: memcpy(out, in, n * 4); break;
-    case TYPE_F16: convert_f16(out, in, n); break;
-    case TYPE_BF16: kernels->from_bf16(out, in, n); break;
-    case TYPE_Q8_0: convert_q8_0(out, in, n); break;
-    }
+    for (int i = 0; kernels_known(i); i++)
+        if (!strcmp(isa, kernels_known(i))) return reason("this build has no %s kernels", isa);
+    return reason("'%s' is no instruction set; expected auto, naive, generic, avx2, avx512, avx512vnni, "
+                  "avx512bf16, neon or neondotprod", isa);
 }

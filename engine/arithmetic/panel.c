@@ -37,18 +37,15 @@ size_t row_bytes(Precision precision, int n) {
     return row_offset(INT8, n) + (rest ? 4 + (size_t)round_up(rest, 4) : 0);
 }
 
-/* A chunk of at most INT8_CHUNK elements: its bytes, filled up to fours; its scale and sum are told. */
-static void quantize(uint8_t *bytes, const float *x, int n, float *scale, int *sum) {
-    float largest = kernels->largest(x, n);
-    *scale = largest / 127.0f;
-    *sum = kernels->to_int8(bytes, x, n, largest > 0 ? 127.0f / largest : 0.0f);
+/* A chunk of at most INT8_CHUNK elements: its bytes, filled up to fours, and their sum. Returns its scale. */
+static float quantize(uint8_t *bytes, const float *x, int n, int *sum) {
     for (int k = n; k % 4; k++) bytes[k] = (uint8_t)kernels->byte_offset;
+    return kernels->quantize(bytes, x, n, sum);
 }
 
 static void narrow_chunk(uint8_t *row, const float *x, int n) {
-    float scale;
     int sum;
-    quantize(row + sizeof scale, x, n, &scale, &sum);
+    float scale = quantize(row + sizeof scale, x, n, &sum);
     memcpy(row, &scale, sizeof scale);
 }
 
@@ -66,7 +63,7 @@ void narrow_row(Precision precision, void *row, const float *x, int n) {
     } else if (precision == BF16) {
         kernels->to_bf16(row, x, (size_t)n);
         if (n % 2) ((uint16_t *)row)[n] = 0;
-        if (kernels->fast[BF16]) trade_places(row, n);
+        if (kernels->pairs) trade_places(row, n);
     } else {
         for (int k = 0; k < n; k += INT8_CHUNK)
             narrow_chunk((uint8_t *)row + row_offset(INT8, k), x + k, smaller(INT8_CHUNK, n - k));
@@ -80,7 +77,7 @@ void narrow_rows(Precision precision, void *rows, const float *x, size_t stride,
 }
 
 Precision tile_type(Precision precision) {
-    return precision == BF16 && !kernels->fast[BF16] ? F32 : precision;
+    return precision == BF16 && !kernels->pairs ? F32 : precision;
 }
 
 /* y = x as bfloat16 and back; y may be x. */
@@ -109,7 +106,7 @@ size_t panel_bytes(Precision precision, int n) {
 /* A chunk of a column as bytes; *scale and *correction are its own in the panel's first two lines. */
 static void pack_bytes(Word *bytes, const float *column, int n, float *scale, int32_t *correction) {
     int sum;
-    quantize((uint8_t *)bytes, column, n, scale, &sum);
+    *scale = quantize((uint8_t *)bytes, column, n, &sum);
     for (int k = 0; k < (n + 3) / 4; k++) bytes[k] ^= 0x80808080u * (kernels->byte_offset != 0);
     *correction = -kernels->byte_offset * sum;
 }

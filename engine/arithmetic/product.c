@@ -31,7 +31,6 @@ enum {
     BLOCK_TILES = 8,        /* row tiles a task takes at once */
     TASK_PANELS = 16,       /* and panels, at most */
     CHUNK = 1536,           /* of k, at most */
-    MAX_SEGMENTS = 27,      /* taps of a 3x3x3 convolution */
     GROUP_BYTES = 16 << 20, /* of packed panels, unless one is larger */
 };
 
@@ -224,7 +223,7 @@ static size_t panel_size_of(const Rows *x, const Linear *layer) {
     return (size_t)x->segments * panel_bytes(layer->precision, x->n);
 }
 
-static void run_product(float *y, const Rows *x, const Linear *layer, int mode, char *memory) {
+void product_in_panels(float *y, const Rows *x, const Linear *layer, int mode, char *memory) {
     int C = kernels->tile_cols, O = layer->weight.rows, block = BLOCK_TILES * kernels->tile_rows;
     int blocks = ceiling(x->rows, block);
     Product p = {x, layer, layer->precision, y, mode, 0, blocks > 1 ? memory : NULL, panel_size_of(x, layer)};
@@ -244,7 +243,11 @@ static void run_product(float *y, const Rows *x, const Linear *layer, int mode, 
                      mine + task_bytes(p.precision) * (size_t)thread_index());
         }
     }
-    profile_flops(2.0 * x->rows * O * x->segments * x->n);
+}
+
+static void run_product(float *y, const Rows *x, const Linear *layer, int mode, char *memory) {
+    kernels->product(y, x, layer, mode, memory);
+    profile_flops(2.0 * x->rows * layer->weight.rows * x->segments * x->n);
 }
 
 void product(float *y, Rows x, const Linear *layer, int mode) {

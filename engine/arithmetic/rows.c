@@ -1,48 +1,35 @@
 /* rows.c - what is done row by row or element by element between the large products:
  * norms, activations, sums.
  *
- * Sums over a row go through the kernels' virtual lanes. What remains is plain C, one rounding an operation;
- * the compiler vectorises it without changing a bit. */
+ * Rows and pieces are handed to the threads here; norms and activations are the kernels' (naive.c). What
+ * remains is plain C, one rounding an operation; the compiler vectorises it without changing a bit. */
 #include "engine/engine.h"
 
-#include <math.h>
-
 void rms_norm(float *y, const float *x, int L, int n, const float *gain, float eps) {
-    PARALLEL_FOR for (int l = 0; l < L; l++) {
-        const float *row = x + (size_t)l * n;
-        float *out = y + (size_t)l * n;
-        float factor = 1.0f / sqrtf(kernels->sum_squares(row, n, 0.0f) / (float)n + eps);
-        for (int i = 0; i < n; i++) out[i] = row[i] * factor * gain[i];
-    }
-}
-
-/* torch's F.normalize divides by the norm, but by no less than 1e-12. */
-static void l2_norm_row(float *y, const float *x, int n, const float *gain) {
-    float factor = sqrtf((float)n) / fmaxf(sqrtf(kernels->sum_squares(x, n, 0.0f)), 1e-12f);
-    for (int i = 0; i < n; i++) y[i] = x[i] * factor * gain[i];
+    PARALLEL_FOR for (int l = 0; l < L; l++)
+        kernels->rms_norm_row(y + (size_t)l * n, x + (size_t)l * n, n, gain, eps);
 }
 
 void l2_norm(float *y, const float *x, int L, int n, const float *gain) {
-    PARALLEL_FOR for (int l = 0; l < L; l++) l2_norm_row(y + (size_t)l * n, x + (size_t)l * n, n, gain);
+    PARALLEL_FOR for (int l = 0; l < L; l++)
+        kernels->l2_norm_row(y + (size_t)l * n, x + (size_t)l * n, n, gain);
 }
 
 void l2_norm_silu(Precision precision, void *rows, const float *x, int L, int n, const float *gain) {
     size_t bytes = row_bytes(precision, n);
     PARALLEL_FOR for (int l = 0; l < L; l++) {
         float row[MAX_CHANNELS];
-        l2_norm_row(row, x + (size_t)l * n, n, gain);
+        kernels->l2_norm_row(row, x + (size_t)l * n, n, gain);
         kernels->silu(row, row, (size_t)n);
         narrow_row(precision, (char *)rows + l * bytes, row, n);
     }
 }
 
-void layer_norm(float *y, const float *x, int L, int n, float eps, const float *scale, const float *shift, int each) {
+void layer_norm(float *y, const float *x, int L, int n, float eps, const float *scale, const float *shift,
+                int each) {
     PARALLEL_FOR for (int l = 0; l < L; l++) {
-        const float *row = x + (size_t)l * n, *c = scale + (size_t)(l / each) * n, *s = shift + (size_t)(l / each) * n;
-        float *out = y + (size_t)l * n;
-        float mean = kernels->sum(row, n) / (float)n;
-        float factor = 1.0f / sqrtf(kernels->sum_squares(row, n, mean) / (float)n + eps);
-        for (int i = 0; i < n; i++) out[i] = (row[i] - mean) * factor * c[i] + s[i];
+        size_t at = (size_t)l * n, group = (size_t)(l / each) * n;
+        kernels->layer_norm_row(y + at, x + at, n, eps, scale + group, shift + group);
     }
 }
 

@@ -15,7 +15,6 @@
 #define V_FMA(a, b, c) _mm256_fmadd_ps(a, b, c)
 #define V_MAX(a, b) _mm256_max_ps(a, b)
 #define V_MIN(a, b) _mm256_min_ps(a, b)
-#define V_ABS(x) _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x)
 #define V_ROUND(x) _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 #define V_POW2(n)                                                                                            \
     _mm256_castsi256_ps(                                                                                     \
@@ -26,6 +25,8 @@
 #define W_TRANSPOSE(block) transpose_8x8(block)
 #define W_KEEP(w) ((void)0)
 #define W_SET(x) _mm256_set1_epi32((int)(x))
+#define W_AND(a, b) _mm256_and_si256(a, b)
+#define W_MAX(a, b) _mm256_max_epi32(a, b)
 #define W_FLOAT(w) _mm256_cvtepi32_ps(w)
 
 /* maddubs wants its first factor unsigned: |a| and b with a's sign; 127 * 127 * 2 does not saturate. */

@@ -17,7 +17,6 @@
 #define V_FMA(a, b, c) _mm512_fmadd_ps(a, b, c)
 #define V_MAX(a, b) _mm512_max_ps(a, b)
 #define V_MIN(a, b) _mm512_min_ps(a, b)
-#define V_ABS(x) _mm512_abs_ps(x)
 #define V_ROUND(x) _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)
 #define V_POW2(n)                                                                                            \
     _mm512_castsi512_ps(                                                                                     \
@@ -29,6 +28,8 @@
 /* gcc 12 would write each sum of bytes to memory in every round of the loop before. */
 #define W_KEEP(w) __asm__("" : "+v"(w))
 #define W_SET(x) _mm512_set1_epi32((int)(x))
+#define W_AND(a, b) _mm512_and_si512(a, b)
+#define W_MAX(a, b) _mm512_max_epi32(a, b)
 #define W_FLOAT(w) _mm512_cvtepi32_ps(w)
 
 #ifdef AVX512_VNNI

@@ -15,7 +15,6 @@
 #define V_FMA(a, b, c) vfmaq_f32(c, a, b)
 #define V_MAX(a, b) vmaxq_f32(a, b)
 #define V_MIN(a, b) vminq_f32(a, b)
-#define V_ABS(x) vabsq_f32(x)
 #define V_ROUND(x) vrndnq_f32(x)
 #define V_POW2(n) vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtnq_s32_f32(n), vdupq_n_s32(127)), 23))
 #define V_HMAX(v) vmaxvq_f32(v)
@@ -24,6 +23,8 @@
 #define W_TRANSPOSE(block) transpose_4x4(block)
 #define W_KEEP(w) ((void)0)
 #define W_SET(x) vdupq_n_u32(x)
+#define W_AND(a, b) vandq_u32(a, b)
+#define W_MAX(a, b) vmaxq_u32(a, b)
 #define W_FLOAT(w) vcvtq_f32_s32(vreinterpretq_s32_u32(w))
 
 #define BYTES(w) vreinterpretq_s8_u32(w)

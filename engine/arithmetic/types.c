@@ -1,0 +1,71 @@
+/* types.c - how numbers are stored in a weight file, and the names of the arithmetic that multiplies them. */
+#include "engine/engine.h"
+
+/* ---------------------------------------------------------------- precisions */
+
+static const char *const precision_names[PRECISIONS] = {"f32", "bf16", "int8"};
+
+const char *precision_name(Precision precision) { return precision_names[precision]; }
+
+bool precision_parse(const char *name, Precision *out) {
+    for (int p = 0; p < PRECISIONS; p++)
+        if (!strcmp(name, precision_names[p])) {
+            *out = (Precision)p;
+            return true;
+        }
+    return false;
+}
+
+/* ---------------------------------------------------------------- types of weights */
+
+/* Both halves of the range by one multiplication each: a subnormal half is its bits times 2^-24. */
+static float half_to_float(uint16_t half) {
+    uint32_t exponent = half >> 10 & 31, mantissa = half & 1023;
+    float value = exponent == 0 ? (float)mantissa * 0x1p-24f
+                                : float_of((exponent == 31 ? 255u : exponent + 112u) << 23 | mantissa << 13);
+    return half >> 15 ? -value : value;
+}
+
+static float half_at(const uint8_t *bytes) {
+    uint16_t half;
+    memcpy(&half, bytes, sizeof half);
+    return half_to_float(half);
+}
+
+static void widen_f32(float *out, const uint8_t *in, size_t n) { memcpy(out, in, n * 4); }
+
+static void widen_f16(float *out, const uint8_t *in, size_t n) {
+    for (size_t i = 0; i < n; i++) out[i] = half_at(in + 2 * i);
+}
+
+static void widen_bf16(float *out, const uint8_t *in, size_t n) {
+    kernels->from_bf16(out, (const uint16_t *)(const void *)in, n);
+}
+
+/* Blocks of 32: a half-precision scale, then 32 signed bytes (ggml's block_q8_0). */
+static void widen_q8_0(float *out, const uint8_t *in, size_t n) {
+    for (size_t i = 0; i < n; i += 32, in += 34) {
+        float scale = half_at(in);
+        for (int j = 0; j < 32; j++) out[i + j] = scale * (float)(int8_t)in[2 + j];
+    }
+}
+
+/* Elements come in blocks of so many bytes. */
+static const struct {
+    const char *name;
+    size_t block, bytes;
+    void (*widen)(float *out, const uint8_t *in, size_t n);
+} types[] = {
+    [TYPE_F32] = {"f32", 1, 4, widen_f32},
+    [TYPE_F16] = {"f16", 1, 2, widen_f16},
+    [TYPE_Q8_0] = {"q8_0", 32, 34, widen_q8_0},
+    [TYPE_BF16] = {"bf16", 1, 2, widen_bf16},
+};
+
+const char *type_name(Type type) {
+    return (size_t)type < sizeof types / sizeof *types ? types[type].name : NULL;
+}
+
+size_t type_bytes(Type type, size_t n) { return n / types[type].block * types[type].bytes; }
+
+void convert_to_floats(float *out, const void *in, Type type, size_t n) { types[type].widen(out, in, n); }
