@@ -27,7 +27,7 @@ _Static_assert(SIZE_MAX >= UINT64_MAX, "a 64-bit machine is needed");
 #endif
 
 /* Every result is promised to the bit, so an operator must round once, to float32, where it stands. What the
- * compiler tells of its options is refused here; the rest is tried when the program starts (kernels_choose). */
+ * compiler tells of its options is refused here; kernels_choose() tries the rest when the program starts. */
 #if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
     defined(__NO_SIGNED_ZEROS__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
 #error "compile without -ffast-math, -Ofast and their parts: they change results"
@@ -308,7 +308,7 @@ static inline uint32_t bits_of(float x) {
     memcpy(&bits, &x, sizeof bits);
     return bits;
 }
-static inline float float_of(uint32_t bits) {
+static inline float float_from_bits(uint32_t bits) {
     float x;
     memcpy(&x, &bits, sizeof x);
     return x;
@@ -319,7 +319,7 @@ static inline uint16_t bf16_of(float x) {
     uint32_t bits = bits_of(x);
     return x == x ? (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
 }
-static inline float float_of_bf16(uint16_t x) { return float_of((uint32_t)x << 16); }
+static inline float float_of_bf16(uint16_t x) { return float_from_bits((uint32_t)x << 16); }
 
 /* ---------------------------------------------------------------- panel.c: what the tiles multiply */
 
@@ -384,8 +384,8 @@ void product(float *y, Rows x, const Linear *layer, int mode);
 /* ---------------------------------------------------------------- attention.c */
 
 /* out (Lq, heads*d) = softmax(scale * q k^T + bias) v per head, with a memory that does not grow with Lq*Lk.
- * Row strides are in floats. bias, if any, is bias[head*bias_head + query*bias_query + key]; -infinity hides a
- * key from a query. A query from which all are hidden gets NaN. */
+ * Row strides are in floats. bias, if any, is bias[head*bias_head + query*bias_query + key]; -infinity hides
+ * a key from a query. A query from which all keys are hidden gets NaN. */
 enum { TILE_KEYS = 128 }; /* keys after which the softmax rescales: a rounding, so the same everywhere */
 typedef struct {
     Precision precision; /* F32 or BF16; bytes are too coarse here, INT8 counts as F32 */
@@ -427,7 +427,7 @@ typedef struct {
 } Rope;
 void rope(float *x, int L, int heads, const Rope *rope); /* x (L, heads*d), from the first frame of `time` on */
 
-/* -------------------------------------------------------------- kernels.c: a table of functions, chosen at start-up */
+/* --------------------------------------------------------------- kernels.c: one table, chosen at start-up */
 
 enum { LANES = 16 }; /* virtual lanes of every sum over a row, whatever the width of a register */
 enum { MAX_TILE_ROWS = 14, MAX_TILE_COLS = 32, TILES_AHEAD = 8 };
@@ -450,7 +450,8 @@ typedef struct {
     void (*attention)(const Attention *attention);
     void (*rms_norm_row)(float *y, const float *x, int n, const float *gain, float eps);
     void (*l2_norm_row)(float *y, const float *x, int n, const float *gain);
-    void (*layer_norm_row)(float *y, const float *x, int n, float eps, const float *scale, const float *shift);
+    void (*layer_norm_row)(float *y, const float *x, int n, float eps, const float *scale,
+                           const float *shift);
     void (*silu)(float *y, const float *x, size_t n); /* x / (1 + exp(-x)) */
     void (*gelu)(float *y, const float *x, size_t n); /* the tanh form */
     void (*from_bf16)(float *y, const uint16_t *x, size_t n);
@@ -477,7 +478,7 @@ typedef struct {
     float (*softmax_tile)(float *scores, int n, float scale, const float *bias, float maximum, float *sums,
                           float *rescale);
 
-    float (*multiply_add)(float a, float b, float c); /* a * b + c, two roundings: what kernels_choose() tries */
+    float (*multiply_add)(float a, float b, float c); /* a * b + c, rounded twice; for kernels_choose() */
 } Kernels;
 extern const Kernels *kernels;
 

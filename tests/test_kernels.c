@@ -1,5 +1,5 @@
-/* test_kernels.c - every table that this processor can run against naive.c, to the bit, with one and with more
- * threads; and naive.c against the formulas in double precision. */
+/* test_kernels.c - every table that this processor can run against naive.c, to the bit, with one and with
+ * more threads; and naive.c against the formulas in double precision. */
 #include "engine/engine.h"
 #include "tests/test.h"
 
@@ -46,8 +46,8 @@ static void same_everywhere(const char *what, Precision precision, size_t n, voi
             threads_set(t);
             memset(again, 0xff, n * sizeof *again);
             compute(with, again);
-            CHECK(agree(again, result, n, slack_of(precision)), "%s: %s with %d threads differs from naive", what,
-                  name, t);
+            CHECK(agree(again, result, n, slack_of(precision)), "%s: %s with %d threads differs from naive",
+                  what, name, t);
         }
     kernels_choose("auto");
     threads_set(threads);
@@ -128,7 +128,7 @@ static void check_narrow(Type type) {
     free(bytes), free(w), free(x);
 }
 
-/* ---------------------------------------------------------------- products as large as the released models' */
+/* ---------------------------------------------------------------- products of the released models' sizes */
 
 enum { EVERY = 13, SAMPLED_ROWS = 3 }; /* outputs that are compared: some of each panel; rows */
 
@@ -143,39 +143,43 @@ static uint16_t *random_weights(size_t n) {
     return w;
 }
 
+static size_t sampled_row(const Product *p, int i) { return (size_t)(p->L - 1) * i / (SAMPLED_ROWS - 1); }
+
 /* naive's results for some rows and outputs, (SAMPLED_ROWS, every EVERYth of O). */
 static float *sample_naively(const Product *p) {
-    int count = ceiling(p->O, EVERY), I = p->I;
-    uint16_t *w = allocate(sizeof *w * (size_t)count * I);
-    float *x = allocate(sizeof *x * SAMPLED_ROWS * (size_t)I), *y = allocate(sizeof *y * SAMPLED_ROWS * (size_t)count);
-    for (int i = 0; i < count; i++)
-        memcpy(w + (size_t)i * I, (const uint16_t *)p->layer.weight.data + (size_t)i * EVERY * I, sizeof *w * I);
-    for (int i = 0; i < SAMPLED_ROWS; i++)
-        memcpy(x + (size_t)i * I, p->x + (size_t)(p->L - 1) * i / (SAMPLED_ROWS - 1) * I, sizeof *x * I);
+    const uint16_t *weights = p->layer.weight.data;
+    size_t count = (size_t)ceiling(p->O, EVERY), I = (size_t)p->I;
+    uint16_t *w = allocate(sizeof *w * count * I);
+    float *x = allocate(sizeof *x * SAMPLED_ROWS * I), *y = allocate(sizeof *y * SAMPLED_ROWS * count);
+    for (size_t i = 0; i < count; i++) memcpy(w + i * I, weights + i * EVERY * I, sizeof *w * I);
+    for (int i = 0; i < SAMPLED_ROWS; i++) memcpy(x + i * I, p->x + sampled_row(p, i) * I, sizeof *x * I);
     kernels_choose("naive");
-    linear(y, x, SAMPLED_ROWS, &(Linear){{w, TYPE_BF16, count, I}, NULL, p->layer.precision});
+    linear(y, x, SAMPLED_ROWS, &(Linear){{w, TYPE_BF16, (int)count, p->I}, NULL, p->layer.precision});
     free(w), free(x);
     return y;
 }
 
 static void check_sampled(const Product *p, const float *expected, const char *name) {
-    int count = ceiling(p->O, EVERY);
-    float *y = allocate(sizeof *y * (size_t)p->L * p->O), *found = allocate(sizeof *found * SAMPLED_ROWS * (size_t)count);
+    Precision precision = p->layer.precision;
+    size_t count = (size_t)ceiling(p->O, EVERY);
+    float *y = allocate(sizeof *y * (size_t)p->L * p->O);
+    float *found = allocate(sizeof *found * SAMPLED_ROWS * count);
     linear(y, p->x, p->L, &p->layer);
     for (int i = 0; i < SAMPLED_ROWS; i++)
-        for (int j = 0; j < count; j++)
-            found[i * count + j] = y[(size_t)((p->L - 1) * i / (SAMPLED_ROWS - 1)) * p->O + j * EVERY];
-    CHECK(agree(found, expected, SAMPLED_ROWS * (size_t)count, slack_of(p->layer.precision)),
-          "%s linear %dx%d @ %d: %s differs from naive", precision_name(p->layer.precision), p->L, p->I, p->O, name);
+        for (size_t j = 0; j < count; j++) found[i * count + j] = y[sampled_row(p, i) * p->O + j * EVERY];
+    CHECK(agree(found, expected, SAMPLED_ROWS * count, slack_of(precision)),
+          "%s linear %dx%d @ %d: %s differs from naive", precision_name(precision), p->L, p->I, p->O, name);
     free(y), free(found);
 }
 
-/* Few rows are one block, for which tasks pack panels for themselves; `blocks` of them share groups of panels. */
-static void check_large(Precision precision, int blocks, int I, int O, const uint16_t *w) {
+/* Few rows are one block, for which a task packs its own panels; where blocks follow each other, they share
+ * groups of panels. */
+static void check_large(Precision precision, bool few, int I, int O, const uint16_t *w) {
     float *x = random_floats((size_t)(MAX_TILE_ROWS * 8 + 1) * I, 11);
     FOR_TABLES(name) {
         if (!strcmp(name, "naive")) continue;
-        Product p = {blocks > 1 ? kernels->tile_rows * 8 + 1 : 3, I, O, x, {{w, TYPE_BF16, O, I}, NULL, precision}};
+        int L = few ? 3 : kernels->tile_rows * 8 + 1;
+        Product p = {L, I, O, x, {{w, TYPE_BF16, O, I}, NULL, precision}};
         float *expected = sample_naively(&p);
         kernels_choose(name);
         check_sampled(&p, expected, name);
@@ -190,10 +194,10 @@ static void check_large_products(void) {
     static const int several_groups[PRECISIONS] = {500, 1000, 2000};
     uint16_t *w = random_weights((size_t)4096 * 10240);
     for (int p = 0; p < PRECISIONS; p++) {
-        check_large((Precision)p, 1, 4096, 10240, w);
-        check_large((Precision)p, 1, 8960, 1536, w);
-        check_large((Precision)p, 1, 1536, 8960, w);
-        check_large((Precision)p, 2, 8960, several_groups[p], w);
+        check_large((Precision)p, true, 4096, 10240, w);
+        check_large((Precision)p, true, 8960, 1536, w);
+        check_large((Precision)p, true, 1536, 8960, w);
+        check_large((Precision)p, false, 8960, several_groups[p], w);
     }
     free(w);
 }
@@ -249,8 +253,8 @@ static void specify_convolution(const Convolution *c, float *y) {
 }
 
 static void check_convolution(Precision precision, int channels) {
-    float *x = random_floats((size_t)3 * PIXELS * channels, 12), *w = random_floats((size_t)OUT * 27 * channels, 13),
-          *bias = random_floats(OUT, 14), y[PIXELS * OUT], expected[PIXELS * OUT];
+    float *x = random_floats((size_t)3 * PIXELS * channels, 12), *bias = random_floats(OUT, 14),
+          *w = random_floats((size_t)OUT * 27 * channels, 13), y[PIXELS * OUT], expected[PIXELS * OUT];
     Convolution c = {precision, channels, x, w, bias, NULL, NULL};
     char what[64];
     snprintf(what, sizeof what, "%s convolution of %d channels", precision_name(precision), channels);
@@ -382,13 +386,14 @@ static void check_bf16(void) {
     FOR_TABLES(name) {
         float x[N], back[N];
         uint16_t y[N];
-        for (int i = 0; i < N; i++) x[i] = float_of(cases[i][0]);
+        for (int i = 0; i < N; i++) x[i] = float_from_bits(cases[i][0]);
         kernels->to_bf16(y, x, N);
         kernels->from_bf16(back, y, N);
         for (int i = 0; i < N; i++) {
-            CHECK(y[i] == cases[i][1], "%s: %08x as bfloat16 is %04x, not %04x", name, cases[i][0], y[i], cases[i][1]);
-            CHECK(bits_of(back[i]) == (uint32_t)y[i] << 16, "%s: bfloat16 %04x is widened to %08x", name, y[i],
-                  bits_of(back[i]));
+            CHECK(y[i] == cases[i][1], "%s: %08x as bfloat16 is %04x, not %04x", name, cases[i][0], y[i],
+                  cases[i][1]);
+            CHECK(bits_of(back[i]) == (uint32_t)y[i] << 16, "%s: bfloat16 %04x is widened to %08x", name,
+                  y[i], bits_of(back[i]));
         }
     }
     kernels_choose("auto");
@@ -428,10 +433,10 @@ static void check_ends_of_range(Precision precision) {
 enum { KEYS = 300, QUERIES = 18, D = 20 };
 
 static Attention random_attention(Precision precision, float *bias) {
-    return (Attention){.precision = precision, .q = random_floats(QUERIES * D, 19), .k = random_floats(KEYS * D, 20),
-                       .v = random_floats(KEYS * D, 21), .queries = QUERIES, .keys = KEYS, .heads = 1, .d = D,
-                       .q_stride = D, .kv_stride = D, .out_stride = D, .scale = 0.3f, .bias = bias,
-                       .bias_query = KEYS};
+    return (Attention){.precision = precision, .q = random_floats(QUERIES * D, 19),
+                       .k = random_floats(KEYS * D, 20), .v = random_floats(KEYS * D, 21),
+                       .queries = QUERIES, .keys = KEYS, .heads = 1, .d = D, .q_stride = D, .kv_stride = D,
+                       .out_stride = D, .scale = 0.3f, .bias = bias, .bias_query = KEYS};
 }
 
 static void free_attention(const Attention *a) { free((void *)a->q), free((void *)a->k), free((void *)a->v); }
@@ -451,14 +456,14 @@ static void check_hidden_keys(Precision precision) {
     for (int i = 0; i < D; i++) {
         double sum = 0;
         for (int j = 0; j < KEYS; j++) sum += a.v[j * D + i];
-        CHECK(fabs(y[3 * D + i] - sum / KEYS) < 2 * allowed[precision], "keys far below 0 weigh %g, not the mean %g",
-              y[3 * D + i], sum / KEYS);
-        CHECK(fabs(y[4 * D + i] - a.v[i]) < allowed[precision] * 4, "the one visible key weighs %g, not %g",
+        CHECK(fabs(y[3 * D + i] - sum / KEYS) < 2 * allowed[precision],
+              "keys whose scores are far below 0 give %g, not the mean %g", y[3 * D + i], sum / KEYS);
+        CHECK(fabs(y[4 * D + i] - a.v[i]) < 4 * allowed[precision], "the only visible key gives %g, not %g",
               y[4 * D + i], a.v[i]);
     }
     Attention last = a;
     last.k += 2 * TILE_KEYS * D, last.v += 2 * TILE_KEYS * D, last.keys -= 2 * TILE_KEYS, last.bias = NULL;
-    compute_attention(&last, visible);
+    same_everywhere("attention to the last tile", precision, QUERIES * D, compute_attention, &last, visible);
     CHECK(!memcmp(y + D, visible + D, sizeof(float) * D), "%s: hidden tiles of keys leave something behind",
           precision_name(precision));
     free(bias), free_attention(&a);

@@ -165,7 +165,7 @@ static TARGET float NAME(largest)(const float *x, int n) {
     W_STORE(lanes, W_MAX(m, other));
     for (int j = 0; j < VLEN; j++) most = lanes[j] > most ? lanes[j] : most;
     for (; i < n; i++) most = bits_of(fabsf(x[i])) > most ? bits_of(fabsf(x[i])) : most;
-    return float_of(most);
+    return float_from_bits(most);
 }
 
 static TARGET float NAME(quantize)(uint8_t *y, const float *x, int n, int *sum) {

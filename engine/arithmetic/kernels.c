@@ -31,7 +31,7 @@
 
 /* NaN takes the second way: C leaves its conversion undefined, and what it multiplies is NaN already. */
 static inline float power_of_two(float n) {
-    return float_of((uint32_t)(n >= -127.0f ? (int)n + 127 : 0) << 23);
+    return float_from_bits((uint32_t)(n >= -127.0f ? (int)n + 127 : 0) << 23);
 }
 
 static inline uint32_t dot_int8(uint32_t sum, uint32_t a, uint32_t b) {
@@ -183,7 +183,9 @@ static inline TARGET_AVX512 void transpose_16x16(__m512i r[16]) {
 
 /* The compiler's builtin asks the operating system, too: it must save the registers. */
 static bool can_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
-static bool can_avx512(void) { return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw"); }
+static bool can_avx512(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
+}
 static bool can_avx512vnni(void) { return can_avx512() && __builtin_cpu_supports("avx512vnni"); }
 static bool can_avx512bf16(void) { return can_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 
@@ -276,8 +278,8 @@ static const struct {
 const Kernels *kernels = &generic_table;
 
 const char *kernels_known(int i) {
-    static const char *const names[] = {"naive", "generic", "avx2", "avx512", "avx512vnni", "avx512bf16", "neon",
-                                        "neondotprod", NULL};
+    static const char *const names[] = {"naive", "generic", "avx2", "avx512", "avx512vnni", "avx512bf16",
+                                        "neon", "neondotprod", NULL};
     return names[i];
 }
 

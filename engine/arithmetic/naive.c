@@ -98,7 +98,8 @@ static void attend(const Attention *a, int head, int query) {
         for (int j = 0; j < n; j++) {
             const float *k = a->k + (first + j) * a->kv_stride + head * a->d;
             float sum = 0;
-            for (int i = 0; i < a->d; i++) sum = fmaf(rounded(precision, q[i]), rounded(precision, k[i]), sum);
+            for (int i = 0; i < a->d; i++)
+                sum = fmaf(rounded(precision, q[i]), rounded(precision, k[i]), sum);
             scores[j] = bias ? sum * a->scale + bias[first + j] : sum * a->scale;
             if (scores[j] > maximum) maximum = scores[j];
         }

@@ -21,8 +21,8 @@ bool precision_parse(const char *name, Precision *out) {
 /* Both halves of the range by one multiplication each: a subnormal half is its bits times 2^-24. */
 static float half_to_float(uint16_t half) {
     uint32_t exponent = half >> 10 & 31, mantissa = half & 1023;
-    float value = exponent == 0 ? (float)mantissa * 0x1p-24f
-                                : float_of((exponent == 31 ? 255u : exponent + 112u) << 23 | mantissa << 13);
+    float value = (float)mantissa * 0x1p-24f;
+    if (exponent) value = float_from_bits((exponent == 31 ? 255u : exponent + 112u) << 23 | mantissa << 13);
     return half >> 15 ? -value : value;
 }
 
