@@ -291,7 +291,7 @@ void weights_print(const WeightFile *file, FILE *out); /* --info: keys, then ten
 
 void weight_row(const Weight *weight, int row, float *out); /* one row as floats */
 
-/* -------------------------------------------------- types.c: how numbers are stored and multiplied */
+/* -------------------------------------------------- types.c: how numbers are multiplied and widened */
 
 /* Arithmetic of the large products. What is multiplied is float32, bfloat16, or bytes with a scale for each
  * 256; what is summed is float32 (for bytes: exact integers, then float32). */

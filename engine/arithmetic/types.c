@@ -1,4 +1,4 @@
-/* types.c - how numbers are stored in a weight file, and the names of the arithmetic that multiplies them. */
+/* types.c - the names of the arithmetic that multiplies, and narrow weights as floats. */
 #include "engine/engine.h"
 
 /* ---------------------------------------------------------------- precisions */
@@ -16,7 +16,7 @@ bool precision_parse(const char *name, Precision *out) {
     return false;
 }
 
-/* ---------------------------------------------------------------- types of weights */
+/* ---------------------------------------------------------------- narrow weights */
 
 /* Both halves of the range by one multiplication each: a subnormal half is its bits times 2^-24. */
 static float half_to_float(uint16_t half) {
@@ -50,22 +50,8 @@ static void widen_q8_0(float *out, const uint8_t *in, size_t n) {
     }
 }
 
-/* Elements come in blocks of so many bytes. */
-static const struct {
-    const char *name;
-    size_t block, bytes;
-    void (*widen)(float *out, const uint8_t *in, size_t n);
-} types[] = {
-    [TYPE_F32] = {"f32", 1, 4, widen_f32},
-    [TYPE_F16] = {"f16", 1, 2, widen_f16},
-    [TYPE_Q8_0] = {"q8_0", 32, 34, widen_q8_0},
-    [TYPE_BF16] = {"bf16", 1, 2, widen_bf16},
-};
-
-const char *type_name(Type type) {
-    return (size_t)type < sizeof types / sizeof *types ? types[type].name : NULL;
+void convert_to_floats(float *out, const void *in, Type type, size_t n) {
+    static void (*const widen[])(float *, const uint8_t *, size_t) = {
+        [TYPE_F32] = widen_f32, [TYPE_F16] = widen_f16, [TYPE_Q8_0] = widen_q8_0, [TYPE_BF16] = widen_bf16};
+    widen[type](out, in, n);
 }
-
-size_t type_bytes(Type type, size_t n) { return n / types[type].block * types[type].bytes; }
-
-void convert_to_floats(float *out, const void *in, Type type, size_t n) { types[type].widen(out, in, n); }
