@@ -19,7 +19,7 @@ static int shade(const float *plane, int width, int x0, int x1, int y0, int y1) 
     for (int y = y0; y < y1; y++)
         for (int x = x0; x < x1; x++) sum += plane[(size_t)y * width + x];
     float value = (sum / (float)((x1 - x0) * (y1 - y0)) + 1.0f) * 127.5f + 0.5f;
-    return value > 0 ? value < 255 ? (int)value : 255 : 0; /* not-a-number is black */
+    return value > 0 ? value < 255 ? (int)value : 255 : 0; /* NaN is black */
 }
 
 static int cube(int byte) { return (byte * 5 + 127) / 255; }

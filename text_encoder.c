@@ -9,8 +9,8 @@
  * by sqrt(d), and positions enter as a bias on the scores that depends on the distance key - query alone. T5
  * has one such table for all layers; umT5 has one in each.
  *
- * Without that division scores are large, and rounding them is felt: attention stays in float32, and bytes
- * are too coarse for the products.
+ * Without that division scores are large, and errors in them show. So attention stays in float32, and the products
+ * are never narrower than bfloat16.
  *
  * The reference pads prompts to 512 and masks the padding; computing the real tokens alone gives the same. */
 #include "sora.h"
@@ -73,7 +73,7 @@ static int bucket_of(const TextEncoder *e, int distance) {
 }
 
 typedef struct {
-    float *x, *y;              /* (n,E): the stream; normalised, then what is added */
+    float *x, *y;              /* (n,E): the residual stream; its norm, later what is added to it */
     float *q, *k, *v, *mixed;  /* (n, heads*d) */
     float *gate, *up;          /* (n, ffn_dim) */
     float *bias;               /* (heads, 2n-1): by key - query + n-1 */

@@ -78,7 +78,7 @@ static float luma(Matrix m, float r, float g, float b) { return m.red * r + m.gr
 
 static uint8_t to_byte(float x) {
     x += 0.5f;
-    return (uint8_t)(x > 0 ? x < 255 ? x : 255 : 0); /* not a number: 0 */
+    return (uint8_t)(x > 0 ? x < 255 ? x : 255 : 0); /* NaN becomes 0 */
 }
 
 /* Average over the pixels of a plane (Y,X) that chroma sample (row, column) covers. */
@@ -140,7 +140,7 @@ static int parse_number(const char **text, int limit) {
 
 static const char *parse_side(const char *text, int *out) {
     *out = parse_number(&text, MAX_SIDE);
-    return *out > 0 && !*text ? NULL : "a frame size of the header is no number from 1 to 32768";
+    return *out > 0 && !*text ? NULL : "a frame size of the header is not a number from 1 to 32768";
 }
 
 /* "0:0" is the format's way to say unknown; 25 is what ffmpeg takes then. */

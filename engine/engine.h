@@ -80,7 +80,7 @@ const char *read_file(const char *path, size_t limit, Bytes *out);
 bool same_file(const char *a, const char *b); /* whether both are names of one regular file or folder */
 
 /* Output appears under its name only when complete: written beside it, then renamed. Standard output ("-") is
- * written straight, and so is what is no regular file (/dev/null). A failed write
+ * written straight, and so is a path that is not a regular file (/dev/null). A failed write
  * dies with STATUS_RESOURCE. */
 typedef struct {
     FILE *stream;
@@ -180,7 +180,7 @@ typedef struct {
     size_t size, room;
 } Text;
 void text_append(Text *text, const void *bytes, size_t size);
-void text_append_utf8(Text *text, Bytes bytes);           /* with U+FFFD for what is no UTF-8 */
+void text_append_utf8(Text *text, Bytes bytes);           /* bytes that are not UTF-8 become U+FFFD */
 void text_append_character(Text *text, uint32_t code);
 /* UTF-16 that begins with its byte order mark, without it. Any other bytes: false, and nothing is appended. */
 bool text_append_utf16(Text *text, Bytes bytes);

@@ -477,7 +477,7 @@ def random_prompt(rng):
 
 
 def prompts(count, seed):
-    """Every entity in every form, every white space and control character, all short byte strings that are no UTF-8."""
+    """Every entity in every form, every white space and control character, all short byte strings that are not UTF-8."""
     rng = random.Random(seed)
     for name in html.entities.html5:
         bare = name.rstrip(";")
@@ -545,7 +545,7 @@ class Comparison:
         self.strings += len(inputs)
 
     def clean_up(self):
-        """Prompts as bytes, perhaps no UTF-8; strings that need many repairs; every character."""
+        """Prompts as bytes, which may not be UTF-8; strings that need many repairs; every character."""
         def in_c(text):
             return clean_in_c(self.c, text.encode())
         self.compare("clean-up of references, spaces and bytes", lambda p: clean(p.decode(errors="replace")),

@@ -11,7 +11,7 @@
 void check(bool claim, const char *file, int line, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
 
-/* Largest difference over the largest magnitude of `expected`; infinite if anything is not a number. */
+/* Largest difference over the largest magnitude of `expected`; infinite if anything is NaN. */
 double relative_error(const float *actual, const float *expected, size_t n);
 
 /* Runs a function in a process of its own, where it may die: its exit status, or 1000 + the signal that ended

@@ -76,7 +76,7 @@ static void test_colours(void) {
     VideoFormat format = {1, 1, 16, 1, 444};
     uint8_t out[3];
     y4m_convert(&format, (float[]){NAN, 3, -INFINITY}, out);
-    CHECK(out[0] == 0, "what is not a number becomes %d", out[0]);
+    CHECK(out[0] == 0, "NaN becomes %d", out[0]);
     y4m_convert(&format, (float[]){9, 9, 9}, out);
     CHECK(out[0] == 255, "values beyond the range are not clamped");
 }
@@ -177,9 +177,9 @@ static void test_refused(void) {
         {"YUV4MPEG W2 H2\n", "not a Y4M"},
         {"YUV4MPEG2 W2 H2", "not one line"},
         {"YUV4MPEG2 W2\nFRAME\n", "no frame size"},
-        {"YUV4MPEG2 W0 H2\nFRAME\n", "no number from 1"},
-        {"YUV4MPEG2 W2x H2\nFRAME\n", "no number from 1"},
-        {"YUV4MPEG2 W99999 H2\nFRAME\n", "no number from 1"},
+        {"YUV4MPEG2 W0 H2\nFRAME\n", "not a number from 1"},
+        {"YUV4MPEG2 W2x H2\nFRAME\n", "not a number from 1"},
+        {"YUV4MPEG2 W99999 H2\nFRAME\n", "not a number from 1"},
         {"YUV4MPEG2 W2 H2 F25\nFRAME\n", "no fraction"},
         {"YUV4MPEG2 W2 H2 F25:0\nFRAME\n", "no fraction"},
         {"YUV4MPEG2 W2 H2 C420p10\nFRAME\n", "chroma 420p10"},

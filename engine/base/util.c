@@ -2,9 +2,9 @@
  *
  * Output files. A file appears under its name only when it is complete: it is written beside its place as
  * NAME.PID.part and renamed by output_commit(). die() and an interrupt remove what was not committed, so a
- * failed run leaves nothing that looks like a result. Two exceptions write straight: standard output, and a
- * path that is no regular file (/dev/null, a FIFO), since renaming over a device would replace the device. A
- * symbolic link is followed, so that the link survives and its target is what changes.
+ * failed run leaves nothing that looks like a result. Two kinds of output are written straight: standard
+ * output, and a path that is not a regular file (/dev/null, a FIFO), since renaming over a device would replace
+ * the device. A symbolic link is followed: the link survives, its target changes.
  *
  * A closed pipe. SIGPIPE is ignored and the failed write is reported like a full disk: one line, status 3.
  * This is what ffmpeg does; dying by the signal would leave unfinished files beside the output.
@@ -233,7 +233,7 @@ OutputFile output_open(const char *path) {
     }
     out.stream = fopen(out.temporary ? out.temporary : out.path, "wbe");
     if (!out.stream) die_writing(path);
-    if (exists && regular) fchmod(fileno(out.stream), status.st_mode & 0777); /* who may read it, still may */
+    if (exists && regular) fchmod(fileno(out.stream), status.st_mode & 0777); /* it keeps its permissions */
     return out;
 }
 
@@ -255,7 +255,7 @@ void output_commit(OutputFile *out) {
     if (out->stream != stdout && fclose(out->stream)) die_writing(out->path);
     if (out->temporary) {
         int error = rename(out->temporary, out->path) ? errno : 0;
-        unfinished_replace(out->temporary, NULL); /* it is complete: if it cannot have its name, it stays */
+        unfinished_replace(out->temporary, NULL); /* it is complete, and stays even if the rename failed */
         if (error)
             die(STATUS_RESOURCE, "%s: cannot write: %s; the file is complete and stays as %s", out->path,
                 strerror(error), out->temporary);
@@ -267,7 +267,7 @@ void output_commit(OutputFile *out) {
 
 /* ---------------------------------------------------------------- interrupts */
 
-static volatile sig_atomic_t on_terminal; /* where a progress line may have to be ended */
+static volatile sig_atomic_t on_terminal; /* there may be a progress line to end first */
 
 /* The end of a run inside a signal's handler: nothing unfinished stays. The message begins with a newline. */
 static _Noreturn void end_at_once(const char *message, int exit_status) {

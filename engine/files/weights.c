@@ -6,8 +6,8 @@
  *   padding to `general.alignment`, then the data of each tensor, each padded likewise
  *   (string: u64 length, bytes; a value that is an array: u32 type, u64 count, elements)
  *
- * (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.) All numbers are little endian. Version 2 differs from
- * 3 in name alone.
+ * (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.) All numbers are little endian. Version 2 has the
+ * layout of version 3.
  *
  * Parsing is the border: a file that has passed weights_parse() can be used without further checks. Every
  * count is held against the bytes that are left before anything is allocated or skipped, so a file of n
@@ -58,7 +58,7 @@ struct WeightFile {
 
 /* ---------------------------------------------------------------- types */
 
-/* Of ggml.h, by number: blocks of so many elements take so many bytes. */
+/* The types of ggml.h by number: how many elements a block has, and how many bytes. */
 static const struct {
     const char *name;
     int elements, bytes;
@@ -285,7 +285,7 @@ static const char *read_alignment(WeightFile *file) {
     return NULL;
 }
 
-/* Of a file that is no GGUF. */
+/* The reason for a file that is not a GGUF. */
 static const char *what_it_is(Reader start) {
     static const char *const kinds[][2] = {
         {"PK\3\4", "a PyTorch file (.pth): convert it with export.py"},

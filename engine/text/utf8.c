@@ -1,8 +1,8 @@
 /* utf8.c - bytes that grow, and UTF-8 in them.
  *
  * What is read here may be anything that somebody typed. A character is what RFC 3629 allows: the shortest
- * form, no surrogates, nothing beyond U+10FFFF. For what is none, one U+FFFD stands for each maximal part of
- * a character (Unicode, table 3-7), as in Python's bytes.decode(errors="replace"). */
+ * form, no surrogates, nothing beyond U+10FFFF. Bytes that are not UTF-8 become U+FFFD, one for each maximal
+ * part of a character (Unicode, table 3-7), as in Python's bytes.decode(errors="replace"). */
 #include "engine/engine.h"
 
 #include <stdlib.h>
