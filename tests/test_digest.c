@@ -52,9 +52,8 @@ static void check_example(const Example *example) {
 }
 
 void test_digest(void) {
-    static const char *const isas[] = {"generic", "avx2", "avx512", "neon"};
-    for (size_t i = 0; i < sizeof isas / sizeof *isas; i++)
-        if (!kernels_choose(isas[i])) check_example(&shorter);
+    for (int i = 0; kernels_known(i); i++)
+        if (!kernels_choose(kernels_known(i))) check_example(&shorter);
     kernels_choose("auto");
     check_example(&whole);
 }
