@@ -163,7 +163,7 @@ def vae_sizes(part):
         "in_channels": shape_in(part, "encoder.conv1.weight", 5)[1],
         "out_channels": shape_in(part, "decoder.head.2.weight", 5)[0],
         "num_res_blocks": blocks,
-        "temperal_downsample": [f"decoder.upsamples.{i}.time_conv.weight" in part.tensors
+        "temperal_downsample": [int(f"decoder.upsamples.{i}.time_conv.weight" in part.tensors)
                                 for i in reversed(resamplers)],
     }
     widths = [shape_in(part, f"encoder.downsamples.{level * (blocks + 1)}.residual.2.weight", 5)[0]
