@@ -103,6 +103,7 @@ test-reference: sora $(if $(filter .venv/%,$(PYTHON)),.venv/installed)
 	$(PYTHON) -m pytest -q train
 	$(PYTHON) tests/reference_tokenizer.py $(UMT5:%=--umt5 %)
 	$(PYTHON) tests/reference.py
+	$(PYTHON) tests/reference_check.py
 	$(PYTHON) tests/reference_y4m.py
 
 # How near every kernel and stage comes to the machine's own peak; the same stages in PyTorch and stable-diffusion.cpp.

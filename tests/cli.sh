@@ -283,6 +283,9 @@ checks() {
     claim "--feed: a changed block fails in each pass, and nothing after it does" \
         grep -q "^check failed: 4 of 25 tensors, the first in order of data flow is step000.cond.block01 " "$work/err"
     claim "--feed: the four are the block's" [ "$(grep -c "^step00[01]\.\(un\)\?cond\.block01 .*FAILED" "$work/err")" -eq 4 ]
+    run -q $small --seed 8 --shift 5 -g 4 -o "$work/clip.y4m" -n "a lazy dog and a cat" --check $golden --feed --tolerance 1e-5 x
+    claim "--feed: all of another run's settings, and nothing that follows from them" [ "$(grep FAILED "$work/err" | cut -d " " -f 1 |
+        tr '\n' ' ')" = "prompt.ids negative.ids noise timesteps sigmas step000.velocity step001.velocity " ]
     claim "--feed: the record says so" grep -q '"fed_by_check": true' "$work/clip.y4m.json"
     "$sora" -q -m "$work/infinite.gguf" $settings -o "$work/clip.y4m" -n "the lazy dog" --check $golden "a red fox" 2>"$work/err"
     claim "--check where numbers are not finite: its table" \

@@ -89,7 +89,19 @@ static void check_clean(Bytes clean) {
     free(text.data);
 }
 
+/* Whatever UTF-16 holds becomes UTF-8. */
+static void read_utf16(Bytes in) {
+    Text text = {0}, again = {0};
+    if (!text_append_utf16(&text, in)) return;
+    text_append_utf8(&again, (Bytes){text.data, text.size});
+    text_append(&again, "", 0);
+    if (!same_text(&again, text_bytes(&text))) abort();
+    free(text.data);
+    free(again.data);
+}
+
 static bool run_text(Bytes in) {
+    read_utf16(in);
     Bytes clean = prompt_clean(in);
     check_clean(clean);
     for (int i = 0; i < 2; i++) encode(tokenizers[i], clean);
@@ -321,6 +333,8 @@ static void seed_texts(void) {
         "\xe2\x80\x9c curly\xe2\x80\x9d \xe2\x80\x98quotes\xe2\x80\x99",
         "\xe4\xbd\xa0\xe5\xa5\xbd \xd8\xb3\xd9\x84\xd8\xa7\xd9\x85 e\xcc\x81",
         "\xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x91\xa9\xe2\x80\x8d\xf0\x9f\x91\xa7",
+        "\xff\xfe\x3e\xd8\x8a\xdd\x60\x4f\x3e\xd8\x01",
+        "\xfe\xff\xd8\x3e\xdd\x8a\x4f\x60\xdd\x8a\xff\xfe",
         "\xff\xc0\x80\xed\xa0\x80\xf4\x90\x80\x80\xe2\x82",
         "\xef\xbb\xbf\xef\xbc\xa1\xef\xbd\xb6\xef\xbe\x9e \xef\xac\x83 \xc2\x85\x1b[1;\xd9\xa3m \xe2\x80\xa8",
         "o\xcc\x82\xcc\xa3 \xe1\xbb\x99 \xe1\x84\x80\xe1\x85\xa1\xe1\x86\xa8 \xea\xb0\x80\xe1\x86\xa8 \xef\xac\xab",

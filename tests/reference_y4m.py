@@ -1,74 +1,116 @@
 #!/usr/bin/env python3
-"""Compares the Y4M that sora writes with the video tensor it came from: by BT.601's formula, and by ffmpeg.
+"""Compares the Y4M that sora writes with the video tensor it came from: by the formula of its matrix, and by ffmpeg.
 
     python tests/reference_y4m.py [--sora ./sora] [--model tests/goldens/model/model.gguf]
 
-The formula in float64 says what every byte has to be. ffmpeg's own conversion works in fixed point and may differ by
-one; it also has to read the file as limited range, centred chroma, the frame rate that was asked for, and as many
-frames. Without ffmpeg on the machine its part is left out, and said to be.
+The formula in float64 says what every byte has to be: BT.601's, or BT.709's from 1280 columns or 577 lines on. ffmpeg's
+own conversion works in fixed point and may differ by one; it also has to read the file as limited range, centred
+chroma, the frame rate that was asked for, and as many frames. The lines of docs/options.md that make an MP4 have to tag
+it, and its colours have to be right by these tags. Without ffmpeg on the machine its part is left out, and said to be.
 """
 
 import argparse
 import json
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-WIDTH, HEIGHT, FRAMES = 64, 48, 5
-# The same range and averaging as sora's: BT.601, limited, four pixels to a chroma sample.
-SCALE = "scale=out_color_matrix=bt601:out_range=tv:flags=area+accurate_rnd+full_chroma_inp+full_chroma_int"
+FRAMES = 5
+WEIGHTS = {"bt601": (0.299, 0.587, 0.114), "bt709": (0.2126, 0.7152, 0.0722)}
+COLORSPACE = {"bt601": "smpte170m", "bt709": "bt709"}  # in ffmpeg's words
 
 
-def generate(sora: Path, model: Path, folder: Path, chroma: int) -> tuple[Path, np.ndarray]:
-    """The file, and the video tensor [3, F, Y, X]."""
-    clip = folder / f"clip{chroma}.y4m"
-    subprocess.run([sora, "-m", model, "-s", f"{WIDTH}x{HEIGHT}", "-f", str(FRAMES), "--steps", "2", "--seed", "1",
-                    "--fps", "30000:1001", "--chroma", str(chroma), "-o", clip, "--dump", folder,
-                    "--dump-only", "video", "a red fox"], check=True)
-    return clip, np.load(folder / "video.npy")
+@dataclass
+class Clip:
+    """A video of sora's, and what it ought to be."""
+
+    width: int
+    height: int
+    matrix: str
+    chroma: int
+    path: Path = Path()
+    video: np.ndarray | None = None  # [3, F, Y, X]
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height} {self.chroma}"
 
 
-def planes(clip: Path) -> np.ndarray:
+CLIPS = [Clip(64, 48, "bt601", 420), Clip(64, 48, "bt601", 444), Clip(1272, 16, "bt601", 420),
+         Clip(1280, 16, "bt709", 420), Clip(1280, 16, "bt709", 444), Clip(16, 576, "bt601", 420),
+         Clip(16, 584, "bt709", 420)]
+
+
+def generate(sora: Path, model: Path, folder: Path, clip: Clip) -> dict:
+    """Fills in the clip's file and video; returns its record."""
+    clip.path = folder / "clip.y4m"
+    subprocess.run([sora, "-m", model, "-s", f"{clip.width}x{clip.height}", "-f", str(FRAMES), "--steps", "2",
+                    "--seed", "1", "--fps", "30000:1001", "--chroma", str(clip.chroma), "-o", clip.path, "--dump",
+                    folder, "--dump-only", "video", "a red fox"], check=True)
+    clip.video = np.load(folder / "video.npy")
+    return json.loads(clip.path.with_name("clip.y4m.json").read_text())
+
+
+def planes(clip: Clip) -> np.ndarray:
     """The bytes of all frames, [F, bytes of a frame]; the header and the FRAME lines are cut off."""
-    header, data = clip.read_bytes().split(b"\n", 1)
+    header, data = clip.path.read_bytes().split(b"\n", 1)
     frames = np.frombuffer(data, np.uint8).reshape(FRAMES, -1)
     assert all(frame[:6].tobytes() == b"FRAME\n" for frame in frames), header
     return frames[:, 6:]
 
 
-def exact(video: np.ndarray, chroma: int) -> np.ndarray:
+def exact(clip: Clip) -> np.ndarray:
     """What the planes have to be before rounding, in float64, [F, bytes of a frame]."""
-    def convert(rgb):
-        red, green, blue = rgb
-        y = 0.299 * red + 0.587 * green + 0.114 * blue
-        return 125.5 + 109.5 * y, 128 + 112 * (blue - y) / 1.772, 128 + 112 * (red - y) / 1.402
+    weights = WEIGHTS[clip.matrix]
 
-    video = video.astype(np.float64)
-    box = video.reshape(3, FRAMES, HEIGHT // 2, 2, WIDTH // 2, 2).mean((3, 5)) if chroma == 420 else video
+    def convert(rgb):
+        y = sum(weight * colour for weight, colour in zip(weights, rgb))
+        cb, cr = ((colour - y) / (2 - 2 * weight) for weight, colour in ((weights[2], rgb[2]), (weights[0], rgb[0])))
+        return 125.5 + 109.5 * y, 128 + 112 * cb, 128 + 112 * cr
+
+    video = clip.video.astype(np.float64)
+    box = video.reshape(3, FRAMES, clip.height // 2, 2, clip.width // 2, 2).mean((3, 5)) if clip.chroma == 420 else video
     parts = convert(video)[0], *convert(box)[1:]
     return np.concatenate([part.reshape(FRAMES, -1) for part in parts], 1)
 
 
-def by_ffmpeg(video: np.ndarray, chroma: int) -> np.ndarray:
-    """The planes as ffmpeg makes them of the same frames, [F, bytes of a frame]."""
-    green_blue_red = ((video[[1, 2, 0]].swapaxes(0, 1) + 1) / 2).astype("<f4")
+def by_ffmpeg(clip: Clip) -> np.ndarray:
+    """The planes as ffmpeg makes them of the same frames, by the same averaging, [F, bytes of a frame]."""
+    scale = (f"scale=out_color_matrix={clip.matrix}:out_range=tv:"
+             "flags=area+accurate_rnd+full_chroma_inp+full_chroma_int")
+    green_blue_red = ((clip.video[[1, 2, 0]].swapaxes(0, 1) + 1) / 2).astype("<f4")
     result = subprocess.run(["ffmpeg", "-v", "error", "-f", "rawvideo", "-pix_fmt", "gbrpf32le",
-                             "-s", f"{WIDTH}x{HEIGHT}", "-i", "-", "-vf", f"{SCALE},format=yuv{chroma}p",
-                             "-f", "rawvideo", "-"],
+                             "-s", f"{clip.width}x{clip.height}", "-i", "-", "-vf",
+                             f"{scale},format=yuv{clip.chroma}p", "-f", "rawvideo", "-"],
                             input=green_blue_red.tobytes(), capture_output=True, check=True)
     return np.frombuffer(result.stdout, np.uint8).reshape(FRAMES, -1)
 
 
-def read_by_ffmpeg(clip: Path) -> dict:
-    entries = "stream=pix_fmt,color_range,chroma_location,r_frame_rate,nb_read_frames,width,height"
-    result = subprocess.run(["ffprobe", "-v", "error", "-count_frames", "-show_entries", entries, "-of", "json", clip],
-                            capture_output=True, check=True)
+def probe(path: Path, entries: str) -> dict:
+    result = subprocess.run(["ffprobe", "-v", "error", "-count_frames", "-show_entries", f"stream={entries}", "-of",
+                             "json", path], capture_output=True, check=True)
     return json.loads(result.stdout)["streams"][0]
+
+
+def conversion(matrix: str) -> list[str]:
+    """The command of docs/options.md that makes an MP4 of a clip of this matrix."""
+    lines = re.findall(r"^ffmpeg -i clip\.y4m .*$", (ROOT / "docs" / "options.md").read_text(), re.M)
+    return shlex.split(next(line for line in lines if f"colorspace={COLORSPACE[matrix]}:" in line))
+
+
+def mean_colours(path: Path) -> np.ndarray:
+    """The mean red, green and blue of a video, as ffmpeg reads it, in [-1, 1]."""
+    result = subprocess.run(["ffmpeg", "-v", "error", "-i", path, "-vf", "scale=out_range=pc,format=gbrp",
+                             "-f", "rawvideo", "-"], capture_output=True, check=True)
+    green, blue, red = np.frombuffer(result.stdout, np.uint8).reshape(FRAMES, 3, -1).mean((0, 2)) / 127.5 - 1
+    return np.array([red, green, blue])
 
 
 def main() -> None:
@@ -83,24 +125,41 @@ def main() -> None:
         passed, failed = passed + bool(holds), failed + (not holds)
         print(f"{'ok' if holds else 'FAILED'}: {message}")
 
+    def check_by_ffmpeg(clip: Clip, found: np.ndarray) -> None:
+        error = np.abs(found - by_ffmpeg(clip)).max()
+        claim(error <= 1, f"{clip}: ffmpeg makes the same bytes of the same frames (off by {error:.0f})")
+        stream = probe(clip.path, "pix_fmt,color_range,chroma_location,r_frame_rate,nb_read_frames,width,height")
+        expected = {"pix_fmt": f"yuv{clip.chroma}p", "color_range": "tv", "width": clip.width, "height": clip.height,
+                    "r_frame_rate": "30000/1001", "nb_read_frames": str(FRAMES)}
+        expected |= {"chroma_location": "center"} if clip.chroma == 420 else {}
+        claim(expected.items() <= stream.items(), f"{clip}: ffprobe reads {stream}")
+
+    def check_conversion(clip: Clip) -> None:
+        command = conversion(clip.matrix)
+        subprocess.run([*command[:1], "-v", "error", "-y", *command[1:]], cwd=clip.path.parent, check=True)
+        movie = clip.path.with_suffix(".mp4")
+        stream = probe(movie, "pix_fmt,color_range,color_space,color_transfer,color_primaries")
+        expected = {"pix_fmt": "yuv420p", "color_range": "tv", "color_space": COLORSPACE[clip.matrix],
+                    "color_transfer": "bt709", "color_primaries": "bt709"}
+        claim(expected.items() <= stream.items(), f"{clip}: ffprobe reads the MP4's tags, {stream}")
+        means = clip.video.mean((1, 2, 3))
+        error = np.abs(mean_colours(movie) - means).max() * 127.5
+        claim(error < 1, f"{clip}: the MP4's mean colours are the video's (off by {error:.2f} of 255)")
+
     has_ffmpeg = shutil.which("ffmpeg") and shutil.which("ffprobe")
     if not has_ffmpeg:
         print("no ffmpeg on this machine: only the formula is compared")
-    with TemporaryDirectory() as work:
-        for chroma in (420, 444):
-            clip, video = generate(args.sora, args.model, Path(work), chroma)
-            found, ideal = planes(clip).astype(np.float64), exact(video, chroma)
+    for clip in CLIPS:
+        with TemporaryDirectory() as work:
+            record = generate(args.sora, args.model, Path(work), clip)
+            claim(record["settings"]["matrix"].replace(".", "").lower() == clip.matrix,
+                  f"{clip}: the record says {record['settings']['matrix']}")
+            found, ideal = planes(clip).astype(np.float64), exact(clip)
             error = np.abs(found - ideal).max()
-            claim(error < 0.5 + 1e-4, f"{chroma}: {found.size} bytes are the formula's, rounded (off by {error:.4f})")
-            if not has_ffmpeg:
-                continue
-            error = np.abs(found - by_ffmpeg(video, chroma)).max()
-            claim(error <= 1, f"{chroma}: ffmpeg makes the same bytes of the same frames (off by {error:.0f})")
-            stream = read_by_ffmpeg(clip)
-            expected = {"pix_fmt": f"yuv{chroma}p", "color_range": "tv", "width": WIDTH, "height": HEIGHT,
-                        "r_frame_rate": "30000/1001", "nb_read_frames": str(FRAMES)}
-            expected |= {"chroma_location": "center"} if chroma == 420 else {}
-            claim(expected.items() <= stream.items(), f"{chroma}: ffprobe reads {stream}")
+            claim(error < 0.5 + 1e-4, f"{clip}: {found.size} bytes are the formula's, rounded (off by {error:.4f})")
+            if has_ffmpeg:
+                check_by_ffmpeg(clip, found)
+                check_conversion(clip)
     print(f"{passed} passed, {failed} failed")
     sys.exit(failed > 0)
 

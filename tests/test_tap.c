@@ -254,7 +254,8 @@ static void test_unusual_feeds(void) {
     write_halves(folder, "padded.ids", (uint16_t[]){0x4500, 0x4600, 0x3c00, 0, 0}, 5);
     status = run_apart(run_longer_ids, folder, output);
     CHECK(status == STATUS_CHECK && strstr(output, "shape [5], expected [3]: padded?"),
-          "ids of another number: status %d,\n%s", status, output);
+          "padded ids: status %d,\n%s", status, output);
+    CHECK(strstr(output, "FAILED: 3 ids, the reference has 4\n"), "ids of another number:\n%s", output);
     free(folder);
 }
 

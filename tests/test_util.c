@@ -260,7 +260,42 @@ static void test_profile(void) {
           output);
 }
 
+/* ---------------------------------------------------------------- UTF-16 */
+
+/* As Python's bytes.decode("utf-16", errors="replace"). */
+static void test_utf16(void) {
+    static const struct {
+        const char *bytes;
+        size_t size;
+        const char *expected; /* NULL: no byte order mark */
+    } cases[] = {
+        {"\xff\xfe" "a\0\xe9\0\x3e\xd8\x8a\xdd", 10, "a\xc3\xa9\xf0\x9f\xa6\x8a"},
+        {"\xfe\xff\0a\0\xe9\xd8\x3e\xdd\x8a", 10, "a\xc3\xa9\xf0\x9f\xa6\x8a"},
+        {"\xff\xfe\x3e\xd8" "a\0", 6, "\xef\xbf\xbd" "a"},             /* half of a pair */
+        {"\xff\xfe\x8a\xdd" "a\0", 6, "\xef\xbf\xbd" "a"},             /* the other half */
+        {"\xff\xfe\x3e\xd8\x3e\xd8\x8a\xdd", 8, "\xef\xbf\xbd\xf0\x9f\xa6\x8a"},
+        {"\xff\xfe\x3e\xd8", 4, "\xef\xbf\xbd"},
+        {"\xff\xfe" "a\0b", 5, "a\xef\xbf\xbd"},                       /* half of a character */
+        {"\xff\xfe\xff\xfe" "a\0", 6, "\xef\xbb\xbf" "a"},             /* a second mark is a character */
+        {"\xff\xfe", 2, ""},
+        {"\xff", 1, NULL},
+        {"", 0, NULL},
+        {"\xef\xbb\xbf" "a", 4, NULL},
+        {"a\0b\0", 4, NULL},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        Text text = {0};
+        bool marked = text_append_utf16(&text, (Bytes){(const uint8_t *)cases[i].bytes, cases[i].size});
+        const char *expected = cases[i].expected;
+        CHECK(marked == (expected != NULL), "case %zu of UTF-16: taken for %s", i, marked ? "UTF-16" : "none");
+        CHECK(expected ? !strcmp((char *)text.data, expected) : !text.data, "case %zu of UTF-16 is \"%s\"", i,
+              text.data ? (char *)text.data : "none");
+        free(text.data);
+    }
+}
+
 void test_util(void) {
+    test_utf16();
     test_messages();
     test_deaths();
     test_memory();

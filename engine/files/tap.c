@@ -255,7 +255,8 @@ static char *linear_relation(const Difference *d) {
     double expected = d->expected_squares - d->expected_sum * d->expected_sum / n;
     double slope = covariance / actual, offset = (d->expected_sum - slope * d->actual_sum) / n;
     bool scaled = fabs(slope - 1) > 0.01, shifted = fabs(offset) > 0.01 * d->magnitude;
-    if (!(covariance * covariance > 0.9998 * actual * expected) || !(scaled || shifted)) return format_string("%s", "");
+    bool fits = d->count >= 16 && covariance * covariance > 0.9998 * actual * expected;
+    if (!fits || !(scaled || shifted)) return format_string("%s", "");
     if (!shifted) return format_string(": the reference is %.4g times this run's", slope);
     return format_string(": the reference is %.4g times this run's %+.4g", slope, offset);
 }
@@ -289,10 +290,14 @@ static void check_floats(const char *name, float *values, const Shape *shape) {
     npy_free(&reference);
 }
 
-/* The reference's ids take the place of the run's, and so does their number, unless that is padding: what does not
- * end as the run's own do. Returns how many they are now. */
+/* Whether ids of another number are a text of their own, and no padded one: they end as the run's do, with </s>. */
+static bool ends_alike(const int32_t *ids, int n, const double *expected, size_t count) {
+    return count > 0 && expected[count - 1] == ids[n - 1];
+}
+
+/* The reference's ids take the place of the run's, and so does their number. Returns how many they are now. */
 static int feed_ids(int32_t *ids, int n, int room, int vocabulary, const double *expected, size_t count) {
-    bool fits = count > 0 && count <= (size_t)room && (count == (size_t)n || expected[count - 1] == ids[n - 1]);
+    bool fits = count <= (size_t)room && (count == (size_t)n || ends_alike(ids, n, expected, count));
     for (size_t i = 0; i < count && fits; i++)
         fits = expected[i] >= 0 && expected[i] < vocabulary && expected[i] == (int32_t)expected[i];
     for (size_t i = 0; i < count && fits; i++) ids[i] = (int32_t)expected[i];
@@ -311,6 +316,9 @@ static int check_ids(const char *name, int32_t *ids, int n, int room, int vocabu
         row->cosine = 1;
         if (i < count)
             row->why = format_string("id %zu is %d, the reference has %.9g", i, (int)ids[i], expected[i]);
+    } else if (row && ends_alike(ids, n, expected, count)) {
+        free(row->why);
+        row->why = format_string("%d ids, the reference has %zu", n, count);
     }
     if (taps.feed) n = feed_ids(ids, n, room, vocabulary, expected, count);
     free(expected);
