@@ -8,13 +8,10 @@ PREFIX  ?= /usr/local
 BUILD   ?= build/release
 
 # No contraction: every fused multiply-add is written as one, so that each compiler gives the same bits.
-override CFLAGS += -std=c11 -D_POSIX_C_SOURCE=200809L -D_DEFAULT_SOURCE -ffp-contract=off -Wall -Wextra -I.
-OPENMP  ?= $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c -o /dev/null - 2>/dev/null && echo 1 || echo 0)
-ifeq ($(OPENMP),1)
-override CFLAGS += -fopenmp
-else
-override CFLAGS += -Wno-unknown-pragmas
-endif
+override CFLAGS += -std=c11 -D_POSIX_C_SOURCE=200809L -D_DEFAULT_SOURCE -ffp-contract=off -Wall -Wextra -pthread -I.
+# Of OpenMP the compiler is needed, not its library (engine/base/threads.c): nothing links with -fopenmp.
+OPENMP  ?= $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c -c -o /dev/null - 2>/dev/null && echo 1 || echo 0)
+LOOPS    = $(if $(filter 1,$(OPENMP)),-fopenmp)
 
 STAGES  = prompt tokenizer text_encoder transformer cache sampler vae y4m record preview model pipeline
 ENGINE  = $(patsubst %.c,%,$(wildcard engine/*/*.c))
@@ -24,8 +21,8 @@ sora: $(BUILD)/sora
 	cp $< $@
 
 # Written anew only when they change; whatever was compiled or linked otherwise then is again.
-COMPILE = $(CC) $(CFLAGS)
-LINK    = $(COMPILE) $(LDFLAGS)
+COMPILE = $(CC) $(CFLAGS) $(LOOPS)
+LINK    = $(CC) $(CFLAGS) $(LDFLAGS)
 $(BUILD)/compiled-by: COMMAND = $(COMPILE)
 $(BUILD)/linked-by: COMMAND = $(LINK)
 $(BUILD)/compiled-by $(BUILD)/linked-by: FORCE
@@ -82,6 +79,11 @@ sanitize:
 	$(SANITIZE) build/sanitize/sora build/sanitize/run-tests
 	ASAN_OPTIONS=allocator_may_return_null=1 SORA=build/sanitize/sora build/sanitize/run-tests
 
+# Whether threads ever touch the same memory unordered.
+races:
+	$(MAKE) BUILD=build/races CFLAGS='-O1 -g -fsanitize=thread' build/races/run-tests
+	build/races/run-tests system kernels pipeline
+
 fuzz:
 	$(SANITIZE) build/sanitize/fuzz
 	build/sanitize/fuzz $(FUZZ_SECONDS)
@@ -126,7 +128,7 @@ bench-peers: $(BUILD)/bench/bench $(if $(filter .venv/%,$(PYTHON)),.venv/bench)
 
 # A training keeps its hours under build/, too: those stay.
 clean:
-	rm -rf build/release build/sanitize sora
+	rm -rf build/release build/sanitize build/races sora
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d $(BUILD)/*/*/*.d)
-.PHONY: FORCE demo install uninstall test sanitize fuzz test-reference clean
+.PHONY: FORCE demo install uninstall test sanitize races fuzz test-reference clean

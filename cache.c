@@ -64,7 +64,7 @@ static void narrow(void *out, const float *in, Type type, size_t n) {
 }
 
 void kv_cache_read(const KvCache *c, int block, float *keys, float *values) {
-    PARALLEL_FOR for (int j = 0; j < c->frames; j++) {
+    PARALLEL_FOR (int j = 0; j < c->frames; j++) {
         widen(keys + j * frame_size(c), frame_at(c, c->keys, block, j), c->type, frame_size(c));
         widen(values + j * frame_size(c), frame_at(c, c->values, block, j), c->type, frame_size(c));
     }
@@ -72,7 +72,7 @@ void kv_cache_read(const KvCache *c, int block, float *keys, float *values) {
 
 void kv_cache_write(KvCache *c, int block, const float *keys, const float *values, int frames) {
     if (!c->room) return;
-    PARALLEL_FOR for (int f = 0; f < frames; f++) {
+    PARALLEL_FOR (int f = 0; f < frames; f++) {
         narrow(frame_at(c, c->keys, block, c->frames + f), keys + f * frame_size(c), c->type, frame_size(c));
         narrow(frame_at(c, c->values, block, c->frames + f), values + f * frame_size(c), c->type, frame_size(c));
     }

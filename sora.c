@@ -74,10 +74,11 @@ static void print_help(void) {
          "3 out of memory, disk or other resources; 130 interrupted.");
 }
 
-static void print_version(void) {
+static void print_version(int threads) {
 #ifdef _OPENMP
-    printf("sora %s, %s kernels, %d threads\n", SORA_VERSION, kernels->name, threads_count());
+    printf("sora %s, %s kernels, %d threads\n", SORA_VERSION, kernels->name, threads);
 #else
+    (void)threads;
     printf("sora %s, %s kernels, built without OpenMP\n", SORA_VERSION, kernels->name);
 #endif
 }
@@ -184,6 +185,7 @@ static char *read_prompt(const char *path) {
 typedef struct {
     Settings settings;
     const char *model, *prompt_file, *isa, *dump, *dump_only, *check;
+    int threads;
     double tolerance;
     Precision precision;
     bool profile, info, tokenize, seeded, help, version;
@@ -214,7 +216,7 @@ static void apply(Command *c, Option option, const char *value) {
             die(STATUS_USAGE, "--sampler: '%s' is not unipc, euler or dpm++", value);
         break;
     case SEED: s->seed = parse_seed(value); c->seeded = true; break;
-    case THREADS: threads_set((int)parse_integer(THREADS, value, 1, 512)); break;
+    case THREADS: c->threads = (int)parse_integer(THREADS, value, 1, MAX_THREADS); break;
     case PRECISION:
         if (!precision_parse(value, &c->precision))
             die(STATUS_USAGE, "--precision: '%s' is not f32, bf16 or int8", value);
@@ -259,7 +261,7 @@ static Option find_option(const char *text, const char **value) {
 static Command parse(int argc, char **argv) {
     Command c = {.settings = {.output = "out.y4m", .chroma = 420, .seconds = -1, .guidance = -1, .shift = -1,
                               .sampler = SAMPLERS, .record = true},
-                 .isa = "auto", .tolerance = -1, .precision = AUTOMATIC};
+                 .isa = "auto", .threads = threads_default(), .tolerance = -1, .precision = AUTOMATIC};
     bool only_prompts = false;
     for (int i = 1; i < argc; i++) {
         if (only_prompts || argv[i][0] != '-' || !argv[i][1]) {
@@ -374,7 +376,7 @@ static int run(Command *c) {
     if (c->info) return print_info(path);
     if (!s->prompt) die(STATUS_USAGE, "no prompt; --help lists the options");
     spare_inputs(c, path);
-    threads_start();
+    threads_set(c->threads);
     profile_begin(LOAD);
     Model model = model_load(path, c->precision);
     profile_end(LOAD);
@@ -393,9 +395,7 @@ static int run(Command *c) {
 }
 
 int main(int argc, char **argv) {
-    threads_wait_briefly(argv);
     standard_streams_keep();
-    threads_default();
     interrupts_catch();
     Command command = parse(argc, argv);
     const char *why = kernels_choose(command.isa);
@@ -403,7 +403,7 @@ int main(int argc, char **argv) {
     progress_enable(!command.settings.quiet);
     int status = STATUS_OK;
     if (command.help) print_help();
-    else if (command.version) print_version();
+    else if (command.version) print_version(command.threads);
     else status = run(&command);
     if (fflush(stdout) || ferror(stdout)) die(STATUS_RESOURCE, "standard output: %s", strerror(errno));
     return status;

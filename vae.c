@@ -288,7 +288,7 @@ static void attend(VaeStream *s, Grid *grid, const VaeLayer *layer) {
 
 /* x becomes one of two frames that lie side by side in each pixel of wide. */
 static void take_half(VaeStream *s, const Grid *grid, int C, int half) {
-    PARALLEL_FOR for (int i = 0; i < pixels_of(grid); i++)
+    PARALLEL_FOR (int i = 0; i < pixels_of(grid); i++)
         memcpy(s->x + (size_t)i * C, grid->wide + ((size_t)2 * i + half) * C, sizeof(float) * (size_t)C);
 }
 

@@ -144,6 +144,7 @@ int main(int argc, char **argv) {
     if (argc < 3)
         die(STATUS_USAGE, "usage: bench FILE.tsv PART..., or bench FILE.tsv STAGE PRECISION SIZE [THREADS]");
     kernels_choose("auto");
+    threads_set(threads_default());
     table = fopen(argv[1], "w");
     if (!table) die(STATUS_RESOURCE, "%s: cannot be written", argv[1]);
     fputs("kind\tname\tprecision\tsize\tthreads\tseconds\tgflop\tgflop/s\tof_peak\tgbyte\tgbyte/s\n", table);

@@ -96,7 +96,7 @@ static double rate_of(int i, int threads, double duration) {
     double start = seconds(), flop = 0;
     threads_set(threads);
     do {
-        PARALLEL_FOR for (int piece = 0; piece < pieces; piece++) instructions[i].run();
+        PARALLEL_FOR (int piece = 0; piece < pieces; piece++) instructions[i].run();
         flop += instructions[i].flop * CHAINS * ROUNDS * pieces;
     } while (seconds() - start < duration);
     threads_set(before);
@@ -127,7 +127,7 @@ enum { PIECES = 80 }; /* for each thread */
 static void run_arithmetic(void *with) {
     const Instruction *instruction = with;
     int pieces = PIECES * threads_count();
-    PARALLEL_FOR for (int piece = 0; piece < pieces; piece++) instruction->run();
+    PARALLEL_FOR (int piece = 0; piece < pieces; piece++) instruction->run();
 }
 
 typedef struct {
@@ -140,7 +140,7 @@ static volatile uint64_t sink; /* what is stored there has to be computed */
 static void run_reading(void *with) {
     enum { PIECE = 1 << 16 };
     const Region *region = with;
-    PARALLEL_FOR for (size_t start = 0; start < region->count; start += PIECE) {
+    PARALLEL_FOR (size_t start = 0; start < region->count; start += PIECE) {
         uint64_t sum = 0;
         for (size_t i = start; i < start + PIECE; i++) sum += region->words[i];
         sink = sum;

@@ -124,7 +124,7 @@ static TARGET void k_in_chunks(void *with) {
 static void all_threads(void *with) {
     const Problem *p = with;
     memset(p->y, 0, sizeof(float) * L * O);
-    PARALLEL_FOR for (int o = 0; o < O; o += C) multiply_columns(p, o);
+    PARALLEL_FOR (int o = 0; o < O; o += C) multiply_columns(p, o);
 }
 
 /* 7. The engine: what the program runs. */

@@ -116,18 +116,29 @@ void system_root(const char *path); /* for tests: /proc and /sys are read below 
 
 /* ---------------------------------------------------------------- threads.c: loops on all cores */
 
-/* Iterations of a loop marked so run on all cores, in any order; none may depend on another. */
+enum { MAX_THREADS = 512 };
+int threads_default(void);     /* a thread for each of processors_available(), or OMP_NUM_THREADS */
+void threads_set(int count);   /* from then on; dies with STATUS_RESOURCE if they cannot be had */
+int threads_count(void);       /* 1 until they are set */
+int thread_index(void);        /* of the thread that runs this iteration, from 0 */
+
+/* PARALLEL_FOR (int l = 0; l < L; l++) statement
+ * is a loop whose iterations run on all threads. Each is begun after those before it, but none may depend on another.
+ * Every thread walks through the loop and runs the iterations that it takes, each the first that nobody has taken. */
 #ifdef _OPENMP
-#define PARALLEL_FOR _Pragma("omp parallel for schedule(dynamic)")
+typedef struct {
+    size_t at, mine; /* iterations, counted from 1: where this thread is; the last that it took */
+} Turn;
+size_t thread_takes(void);
+static inline bool is_mine(Turn *turn) {
+    if (turn->mine < turn->at) turn->mine = thread_takes();
+    return turn->at++ == turn->mine;
+}
+#define PARALLEL_FOR(...)                                                                                             \
+    _Pragma("omp parallel") for (Turn turn_ = {1, 0}; turn_.at; turn_.at = 0) for (__VA_ARGS__) if (is_mine(&turn_))
 #else
-#define PARALLEL_FOR
+#define PARALLEL_FOR(...) for (__VA_ARGS__)
 #endif
-void threads_wait_briefly(char **argv); /* main's first call; may start the program again */
-void threads_default(void);             /* as many as there are processors_available() */
-void threads_set(int count);
-void threads_start(void); /* the workers; from then on signals reach the main thread alone */
-int threads_count(void);
-int thread_index(void); /* of the thread that runs this iteration */
 
 /* ---------------------------------------------------------------- index.c: names to numbers */
 

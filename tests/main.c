@@ -93,7 +93,7 @@ static void remove_temporary(void) {
 }
 
 int main(int argc, char **argv) {
-    threads_wait_briefly(argv);
+    threads_set(threads_default());
     if (!mkdtemp(temporary)) abort();
     for (int s = 0; suites[s].name; s++) {
         bool chosen = argc < 2;

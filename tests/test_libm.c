@@ -119,8 +119,7 @@ static void check_noise(void) {
     static bool wrong[UNIFORMS / BLOCK];
     int block = 0;
     find_one_radius();
-    PARALLEL_FOR
-    for (int b = 0; b < UNIFORMS / BLOCK; b++)
+    PARALLEL_FOR (int b = 0; b < UNIFORMS / BLOCK; b++)
         for (int i = 0; i < BLOCK; i += 8) wrong[b] |= !survives(b * BLOCK + i, 8);
     while (block < UNIFORMS / BLOCK && !wrong[block]) block++;
     CHECK(block == UNIFORMS / BLOCK, "from uniform %d * 2^-24 on, some float differs where libm is wrong by 8 units",

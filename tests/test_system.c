@@ -41,7 +41,7 @@ static void test_memory_limits(void) {
     begin("v2", "0::/user.slice/run.scope\n"); /* as systemd-run --scope makes it */
     put("/sys/fs/cgroup/user.slice/memory.max", "max\n");
     put("/sys/fs/cgroup/user.slice/run.scope/memory.max", "67108864\n");
-    put("/sys/fs/cgroup/user.slice/run.scope/memory.stat", "file 99999999\nanon 4194304\n");
+    put("/sys/fs/cgroup/user.slice/run.scope/memory.stat", "file 99999999\nanon 3145728\nshmem 1048576\n");
     expect_memory("a scope of version 2", 60);
 
     begin("v2-parent", "0::/job_7/step_0\n"); /* as Slurm does */
@@ -66,6 +66,24 @@ static void test_memory_limits(void) {
     expect_memory("a limit that is used up", 0);
 }
 
+/* A machine of 8 processors, the two of a core numbered as AMD's (0, 1) or as Intel's servers (0, 4) do. */
+static void begin_processors(const char *name, const char *groups, const char *allowed, const char *siblings) {
+    begin(name, groups);
+    char *status = format_string("Name:\tsora\nCpus_allowed:\tff\nCpus_allowed_list:\t%s\n", allowed);
+    put("/proc/self/status", status);
+    put("/sys/devices/system/cpu/online", "0-7\n");
+    for (int cpu = 0; cpu < 8; cpu++) {
+        bool adjacent = !strcmp(siblings, "-");
+        char *path = format_string("/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu),
+             *list = *siblings ? format_string("%d%s%d\n", adjacent ? cpu & ~1 : cpu & 3, siblings,
+                                               adjacent ? cpu | 1 : cpu | 4)
+                               : format_string("%d\n", cpu);
+        put(path, list);
+        free(path), free(list);
+    }
+    free(status);
+}
+
 static void expect_processors(const char *what, int count) {
     int found = processors_available();
     CHECK(found == count, "%s: %d processors, expected %d", what, found, count);
@@ -74,40 +92,70 @@ static void expect_processors(const char *what, int count) {
 }
 
 static void test_processors(void) {
-    int cores = processors_available(); /* of this machine */
-    begin("quota2", "0::/a/b\n");
-    put("/sys/fs/cgroup/a/cpu.max", "50000 100000\n");
+    begin_processors("cores", "0::/\n", "0-7", "");
+    expect_processors("eight cores", 8);
+    begin_processors("offline", "0::/\n", "0-63", "");
+    expect_processors("eight cores of a mask of 64", 8);
+    begin_processors("affinity", "0::/\n", "1,4-5,7", "");
+    expect_processors("four of eight cores", 4);
+    begin_processors("adjacent", "0::/\n", "0-7", "-");
+    expect_processors("four cores of two hyper-threads", 4);
+    begin_processors("split", "0::/\n", "0-7", ",");
+    expect_processors("four cores of two hyper-threads, numbered apart", 4);
+    begin_processors("one-each", "0::/\n", "1,3,5", "-");
+    expect_processors("one hyper-thread each of three cores", 3);
+
+    begin_processors("quota2", "0::/a/b\n", "0-7", "");
+    put("/sys/fs/cgroup/a/cpu.max", "250000 100000\n");
     put("/sys/fs/cgroup/a/b/cpu.max", "max 100000\n");
+    expect_processors("two and a half processors, version 2", 3);
+    begin_processors("quota2-own", "0::/a/b\n", "0-7", "-");
+    put("/sys/fs/cgroup/a/cpu.max", "600000 100000\n");
+    put("/sys/fs/cgroup/a/b/cpu.max", "50000 100000\n");
     expect_processors("half a processor, version 2", 1);
+    begin_processors("quota1", "6:cpuset:/\n3:cpuacct,cpu:/x/y\n", "0-7", "");
+    put("/sys/fs/cgroup/cpu/cpu.cfs_quota_us", "-1\n");
+    put("/sys/fs/cgroup/cpu/x/cpu.cfs_quota_us", "400000\n");
+    put("/sys/fs/cgroup/cpu/x/cpu.cfs_period_us", "200000\n");
+    put("/sys/fs/cgroup/cpu/x/y/cpu.cfs_quota_us", "-1\n");
+    expect_processors("two processors, version 1", 2);
+    begin_processors("quota-more", "0::/\n", "0-1", "");
+    put("/sys/fs/cgroup/cpu.max", "900000 100000\n");
+    expect_processors("more than there are", 2);
+}
 
-    begin("quota1", "3:cpu,cpuacct:/x\n");
-    put("/sys/fs/cgroup/cpu/x/cpu.cfs_quota_us", "90000\n");
-    put("/sys/fs/cgroup/cpu/x/cpu.cfs_period_us", "100000\n");
-    expect_processors("0.9 of a processor, version 1", 1);
+/* ---------------------------------------------------------------- threads */
 
-    begin("no-quota", "0::/\n");
-    put("/sys/fs/cgroup/cpu.max", "max 100000\n");
-    for (int cpu = 0; cpu < 64; cpu++) { /* every processor a core of its own */
-        char *path = format_string("/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
-        char *text = format_string("%d\n", cpu);
-        put(path, text);
-        free(path);
-        free(text);
+/* Every iteration runs once, on threads with numbers of their own, whatever the loop's header says; so do loops
+ * within loops. */
+enum { OUTER = 50, INNER = 40 };
+static void test_loops(void) {
+    int before = threads_count();
+    for (int threads = 1; threads <= 5; threads++) {
+        static int runs[OUTER][INNER], by[16];
+        bool once = true;
+        threads_set(threads);
+        memset(runs, 0, sizeof runs);
+        for (int again = 0; again < 200; again++)
+            PARALLEL_FOR (int i = 0; i < OUTER; i++) {
+                if (i % 7 == 0) continue;
+                PARALLEL_FOR (int j = INNER - 1; j >= 0; j -= 3) runs[i][j]++;
+                by[thread_index()]++;
+            }
+        for (int i = 0; i < OUTER; i++)
+            for (int j = 0; j < INNER; j++) once &= runs[i][j] == 200 * (i % 7 && j % 3 == 0);
+        CHECK(once, "%d threads: some iteration was not run once", threads);
+        for (int t = threads_count(); t < 16; t++)
+            CHECK(by[t] == 0, "%d threads: number %d ran some iterations", threads, t);
+        PARALLEL_FOR (int i = 0; i < 0; i++) once = false;
+        CHECK(once, "%d threads: an empty loop has an iteration", threads);
+        memset(by, 0, sizeof by);
     }
-    int alone = processors_available();
-    CHECK(alone >= cores && alone >= 1, "%d processors without hyper-threads, %d cores", alone, cores);
-    for (int cpu = 0; cpu < 64; cpu++) { /* two of each core, as Intel's servers number them */
-        char *path = format_string("/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu);
-        char *text = format_string(cpu % 4 < 2 ? "%d-%d\n" : "%d,%d\n", cpu & ~1, cpu | 1);
-        put(path, text);
-        free(path);
-        free(text);
-    }
-    if (alone == 2 || alone == 4) expect_processors("hyper-threads", alone / 2);
-    else expect_processors("hyper-threads", processors_available());
+    threads_set(before);
 }
 
 void test_system(void) {
     test_memory_limits();
     test_processors();
+    test_loops();
 }

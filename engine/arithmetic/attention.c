@@ -165,8 +165,8 @@ void attention_in_tiles(const Attention *a) {
     Plan plan = make_plan(a);
     int block = BLOCK_ROWS * kernels->tile_rows, blocks = round_up(a->queries, block) / block;
     plan.packed = scratch(plan_bytes(&plan));
-    PARALLEL_FOR for (int head = 0; head < a->heads; head++) pack_head(&plan, head);
-    PARALLEL_FOR for (int task = 0; task < blocks * a->heads; task++) {
+    PARALLEL_FOR (int head = 0; head < a->heads; head++) pack_head(&plan, head);
+    PARALLEL_FOR (int task = 0; task < blocks * a->heads; task++) {
         int query = task % blocks * block;
         attend(&plan, task / blocks, query, smaller(block, a->queries - query),
                plan.packed + plan.packed_size + plan.block_size * (size_t)thread_index());

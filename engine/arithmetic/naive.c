@@ -47,7 +47,7 @@ static void naive_product(float *y, const Rows *x, const Linear *layer, int mode
     int O = layer->weight.rows, n = x->n;
     size_t bytes = row_bytes(layer->precision, n);
     (void)memory;
-    PARALLEL_FOR for (int o = 0; o < O; o++) {
+    PARALLEL_FOR (int o = 0; o < O; o++) {
         float *floats = allocate(sizeof(float) * (size_t)layer->weight.cols);
         char *w = allocate(bytes * (size_t)x->segments);
         weight_row(&layer->weight, o, floats);
@@ -119,7 +119,7 @@ static void attend(const Attention *a, int head, int query) {
 }
 
 static void naive_attention(const Attention *a) {
-    PARALLEL_FOR for (int i = 0; i < a->heads * a->queries; i++) attend(a, i / a->queries, i % a->queries);
+    PARALLEL_FOR (int i = 0; i < a->heads * a->queries; i++) attend(a, i / a->queries, i % a->queries);
 }
 
 /* ---------------------------------------------------------------- rows */

@@ -234,10 +234,10 @@ void product_in_panels(float *y, const Rows *x, const Linear *layer, int mode, c
         int count = smaller(group, ceiling(O - p.first, C)), each = panels_per_task(blocks, count);
         int parts = ceiling(count, each);
         if (p.panels) {
-            PARALLEL_FOR for (int i = 0; i < count; i++)
+            PARALLEL_FOR (int i = 0; i < count; i++)
                 pack_panel(&p, p.first + i * C, p.panels + i * p.panel_size);
         }
-        PARALLEL_FOR for (int i = 0; i < blocks * parts; i++) {
+        PARALLEL_FOR (int i = 0; i < blocks * parts; i++) {
             int panel = i % parts * each;
             run_task(&p, i / parts * block, panel, smaller(each, count - panel),
                      mine + task_bytes(p.precision) * (size_t)thread_index());

@@ -1,18 +1,17 @@
 /* system.c - what the operating system gives: time, memory, processors.
  *
- * A container or a batch job may have less than the machine: Linux limits a group of processes, groups lie in groups,
- * and the tightest limit on the way up counts. /proc/self/cgroup says where a process is. There are two generations:
+ * A container or a batch job may have less than the machine: Linux limits groups of processes, groups lie in groups,
+ * and the tightest limit on the way up counts. /proc/self/cgroup says in which groups a process is. There are two
+ * generations, and a machine may have both at once:
  *
- *   version 1   a tree for each resource:  5:memory:/slurm/job_7    /sys/fs/cgroup/memory/slurm/job_7/memory.limit_in_bytes
- *   version 2   one tree for all:          0::/user.slice/run.scope /sys/fs/cgroup/user.slice/run.scope/memory.max
+ *   version 1   a tree for each resource   4:memory:/slurm/job_7     /sys/fs/cgroup/memory/slurm/job_7/memory.limit_in_bytes
+ *   version 2   one tree for all           0::/user.slice/run.scope  /sys/fs/cgroup/user.slice/run.scope/memory.max
  *
- * Both may be there at once. A container often shows only its own part of the tree, as the root; then the path's
- * groups are missing, and the root's files are what it may have. */
-#define _GNU_SOURCE /* sched_getaffinity */
+ * A container often sees only its own part of a tree, as the root. Then its path's folders are not there, and the
+ * root's files say what it may have. */
 #include "engine/engine.h"
 
 #include <math.h>
-#include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/resource.h>
@@ -31,115 +30,112 @@ static const char *root = "";
 
 void system_root(const char *path) { root = path; }
 
-/* The file of that name below the root; NULL if there is none. */
-static FILE *open_below_root(const char *path) {
-    char *full = format_string("%s%s", root, path);
-    FILE *stream = fopen(full, "re");
-    free(full);
-    return stream;
-}
+enum { LINE = 8192 };
 
-/* The number after `label` at the start of a line; `fallback` if there is none. */
-static double read_number(const char *path, const char *label, double fallback) {
-    FILE *stream = open_below_root(path);
-    if (!stream) return fallback;
-    char line[256];
-    double value = fallback;
+/* What follows `label` in the first line that begins with it; false if there is none. */
+static bool read_line(const char *folder, const char *file, const char *label, char text[LINE]) {
+    char *path = format_string("%s%s/%s", root, folder, file);
+    FILE *stream = fopen(path, "re");
     size_t length = strlen(label);
-    while (fgets(line, sizeof line, stream))
-        if (!strncmp(line, label, length) && sscanf(line + length, "%lf", &value) == 1) break;
-    fclose(stream);
-    return value;
+    bool found = false;
+    free(path);
+    while (stream && !found && fgets(text, LINE, stream)) found = !strncmp(text, label, length);
+    if (stream) fclose(stream);
+    if (found) memmove(text, text + length, strlen(text + length) + 1);
+    return found;
 }
 
-/* ---------------------------------------------------------------- groups */
+static double read_number(const char *folder, const char *file, const char *label, double otherwise) {
+    char text[LINE], *end;
+    if (!read_line(folder, file, label, text)) return otherwise;
+    double value = strtod(text, &end);
+    return end > text ? value : otherwise;
+}
 
-/* What is still to be had of a resource in one group's folder; INFINITY if it sets no limit. */
+/* ---------------------------------------------------------------- limits of groups */
+
+/* What one group, a folder, may have of a resource; INFINITY without a limit. */
 typedef double Limit(const char *folder);
 
-static double read_in(const char *folder, const char *file, const char *label, double fallback) {
-    char *path = format_string("%s/%s", folder, file);
-    double value = read_number(path, label, fallback);
-    free(path);
-    return value;
+/* What is taken cannot be given back to others; cached files can. */
+
+static double memory_version_1(const char *folder) {
+    double limit = read_number(folder, "memory.limit_in_bytes", "", INFINITY), /* about 2^63 is none */
+           taken = read_number(folder, "memory.stat", "total_rss ", 0) + read_number(folder, "memory.stat", "total_shmem ", 0);
+    return limit - taken;
 }
 
 static double memory_version_2(const char *folder) {
-    return read_in(folder, "memory.max", "", INFINITY) - read_in(folder, "memory.stat", "anon ", 0);
-}
-
-static double memory_version_1(const char *folder) {
-    double limit = read_in(folder, "memory.limit_in_bytes", "", INFINITY); /* 2^63 or a little less: none */
-    return limit > 0x1p62 ? INFINITY : limit - read_in(folder, "memory.stat", "total_rss ", 0);
-}
-
-static double processors_version_2(const char *folder) {
-    char *path = format_string("%s/cpu.max", folder);
-    FILE *stream = open_below_root(path);
-    double quota, period, processors = INFINITY;
-    if (stream && fscanf(stream, "%lf %lf", &quota, &period) == 2 && period > 0) processors = quota / period; /* else "max" */
-    if (stream) fclose(stream);
-    free(path);
-    return processors;
+    double limit = read_number(folder, "memory.max", "", INFINITY), /* "max" is none */
+           taken = read_number(folder, "memory.stat", "anon ", 0) + read_number(folder, "memory.stat", "shmem ", 0);
+    return limit - taken;
 }
 
 static double processors_version_1(const char *folder) {
-    double quota = read_in(folder, "cpu.cfs_quota_us", "", -1), period = read_in(folder, "cpu.cfs_period_us", "", 0);
-    return quota > 0 && period > 0 ? quota / period : INFINITY;
+    double quota = read_number(folder, "cpu.cfs_quota_us", "", -1); /* -1 is none */
+    return quota > 0 ? quota / read_number(folder, "cpu.cfs_period_us", "", 100000) : INFINITY;
 }
 
-/* The least of a limit from the group `path` in a tree up to the tree's root. */
-static double least_on_the_way_up(const char *tree, char *path, Limit *limit) {
-    double least = INFINITY;
-    for (;;) {
-        char *folder = format_string("%s%s", tree, strcmp(path, "/") ? path : "");
-        double here = limit(folder);
-        if (here < least) least = here;
-        free(folder);
-        char *slash = strrchr(path, '/');
-        if (!slash || !*path) return least;
-        *slash = 0;
+static double processors_version_2(const char *folder) {
+    char text[LINE];
+    double quota, period; /* or "max" and the period */
+    if (!read_line(folder, "cpu.max", "", text) || sscanf(text, "%lf %lf", &quota, &period) != 2) return INFINITY;
+    return quota / period;
+}
+
+/* The least of the limits of a group, those that it lies in, and the root of its tree. */
+static double least_limit(const char *tree, const char *group, Limit *limit) {
+    char *folder = format_string("%s%s", tree, group), *end = folder + strlen(folder), *top = folder + strlen(tree);
+    double least = limit(tree);
+    while (end > top) {
+        least = fmin(least, limit(folder));
+        while (*--end != '/') *end = 0;
+        *end = 0;
     }
+    free(folder);
+    return least;
 }
 
-/* Whether a list of names parted by commas has one. */
+/* Whether `name` is one of `names`, which commas part. */
 static bool lists(const char *names, const char *name) {
     size_t length = strlen(name);
-    for (const char *at = names; (at = strstr(at, name)); at += length)
-        if ((at == names || at[-1] == ',') && (!at[length] || at[length] == ',')) return true;
+    for (; names; names = (names = strchr(names, ',')) ? names + 1 : NULL)
+        if (!strncmp(names, name, length) && (!names[length] || names[length] == ',')) return true;
     return false;
 }
 
-/* The least of a resource's limits in all groups that this process is in. `controller`: its name in version 1. */
+/* The least of a resource's limits in all groups of this process. `controller` is the resource in version 1. */
 static double group_limit(const char *controller, Limit *version_1, Limit *version_2) {
-    FILE *stream = open_below_root("/proc/self/cgroup");
-    char line[4096];
+    char line[LINE], tree[64], *path = format_string("%s/proc/self/cgroup", root);
+    FILE *stream = fopen(path, "re");
     double least = INFINITY;
-    while (stream && fgets(line, sizeof line, stream)) {
-        char *controllers = strchr(line, ':'), *path = controllers ? strchr(controllers + 1, ':') : NULL;
-        if (!path) continue;
-        controllers++;
-        *path++ = 0;
-        path[strcspn(path, "\n")] = 0;
-        double here = INFINITY;
-        if (!*controllers) {
-            char *again = format_string("%s", path);
-            double hybrid = least_on_the_way_up("/sys/fs/cgroup/unified", again, version_2);
-            here = least_on_the_way_up("/sys/fs/cgroup", path, version_2);
-            if (hybrid < here) here = hybrid;
-            free(again);
+    free(path);
+    snprintf(tree, sizeof tree, "/sys/fs/cgroup/%s", controller);
+    while (stream && fgets(line, sizeof line, stream)) { /* number:controllers:group */
+        char *controllers = strchr(line, ':'), *group = controllers ? strchr(controllers + 1, ':') : NULL;
+        if (!group) continue;
+        *group++ = 0;
+        group[strcspn(group, "\n")] = 0;
+        if (!*++controllers) {
+            least = fmin(least, least_limit("/sys/fs/cgroup", group, version_2));
+            least = fmin(least, least_limit("/sys/fs/cgroup/unified", group, version_2)); /* beside version 1 */
         } else if (lists(controllers, controller)) {
-            char *tree = format_string("/sys/fs/cgroup/%s", controller);
-            here = least_on_the_way_up(tree, path, version_1);
-            free(tree);
+            least = fmin(least, least_limit(tree, group, version_1));
         }
-        if (here < least) least = here;
     }
     if (stream) fclose(stream);
     return least;
 }
 
 /* ---------------------------------------------------------------- memory */
+
+/* Linux says what it could free; elsewhere the machine's memory has to do. */
+size_t memory_available(void) {
+    double machine = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
+    double available = 1024 * read_number("/proc", "meminfo", "MemAvailable:", machine / 1024);
+    available = fmin(available, group_limit("memory", memory_version_1, memory_version_2));
+    return machine <= 0 ? SIZE_MAX : available > 0 ? (size_t)available : 0;
+}
 
 /* Resident pages that no file backs: the mapped weights do not count, they can be had again at any time. */
 static size_t memory_private(void) {
@@ -153,18 +149,7 @@ static size_t memory_private(void) {
 
 static size_t highest;
 
-void memory_note(void) {
-    size_t now = memory_private();
-    if (now > highest) highest = now;
-}
-
-size_t memory_available(void) {
-    double pages = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
-    double machine = 1024 * read_number("/proc/meminfo", "MemAvailable:", pages / 1024);
-    double group = group_limit("memory", memory_version_1, memory_version_2);
-    double available = group < machine ? group : machine;
-    return available > 0 ? (size_t)available : pages > 0 ? 0 : SIZE_MAX;
-}
+void memory_note(void) { highest = larger(highest, memory_private()); }
 
 size_t memory_peak(void) {
     struct rusage usage;
@@ -176,39 +161,41 @@ size_t memory_peak(void) {
 
 /* ---------------------------------------------------------------- processors */
 
-/* Two processors of one core share its multipliers: a second thread there adds nothing to products. A core counts
- * once, by the first of its processors that this process may run on. */
+enum { MOST_PROCESSORS = 8192 };
+
+/* Adds the processors of a list like "0-3,8" to a set; false if there is none. */
+static bool add_list(const char *folder, const char *file, const char *label, bool *set) {
+    char text[LINE];
+    if (!read_line(folder, file, label, text)) return false;
+    int first, last, length;
+    for (const char *at = text; sscanf(at, "%d%n", &first, &length) == 1; at += *at == ',') {
+        at += length, last = first;
+        if (sscanf(at, "-%d%n", &last, &length) == 1) at += length;
+        for (int i = first; i >= 0 && i <= last && i < MOST_PROCESSORS; i++) set[i] = true;
+    }
+    return true;
+}
+
+/* Those that this process may run on. Hyper-threads of one core share its multipliers, so that a second one adds
+ * nothing to products: they count once. */
 static int cores_allowed(void) {
-    enum { MOST = 4096 };
-    static uint8_t allowed[MOST], counted[MOST];
-    cpu_set_t *set = CPU_ALLOC(MOST);
-    size_t bytes = CPU_ALLOC_SIZE(MOST);
+    bool allowed[MOST_PROCESSORS] = {0}, online[MOST_PROCESSORS] = {0}, counted[MOST_PROCESSORS] = {0};
     int cores = 0;
-    if (!set || sched_getaffinity(0, bytes, set)) return CPU_FREE(set), (int)sysconf(_SC_NPROCESSORS_ONLN);
-    for (int cpu = 0; cpu < MOST; cpu++) allowed[cpu] = CPU_ISSET_S(cpu, bytes, set) != 0, counted[cpu] = 0;
-    CPU_FREE(set);
-    for (int cpu = 0; cpu < MOST; cpu++) {
-        if (!allowed[cpu] || counted[cpu]) continue;
+    if (!add_list("/proc/self", "status", "Cpus_allowed_list:", allowed) ||
+        !add_list("/sys/devices/system/cpu", "online", "", online))
+        return (int)sysconf(_SC_NPROCESSORS_ONLN);
+    for (int cpu = 0; cpu < MOST_PROCESSORS; cpu++) {
+        char folder[64];
+        if (!allowed[cpu] || !online[cpu] || counted[cpu]) continue;
+        snprintf(folder, sizeof folder, "/sys/devices/system/cpu/cpu%d/topology", cpu);
+        add_list(folder, "thread_siblings_list", "", counted);
         cores++;
-        char *path = format_string("/sys/devices/system/cpu/cpu%d/topology/thread_siblings_list", cpu), comma;
-        FILE *stream = open_below_root(path);
-        int first, last; /* "0,64" or "0-1" */
-        while (stream && fscanf(stream, "%d", &first) == 1) {
-            last = first;
-            if (fscanf(stream, "-%d", &last) < 0) last = first;
-            for (int sibling = first; sibling <= last && sibling < MOST; sibling++)
-                if (sibling >= 0) counted[sibling] = 1;
-            if (fscanf(stream, "%c", &comma) != 1 || comma != ',') break;
-        }
-        if (stream) fclose(stream);
-        free(path);
     }
     return cores;
 }
 
+/* A quota of 1.5 keeps two threads busy most of the time. */
 int processors_available(void) {
-    double quota = group_limit("cpu", processors_version_1, processors_version_2);
-    int cores = cores_allowed();
-    if (quota < cores) cores = (int)(quota + 0.99); /* 1.5 processors keep two threads busy most of the time */
-    return cores > 1 ? cores : 1;
+    double quota = ceil(group_limit("cpu", processors_version_1, processors_version_2));
+    return (int)fmax(1, fmin(quota, cores_allowed()));
 }

@@ -11,7 +11,7 @@
  *
  * Interrupts. The handler runs at any instant, so it touches only what POSIX lists as async-signal-safe:
  * unlink(), write(), _exit(), and a fixed table of paths that is changed with signals blocked. It runs in the
- * main thread alone (threads_start). */
+ * main thread alone (threads.c). */
 #include "engine/engine.h"
 
 #include <errno.h>
