@@ -5,7 +5,10 @@
 #include <inttypes.h>
 #include <limits.h>
 #include <math.h>
+#include <stdlib.h>
 #include <string.h>
+
+enum { MAX_WINDOW = 1000000 };
 
 /* ---------------------------------------------------------------- the model */
 
@@ -54,6 +57,131 @@ static Precision suited(const WeightFile *file) {
     return kernels->fast[BF16] ? BF16 : F32;
 }
 
+/* ---------------------------------------------------------------- how clips are made */
+
+/* A list of numbers that fall, each above 0 and at most `most`; new, NULL if there is no such key. */
+static float *falling_list(const WeightFile *file, const char *key, double most, int *count) {
+    WeightArray array;
+    if (!weights_array(file, key, &array)) return NULL;
+    if (!array_is_number(&array) || array.count < 1 || array.count > 1000)
+        weights_refuse(file, "%s is not an array of 1 to 1000 numbers", key);
+    *count = (int)array.count;
+    float *list = allocate(sizeof(float) * array.count);
+    for (size_t i = 0; i < array.count; i++) {
+        double value = array_double(&array, i);
+        list[i] = (float)value;
+        if (!(value > 0 && value <= most))
+            weights_refuse(file, "%s holds %g, expected more than 0 and at most %g", key, value, most);
+        if (i > 0 && !(list[i] < list[i - 1]))
+            weights_refuse(file, "%s does not fall: %g follows %g", key, list[i], list[i - 1]);
+    }
+    return list;
+}
+
+/* The list under "scheduler.<prefix>timesteps"; without steps if there is none. */
+static Schedule load_list(const WeightFile *file, Sampler rule, const char *prefix) {
+    char key[64];
+    int steps = 0, count = 0, train = weights_size_or(file, "scheduler.num_train_timesteps", 1 << 20, 1000);
+    snprintf(key, sizeof key, "scheduler.%stimesteps", prefix);
+    float *timesteps = falling_list(file, key, train, &steps);
+    if (timesteps && rule == SAMPLERS) weights_refuse(file, "%s belongs to scheduler.rule renoise or euler", key);
+    snprintf(key, sizeof key, "scheduler.%ssigmas", prefix);
+    float *sigmas = falling_list(file, key, 1, &count);
+    if (sigmas && count != steps) weights_refuse(file, "%s has %d elements for %d time steps", key, count, steps);
+    if (!sigmas) {
+        sigmas = allocate(sizeof(float) * (size_t)steps);
+        for (int i = 0; i < steps; i++) sigmas[i] = (float)((double)timesteps[i] / train);
+    }
+    Schedule schedule = {0};
+    if (timesteps) schedule = schedule_of(rule, steps, timesteps, sigmas);
+    free(timesteps), free(sigmas);
+    return schedule;
+}
+
+static void load_schedules(const WeightFile *file, Recipe *r) {
+    const char *rule = weights_string_or(file, "scheduler.rule", "multistep");
+    bool renoise = !strcmp(rule, "renoise"), euler = !strcmp(rule, "euler");
+    if (!renoise && !euler && strcmp(rule, "multistep"))
+        weights_refuse(file, "scheduler.rule is '%s', expected multistep, renoise or euler", rule);
+    Sampler sampler = renoise ? RENOISE : euler ? EULER : SAMPLERS;
+    r->schedule = load_list(file, sampler, "");
+    r->first = load_list(file, sampler, "first_");
+    if (sampler != SAMPLERS && !r->schedule.steps)
+        weights_refuse(file, "scheduler.rule is %s, and scheduler.timesteps is missing", rule);
+    if (r->first.steps && !r->chunk_frames)
+        weights_refuse(file, "scheduler.first_timesteps is for models that generate in chunks");
+    if (!r->first.steps && r->schedule.steps)
+        r->first = schedule_of(sampler, r->schedule.steps, r->schedule.timesteps, r->schedule.sigmas);
+    double scale = weights_double_or(file, "scheduler.noise_scale", 1);
+    if (!(scale > 0 && scale <= 10))
+        weights_refuse(file, "scheduler.noise_scale is %g, expected more than 0 and at most 10", scale);
+    r->noise_scale = (float)scale;
+    r->noise_frames_first = weights_bool_or(file, "scheduler.noise_frames_first", r->chunk_frames > 0);
+}
+
+/* A number of frames, 0 included. */
+static int load_frames(const WeightFile *file, const char *key) {
+    int64_t frames = weights_int_or(file, key, 0);
+    if (frames < 0 || frames > MAX_WINDOW)
+        weights_refuse(file, "key \"%s\" is %" PRId64 ", expected 0 to %d", key, frames, MAX_WINDOW);
+    return (int)frames;
+}
+
+static PromptChange load_prompt_change(const WeightFile *file) {
+    static const char *const names[] = {[KEEP] = "keep", [FLUSH] = "flush", [RECACHE] = "recache"};
+    const char *name = weights_string_or(file, "causal.prompt_change", NULL);
+    if (!name) return BY_POSITIONS;
+    for (int i = KEEP; i <= RECACHE; i++)
+        if (!strcmp(name, names[i])) return (PromptChange)i;
+    weights_refuse(file, "causal.prompt_change is '%s', expected keep, flush or recache", name);
+}
+
+/* Why a window does not go with the chunks, or NULL. */
+static const char *window_fault(const Recipe *r) {
+    Window w = r->window;
+    if (w.window && w.window < r->chunk_frames)
+        return reason("a window of %d frames is smaller than a chunk; expected at least %d, or 0 for all", w.window,
+                      r->chunk_frames);
+    if (w.window && w.sink > w.window - r->chunk_frames)
+        return reason("a sink of %d frames is beyond the window; with a window of %d and chunks of %d expected at most "
+                      "%d", w.sink, w.window, r->chunk_frames, w.window - r->chunk_frames);
+    if (!w.window && w.sink) return reason("a sink of %d frames without a window, where nothing is dropped", w.sink);
+    return NULL;
+}
+
+static void load_chunks(const WeightFile *file, Recipe *r) {
+    r->chunk_frames = weights_size(file, "causal.chunk_frames", 4096);
+    r->independent_first_frame = weights_bool_or(file, "causal.independent_first_frame", false);
+    const char *positions = weights_string_or(file, "causal.positions", "absolute");
+    if (strcmp(positions, "absolute") && strcmp(positions, "relative"))
+        weights_refuse(file, "causal.positions is '%s', expected absolute or relative", positions);
+    r->window = (Window){load_frames(file, "causal.window"), load_frames(file, "causal.sink"),
+                         !strcmp(positions, "relative")};
+    const char *why = window_fault(r);
+    if (why) weights_refuse(file, "causal.window and causal.sink: %s", why);
+    double noise = weights_double_or(file, "causal.context_noise", 0);
+    int train = weights_size_or(file, "scheduler.num_train_timesteps", 1 << 20, 1000);
+    if (!(noise >= 0 && noise <= train))
+        weights_refuse(file, "causal.context_noise is %g, expected 0 to %d", noise, train);
+    r->context_noise = (float)noise;
+    r->prompt_change = load_prompt_change(file);
+    r->recache_sink = weights_bool_or(file, "causal.recache_sink", false);
+}
+
+Recipe recipe_load(const WeightFile *file) {
+    Recipe r = {0};
+    if (weights_int_or(file, "causal.chunk_frames", 0)) load_chunks(file, &r);
+    load_schedules(file, &r);
+    return r;
+}
+
+void recipe_free(Recipe *r) {
+    schedule_free(&r->schedule);
+    schedule_free(&r->first);
+}
+
+/* ---------------------------------------------------------------- all of it */
+
 Model model_load(const char *path, Precision precision) {
     Model m = {0};
     const char *why = weights_open(path, &m.file);
@@ -65,11 +193,13 @@ Model model_load(const char *path, Precision precision) {
     m.text_encoder = text_encoder_load(m.file, m.precision);
     m.transformer = transformer_load(m.file, m.precision);
     m.vae = vae_load(m.file, m.precision);
+    m.recipe = recipe_load(m.file);
     check_parts(&m);
     return m;
 }
 
 void model_free(Model *m) {
+    recipe_free(&m->recipe);
     vae_free(&m->vae);
     transformer_free(&m->transformer);
     text_encoder_free(&m->text_encoder);
@@ -109,34 +239,84 @@ int model_frames(const Model *m) {
     return weights_size_or(m->file, "default.frames", 1000001, 81);
 }
 
+Settings settings_new(void) {
+    return (Settings){.output = "out.y4m", .chroma = 420, .seconds = -1, .guidance = -1, .shift = -1,
+                      .sampler = SAMPLERS, .window = -1, .sink = -1, .record = true};
+}
+
+static void take_length(Settings *s, const Model *m) {
+    int stride = m->vae.temporal_stride;
+    take_default(&s->fps_num, m, "default.fps_num", 1000000, 16);
+    take_default(&s->fps_den, m, "default.fps_den", 1000000, 1);
+    if (s->seconds >= 0) {
+        double steps = s->seconds * s->fps_num / s->fps_den / stride;
+        if (steps > 1e6) die(STATUS_USAGE, "--seconds: %g is more than can be counted in frames", s->seconds);
+        s->frames = (int)floor(steps + 0.5) * stride + 1;
+    }
+    if (s->frames == 0) s->frames = model_frames(m);
+    check_frames(s->frames, stride);
+}
+
+/* Either the file's own list, or a schedule of any length. */
+static void take_schedule(Settings *s, const Model *m) {
+    const Schedule *fixed = &m->recipe.schedule;
+    const char *given = NULL;
+    if (s->steps && s->steps != fixed->steps) given = "--steps";
+    else if (s->shift >= 0) given = "--shift";
+    else if (s->sampler != SAMPLERS && s->sampler != fixed->sampler) given = "--sampler";
+    if (fixed->steps && given) {
+        char *list = schedule_string(fixed);
+        die(STATUS_USAGE, "%s: the model was trained for the steps in its file, %d by %s (%s), and takes no others",
+            given, fixed->steps, sampler_name(fixed->sampler), list);
+    }
+    if (fixed->steps) {
+        s->steps = fixed->steps;
+        s->sampler = fixed->sampler;
+    }
+    take_default(&s->steps, m, "default.steps", 1000, 50);
+    take_default_number(&s->shift, m, "scheduler.shift", 1e-3, 3.0);
+    if (s->sampler == SAMPLERS &&
+        !sampler_parse(weights_string_or(m->file, "scheduler.sampler", "unipc"), &s->sampler))
+        weights_refuse(m->file, "scheduler.sampler '%s' is unknown; give --sampler",
+                       weights_string_or(m->file, "scheduler.sampler", ""));
+}
+
+/* What self attention looks back at. */
+static void take_window(Settings *s, const Model *m) {
+    Recipe r = m->recipe;
+    const char *given = s->window >= 0 ? "--window" : s->sink >= 0 ? "--sink" : s->positions ? "--positions" : NULL;
+    const char *story = s->story.count ? "--at" : given;
+    if (story && !r.chunk_frames)
+        die(STATUS_USAGE, "%s: this model makes a clip in one piece; that is for models that generate in chunks", story);
+    if (s->window < 0) s->window = r.window.window;
+    if (s->sink < 0) s->sink = s->window ? r.window.sink : 0;
+    if (!s->positions) s->positions = r.window.relative ? "relative" : "absolute";
+    r.window.window = s->window, r.window.sink = s->sink;
+    const char *why = given ? window_fault(&r) : NULL;
+    if (why) die(STATUS_USAGE, "%s: %s", given, why);
+}
+
+/* The frames that attention sees at once have to be counted in an int. */
+static void check_positions(const Settings *s, const Model *m) {
+    int stride = m->vae.spatial_stride, frames = s->frames / m->vae.temporal_stride + 1;
+    if (m->recipe.chunk_frames && s->window) frames = smaller(frames, s->window);
+    if ((double)s->width * s->height / stride / stride * frames > INT_MAX)
+        die(STATUS_USAGE, "--size %dx%d with --frames %d is more than 2^31 latent positions", s->width,
+            s->height, s->frames);
+}
+
 void settings_complete(Settings *s, const Model *m) {
     const Vae *vae = &m->vae;
     const int *patch = m->transformer.patch_size;
     take_default(&s->width, m, "default.width", 16384, 832);
     take_default(&s->height, m, "default.height", 16384, 480);
-    take_default(&s->fps_num, m, "default.fps_num", 1000000, 16);
-    take_default(&s->fps_den, m, "default.fps_den", 1000000, 1);
-    take_default(&s->steps, m, "default.steps", 1000, 50);
-    if (s->seconds >= 0) {
-        double chunks = s->seconds * s->fps_num / s->fps_den / vae->temporal_stride;
-        if (chunks > 1e6)
-            die(STATUS_USAGE, "--seconds: %g is more than can be counted in frames", s->seconds);
-        s->frames = (int)floor(chunks + 0.5) * vae->temporal_stride + 1;
-    }
-    if (s->frames == 0) s->frames = model_frames(m);
+    take_length(s, m);
+    take_schedule(s, m);
     take_default_number(&s->guidance, m, "default.guidance", 0, 5.0);
-    take_default_number(&s->shift, m, "scheduler.shift", 1e-3, 3.0);
     if (s->guidance < 1) warn("guidance %g is taken as 1, which is none: diffusers guides above 1 only", s->guidance);
-    if (s->sampler == SAMPLERS &&
-        !sampler_parse(weights_string_or(m->file, "scheduler.sampler", "unipc"), &s->sampler))
-        weights_refuse(m->file, "scheduler.sampler '%s' is unknown; give --sampler",
-                       weights_string_or(m->file, "scheduler.sampler", ""));
     if (!s->negative) s->negative = weights_string_or(m->file, "default.negative_prompt", "");
+    take_window(s, m);
     check_size("width", s->width, vae->spatial_stride * patch[2]);
     check_size("height", s->height, vae->spatial_stride * patch[1]);
-    check_frames(s->frames, vae->temporal_stride);
-    double positions = (double)s->width * s->height / vae->spatial_stride / vae->spatial_stride;
-    if (positions * (s->frames / vae->temporal_stride + 1) > INT_MAX)
-        die(STATUS_USAGE, "--size %dx%d with --frames %d is more than 2^31 latent positions", s->width,
-            s->height, s->frames);
+    check_positions(s, m);
 }

@@ -1,9 +1,14 @@
 /* pipeline.c - strings the stages together: prompt, noise, the denoising loop, frames, file.
  *
- * Follows diffusers' WanPipeline. The order is the order of memory, too: the text encoder's buffers are gone
- * before the transformer's are taken, and those before the decoder's, so a run needs the largest of the
- * three, not their sum; the weights lie in the mapped file and are paged in as they are read. What a run will
- * need is added up before it starts, by the same functions that lay the buffers out. */
+ * A clip is made chunk by chunk, and the frames of a chunk are written before the next is begun; most models know
+ * one chunk only, the whole clip. Whole clips follow diffusers' WanPipeline, chunks Self-Forcing's
+ * CausalInferencePipeline. make_clip() is the page on which all of it happens.
+ *
+ * The order is the order of memory, too: the text encoder's buffers are gone before the transformer's are taken, and
+ * those after the last chunk has passed, before it is decoded. So a clip of one chunk needs the largest of the three,
+ * more chunks need transformer and decoder at once, and none more for being longer; the weights lie in the mapped file
+ * and are paged in as they are read. What a run will need is added up before it starts, by the same functions that lay
+ * the buffers out. */
 #include "sora.h"
 
 #include <math.h>
@@ -22,14 +27,16 @@ int prompt_ids(const Model *m, const char *prompt, int32_t *ids) {
 
 /* A prompt, from text to what the transformer reads. */
 typedef struct {
-    const char *name;
+    char name[32];
+    double time; /* from when on it holds */
     int n;
     int32_t *ids;
     float *embeds; /* (n, text_dim) */
 } Prompt;
 
-static Prompt prompt_read(const Model *m, const char *name, const char *text) {
-    Prompt p = {.name = name, .ids = allocate(sizeof(int32_t) * (size_t)m->transformer.text_len)};
+static Prompt prompt_read(const Model *m, const char *name, double time, const char *text) {
+    Prompt p = {.time = time, .ids = allocate(sizeof(int32_t) * (size_t)m->transformer.text_len)};
+    snprintf(p.name, sizeof p.name, "%s", name);
     p.n = prompt_ids(m, text, p.ids);
     return p;
 }
@@ -70,12 +77,19 @@ static void prompt_free(Prompt *p) {
 typedef struct {
     Model *model;
     const Settings *settings;
-    Schedule schedule;
-    bool guided;             /* guidance 1 is the conditional velocity itself; diffusers takes less as 1 */
-    Prompt prompt, negative; /* the latter if guided */
-    int C, T, H, W;          /* of the latents, (T,C,H,W) */
-    size_t frame, elements;  /* C*H*W, and T times that */
-    char noise_sha256[65];   /* of the file of --noise */
+    const Recipe *recipe;
+    Schedule schedule, first; /* the first chunk's */
+    bool guided;              /* guidance 1 is the conditional velocity itself; diffusers takes less as 1 */
+    int prompt_count;
+    Prompt *prompts, negative; /* the latter if guided */
+    int C, T, H, W;           /* of the latents, (T,C,H,W); T: whole chunks */
+    int shown;                /* of the T, those that are decoded */
+    int chunks, chunk_frames; /* the most in a chunk */
+    Window window;            /* .window: never more than T */
+    int tokens;               /* of a latent frame */
+    int remade;               /* frames that a new prompt's pass takes, at most */
+    size_t frame;             /* C*H*W */
+    char noise_sha256[65];    /* of the file of --noise */
 } Run;
 
 /* Very many steps and a large shift give noise levels that float32 cannot tell apart. */
@@ -89,141 +103,162 @@ static Schedule falling_schedule(const Model *m, const Settings *s) {
     return schedule;
 }
 
+/* The clip's chunks: whole ones, the last of which may reach beyond the clip's end. */
+static Chunk chunk_at(const Run *run, int index) {
+    int n = run->chunk_frames, alone = run->recipe->independent_first_frame;
+    if (alone) return index ? (Chunk){.first = 1 + (index - 1) * n, .frames = n} : (Chunk){.frames = 1};
+    return (Chunk){.first = index * n, .frames = n};
+}
+
+/* When the chunk's first frame is shown, in seconds. */
+static double chunk_time(const Run *run, Chunk chunk) {
+    int frame = chunk.first ? 1 + (chunk.first - 1) * run->model->vae.temporal_stride : 0;
+    return (double)frame * run->settings->fps_den / run->settings->fps_num;
+}
+
+static void plan_chunks(Run *run) {
+    const Recipe *r = run->recipe;
+    const Settings *s = run->settings;
+    int n = r->chunk_frames ? r->chunk_frames : run->shown, alone = r->independent_first_frame;
+    run->chunk_frames = n;
+    run->chunks = alone + ceiling(run->shown - alone, n);
+    run->T = alone + (run->chunks - alone) * n;
+    run->window = (Window){s->window ? smaller(s->window, run->T) : run->T, s->sink, !strcmp(s->positions, "relative")};
+    run->window.sink = smaller(run->window.sink, run->T);
+}
+
+static PromptChange prompt_change(const Run *run) {
+    PromptChange change = run->recipe->prompt_change;
+    return change != BY_POSITIONS ? change : run->window.relative ? FLUSH : KEEP;
+}
+
+static void plan_prompts(Run *run) {
+    const Settings *s = run->settings;
+    const Story *story = &s->story;
+    run->prompt_count = 1 + story->count;
+    run->prompts = allocate(sizeof(Prompt) * (size_t)run->prompt_count);
+    run->prompts[0] = prompt_read(run->model, "prompt", 0, s->prompt);
+    for (int i = 0; i < story->count; i++)
+        run->prompts[i + 1] = prompt_read(run->model, reason("prompt%02d", i + 1), story->lines[i].time,
+                                          story->lines[i].text);
+    if (run->guided) run->negative = prompt_read(run->model, "negative", 0, s->negative);
+    if (story->count && prompt_change(run) == RECACHE) run->remade = run->window.window;
+}
+
 static Run run_plan(Model *m, const Settings *s) {
-    Run run = {.model = m, .settings = s, .guided = s->guidance > 1.0, .C = m->transformer.in_dim};
-    run.schedule = falling_schedule(m, s);
-    run.prompt = prompt_read(m, "prompt", s->prompt);
-    if (run.guided) run.negative = prompt_read(m, "negative", s->negative);
-    run.T = (s->frames - 1) / m->vae.temporal_stride + 1;
+    Run run = {.model = m, .settings = s, .recipe = &m->recipe, .guided = s->guidance > 1.0,
+               .C = m->transformer.in_dim};
+    const int *patch = m->transformer.patch_size;
+    run.shown = (s->frames - 1) / m->vae.temporal_stride + 1;
     run.H = s->height / m->vae.spatial_stride;
     run.W = s->width / m->vae.spatial_stride;
     run.frame = (size_t)run.C * run.H * run.W;
-    run.elements = run.T * run.frame;
+    run.tokens = run.H / patch[1] * (run.W / patch[2]);
+    run.schedule = m->recipe.schedule, run.first = m->recipe.first;
+    if (!run.schedule.steps) run.schedule = run.first = falling_schedule(m, s);
+    plan_chunks(&run);
+    plan_prompts(&run);
     return run;
 }
 
-static Shape latent_shape(const Run *run) { return SHAPE(run->C, run->T, run->H, run->W); }
-
-/* (C,T,H,W), as files and torch have it, to (T,C,H,W). */
-static void to_frames(const Run *run, float *frames, const float *clip) {
-    size_t plane = (size_t)run->H * run->W;
-    for (int t = 0; t < run->T; t++)
-        for (int c = 0; c < run->C; c++)
-            memcpy(frames + ((size_t)t * run->C + c) * plane, clip + ((size_t)c * run->T + t) * plane,
-                   sizeof(float) * plane);
+static void run_free(Run *run) {
+    if (!run->recipe->schedule.steps) schedule_free(&run->schedule);
+    for (int i = 0; i < run->prompt_count; i++) prompt_free(&run->prompts[i]);
+    prompt_free(&run->negative);
+    free(run->prompts);
 }
 
-static void read_noise(Run *run, float *latents) {
-    Npy file;
-    Shape shape = latent_shape(run);
-    const char *path = run->settings->noise, *why = npy_read(path, &file);
-    if (!why) why = npy_fit(&file, &shape);
-    if (why) die(STATUS_USAGE, "--noise %s: %s", path, why);
-    float *noise = npy_floats(&file);
-    size_t finite = count_finite(noise, run->elements);
-    if (finite < run->elements)
-        die(STATUS_USAGE, "--noise %s: number %zu of %zu is not finite", path, finite + 1, run->elements);
-    sha256_of(file.mapping.data, file.mapping.size, run->noise_sha256);
-    to_frames(run, latents, noise);
-    free(noise);
-    npy_free(&file);
+static Shape latent_shape(const Run *run, int frames) { return SHAPE(run->C, frames, run->H, run->W); }
+
+/* Taps that follow are of this; of this chunk, in models that make chunks. */
+static void scope(const Run *run, int chunk, const char *of) {
+    if (run->recipe->chunk_frames) tap_scope("chunk%03d.%s", chunk, of);
+    else tap_scope("%s", of);
 }
 
-/* The first latents, a new array. */
-static float *make_noise(Run *run) {
-    float *latents = allocate(sizeof(float) * run->elements);
-    if (run->settings->noise) {
-        read_noise(run, latents);
-        return latents;
-    }
-    Generator generator;
-    float *noise = allocate(sizeof(float) * run->elements);
-    generator_seed(&generator, run->settings->seed);
-    generator_randn(&generator, noise, run->elements);
-    to_frames(run, latents, noise);
-    free(noise);
-    return latents;
-}
-
-/* Everything that the denoising loop holds, in one arena. */
-typedef struct {
-    TransformerState state;
-    TextContext cond, uncond;
-    KvCache cache;
-    History history;
-    float *velocity, *unconditional, *timesteps;
-} Denoiser;
-
-static Denoiser denoiser_take(Arena *arena, const Run *run) {
-    const Transformer *t = &run->model->transformer;
-    Denoiser d = {.cond = text_context_take(arena, t, run->prompt.n)};
-    if (run->guided) d.uncond = text_context_take(arena, t, run->negative.n);
-    d.state = transformer_state_take(arena, t, run->T, run->T, run->H, run->W);
-    d.cache = kv_cache_take(arena, t, (Window){.window = run->T}, 0, d.state.tokens, TYPE_F32);
-    d.timesteps = arena_floats(arena, run->T);
-    d.history = history_take(arena, run->elements);
-    d.velocity = arena_floats(arena, run->elements);
-    d.unconditional = arena_floats(arena, run->guided ? run->elements : 0);
-    return d;
-}
-
-static void predict(const Run *run, Denoiser *d, const char *name, const TextContext *context, int step,
-                    float timestep, const float *latents, float *velocity) {
-    Chunk chunk = {0, run->T, d->timesteps};
-    for (int f = 0; f < run->T; f++) d->timesteps[f] = timestep;
-    tap_scope("step%03d.%s.", step, name);
-    profile_begin(TRANSFORMER);
-    transformer_forward(&run->model->transformer, &d->state, context, &d->cache, &chunk, latents, velocity);
-    profile_end(TRANSFORMER);
-    tap_scope("step%03d.", step);
-}
-
-/* The loop: velocity at the present noise level, with and without the prompt; guidance;
- * a step of the sampler. */
-static void denoise(const Run *run, Denoiser *d, float *latents) {
-    const Settings *s = run->settings;
-    const Schedule *schedule = &run->schedule;
-    float guidance = (float)s->guidance;
-    tap(schedule->timesteps, SHAPE(s->steps), "timesteps");
-    tap(schedule->sigmas, SHAPE(s->steps + 1), "sigmas");
-    for (int step = 0; step < s->steps; step++) {
-        float timestep = schedule->timesteps[step], *v = d->velocity, *u = d->unconditional;
-        progress("step", step, s->steps);
-        predict(run, d, "cond", &d->cond, step, timestep, latents, v);
-        if (run->guided) {
-            predict(run, d, "uncond", &d->uncond, step, timestep, latents, u);
-            for (size_t i = 0; i < run->elements; i++) v[i] = u[i] + guidance * (v[i] - u[i]);
-        }
-        tap_frames(v, latent_shape(run), "velocity");
-        profile_begin(SAMPLER);
-        sampler_step(schedule, step, v, latents, &d->history);
-        profile_end(SAMPLER);
-        tap_frames(latents, latent_shape(run), "latents");
-        stay_finite(run->model, latents, run->elements, reason("latents after step %d of %d", step + 1, s->steps));
-    }
+/* Frames of a tensor of the whole clip. */
+static void tap_clip(const Run *run, Chunk chunk, float *latents, const char *name) {
     tap_scope("%s", "");
+    for (int f = 0; f < chunk.frames; f++)
+        tap_frame(latents + f * run->frame, latent_shape(run, run->T), chunk.first + f, name);
 }
 
-/* From noise and prompts to final latents. */
-static void make_latents(Run *run, float *latents) {
-    const Transformer *t = &run->model->transformer;
-    Prompt *prompt = &run->prompt, *negative = &run->negative;
-    prompt_encode(run->model, prompt);
-    if (run->guided) prompt_encode(run->model, negative);
-    scratch_free();
-    Arena count = {0};
-    denoiser_take(&count, run);
-    Arena arena = arena_open(count.used);
-    Denoiser denoiser = denoiser_take(&arena, run);
-    tap_frames(latents, latent_shape(run), "noise");
-    profile_begin(TRANSFORMER);
-    transformer_read(t, prompt->embeds, prompt->n, &denoiser.cond);
-    if (run->guided) transformer_read(t, negative->embeds, negative->n, &denoiser.uncond);
-    profile_end(TRANSFORMER);
-    denoise(run, &denoiser, latents);
-    tap_frames(latents, latent_shape(run), "latents");
-    arena_close(&arena);
-    scratch_free();
+/* ---------------------------------------------------------------- noise */
+
+/* Two cursors on one sequence of numbers, that of the seed: the clip's first noise, and what steps add, behind it.
+ * A file takes the place of the first, not of its numbers. */
+typedef struct {
+    Npy file;
+    Draw first;
+    Generator later;
+} Noise;
+
+static void noise_read(Run *run, Noise *noise) {
+    Shape shape = latent_shape(run, run->T);
+    const char *path = run->settings->noise, *why = npy_read(path, &noise->file);
+    if (!why) why = npy_fit(&noise->file, &shape);
+    if (why) die(STATUS_USAGE, "--noise %s: %s", path, why);
+    for (size_t i = 0, count = shape_count(&shape); i < count; i++) {
+        double value;
+        npy_get(&noise->file, i, 1, &value);
+        if (!isfinite((float)value))
+            die(STATUS_USAGE, "--noise %s: number %zu of %zu is not finite", path, i + 1, count);
+    }
+    sha256_of(noise->file.mapping.data, noise->file.mapping.size, run->noise_sha256);
+}
+
+static Noise noise_open(Run *run) {
+    size_t count = run->T * run->frame;
+    Noise noise = {.first = draw_start(run->settings->seed, count)};
+    if (run->settings->noise) noise_read(run, &noise);
+    if (!sampler_needs_noise(&run->schedule, 0) && !sampler_needs_noise(&run->first, 0)) return noise;
+    generator_seed(&noise.later, run->settings->seed);
+    generator_skip(&noise.later, count);
+    return noise;
+}
+
+/* Numbers that torch has in the order (C,frames,H,W) into latents (frames,C,H,W), if that is not the model's own. */
+static void arrange(const Run *run, int frames, float *latents) {
+    if (run->recipe->noise_frames_first) return;
+    size_t plane = (size_t)run->H * run->W;
+    float *drawn = allocate(sizeof(float) * frames * run->frame);
+    memcpy(drawn, latents, sizeof(float) * frames * run->frame);
+    for (int f = 0; f < frames; f++)
+        for (int c = 0; c < run->C; c++)
+            memcpy(latents + ((size_t)f * run->C + c) * plane, drawn + ((size_t)c * frames + f) * plane,
+                   sizeof(float) * plane);
+    free(drawn);
+}
+
+static void copy_noise(const Run *run, const Npy *file, Chunk chunk, float *latents) {
+    size_t plane = (size_t)run->H * run->W;
+    for (int f = 0; f < chunk.frames; f++)
+        for (int c = 0; c < run->C; c++)
+            for (size_t i = 0; i < plane; i++) {
+                double value;
+                npy_get(file, ((size_t)c * run->T + chunk.first + f) * plane + i, 1, &value);
+                *latents++ = (float)value;
+            }
+}
+
+/* The chunk's part of the clip's first noise. */
+static void first_noise(const Run *run, Noise *noise, Chunk chunk, float *latents) {
+    size_t count = chunk.frames * run->frame;
+    if (run->settings->noise) {
+        copy_noise(run, &noise->file, chunk, latents);
+    } else {
+        draw_next(&noise->first, latents, count);
+        arrange(run, chunk.frames, latents);
+    }
+    tap_clip(run, chunk, latents, "noise");
+    for (size_t i = 0; i < count; i++) latents[i] *= run->recipe->noise_scale;
+}
+
+/* What a step adds. */
+static void fresh_noise(const Run *run, Noise *noise, Chunk chunk, float *latents) {
+    generator_randn(&noise->later, latents, chunk.frames * run->frame);
+    arrange(run, chunk.frames, latents);
+    tap_frames(latents, latent_shape(run, chunk.frames), "noise");
 }
 
 /* ---------------------------------------------------------------- frames */
@@ -235,6 +270,7 @@ typedef struct {
     Preview preview;
     uint8_t *planes;
     Sha256 sha;
+    Drift *drift;
     int index;
 } Video;
 
@@ -257,8 +293,10 @@ static void write_frame(void *to, float *frame) {
     write_bytes(video, video->planes, y4m_frame_bytes(&video->format));
     output_flush(&video->file);
     profile_end(OUTPUT);
+    if (s->drift) drift_frame(video->drift, frame);
     preview_frame(&video->preview, &video->format, frame, video->index); /* may wait: no stage's time */
-    progress("frame", ++video->index, s->frames);
+    video->index++;
+    if (!video->run->recipe->chunk_frames) progress("frame", video->index, s->frames);
     profile_resume(VAE_DECODE);
 }
 
@@ -275,23 +313,18 @@ static Video video_open(const Run *run) {
         free(record);
     }
     if (s->preview) video.preview = preview_open();
+    if (s->drift) video.drift = drift_open(&video.format);
     video.planes = allocate(y4m_frame_bytes(&video.format));
     sha256_start(&video.sha);
     return video;
 }
 
-static void decode(const Run *run, Video *video, const float *latents) {
-    VaeStream *decoder = vae_decoder_open(&run->model->vae, run->H, run->W, write_frame, video);
+/* The decoder, whose frames go to the file, which begins here. */
+static VaeStream *decoder_open(const Run *run, Video *video) {
     char header[80];
     write_bytes(video, header, y4m_header(&video->format, header));
-    progress("frame", 0, run->settings->frames);
-    for (int t = 0; t < run->T; t++) {
-        profile_begin(VAE_DECODE);
-        vae_decode(decoder, latents + t * run->frame);
-        profile_end(VAE_DECODE);
-    }
-    vae_stream_close(decoder);
-    scratch_free();
+    if (!run->recipe->chunk_frames) progress("frame", 0, run->settings->frames);
+    return vae_decoder_open(&run->model->vae, run->H, run->W, write_frame, video);
 }
 
 /* The video comes first: whatever happens to the record then, the video is safe; and if the video cannot have
@@ -302,72 +335,323 @@ static void video_close(Video *video) {
     sha256_finish(&video->sha, sha);
     output_commit(&video->file);
     if (video->record.stream) record_write(&video->record, run->model, run->settings, run->noise_sha256, sha);
+    drift_close(video->drift);
     free(video->planes);
+}
+
+/* ---------------------------------------------------------------- the loop */
+
+/* One side of guidance: a prompt, and what its passes left to look back at. */
+typedef struct {
+    const char *name;
+    Arena arena; /* of the text */
+    TextContext text;
+    KvCache cache;
+} Side;
+
+/* What a run changes as it goes on; all else follows from its settings. */
+typedef struct {
+    Arena arena;
+    TransformerState state;
+    Side cond, uncond;
+    History history;
+    int prompt;                          /* the one that holds now */
+    float *latents;                      /* (frames,C,H,W) of the chunk; not in the arena */
+    float *velocity, *unconditional, *noise;
+    float *timesteps;                    /* of the frames that pass */
+    float *recent;                       /* the last run->remade frames that are finished */
+} Sampling;
+
+static int longest_pass(const Run *run) { return (int)larger(run->chunk_frames, run->remade); }
+
+/* A clip of one chunk has nobody that looks back. */
+static int cache_room(const Run *run) { return run->chunks > 1 ? run->window.window : 0; }
+
+static void lay_out(Arena *arena, const Run *run, Sampling *s) {
+    const Transformer *t = &run->model->transformer;
+    size_t elements = run->chunk_frames * run->frame, longest = longest_pass(run) * run->frame;
+    int room = cache_room(run), seen = (int)larger(room, run->chunk_frames);
+    Type type = run->model->precision == F32 ? TYPE_F32 : TYPE_BF16;
+    s->state = transformer_state_take(arena, t, longest_pass(run), seen, run->H, run->W);
+    s->cond.cache = kv_cache_take(arena, t, run->window, room, run->tokens, type);
+    s->uncond.cache = kv_cache_take(arena, t, run->window, run->guided ? room : 0, run->tokens, type);
+    s->history = history_take(arena, elements);
+    s->velocity = arena_floats(arena, longest);
+    s->unconditional = arena_floats(arena, run->guided ? elements : 0);
+    s->noise = arena_floats(arena, sampler_needs_noise(&run->first, 0) || sampler_needs_noise(&run->schedule, 0)
+                                       ? elements : 0);
+    s->timesteps = arena_floats(arena, longest_pass(run));
+    s->recent = arena_floats(arena, run->remade * run->frame);
+}
+
+static size_t text_memory(const Run *run, int n) {
+    Arena count = {0};
+    text_context_take(&count, &run->model->transformer, n);
+    return count.used;
+}
+
+static void read_prompt(const Run *run, Side *side, const Prompt *prompt) {
+    const Transformer *t = &run->model->transformer;
+    arena_close(&side->arena);
+    side->arena = arena_open(text_memory(run, prompt->n));
+    side->text = text_context_take(&side->arena, t, prompt->n);
+    profile_begin(TRANSFORMER);
+    transformer_read(t, prompt->embeds, prompt->n, &side->text);
+    profile_end(TRANSFORMER);
+}
+
+static Sampling sampling_open(const Run *run) {
+    Sampling s = {.cond.name = "cond", .uncond.name = "uncond"};
+    Arena count = {0};
+    lay_out(&count, run, &s);
+    s.arena = arena_open(count.used);
+    lay_out(&s.arena, run, &s);
+    s.latents = allocate(sizeof(float) * run->chunk_frames * run->frame);
+    read_prompt(run, &s.cond, &run->prompts[0]);
+    if (run->guided) read_prompt(run, &s.uncond, &run->negative);
+    return s;
+}
+
+/* All but the latents. */
+static void sampling_close(Sampling *s) {
+    arena_close(&s->arena);
+    arena_close(&s->cond.arena);
+    arena_close(&s->uncond.arena);
+    scratch_free();
+}
+
+/* velocity of the chunk's latents at one time step. */
+static void pass(const Run *run, Sampling *s, Side *side, Chunk chunk, float timestep, const float *latents,
+                 float *velocity) {
+    for (int f = 0; f < chunk.frames; f++) s->timesteps[f] = timestep;
+    chunk.timesteps = s->timesteps;
+    profile_begin(TRANSFORMER);
+    transformer_forward(&run->model->transformer, &s->state, &side->text, &side->cache, &chunk, latents, velocity);
+    profile_end(TRANSFORMER);
+}
+
+/* Passes after which later ones can look back at the chunk. */
+static void remember(const Run *run, Sampling *s, Chunk chunk, const float *latents) {
+    Side *sides[] = {&s->cond, &s->uncond};
+    for (int i = 0; i <= run->guided; i++) {
+        pass(run, s, sides[i], chunk, run->recipe->context_noise, latents, s->velocity);
+        kv_cache_keep(&sides[i]->cache, &chunk);
+    }
+}
+
+/* Keeps the finished frames that a new prompt's pass would take; the last one stands at the end. */
+static void keep_recent(const Run *run, Sampling *s, Chunk chunk) {
+    int kept = smaller(run->remade, chunk.frames), before = run->remade - kept;
+    if (!kept) return;
+    memmove(s->recent, s->recent + kept * run->frame, sizeof(float) * before * run->frame);
+    memcpy(s->recent + before * run->frame, s->latents + (chunk.frames - kept) * run->frame,
+           sizeof(float) * kept * run->frame);
+}
+
+/* LongLive's: with the new prompt, one pass over the frames that are held, all at once, writes their keys and values
+ * anew. While the sink is older than the window its own stay. */
+static void recache(const Run *run, Sampling *s, int made) {
+    KvCache *caches[] = {&s->cond.cache, &s->uncond.cache};
+    int window = run->window.window, sink = run->window.sink;
+    if (run->recipe->recache_sink || made <= window) sink = 0;
+    for (int i = 0; i <= run->guided; i++) kv_cache_drop(caches[i], sink, caches[i]->frames - sink);
+    Chunk chunk = {.first = made - smaller(window - sink, made), .frames = smaller(window - sink, made)};
+    remember(run, s, chunk, s->recent + (run->remade - chunk.frames) * run->frame);
+}
+
+/* Infinity-RoPE's: the first frame and the last two stay. */
+static void flush(const Run *run, Sampling *s) {
+    KvCache *caches[] = {&s->cond.cache, &s->uncond.cache};
+    for (int i = 0; i <= run->guided; i++)
+        if (caches[i]->frames > 3) kv_cache_drop(caches[i], 1, caches[i]->frames - 3);
+}
+
+/* A prompt holds from the first chunk on that begins at or after its time. */
+static void change_prompt(const Run *run, Sampling *s, int index) {
+    Chunk chunk = chunk_at(run, index);
+    int next = s->prompt;
+    while (next + 1 < run->prompt_count && run->prompts[next + 1].time <= chunk_time(run, chunk)) next++;
+    if (next == s->prompt) return;
+    s->prompt = next;
+    read_prompt(run, &s->cond, &run->prompts[next]);
+    scope(run, index, "recache.");
+    if (prompt_change(run) == RECACHE) recache(run, s, chunk.first);
+    if (prompt_change(run) == FLUSH) flush(run, s);
+}
+
+static void show_progress(const Run *run, int chunk, int step, int steps, double started) {
+    if (!run->recipe->chunk_frames) {
+        progress("step", step, steps);
+        return;
+    }
+    double made = chunk_time(run, chunk_at(run, chunk)), taken = seconds() - started;
+    progress_detail("step %d/%d, %.1f s made, %.2f of real time", step + 1, steps, made, taken > 0 ? made / taken : 0);
+    progress("chunk", chunk, run->chunks);
+}
+
+/* Decodes the chunk's frames and hands them on to the file; those beyond the clip's end are left out. */
+static void decode(const Run *run, VaeStream *decoder, Chunk chunk, const float *latents) {
+    for (int f = 0; f < chunk.frames && chunk.first + f < run->shown; f++) {
+        profile_begin(VAE_DECODE);
+        vae_decode(decoder, latents + f * run->frame);
+        profile_end(VAE_DECODE);
+    }
+}
+
+/* One step of a chunk: the velocity at the present noise level, with and without the prompt; guidance; the sampler. */
+static void take_step(const Run *run, Sampling *s, Noise *noise, int index, int step) {
+    Chunk chunk = chunk_at(run, index);
+    const Schedule *schedule = index ? &run->schedule : &run->first;
+    float timestep = schedule->timesteps[step], guidance = (float)run->settings->guidance;
+    float *x = s->latents, *v = s->velocity, *u = s->unconditional; /* (frames,C,H,W) */
+    scope(run, index, reason("step%03d.cond.", step));
+    pass(run, s, &s->cond, chunk, timestep, x, v);
+    if (run->guided) {
+        scope(run, index, reason("step%03d.uncond.", step));
+        pass(run, s, &s->uncond, chunk, timestep, x, u);
+        for (size_t i = 0; i < chunk.frames * run->frame; i++) v[i] = u[i] + guidance * (v[i] - u[i]);
+    }
+    scope(run, index, reason("step%03d.", step));
+    tap_frames(v, latent_shape(run, chunk.frames), "velocity");
+    if (sampler_needs_noise(schedule, step)) fresh_noise(run, noise, chunk, s->noise);
+    profile_begin(SAMPLER);
+    sampler_step(schedule, step, v, x, &s->history, s->noise);
+    profile_end(SAMPLER);
+    tap_frames(x, latent_shape(run, chunk.frames), "latents");
+    stay_finite(run->model, x, chunk.frames * run->frame,
+                reason("latents after step %d of %d%s", step + 1, schedule->steps,
+                       run->chunks > 1 ? reason(", chunk %d of %d", index + 1, run->chunks) : ""));
+}
+
+static void tap_schedules(Run *run) {
+    Schedule *schedules[] = {&run->schedule, &run->first};
+    bool two = run->recipe->first.steps && (run->first.steps != run->schedule.steps ||
+                                            memcmp(run->first.timesteps, run->schedule.timesteps,
+                                                   sizeof(float) * (size_t)run->first.steps));
+    for (int i = 0; i <= two; i++) {
+        tap(schedules[i]->timesteps, SHAPE(schedules[i]->steps), "%stimesteps", i ? "first." : "");
+        tap(schedules[i]->sigmas, SHAPE(schedules[i]->steps + 1), "%ssigmas", i ? "first." : "");
+    }
+}
+
+/* Chunk by chunk: noise becomes latents in steps, latents become frames in the file; a last pass lets later chunks
+ * look back. */
+static void make_clip(Run *run, Noise *noise, Video *video) {
+    Sampling s = sampling_open(run);
+    VaeStream *decoder = NULL;
+    double started = seconds();
+    for (int index = 0; index < run->chunks; index++) {
+        Chunk chunk = chunk_at(run, index);
+        int steps = (index ? &run->schedule : &run->first)->steps;
+        s.history.n = chunk.frames * run->frame;
+        change_prompt(run, &s, index);
+        first_noise(run, noise, chunk, s.latents);
+        if (index == 0) tap_schedules(run);
+        for (int step = 0; step < steps; step++) {
+            show_progress(run, index, step, steps, started);
+            take_step(run, &s, noise, index, step);
+        }
+        if (run->recipe->chunk_frames) {
+            scope(run, index, "");
+            tap_frames(s.latents, latent_shape(run, chunk.frames), "latents");
+        }
+        tap_clip(run, chunk, s.latents, "latents");
+        keep_recent(run, &s, chunk);
+        scope(run, index, "cache.");
+        if (index + 1 < run->chunks) remember(run, &s, chunk, s.latents);
+        else sampling_close(&s);
+        tap_scope("%s", "");
+        if (!decoder) decoder = decoder_open(run, video);
+        decode(run, decoder, chunk, s.latents);
+        if (video->drift) drift_chunk(video->drift);
+    }
+    free(s.latents);
+    vae_stream_close(decoder);
+    scratch_free();
 }
 
 /* ---------------------------------------------------------------- what it will take */
 
-static int tokens_of(const Run *run) {
-    const int *patch = run->model->transformer.patch_size;
-    return run->T * run->H * run->W / (patch[0] * patch[1] * patch[2]);
-}
-
 /* Each stage's memory: its buffers, and what its products and attention pack. */
 
-static int longer_prompt(const Run *run) { return (int)larger(run->prompt.n, run->negative.n); }
+static int longest_prompt(const Run *run) {
+    int n = run->negative.n;
+    for (int i = 0; i < run->prompt_count; i++) n = (int)larger(n, run->prompts[i].n);
+    return n;
+}
 
 static size_t encoding_memory(const Run *run) {
     const TextEncoder *e = &run->model->text_encoder;
-    int n = longer_prompt(run);
+    int n = longest_prompt(run);
     return text_encoder_memory(e, n) + larger(product_memory(e->precision, n, e->ffn_dim),
                                               attention_memory(F32, n, e->num_heads, e->head_dim));
 }
 
-static size_t denoising_memory(const Run *run) {
+/* Of the transformer's buffers, and of its products and attention. */
+static size_t denoising_memory(const Run *run, size_t *scratch) {
     const Transformer *t = &run->model->transformer;
-    int positions = longer_prompt(run) + 1, L = tokens_of(run);
-    Arena denoiser = {0};
-    denoiser_take(&denoiser, run);
+    int positions = longest_prompt(run) + 1, L = longest_pass(run) * run->tokens;
+    int keys = (int)larger(cache_room(run), run->chunk_frames) * run->tokens;
+    Sampling sampling = {.cond.name = NULL};
+    Arena count = {0};
+    lay_out(&count, run, &sampling);
     size_t reading = sizeof(float) * (size_t)positions * (size_t)(t->text_dim + 2 * t->dim);
-    return denoiser.used +
-           larger(reading + product_memory(F32, positions, t->text_dim),
-                  larger(attention_memory(t->precision, L, t->num_heads, t->dim / t->num_heads),
-                         product_memory(t->precision, L, t->ffn_dim)));
-}
-
-static size_t decoding_memory(const Run *run) {
-    const Vae *vae = &run->model->vae;
-    return vae_decoder_memory(vae, run->H, run->W) + vae_decoder_scratch(vae, run->H, run->W);
+    *scratch = larger(reading + product_memory(F32, positions, t->text_dim),
+                      larger(attention_memory(t->precision, keys, t->num_heads, t->dim / t->num_heads),
+                             product_memory(t->precision, L, t->ffn_dim)));
+    return count.used + text_memory(run, longest_prompt(run)) + (run->guided ? text_memory(run, run->negative.n) : 0);
 }
 
 /* Bytes of private memory at the highest point. */
 static size_t run_memory(const Run *run) {
-    return larger(encoding_memory(run), larger(denoising_memory(run), decoding_memory(run))) +
-           run->elements * sizeof(float);
+    const Vae *vae = &run->model->vae;
+    size_t kept = sizeof(float) * run->chunk_frames * run->frame, scratch;
+    for (int i = 0; i < run->prompt_count; i++)
+        kept += sizeof(float) * (size_t)run->prompts[i].n * (size_t)run->model->text_encoder.dim;
+    size_t denoising = denoising_memory(run, &scratch), decoding = vae_decoder_memory(vae, run->H, run->W);
+    size_t decoding_scratch = vae_decoder_scratch(vae, run->H, run->W);
+    size_t apart = larger(denoising + scratch, decoding + decoding_scratch);
+    size_t together = denoising + decoding + larger(scratch, decoding_scratch);
+    return larger(encoding_memory(run), run->chunks > 1 ? together : apart) + kept;
+}
+
+/* All passes of all chunks, for one side of guidance. */
+static double passes_flops(const Run *run, int positions) {
+    const Transformer *t = &run->model->transformer;
+    double flops = 0;
+    for (int i = 0; i < run->chunks; i++) {
+        Chunk chunk = chunk_at(run, i);
+        int seen = smaller(chunk.first + chunk.frames, run->window.window);
+        int passes = (i ? &run->schedule : &run->first)->steps + (i + 1 < run->chunks);
+        flops += passes * transformer_flops(t, chunk.frames * run->tokens, seen * run->tokens, positions);
+    }
+    return flops;
 }
 
 static double run_flops(const Run *run) {
     const Model *m = run->model;
-    const Transformer *t = &m->transformer;
-    int L = tokens_of(run), n = run->prompt.n, n_negative = run->negative.n;
-    double flops = text_encoder_flops(&m->text_encoder, n) +
-                   run->settings->steps * transformer_flops(t, L, L, n + 1);
+    double flops = passes_flops(run, run->prompts[0].n + 1) +
+                   vae_decoder_flops(&m->vae, run->shown, run->H, run->W);
+    for (int i = 0; i < run->prompt_count; i++) flops += text_encoder_flops(&m->text_encoder, run->prompts[i].n);
     if (run->guided)
-        flops += text_encoder_flops(&m->text_encoder, n_negative) +
-                 run->settings->steps * transformer_flops(t, L, L, n_negative + 1);
-    return flops + vae_decoder_flops(&m->vae, run->T, run->H, run->W);
+        flops += text_encoder_flops(&m->text_encoder, run->negative.n) + passes_flops(run, run->negative.n + 1);
+    return flops;
 }
 
 static void estimate(const Run *run) {
     const Settings *s = run->settings;
     size_t bytes = run_memory(run), available = memory_available();
+    int longest = model_frames(run->model);
     if (bytes > available)
         die(STATUS_RESOURCE, "%dx%d with %d frames needs %.1f GiB of memory and %.1f GiB can be had",
             s->width, s->height, s->frames, bytes / 0x1p30, available / 0x1p30);
-    int longest = model_frames(run->model);
-    if (s->frames > longest)
+    if (s->frames > longest && !(run->recipe->chunk_frames && s->window))
         warn("%d frames: the model made clips of %d, and beyond them motion tends to repeat", s->frames,
              longest);
+    const Prompt *last = &run->prompts[run->prompt_count - 1];
+    if (last->time > chunk_time(run, chunk_at(run, run->chunks - 1)))
+        warn("the prompt at %g s is never heard: the clip's last chunk begins at %.3g s", last->time,
+             chunk_time(run, chunk_at(run, run->chunks - 1)));
     progress_note("%dx%d, %d frames, %d steps: %.4g TFLOP in %s, %.2f GiB of memory beside the weights",
                   s->width, s->height, s->frames, s->steps, run_flops(run) * 1e-12,
                   precision_name(run->model->precision), bytes / 0x1p30);
@@ -377,13 +661,13 @@ void generate(Model *model, const Settings *settings) {
     Run run = run_plan(model, settings);
     estimate(&run);
     Video video = video_open(&run);
-    float *latents = make_noise(&run); /* before the prompts, whose reading takes time: its file may be wrong */
-    make_latents(&run, latents);
-    decode(&run, &video, latents);
-    free(latents);
-    schedule_free(&run.schedule);
-    prompt_free(&run.prompt);
-    prompt_free(&run.negative);
+    Noise noise = noise_open(&run); /* before the prompts, whose reading takes time: its file may be wrong */
+    for (int i = 0; i < run.prompt_count; i++) prompt_encode(model, &run.prompts[i]);
+    if (run.guided) prompt_encode(model, &run.negative);
+    scratch_free();
+    make_clip(&run, &noise, &video);
+    if (settings->noise) npy_free(&noise.file);
+    run_free(&run);
     progress(NULL, 0, 0);
     video_close(&video);
 }

@@ -22,6 +22,27 @@ static void write_text(Json *json, const char *key, const char *text, bool in_fu
     free(name);
 }
 
+/* The model's own steps, since the hash of its tensors says nothing of them. */
+static void write_list(Json *json, const Recipe *recipe) {
+    char *steps = schedule_string(&recipe->schedule), *first = schedule_string(&recipe->first);
+    json_string(json, "timesteps", steps);
+    if (strcmp(steps, first)) json_string(json, "first_timesteps", first);
+    free(steps), free(first);
+}
+
+/* What only models that generate in chunks have. */
+static void write_chunks(Json *json, const Settings *s) {
+    json_int(json, "window", s->window);
+    json_int(json, "sink", s->sink);
+    json_string(json, "positions", s->positions);
+    for (int i = 0; i < s->story.count; i++) {
+        char *key = format_string("prompt%02d", i + 1), *time = format_string("%s_at", key);
+        json_double(json, time, s->story.lines[i].time);
+        write_text(json, key, s->story.lines[i].text, s->record_prompt);
+        free(key), free(time);
+    }
+}
+
 static void write_settings(Json *json, const Model *model, const Settings *s, const char *noise_sha256) {
     json_open(json, "settings");
     json_int(json, "width", s->width);
@@ -31,10 +52,12 @@ static void write_settings(Json *json, const Model *model, const Settings *s, co
     json_int(json, "fps_den", s->fps_den);
     json_string(json, "sampler", sampler_name(s->sampler));
     json_int(json, "steps", s->steps);
+    if (model->recipe.schedule.steps) write_list(json, &model->recipe);
+    if (model->recipe.chunk_frames) write_chunks(json, s);
     json_double(json, "guidance", s->guidance);
     json_double(json, "shift", s->shift);
     if (s->noise) json_string(json, "noise_sha256", noise_sha256);
-    else json_unsigned(json, "seed", s->seed);
+    if (!s->noise || s->sampler == RENOISE) json_unsigned(json, "seed", s->seed);
     json_string(json, "precision", precision_name(model->precision));
     if (model->precision != F32) json_string(json, "isa", kernels->name);
     json_int(json, "chroma", s->chroma);

@@ -5,7 +5,7 @@
  * schedule lists the sigmas, each with the time step that the transformer is told; a step moves from
  * sigmas[step] to sigmas[step + 1].
  *
- * All three samplers follow diffusers 0.42.1 as it is configured for Wan:
+ * Three samplers make a schedule of any length. They follow diffusers 0.42.1 as it is configured for Wan:
  *   euler   FlowMatchEulerDiscreteScheduler: x + (sigma_next - sigma) v.
  *   dpm++   DPMSolverMultistepScheduler, dpmsolver++ of order 2 (arXiv:2211.01095): an exponential integrator
  *           in lambda = log((1 - sigma) / sigma) that extrapolates x0 from this step's guess and the last
@@ -14,7 +14,15 @@
  *   unipc   UniPCMultistepScheduler, bh2 of order 2 (arXiv:2302.04867). Its predictor is the update of dpm++.
  *           Before predicting, the corrector takes the last step again, now that x0 at its end is known too.
  *
- * Each update is a weighted sum of one sample and up to three guesses of x0. The weights are computed in
+ * Models that were trained for a few given steps come with their list of them, and two ways to go along it:
+ *   euler   as above.
+ *   renoise The guess of the end, then noise of its own up to the next level: (1 - sigma_next) x0 + sigma_next noise.
+ *           The last guess is the clip. Self-Forcing's list is 1000 750 500 250, warped by its shift of 5:
+ *             t      1000      937.5    833.333  625        5s / (1 + 4s) of s = 1, 0.75, 0.5, 0.25, times 1000
+ *             sigma  1         0.9375   0.83333  0.625  0
+ *             x      noise  -> 0.0625 x0 + 0.9375 noise -> 0.16667 x0 + 0.83333 noise -> 0.375 x0 + 0.625 noise -> x0
+ *
+ * Each update of the three is a weighted sum of one sample and up to three guesses of x0. The weights are computed in
  * double and rounded to float; sums are formed in double. diffusers computes the weights in float32, where
  * they lose digits when h is small: at 50 steps that is 1e-6 of the latents, at 1000 steps up to 1e-4.
  *
@@ -33,7 +41,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const char *const names[SAMPLERS] = {[UNIPC] = "unipc", [EULER] = "euler", [DPM] = "dpm++"};
+static const char *const names[] = {[UNIPC] = "unipc", [EULER] = "euler", [DPM] = "dpm++", [RENOISE] = "renoise"};
 
 bool sampler_parse(const char *name, Sampler *out) {
     for (int i = 0; i < SAMPLERS; i++) {
@@ -91,9 +99,28 @@ Schedule schedule_make(Sampler sampler, int steps, double shift, int train_times
     return schedule; /* sigmas[steps] is 0, as allocated */
 }
 
+Schedule schedule_of(Sampler sampler, int steps, const float *timesteps, const float *sigmas) {
+    Schedule schedule = {.sampler = sampler, .steps = steps};
+    schedule.sigmas = allocate((size_t)(steps + 1) * sizeof(float));
+    schedule.timesteps = allocate((size_t)steps * sizeof(float));
+    memcpy(schedule.sigmas, sigmas, (size_t)steps * sizeof(float));
+    memcpy(schedule.timesteps, timesteps, (size_t)steps * sizeof(float));
+    return schedule;
+}
+
 void schedule_free(Schedule *schedule) {
     free(schedule->sigmas);
     free(schedule->timesteps);
+}
+
+char *schedule_string(const Schedule *schedule) {
+    char *text = format_string("%.9g", schedule->timesteps[0]);
+    for (int i = 1; i < schedule->steps; i++) {
+        char *longer = format_string("%s %.9g", text, schedule->timesteps[i]);
+        free(text);
+        text = longer;
+    }
+    return text;
 }
 
 /* ---------------------------------------------------------------- steps */
@@ -182,12 +209,28 @@ static void multistep(const Schedule *schedule, int step, const float *velocity,
     combine(latents, predictor(schedule, step), latents, x0, history->n);
 }
 
-void sampler_step(const Schedule *schedule, int step, const float *velocity, float *latents,
-                  History *history) {
-    if (schedule->sampler != EULER) {
-        multistep(schedule, step, velocity, latents, history);
-        return;
-    }
+static void euler(const Schedule *schedule, int step, const float *velocity, float *latents, size_t n) {
     double change = schedule->sigmas[step + 1] - schedule->sigmas[step];
-    for (size_t i = 0; i < history->n; i++) latents[i] = (float)(latents[i] + change * velocity[i]);
+    for (size_t i = 0; i < n; i++) latents[i] = (float)(latents[i] + change * velocity[i]);
+}
+
+/* x0 is rounded to float on the way, as upstream's models return it. */
+static void renoise(const Schedule *schedule, int step, const float *velocity, float *latents, size_t n,
+                    const float *noise) {
+    double sigma = schedule->sigmas[step], next = schedule->sigmas[step + 1];
+    for (size_t i = 0; i < n; i++) {
+        latents[i] = (float)(latents[i] - sigma * velocity[i]);
+        if (next > 0) latents[i] = (float)((1 - next) * latents[i] + next * noise[i]);
+    }
+}
+
+void sampler_step(const Schedule *schedule, int step, const float *velocity, float *latents, History *history,
+                  const float *noise) {
+    if (schedule->sampler == EULER) euler(schedule, step, velocity, latents, history->n);
+    else if (schedule->sampler == RENOISE) renoise(schedule, step, velocity, latents, history->n, noise);
+    else multistep(schedule, step, velocity, latents, history);
+}
+
+bool sampler_needs_noise(const Schedule *schedule, int step) {
+    return schedule->sampler == RENOISE && step + 1 < schedule->steps;
 }

@@ -14,7 +14,7 @@
 
 typedef enum {
     MODEL, PROMPT, PROMPT_FILE, NEGATIVE, OUTPUT_FILE, SIZE, FRAMES, SECONDS, FPS, STEPS, GUIDANCE, SHIFT,
-    SAMPLER_NAME, SEED, THREADS, PRECISION, ISA, NOISE, DUMP, DUMP_ONLY, CHECK, FEED, TOLERANCE, CHROMA,
+    SAMPLER_NAME, SEED, THREADS, PRECISION, ISA, NOISE, AT, STORY, WINDOW, SINK, POSITIONS, DRIFT, DUMP, DUMP_ONLY, CHECK, FEED, TOLERANCE, CHROMA,
     RECORD_PROMPT, NO_RECORD, PROFILE, INFO, TOKENIZE, PREVIEW, QUIET, HELP, VERSION, OPTIONS
 } Option;
 
@@ -43,6 +43,12 @@ static const struct {
                    "arithmetic of the large products: f32, bf16 or int8 (default: the model's own)"},
     [ISA] = {"isa", 0, "NAME", "kernels: auto, naive, generic, avx2, avx512[vnni|bf16], neon[dotprod]"},
     [NOISE] = {"noise", 0, "FILE", "initial noise [C,T,H,W] from a .npy file"},
+    [AT] = {"at", 0, "\"TIME TEXT\"", "another prompt from TIME on (12, 12.5, 1:05), in models that make chunks; repeatable"},
+    [STORY] = {"story", 0, "FILE", "a file of such lines; - is standard input; one at 0 is the prompt"},
+    [WINDOW] = {"window", 0, "N", "latent frames that a chunk looks back at, its own counted in; 0 is all"},
+    [SINK] = {"sink", 0, "N", "of these the clip's first, which always stay"},
+    [POSITIONS] = {"positions", 0, "NAME", "their places in time: absolute or relative"},
+    [DRIFT] = {"drift", 0, NULL, "print a line a chunk on colours, sharpness, motion, beside the first's"},
     [DUMP] = {"dump", 0, "DIR", "write every named tensor as .npy"},
     [DUMP_ONLY] = {"dump-only", 0, "GLOB", "only those whose name matches"},
     [CHECK] = {"check", 0, "DIR", "compare with the .npy files in DIR; exit 1 if any differs"},
@@ -180,11 +186,24 @@ static char *read_prompt(const char *path) {
     return (char *)text.data;
 }
 
+static void read_story(Story *story, const char *path) {
+    Bytes bytes;
+    const char *why = read_file(path, 1 << 20, &bytes);
+    if (!why) why = story_parse(story, bytes);
+    if (why) die(STATUS_USAGE, "--story %s: %s", path, why);
+    free((void *)bytes.data);
+}
+
+static void add_line(Story *story, const char *line) {
+    const char *why = story_add(story, (Bytes){(const uint8_t *)line, strlen(line)});
+    if (why) die(STATUS_USAGE, "--at: %s", why);
+}
+
 /* ---------------------------------------------------------------- the command line */
 
 typedef struct {
     Settings settings;
-    const char *model, *prompt_file, *isa, *dump, *dump_only, *check;
+    const char *model, *prompt_file, *story_file, *isa, *dump, *dump_only, *check;
     int threads;
     double tolerance;
     Precision precision;
@@ -223,6 +242,16 @@ static void apply(Command *c, Option option, const char *value) {
         break;
     case ISA: c->isa = value; break;
     case NOISE: s->noise = value; break;
+    case AT: add_line(&s->story, value); break;
+    case STORY: read_story(&s->story, c->story_file = value); break;
+    case WINDOW: s->window = (int)parse_integer(WINDOW, value, 0, 1000000); break;
+    case SINK: s->sink = (int)parse_integer(SINK, value, 0, 1000000); break;
+    case POSITIONS:
+        if (strcmp(value, "absolute") && strcmp(value, "relative"))
+            die(STATUS_USAGE, "--positions: '%s' is not absolute or relative", value);
+        s->positions = value;
+        break;
+    case DRIFT: s->drift = true; break;
     case DUMP: c->dump = value; break;
     case DUMP_ONLY: c->dump_only = value; break;
     case CHECK: c->check = value; break;
@@ -259,9 +288,8 @@ static Option find_option(const char *text, const char **value) {
 }
 
 static Command parse(int argc, char **argv) {
-    Command c = {.settings = {.output = "out.y4m", .chroma = 420, .seconds = -1, .guidance = -1, .shift = -1,
-                              .sampler = SAMPLERS, .record = true},
-                 .isa = "auto", .threads = threads_default(), .tolerance = -1, .precision = AUTOMATIC};
+    Command c = {.settings = settings_new(), .isa = "auto", .threads = threads_default(), .tolerance = -1,
+                 .precision = AUTOMATIC};
     bool only_prompts = false;
     for (int i = 1; i < argc; i++) {
         if (only_prompts || argv[i][0] != '-' || !argv[i][1]) {
@@ -351,12 +379,20 @@ static void check_together(const Command *c) {
     if (s->frames && s->seconds >= 0) die(STATUS_USAGE, "--frames and --seconds: one of them says how long");
 }
 
+/* A line at 0 is the prompt. */
+static void begin_story(Command *c) {
+    Story *story = &c->settings.story;
+    if (!story->count || story->lines[0].time > 0) return;
+    set_prompt(c, story->lines[0].text);
+    memmove(story->lines, story->lines + 1, sizeof *story->lines * (size_t)--story->count);
+}
+
 /* What is read stays as it is. */
 static void spare_inputs(const Command *c, const char *model) {
-    const char *inputs[] = {model, c->settings.noise, c->prompt_file}, *output = c->settings.output;
+    const char *inputs[] = {model, c->settings.noise, c->prompt_file, c->story_file}, *output = c->settings.output;
     char *record = record_path(&c->settings);
     const char *lost = NULL;
-    for (int i = 0; i < 3; i++)
+    for (int i = 0; i < 4; i++)
         if (inputs[i] && (same_file(inputs[i], output) || same_file(inputs[i], record))) lost = inputs[i];
     free(record);
     if (lost) die(STATUS_USAGE, "--output %s: %s is read, and would be overwritten", output, lost);
@@ -374,6 +410,9 @@ static int run(Command *c) {
     check_output_name(s->output);
     const char *path = c->model ? c->model : bundled_model();
     if (c->info) return print_info(path);
+    begin_story(c);
+    if (!s->prompt && s->story.count)
+        die(STATUS_USAGE, "no prompt: the story begins at %g seconds; give one, or a line at 0", s->story.lines[0].time);
     if (!s->prompt) die(STATUS_USAGE, "no prompt; --help lists the options");
     spare_inputs(c, path);
     threads_set(c->threads);
@@ -385,11 +424,12 @@ static int run(Command *c) {
     } else {
         settings_complete(s, &model);
         if (!c->seeded) s->seed = random_seed();
-        if (!c->seeded && !s->noise && !s->quiet) fprintf(stderr, "seed %llu\n", (unsigned long long)s->seed);
+        if (!c->seeded && (!s->noise || s->sampler == RENOISE) && !s->quiet) fprintf(stderr, "seed %llu\n", (unsigned long long)s->seed);
         taps_open(c->dump, c->dump_only, c->check, c->tolerance < 0 ? 1e-4 : c->tolerance, s->feed);
         generate(&model, s);
     }
     model_free(&model);
+    story_free(&s->story);
     if (c->profile) profile_print();
     return taps_report() ? STATUS_OK : STATUS_CHECK;
 }

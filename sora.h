@@ -28,6 +28,24 @@
  * many, one space for white space. Valid UTF-8 (U+FFFD stands for what was not); free() its data. */
 Bytes prompt_clean(Bytes prompt);
 
+/* ---------------------------------------------------------------- story.c: prompts with their times */
+
+/* A prompt, and from when on. */
+typedef struct {
+    double time; /* seconds */
+    char *text;
+} StoryLine;
+
+typedef struct {
+    int count;
+    StoryLine *lines; /* times rise */
+} Story;
+
+/* "TIME TEXT"; NULL, or why it cannot be read or does not come after the last line. */
+const char *story_add(Story *story, Bytes line);
+const char *story_parse(Story *story, Bytes text); /* a file of such lines, blank ones and # comments between them */
+void story_free(Story *story);
+
 /* ---------------------------------------------------------------- tokenizer.c: clean text -> ids */
 
 typedef struct Tokenizer Tokenizer;
@@ -164,7 +182,8 @@ int kv_cache_position(const KvCache *cache, const Chunk *chunk, int j);
 
 /* ---------------------------------------------------------------- sampler.c: velocity -> next latents */
 
-typedef enum { UNIPC, EULER, DPM, SAMPLERS } Sampler;
+/* Those before SAMPLERS make schedules of any length; a model's own list goes by EULER or RENOISE. */
+typedef enum { UNIPC, EULER, DPM, SAMPLERS, RENOISE } Sampler;
 bool sampler_parse(const char *name, Sampler *out); /* "unipc", "euler" or "dpm++"; false for any other */
 const char *sampler_name(Sampler sampler);
 
@@ -176,6 +195,9 @@ typedef struct {
 } Schedule;
 /* As the scheduler of diffusers; shift > 0, steps >= 1, train_timesteps is 1000 in every released model. */
 Schedule schedule_make(Sampler sampler, int steps, double shift, int train_timesteps);
+/* Of a list of steps; sigmas [steps], without the last 0. */
+Schedule schedule_of(Sampler sampler, int steps, const float *timesteps, const float *sigmas);
+char *schedule_string(const Schedule *schedule); /* its time steps, "1000 937.5 833.333313 625"; a new string */
 void schedule_free(Schedule *schedule);
 
 /* What a sampler remembers of earlier steps. */
@@ -185,9 +207,11 @@ typedef struct {
     float *sample; /* latents from which the last step set out */
 } History;
 History history_take(Arena *arena, size_t n);
-/* latents [n] move from sigmas[step] to sigmas[step + 1]. Steps go upwards from 0, which forgets the past. */
-void sampler_step(const Schedule *schedule, int step, const float *velocity, float *latents,
-                  History *history);
+bool sampler_needs_noise(const Schedule *schedule, int step);
+/* latents [n] move from sigmas[step] to sigmas[step + 1]. Steps go upwards from 0, which forgets the past. noise [n]:
+ * fresh, where the step needs it. */
+void sampler_step(const Schedule *schedule, int step, const float *velocity, float *latents, History *history,
+                  const float *noise);
 
 /* ----------------------------------------------------------- vae.c: latents -> frames (the causal 3D VAE) */
 
@@ -261,6 +285,14 @@ const char *y4m_open(Bytes bytes, Y4mReader **out, VideoFormat *format); /* byte
 const char *y4m_next(Y4mReader *reader, float *frame, bool *end);
 void y4m_close(Y4mReader *reader);
 
+/* ---------------------------------------------------------------- drift.c: how a long clip changes (--drift) */
+
+typedef struct Drift Drift;
+Drift *drift_open(const VideoFormat *format); /* prints the heads of the columns */
+void drift_frame(Drift *drift, const float *frame); /* the clip's next frame [3,Y,X] in [-1,1] */
+void drift_chunk(Drift *drift);  /* a chunk ends here: prints its line */
+void drift_close(Drift *drift);  /* prints the summary; NULL will do */
+
 /* ---------------------------------------------------------------- preview.c: frames -> a colour terminal */
 
 typedef struct {
@@ -286,6 +318,27 @@ void preview_frame(Preview *preview, const VideoFormat *format, const float *fra
 
 /* ---------------------------------------------------------------- model.c: a weight file, and what it says of how to use it */
 
+/* What a new prompt does to what the cache holds, besides what cross attention reads from then on. */
+typedef enum {
+    KEEP,    /* nothing */
+    FLUSH,   /* frame 0 and the last two stay */
+    RECACHE, /* a pass over the frames in the window, with the new prompt, writes theirs anew */
+    BY_POSITIONS /* FLUSH where positions are relative, else KEEP */
+} PromptChange;
+
+/* How the file says that clips are made. */
+typedef struct {
+    Schedule schedule, first; /* its list of steps, and the first chunk's; no steps: any schedule will do */
+    float noise_scale;        /* the first latents are noise times this */
+    bool noise_frames_first;  /* torch's numbers fill (T,C,H,W), not (C,T,H,W) */
+    int chunk_frames;         /* latent frames that are made at once; 0: all */
+    bool independent_first_frame; /* the first chunk is one frame */
+    Window window;            /* .window 0: all that come before */
+    float context_noise;      /* the time step of the pass that writes the cache */
+    PromptChange prompt_change;
+    bool recache_sink;        /* RECACHE begins with an empty cache */
+} Recipe;
+
 /* What one run is asked to do. The command line fills in what was given; settings_complete() takes the rest
  * from the model's own defaults. */
 typedef struct {
@@ -293,9 +346,13 @@ typedef struct {
     int width, height, frames, fps_num, fps_den, steps, chroma; /* 0: not given */
     double seconds, guidance, shift;                            /* negative: not given */
     Sampler sampler;                                            /* SAMPLERS: not given */
+    int window, sink;                                           /* negative: not given; window 0: everything */
+    const char *positions;                                      /* "absolute", "relative", or NULL */
+    Story story;                                                /* what follows the prompt */
     uint64_t seed;
-    bool quiet, record, record_prompt, preview, feed;
+    bool quiet, record, record_prompt, preview, feed, drift;
 } Settings;
+Settings settings_new(void); /* nothing given */
 
 typedef struct {
     WeightFile *file;
@@ -304,12 +361,15 @@ typedef struct {
     TextEncoder text_encoder;
     Transformer transformer;
     Vae vae;
+    Recipe recipe;
 } Model;
 
 /* AUTOMATIC is the file's own (default.precision); without one, F32 for float32 weights, and for narrower ones
  * the fastest that the processor has. */
 Model model_load(const char *path, Precision precision);
 void model_free(Model *model);
+Recipe recipe_load(const WeightFile *file);
+void recipe_free(Recipe *recipe);
 void settings_complete(Settings *settings, const Model *model);
 int model_frames(const Model *model); /* the length of the clips that the model was made for */
 

@@ -181,6 +181,7 @@ void progress_enable(bool wanted); /* and then only if standard error is a termi
 /* "step 3/20  0:41  2:10 left": piece `done` of `total` of a stage is about to start.
  * NULL clears the line. */
 void progress(const char *stage, int done, int total);
+void progress_detail(const char *format, ...) PRINTF_LIKE(1, 2); /* what the next line says besides */
 void progress_note(const char *format, ...) PRINTF_LIKE(1, 2); /* a line that stays, above it */
 
 /* ---------------------------------------------------------------- utf8.c: bytes that grow, UTF-8 */
@@ -519,6 +520,17 @@ uint32_t generator_next(Generator *generator);
 void normal_16(float x[16]); /* 16 uniform numbers, multiples of 2^-24, become 16 normal ones */
 /* torch.randn(n, generator=...) on the CPU */
 void generator_randn(Generator *generator, float *out, size_t n);
+void generator_skip(Generator *generator, size_t n); /* the same, for what comes after it */
+
+/* The n numbers of the first randn(n) of a seed, handed out in parts. */
+typedef struct {
+    Generator generator;
+    size_t n, at;     /* how many; how many have been handed out */
+    float block[16];
+    int place;        /* of the next in the block */
+} Draw;
+Draw draw_start(uint64_t seed, size_t n);
+void draw_next(Draw *draw, float *out, size_t count);
 
 /* ---------------------------------------------------------------- npy.c: arrays in files */
 

@@ -357,7 +357,7 @@ information() {
     run --help
     claim "--help: status 0" [ $status -eq 0 ]
     for option in model prompt prompt-file negative output size frames seconds fps steps guidance shift sampler seed \
-        threads precision isa noise dump dump-only check feed tolerance chroma record-prompt no-record profile info \
+        threads precision isa noise at story window sink positions drift dump dump-only check feed tolerance chroma record-prompt no-record profile info \
         tokenize preview quiet help version; do
         claim "--help lists --$option" grep -q -- "--$option " "$work/out"
     done
@@ -372,6 +372,55 @@ information() {
     claim "docs/options.md shows --help" docs_show_help
     run -m $model --tokenize "a red fox"
     claim "--tokenize" [ "$(cat "$work/out")" = "$(od -A n -t d4 -j 128 $golden/prompt.ids.npy | xargs)" ]
+}
+
+# A model that generates in chunks: against Self-Forcing's own, as a stream, and what is refused.
+chunks() {
+    causal=tests/goldens/causal
+    short="-m $causal/model.gguf -f 21 --seed 7"
+    run -m $causal/model.gguf --seed 7 -o "$work/clip.y4m" --check $causal --tolerance 1e-5 "A red fox jumps over 12 lazy dogs."
+    claim "chunks equal to Self-Forcing: status 0, not $status" [ $status -eq 0 ]
+    claim "chunks equal to Self-Forcing: 20 tensors" grep -q "check passed: 20 tensors within 1e-05" "$work/err"
+    claim "its defaults: 45 frames" [ "$(frames 48 32)" -eq 45 ]
+    run $short -o "$work/clip.y4m" --dump "$work/chunks" --window 5 --sink 1 --at "0.3 a dog" "a red fox"
+    claim "chunks: the noise is whole" [ -s "$work/chunks/noise.npy" ]
+    claim "chunks: names of tensors" [ "$(ls "$work/chunks" | grep -c '^chunk00[0-2][.]')" -eq 51 ]
+    claim "chunks: the story's prompt" [ -s "$work/chunks/prompt01.embeds.npy" ]
+    claim "chunks: the record has the steps" grep -q '"timesteps": "1000 937.5 833.333313 625"' "$work/clip.y4m.json"
+    claim "chunks: the record has the story, as hashes" grep -q '"prompt01_sha256"' "$work/clip.y4m.json"
+    mv "$work/clip.y4m" "$work/expected.y4m"
+    run $short -o - --window 5 --sink 1 --at "0.3 a dog" "a red fox"
+    claim "chunks: standard output is the same file" cmp "$work/out" "$work/expected.y4m"
+    printf '# a story\n0 a red fox\n\n0:00.3 a dog\n' >"$work/story"
+    run $short -o "$work/clip.y4m" --window 5 --sink 1 --story "$work/story" --noise "$work/chunks/noise.npy" --drift
+    claim "chunks: a story and a file of noise are the same" cmp "$work/clip.y4m" "$work/expected.y4m"
+    claim "--drift: a head, a line a chunk, a summary" [ "$(cut -f 1 "$work/err" | tr '\n' ' ')" = "chunk 0 1 drift " ]
+    claim "--drift: columns" [ "$(awk -F '\t' 'NF != 14' "$work/err" | wc -l)" -eq 0 ]
+    run $short -f 5 -o "$work/clip.y4m" x
+    claim "a clip that ends within a chunk" [ "$(frames 48 32)" -eq 5 ]
+    for seconds in 8 80; do
+        run -m $causal/model.gguf --fps 3 --seconds $seconds --window 6 --seed 1 -o /dev/null --profile x
+        tail -n 1 "$work/err" >"$work/memory.$seconds"
+    done
+    claim "memory of 8 and of 80 seconds" cmp "$work/memory.8" "$work/memory.80"
+    refused 2 "--at: this model makes a clip in one piece" $small --at "1 a dog" x
+    refused 2 "--window: this model makes a clip in one piece" $small --window 3 x
+    refused 2 "--window: a window of 2 frames is smaller than a chunk; expected at least 3, or 0 for all" $short --window 2 x
+    refused 2 "--sink: a sink of 3 frames without a window" $short --sink 3 x
+    refused 2 "--window: a sink of 4 frames is beyond the window; with a window of 6 .* at most 3" $short --window 6 --sink 4 x
+    refused 2 "--positions: 'left' is not absolute or relative" $short --positions left x
+    refused 2 "--steps: the model was trained for the steps in its file, 4 by renoise (1000 937.5 833.333313 625)" $short --steps 3 x
+    refused 2 "--shift: the model was trained for the steps in its file" $short --shift 5 x
+    refused 2 "--sampler: the model was trained for the steps in its file" $short --sampler euler x
+    refused 2 "--at: 'soon a dog' does not begin with a time" $short --at "soon a dog" x
+    refused 2 "--at: 2 seconds does not come after 3" $short --at "3 a" --at "2 b" x
+    printf '1 a\n0.5 b\n' >"$work/story"
+    refused 2 "--story $work/story: line 2: 0.5 seconds does not come after 1" $short --story "$work/story" x
+    refused 2 "--story nowhere: No such file" $short --story nowhere x
+    refused 2 "no prompt: the story begins at 1 seconds" $short --at "1 a"
+    refused 2 "two prompts: 'x' and 'a'" $short --at "0 a" x
+    run $short -o "$work/clip.y4m" --at "9 a dog" x
+    claim "a prompt after the end: a warning" grep -q "warning: the prompt at 9 s is never heard" "$work/err"
 }
 
 # The bundled model: a few of its tensors against diffusers, its defaults, and prompts from outside its world.
@@ -444,4 +493,5 @@ checks
 options
 information
 building
+chunks
 demo

@@ -149,12 +149,13 @@ static bool run_y4m(Bytes in) {
 
 static bool run_model(Bytes in) {
     Model model = {0};
-    Settings settings = {.prompt = "", .seconds = -1, .guidance = -1, .shift = -1, .sampler = SAMPLERS};
+    Settings settings = settings_new();
     if (weights_parse(in, "fuzz", &model.file)) return false;
     if (tokenizer_load(model.file, &model.tokenizer)) return false;
     model.text_encoder = text_encoder_load(model.file, F32);
     model.transformer = transformer_load(model.file, F32);
     model.vae = vae_load(model.file, F32);
+    model.recipe = recipe_load(model.file);
     settings_complete(&settings, &model);
     return true;
 }

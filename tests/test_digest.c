@@ -38,9 +38,9 @@ static void check_example(const Example *example) {
     char *folder = temporary_path("digest"), *clip = format_string("%s/clip.y4m", folder),
          *latents = format_string("%s/latents.npy", folder);
     Model model = model_load("models/demo.gguf", AUTOMATIC);
-    Settings s = {.prompt = "a blue star bounces on the grass", .seed = 1, .output = clip, .width = example->size,
-                  .height = example->size, .frames = example->frames, .steps = example->steps, .chroma = 420,
-                  .seconds = -1, .guidance = -1, .shift = -1, .sampler = SAMPLERS, .quiet = true};
+    Settings s = settings_new();
+    s.prompt = "a blue star bounces on the grass", s.seed = 1, s.output = clip, s.quiet = true, s.record = false;
+    s.width = s.height = example->size, s.frames = example->frames, s.steps = example->steps;
     settings_complete(&s, &model);
     taps_open(folder, "latents", NULL, 0, false);
     generate(&model, &s);

@@ -155,10 +155,18 @@ static void fill_euler_times(const void *of, float *values) {
     }
 }
 
+/* Nor are those of models that bring their own: Self-Forcing's, rCM's (rounded to bfloat16), FastWan's. */
+static void fill_list_times(const void *of, float *values) {
+    static const float list[] = {1000, 937.5f, 833.3333f, 625, 988, 932, 852, 608, 757, 522};
+    int freq_dim = *(const int *)of;
+    for (int i = 0; i < 10; i++, values += freq_dim) timestep_sinusoids(values, freq_dim, list[i]);
+}
+
 static void check_time(void) {
     static const int dims[] = {128, 256};
     for (int i = 0; i < 2; i++) {
         check_rounds("time", 8, fill_times, &dims[i], 1001 * (size_t)dims[i]);
+        check_rounds("a list's time", 8, fill_list_times, &dims[i], 10 * (size_t)dims[i]);
         check_rounds("euler's time", 1, fill_euler_times, &dims[i], 1200 * (size_t)dims[i]);
     }
 }
@@ -211,7 +219,7 @@ static void fill_latents(const void *of, float *values) {
         uniform(&generator, latents);
         for (int step = 0; step < run->steps; step++, values += LATENTS) {
             uniform(&generator, velocity);
-            sampler_step(&schedule, step, velocity, latents, &history);
+            sampler_step(&schedule, step, velocity, latents, &history, NULL);
             memcpy(values, latents, sizeof latents);
         }
         schedule_free(&schedule);

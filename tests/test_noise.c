@@ -4,6 +4,7 @@
 
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 /* As make_goldens.py writes them. */
 static const uint64_t seeds[] = {0, 7, 4294967303, 18446744073709551615u};
@@ -70,6 +71,32 @@ static void test_draws(const char *name, const int *sizes, int pieces) {
     free(expected);
 }
 
+/* A draw that is handed out in parts is the draw; and what is drawn behind it does not know of the parts. */
+static void test_parts(int n) {
+    static const int parts[] = {1, 5, 16, 3, 48, 17, 2};
+    float *whole = allocate(sizeof(float) * ((size_t)n + 40)), *handed = allocate(sizeof(float) * ((size_t)n + 40));
+    for (uint64_t seed = 0; seed < 3; seed++) {
+        Generator generator, later;
+        generator_seed(&generator, seed);
+        generator_seed(&later, seed);
+        generator_randn(&generator, whole, (size_t)n);
+        generator_randn(&generator, whole + n, 23);
+        generator_randn(&generator, whole + n + 23, 5);
+        Draw draw = draw_start(seed, (size_t)n);
+        for (int at = 0, i = 0; at < n; i++) {
+            int part = smaller(parts[(i + (int)seed) % 7], n - at);
+            draw_next(&draw, handed + at, (size_t)part);
+            at += part;
+        }
+        generator_skip(&later, (size_t)n);
+        generator_randn(&later, handed + n, 23);
+        generator_randn(&later, handed + n + 23, 5);
+        CHECK(!memcmp(whole, handed, sizeof(float) * (size_t)n), "%d numbers in parts, seed %d: others", n, (int)seed);
+        CHECK(!memcmp(whole + n, handed + n, sizeof(float) * 28), "behind %d numbers, seed %d: others", n, (int)seed);
+    }
+    free(whole), free(handed);
+}
+
 void test_noise(void) {
     static const int sizes[] = {1, 2, 15, 16, 17, 31, 33, 4099};
     static const int mixed[] = {3, 5, 16, 1, 17, 2, 40};
@@ -80,5 +107,7 @@ void test_noise(void) {
         test_draws(name, &sizes[i], 1);
     }
     test_draws("randn_mixed", mixed, sizeof mixed / sizeof *mixed);
+    for (int n = 1; n <= 100; n++) test_parts(n);
+    test_parts(4096);
     test_draws("randn_clip", (int[]){16 * 2 * 4 * 6}, 1);
 }

@@ -29,9 +29,10 @@ static Bytes run(Variant v) {
     kernels_choose(v.isa);
     threads_set(v.threads);
     Model model = model_load(model_path, v.precision);
-    Settings s = {.prompt = "a red fox", .negative = "", .output = path, .width = 48, .height = 32,
-                  .frames = v.frames, .steps = 2, .chroma = 444, .seconds = -1, .guidance = 3, .shift = 3,
-                  .sampler = UNIPC, .seed = 5, .quiet = true};
+    Settings s = settings_new();
+    s.prompt = "a red fox", s.negative = "", s.output = path, s.width = 48, s.height = 32, s.frames = v.frames;
+    s.steps = 2, s.chroma = 444, s.guidance = 3, s.shift = 3, s.sampler = UNIPC, s.seed = 5, s.quiet = true;
+    s.record = false;
     settings_complete(&s, &model);
     generate(&model, &s);
     model_free(&model);

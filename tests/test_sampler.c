@@ -53,7 +53,7 @@ static void test_table(Sampler sampler) {
               schedule.timesteps[step], row[TIMESTEP]);
         CHECK(schedule.sigmas[step] == row[SIGMA], "%s row %d: sigma %.9g, not %.9g", name, r,
               schedule.sigmas[step], row[SIGMA]);
-        sampler_step(&schedule, step, row + VELOCITY, latents, &history);
+        sampler_step(&schedule, step, row + VELOCITY, latents, &history, NULL);
         double error = relative_error(latents, row + AFTER, WIDTH);
         CHECK(error < 2e-6, "%s row %d (shift %g, %g steps): step %d is off by %.1e", name, r, row[SHIFT],
               row[STEPS], step, error);
@@ -91,11 +91,62 @@ static void test_straight_path(void) {
             Schedule schedule = schedule_make((Sampler)sampler, steps, 8, 1000);
             /* dpm++ starts below 1 by up to 1e-3: what belongs there is the mixture, not the noise. */
             for (int i = 0; i < N; i++) latents[i] = clip[i] + schedule.sigmas[0] * velocity[i];
-            for (int i = 0; i < steps; i++) sampler_step(&schedule, i, velocity, latents, &history);
+            for (int i = 0; i < steps; i++) sampler_step(&schedule, i, velocity, latents, &history, NULL);
             double error = relative_error(latents, clip, N);
             CHECK(error < 2e-6, "%s, %d steps: misses by %.1e", sampler_name((Sampler)sampler), steps, error);
             schedule_free(&schedule);
         }
+}
+
+/* The lists that models bring, beside the formulas of those who trained for them, in double. rCM has its own
+ * variables: an angle t, and X = cos(t) x0 + sin(t) noise, of which sora's x is X / (cos t + sin t). FastWan takes a
+ * guess and noises it anew; LightX2V takes a guess and goes back along the velocity. */
+enum { LIST = 4, N = 5 };
+typedef double Formula(double x, double v, double noise, double sigma, double next);
+
+static double fastwan(double x, double v, double noise, double sigma, double next) {
+    return (1 - next) * (x - sigma * v) + next * noise;
+}
+
+static double lightx2v(double x, double v, double noise, double sigma, double next) {
+    (void)noise;
+    return x - sigma * v + next * v;
+}
+
+static double rcm(double x, double v, double noise, double sigma, double next) {
+    double t = atan2(sigma, 1 - sigma), u = atan2(next, 1 - next), X = x * (cos(t) + sin(t));
+    double x0 = (X - sin(t) * v) / (cos(t) + sin(t));
+    return (cos(u) * x0 + sin(u) * noise) / (cos(u) + sin(u));
+}
+
+static void test_list(const char *name, Sampler rule, Formula *formula, const double sigmas[LIST]) {
+    float narrow[LIST], latents[N], velocity[N], noise[N];
+    double x[N];
+    for (int i = 0; i < LIST; i++) narrow[i] = (float)sigmas[i];
+    for (int j = 0; j < N; j++) x[j] = latents[j] = 0.3f * (float)j - 0.7f;
+    Schedule schedule = schedule_of(rule, LIST, narrow, narrow);
+    History history = history_new(N);
+    for (int i = 0; i < LIST; i++) {
+        bool last = i + 1 == LIST;
+        for (int j = 0; j < N; j++) velocity[j] = (float)sin(3 * i + j), noise[j] = (float)cos(5 * i - j);
+        CHECK(sampler_needs_noise(&schedule, i) == (rule == RENOISE && !last), "%s, step %d: noise or not", name, i);
+        sampler_step(&schedule, i, velocity, latents, &history, last ? NULL : noise);
+        for (int j = 0; j < N; j++) {
+            x[j] = formula(x[j], velocity[j], last ? 0 : noise[j], sigmas[i], last ? 0 : sigmas[i + 1]);
+            CHECK(fabs(latents[j] - x[j]) < 1e-6, "%s, step %d: %.9g, not %.9g", name, i, latents[j], x[j]);
+        }
+    }
+    schedule_free(&schedule);
+}
+
+static void test_lists(void) {
+    const double angles[LIST] = {atan(80), 1.5, 1.4, 1.0}, warped[LIST] = {1, 0.9375, 5.0 / 6, 0.625};
+    double flow[LIST];
+    for (int i = 0; i < LIST; i++) flow[i] = sin(angles[i]) / (sin(angles[i]) + cos(angles[i]));
+    test_list("rCM", RENOISE, rcm, flow);
+    test_list("FastWan", RENOISE, fastwan, (const double[LIST]){1, 0.757, 0.522, 0.25});
+    test_list("Self-Forcing", RENOISE, fastwan, warped);
+    test_list("LightX2V", EULER, lightx2v, warped);
 }
 
 static void test_names(void) {
@@ -108,6 +159,7 @@ static void test_names(void) {
 
 void test_sampler(void) {
     test_names();
+    test_lists();
     for (int sampler = 0; sampler < SAMPLERS; sampler++) test_table((Sampler)sampler);
     test_long_schedules();
     test_straight_path();

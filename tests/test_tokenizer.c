@@ -151,14 +151,14 @@ typedef struct {
     uint32_t count, types_count, score_type, unknown, end, added, fallback;
     uint32_t map_bytes, trie_bytes;
     uint8_t last;
-} Recipe;
+} TokenizerRecipe;
 
-static Recipe good_recipe(const char *rules) {
-    return (Recipe){rules, "always", {"<unk>", "</s>", "\342\226\201a", "b"}, {0, 0, -1, -2}, {2, 3, 1, 1},
+static TokenizerRecipe good_recipe(const char *rules) {
+    return (TokenizerRecipe){rules, "always", {"<unk>", "</s>", "\342\226\201a", "b"}, {0, 0, -1, -2}, {2, 3, 1, 1},
                    PIECES, PIECES, 6, 0, 1, 1, 0, 0, 1024, 0};
 }
 
-static void build(Builder *b, const Recipe *m) {
+static void build(Builder *b, const TokenizerRecipe *m) {
     put_header(b, 0, 9 + (m->map_bytes > 0));
     put_array(b, "tokenizer.ggml.tokens", 8, m->count);
     for (uint32_t i = 0; i < m->count; i++) put_string(b, m->pieces[i]);
@@ -198,7 +198,7 @@ static const char *try_bytes(Bytes bytes) {
     return why;
 }
 
-static void expect(Recipe m, const char *reason_part) {
+static void expect(TokenizerRecipe m, const char *reason_part) {
     static Builder b;
     build(&b, &m);
     const char *why = try_bytes((Bytes){b.data, b.size});
@@ -208,7 +208,7 @@ static void expect(Recipe m, const char *reason_part) {
 
 #define BAD(rules, change, reason)     \
     do {                               \
-        Recipe m = good_recipe(rules);   \
+        TokenizerRecipe m = good_recipe(rules);   \
         change;                        \
         expect(m, reason);             \
     } while (0)

@@ -112,3 +112,43 @@ void generator_randn(Generator *generator, float *out, size_t n) {
     if (n >= 16) normal_fill(generator, out, n);
     else for (size_t i = 0; i < n; i++) out[i] = (float)normal_one(generator);
 }
+
+/* ---------------------------------------------------------------- in parts, behind others */
+
+void generator_skip(Generator *generator, size_t n) {
+    float unused[16];
+    if (n < 16) {
+        generator_randn(generator, unused, n);
+        return;
+    }
+    for (size_t left = n % 16 ? n + 16 : n; left > 0; left--) generator_next(generator);
+}
+
+Draw draw_start(uint64_t seed, size_t n) {
+    Draw draw = {.n = n, .place = 16};
+    generator_seed(&draw.generator, seed);
+    return draw;
+}
+
+/* The next 16 of n >= 16. The last 16 come from uniform numbers behind those of all n; in front of them a block may
+ * break off. */
+static void next_block(Draw *draw) {
+    draw->place = 0;
+    if (draw->n < 16) {
+        generator_randn(&draw->generator, draw->block, draw->n);
+        return;
+    }
+    size_t used = (draw->at + 15) / 16 * 16; /* uniform numbers */
+    if (draw->n - draw->at <= 16)
+        for (; draw->n % 16 && used < draw->n; used++) generator_next(&draw->generator);
+    uniform_fill(&draw->generator, draw->block, 16);
+    normal_16(draw->block);
+}
+
+void draw_next(Draw *draw, float *out, size_t count) {
+    for (size_t i = 0; i < count; i++, draw->at++) {
+        bool last_begins = draw->n > 16 && draw->at == draw->n - 16;
+        if (draw->place == 16 || last_begins) next_block(draw);
+        out[i] = draw->block[draw->place++];
+    }
+}

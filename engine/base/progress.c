@@ -10,6 +10,7 @@
 
 static bool enabled;
 static const char *current;
+static char detail[96];
 static double started, stage_started;
 
 void progress_enable(bool wanted) {
@@ -29,7 +30,7 @@ void progress(const char *stage, int done, int total) {
     if (stage) {
         double now = seconds();
         if (!current || strcmp(stage, current)) stage_started = now;
-        fprintf(stderr, "%s %d/%d", stage, done, total);
+        fprintf(stderr, "%s %d/%d%s%s", stage, done, total, *detail ? ", " : "", detail);
         print_time(now - started);
         if (done > 0) {
             print_time((now - stage_started) / done * (total - done));
@@ -37,7 +38,15 @@ void progress(const char *stage, int done, int total) {
         }
     }
     current = stage;
+    *detail = 0;
     fflush(stderr);
+}
+
+void progress_detail(const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(detail, sizeof detail, format, arguments);
+    va_end(arguments);
 }
 
 void progress_note(const char *format, ...) {

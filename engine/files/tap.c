@@ -56,8 +56,9 @@ typedef struct {
     int count;
 } Lack;
 
-/* A tensor that arrives in frames; one at a time does. */
+/* A tensor that arrives in frames; a few do at a time. */
 typedef struct {
+    char *name; /* NULL: free */
     OutputFile file;
     Npy reference;
     Difference difference;
@@ -77,7 +78,7 @@ static struct {
     int row_count;
     Lack *lacks;
     int lack_count;
-    Stream stream;
+    Stream streams[4];
 } taps;
 
 /* ---------------------------------------------------------------- folders */
@@ -379,7 +380,7 @@ int tap_ids(int32_t *ids, int n, int room, int vocabulary, const char *format, .
 }
 
 static void stream_open(Stream *stream, const char *name, const Shape *shape) {
-    *stream = (Stream){.row = -1};
+    *stream = (Stream){.name = format_string("%s", name), .row = -1};
     if (dump_wants(name)) stream->file = dump_open(name, shape, 'f');
     Row *row = taps.check_dir ? check_open(name, shape, &stream->reference) : NULL;
     if (row && !row->why) {
@@ -389,21 +390,47 @@ static void stream_open(Stream *stream, const char *name, const Shape *shape) {
     }
 }
 
+/* A tensor that is complete stands behind what it was made from. */
+static void row_to_end(Stream *stream) {
+    Row row = taps.rows[stream->row];
+    int last = taps.row_count - 1;
+    memmove(taps.rows + stream->row, taps.rows + stream->row + 1, sizeof row * (size_t)(last - stream->row));
+    taps.rows[last] = row;
+    for (size_t i = 0; i < sizeof taps.streams / sizeof *taps.streams; i++)
+        taps.streams[i].row -= taps.streams[i].row > stream->row;
+    stream->row = last;
+}
+
 static void stream_close(Stream *stream) {
     if (stream->file.stream) output_commit(&stream->file);
     if (stream->row >= 0) {
+        row_to_end(stream);
         Row *row = &taps.rows[stream->row];
         free(row->why);
         row->why = NULL;
         conclude(&stream->difference, row);
     }
     npy_free(&stream->reference);
+    free(stream->name);
+    *stream = (Stream){0};
+}
+
+/* That of the name, or a free one. */
+static Stream *find_stream(const char *name) {
+    Stream *found = NULL;
+    for (size_t i = 0; i < sizeof taps.streams / sizeof *taps.streams; i++) {
+        Stream *stream = &taps.streams[i];
+        if (stream->name && !strcmp(stream->name, name)) return stream;
+        if (!stream->name) found = stream;
+    }
+    if (!found) die(STATUS_RESOURCE, "no room for the tensor %s (a bug)", name);
+    return found;
 }
 
 /* A frame's plane of channel c starts at element (c*F + index)*H*W of the whole. */
 void tap_frame(float *frame, Shape shape, int index, const char *name) {
     if (!taps_on) return;
-    Stream *stream = &taps.stream;
+    Stream *stream = find_stream(name);
     if (index == 0) stream_open(stream, name, &shape);
     size_t plane = (size_t)shape.d[2] * (size_t)shape.d[3];
     char header[256];

@@ -1,0 +1,97 @@
+/* story.c - prompts with the times from which they hold: --at "TIME TEXT", and --story, a file of such lines.
+ *
+ *   # A comment. Blank lines do not count.
+ *   0      a red ball bounces on the grass
+ *   12.5   the ball stops
+ *   1:05   a green star walks in from the left
+ *
+ * A time is seconds, minutes:seconds or hours:minutes:seconds; from line to line times rise. */
+#include "sora.h"
+
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+static bool is_blank(uint8_t c) { return c == ' ' || c == '\t' || c == '\r'; }
+
+static Bytes trim(Bytes text) {
+    while (text.size && is_blank(text.data[0])) text.data++, text.size--;
+    while (text.size && is_blank(text.data[text.size - 1])) text.size--;
+    return text;
+}
+
+/* Digits, and if `fraction` a point and more of them, as a number below 10^6; -1 for anything else. */
+static double parse_part(Bytes text, bool fraction) {
+    double value = 0, unit = 0; /* unit of the last digit behind the point; 0 before it */
+    size_t digits = 0;
+    for (size_t i = 0; i < text.size; i++) {
+        uint8_t c = text.data[i];
+        if (c == '.' && fraction && unit == 0) {
+            unit = 1;
+            continue;
+        }
+        if (c < '0' || c > '9') return -1;
+        if (unit > 0) unit /= 10;
+        value = unit > 0 ? value + unit * (c - '0') : 10 * value + (c - '0');
+        digits++;
+    }
+    return digits > 0 && value < 1e6 ? value : -1;
+}
+
+/* "12", "12.5", "1:05", "1:02:03"; -1 for anything else. */
+static double parse_time(Bytes text) {
+    double time = 0;
+    for (int parts = 1; parts <= 3; parts++) {
+        const uint8_t *colon = memchr(text.data, ':', text.size);
+        Bytes part = {text.data, colon ? (size_t)(colon - text.data) : text.size};
+        double value = parse_part(part, !colon);
+        if (value < 0 || (parts > 1 && value >= 60)) return -1;
+        time = 60 * time + value;
+        if (!colon) return time;
+        text = (Bytes){colon + 1, text.size - part.size - 1};
+    }
+    return -1;
+}
+
+const char *story_add(Story *story, Bytes line) {
+    line = trim(line);
+    Bytes time = line, shown;
+    time.size = 0;
+    while (time.size < line.size && !is_blank(line.data[time.size])) time.size++;
+    Bytes text = trim((Bytes){line.data + time.size, line.size - time.size});
+    double from = parse_time(time);
+    shown = (Bytes){line.data, line.size < 40 ? line.size : 40};
+    if (from < 0)
+        return reason("'%.*s' does not begin with a time like 12, 12.5 or 1:05", (int)shown.size, shown.data);
+    if (!text.size) return reason("no prompt follows the time '%.*s'", (int)time.size, time.data);
+    if (story->count && from <= story->lines[story->count - 1].time)
+        return reason("%g seconds does not come after %g of the prompt before it", from,
+                      story->lines[story->count - 1].time);
+    char *copy = allocate(text.size + 1);
+    for (size_t i = 0; i < text.size; i++) copy[i] = text.data[i] ? (char)text.data[i] : ' ';
+    story->lines = reallocate(story->lines, sizeof *story->lines * (size_t)(story->count + 1));
+    story->lines[story->count++] = (StoryLine){from, copy};
+    return NULL;
+}
+
+const char *story_parse(Story *story, Bytes text) {
+    static const uint8_t mark[] = {0xef, 0xbb, 0xbf};
+    if (text.size >= 3 && !memcmp(text.data, mark, 3)) text.data += 3, text.size -= 3;
+    for (int number = 1; text.size; number++) {
+        const uint8_t *newline = memchr(text.data, '\n', text.size);
+        Bytes line = {text.data, newline ? (size_t)(newline - text.data) : text.size};
+        size_t taken = line.size + (newline != NULL);
+        text.data += taken, text.size -= taken;
+        line = trim(line);
+        if (!line.size || line.data[0] == '#') continue;
+        const char *why = story_add(story, line);
+        if (why) return reason("line %d: %s", number, why);
+    }
+    return NULL;
+}
+
+void story_free(Story *story) {
+    for (int i = 0; i < story->count; i++) free(story->lines[i].text);
+    free(story->lines);
+    *story = (Story){0};
+}
