@@ -11,6 +11,11 @@
 void check(bool claim, const char *file, int line, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
 
+/* What follows runs under each table of kernels that this processor can run; `name` is the table's. */
+#define FOR_TABLES(name)                                                                                     \
+    for (int table_ = 0; kernels_known(table_); table_++)                                                    \
+        for (const char *name = kernels_known(table_); name && !kernels_choose(name); name = NULL)
+
 /* Largest difference over the largest magnitude of `expected`; infinite if anything is NaN. */
 double relative_error(const float *actual, const float *expected, size_t n);
 

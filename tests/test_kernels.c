@@ -6,11 +6,6 @@
 #include <math.h>
 #include <stdlib.h>
 
-/* A body that runs under each table; `name` is its name. */
-#define FOR_TABLES(name)                                                                                     \
-    for (int table_ = 0; kernels_known(table_); table_++)                                                    \
-        for (const char *name = kernels_known(table_); name && !kernels_choose(name); name = NULL)
-
 static float *random_floats(size_t n, uint64_t seed) {
     Generator generator;
     float *x = allocate(n * sizeof *x);
@@ -428,6 +423,7 @@ static void check_ends_of_range(Precision precision) {
     for (int i = 0; i < L * I; i++) x[i] *= scales[i / I];
     same_everywhere("numbers at the ends of the range", precision, L * O, compute_linear, &p, y);
     CHECK(all_finite(y, L * O), "%s: numbers at the ends of the range leave it", precision_name(precision));
+    free(x), free(w);
 }
 
 enum { KEYS = 300, QUERIES = 18, D = 20 };
