@@ -90,9 +90,9 @@ static void print(const Job *job, double duration, double fraction) {
     printf(job->flop > 0 ? " %10.5f s %8.1f GFLOP/s" : " %10.5f s %8.1f GB/s   ", duration,
            job->flop > 0 ? gflops : gbytes);
     printf(fraction > 0 ? " %4.0f %%\n" : "\n", 100 * fraction);
-    fprintf(table, "%s\t%s\t%s\t%d\t%d\t%.6f\t%.4f\t%.2f\t%.4f\t%.4f\t%.2f\n", job->kind, job->name,
+    fprintf(table, "%s\t%s\t%s\t%d\t%d\t%.6f\t%.4f\t%.2f\t%.4f\t%.4f\t%.2f\t%s\n", job->kind, job->name,
             precision_name(job->precision), job->size, job->threads, duration, job->flop * 1e-9, gflops,
-            fraction, job->bytes * 1e-9, gbytes);
+            fraction, job->bytes * 1e-9, gbytes, fraction > 0 ? peak_instruction(job->precision) : "");
     fflush(NULL);
 }
 
@@ -147,7 +147,8 @@ int main(int argc, char **argv) {
     threads_set(threads_default());
     table = fopen(argv[1], "w");
     if (!table) die(STATUS_RESOURCE, "%s: cannot be written", argv[1]);
-    fputs("kind\tname\tprecision\tsize\tthreads\tseconds\tgflop\tgflop/s\tof_peak\tgbyte\tgbyte/s\n", table);
+    fputs("kind\tname\tprecision\tsize\tthreads\tseconds\tgflop\tgflop/s\tof_peak\tgbyte\tgbyte/s\tinstruction\n",
+          table);
     printf("kernels %s, threads %d\n", kernels->name, threads_count());
     printf("%-7s %-28s %-4s %6s %3s %12s %16s %6s\n", "kind", "name", "", "size", "thr", "seconds", "rate",
            "peak");

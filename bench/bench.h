@@ -27,10 +27,11 @@ void release(void);
 /* ---------------------------------------------------------------- peak.c: what the machine can do */
 
 void bench_peaks(void);
-/* Operations a second of the instructions that multiply in this precision, from registers, over about `duration`
- * seconds: the fastest that the processor has, 0 if it has none. A product in bfloat16 or bytes may widen them and
- * use those of a wider precision, so its limit is the largest of them. */
+/* Operations a second of the instructions that multiply in this precision, from registers, over about
+ * `duration` seconds: the fastest that the chosen kernels use. A product in bfloat16 or bytes may widen them
+ * and use those of a wider precision, so its limit is the largest of them. */
 double peak_product(Precision precision, int threads, double duration);
+const char *peak_instruction(Precision precision); /* which that is */
 double peak_memory(int threads); /* bytes a second, reading */
 
 /* ---------------------------------------------------------------- kernels.c, stages.c, steps.c: what it does */

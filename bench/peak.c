@@ -2,9 +2,9 @@
  *
  * Arithmetic. A processor multiplies fastest when nothing but registers takes part: CHAINS independent sums,
  * so many that a new instruction starts every cycle in every unit while earlier ones are under way, each one
- * instruction over and over. There is a row for each such instruction: fused multiply-add of floats, dot
- * products of bfloat16 pairs, of four bytes. No kernel can be faster; one that reaches nine tenths has
- * nothing left to gain but that tenth.
+ * instruction over and over. There is a row for each such instruction: fused multiply-add of one float, of a
+ * register of floats, dot products of bfloat16 pairs, of four bytes. No kernel that is made of it can be
+ * faster; one that reaches nine tenths has nothing left to gain but that tenth, or another instruction.
  *
  * Memory. All threads read a region larger than the caches, each element once. */
 #include "bench/bench.h"
@@ -43,6 +43,7 @@ enum { CHAINS = 12, ROUNDS = 1 << 16 };
 #include <immintrin.h>
 #define VECTOR(v) "v"(v)
 #define TARGET(isa) __attribute__((target(isa)))
+PEAK(scalar_f32, TARGET("fma"), __m128, _mm_fmadd_ss(a, a, sum))
 PEAK(avx2_f32, TARGET("avx2,fma"), __m256, _mm256_fmadd_ps(a, a, sum))
 PEAK(avx512_f32, TARGET("avx512f"), __m512, _mm512_fmadd_ps(a, a, sum))
 PEAK(avx512_bf16, TARGET("avx512f,avx512bf16"), __m512,
@@ -57,6 +58,7 @@ HAS(avx512_vnni, __builtin_cpu_supports("avx512vnni"))
 #include <arm_neon.h>
 #include <sys/auxv.h>
 #define VECTOR(v) "w"(v)
+PEAK(scalar_f32, , float, __builtin_fmaf(a, a, sum))
 PEAK(neon_f32, , float32x4_t, vfmaq_f32(sum, a, a))
 PEAK(neon_int8, __attribute__((target("arch=armv8.2-a+dotprod"))), int32x4_t,
      vdotq_s32(sum, vreinterpretq_s8_s32(a), vreinterpretq_s8_s32(a)))
@@ -69,7 +71,7 @@ static bool has_plain(void) { return true; }
 #endif
 
 typedef struct {
-    const char *name;
+    const char *name, *tables; /* of kernels that use it, a space around each */
     Precision precision;
     double flop; /* of one instruction */
     void (*run)(void);
@@ -78,15 +80,17 @@ typedef struct {
 
 static const Instruction instructions[] = {
 #if defined(__x86_64__)
-    {"AVX2 FMA", F32, 16, avx2_f32, has_avx2},
-    {"AVX-512 FMA", F32, 32, avx512_f32, has_avx512},
-    {"AVX-512 VDPBF16PS", BF16, 64, avx512_bf16, has_avx512_bf16},
-    {"AVX-512 VPDPBUSD", INT8, 128, avx512_int8, has_avx512_vnni},
+    {"FMA of one float", " naive generic ", F32, 2, scalar_f32, has_avx2},
+    {"AVX2 FMA", " avx2 ", F32, 16, avx2_f32, has_avx2},
+    {"AVX-512 FMA", " avx512 avx512vnni avx512bf16 ", F32, 32, avx512_f32, has_avx512},
+    {"AVX-512 VDPBF16PS", " avx512bf16 ", BF16, 64, avx512_bf16, has_avx512_bf16},
+    {"AVX-512 VPDPBUSD", " avx512vnni avx512bf16 ", INT8, 128, avx512_int8, has_avx512_vnni},
 #elif defined(__aarch64__)
-    {"NEON FMLA", F32, 8, neon_f32, has_neon},
-    {"NEON SDOT", INT8, 32, neon_int8, has_dotprod},
+    {"FMADD of one float", " naive generic ", F32, 2, scalar_f32, has_neon},
+    {"NEON FMLA", " neon neondotprod ", F32, 8, neon_f32, has_neon},
+    {"NEON SDOT", " neondotprod ", INT8, 32, neon_int8, has_dotprod},
 #else
-    {"multiply and add", F32, 2, plain_f32, has_plain},
+    {"multiply and add", " naive generic ", F32, 2, plain_f32, has_plain},
 #endif
 };
 enum { INSTRUCTIONS = sizeof instructions / sizeof *instructions };
@@ -103,24 +107,34 @@ static double rate_of(int i, int threads, double duration) {
     return flop / (seconds() - start);
 }
 
-/* The fastest row that can multiply in a precision, found once; three tries, since one may be interrupted. */
+static bool used_by_kernels(const Instruction *instruction) {
+    char name[32];
+    snprintf(name, sizeof name, " %s ", kernels->name);
+    return strstr(instruction->tables, name);
+}
+
+/* The fastest row of the chosen kernels that can multiply in a precision; three tries, since one may be
+ * interrupted. It is kept until other kernels are chosen. */
 static int best_for(Precision precision) {
-    static int best[PRECISIONS] = {-1, -1, -1};
+    static int best[PRECISIONS];
+    static const Kernels *found_for[PRECISIONS];
     double highest = 0;
-    if (best[precision] >= 0) return best[precision];
+    if (found_for[precision] == kernels) return best[precision];
     for (int try = 0; try < 3 * INSTRUCTIONS; try++) {
         int i = try % INSTRUCTIONS;
         if (instructions[i].precision > precision || !instructions[i].runs_here()) continue;
-        double rate = rate_of(i, 1, 0.02);
+        double rate = used_by_kernels(&instructions[i]) ? rate_of(i, 1, 0.02) : 0;
         if (rate > highest) highest = rate, best[precision] = i;
     }
+    found_for[precision] = kernels;
     return best[precision];
 }
 
 double peak_product(Precision precision, int threads, double duration) {
-    int best = best_for(precision);
-    return best < 0 ? 0 : rate_of(best, threads, duration);
+    return rate_of(best_for(precision), threads, duration);
 }
+
+const char *peak_instruction(Precision precision) { return instructions[best_for(precision)].name; }
 
 enum { PIECES = 80 }; /* for each thread */
 

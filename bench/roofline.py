@@ -24,7 +24,7 @@ def read(path):
     """Rows of a file of bench.c, numbers as floats."""
     with open(path) as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
-    return [{key: value if key in ("kind", "name", "precision") else float(value) for key, value in row.items()}
+    return [{key: value if key in ("kind", "name", "precision", "instruction") else float(value) for key, value in row.items()}
             for row in rows]
 
 

@@ -2,8 +2,9 @@
  *
  * docs/kernels.md walks through them. Each step computes the same bits: an element is one chain of fused
  * multiply-adds over k, and what changes is the order in which elements and pieces of their chains are
- * visited. The steps are written for AVX2 or NEON, with sizes that divide evenly; engine/arithmetic/product.c is the
- * last step for all sizes, and goes to wider registers where there are any. */
+ * visited. The steps are written for AVX2 or NEON, with sizes that divide evenly; the last is the same for all
+ * sizes, engine/arithmetic/product.c, once more on wider registers where there are any. Each step is measured
+ * against the peak of its own instruction, that of the kernels named beside it. */
 #include "bench/bench.h"
 
 #include <math.h>
@@ -12,13 +13,16 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define TARGET __attribute__((target("avx2,fma")))
+#define ISA "avx2"
 #include "engine/arithmetic/vector_avx2.h"
 #elif defined(__aarch64__)
 #include <arm_neon.h>
 #define TARGET
+#define ISA "neon"
 #include "engine/arithmetic/vector_neon.h"
 #else
 #define TARGET
+#define ISA "generic"
 #include "engine/arithmetic/vector_generic.h"
 #endif
 
@@ -134,17 +138,18 @@ static void engine(void *with) {
 }
 
 static const struct {
-    const char *name;
+    const char *name, *isa;
     void (*run)(void *);
     int threads; /* 0: all */
 } steps[] = {
-    {"naive loop", naive, 1},
-    {"outputs side by side", side_by_side, 1},
-    {"tile in registers", register_tile, 1},
-    {"packed panel", packed_panel, 1},
-    {"k in chunks", k_in_chunks, 1},
-    {"all threads", all_threads, 0},
-    {"the engine", engine, 0},
+    {"naive loop", "naive", naive, 1},
+    {"outputs side by side", ISA, side_by_side, 1},
+    {"tile in registers", ISA, register_tile, 1},
+    {"packed panel", ISA, packed_panel, 1},
+    {"k in chunks", ISA, k_in_chunks, 1},
+    {"all threads", ISA, all_threads, 0},
+    {"the engine", ISA, engine, 0},
+    {"wider registers", "auto", engine, 0},
 };
 
 void bench_steps(void) {
@@ -154,10 +159,14 @@ void bench_steps(void) {
         for (int k = 0; k < I; k++) wt[k * O + o] = p.w[o * I + k];
     double bytes = 4.0 * (L * I + O * I + L * O);
     for (size_t i = 0; i < sizeof steps / sizeof *steps; i++) {
+        const char *before = peak_instruction(F32);
+        if (kernels_choose(steps[i].isa)) die(STATUS_USAGE, "the steps are written for %s", steps[i].isa);
+        if (!strcmp(steps[i].isa, "auto") && !strcmp(peak_instruction(F32), before)) break;
         measure(&(Job){"step", steps[i].name, F32, L, steps[i].threads, 2.0 * L * I * O, bytes, steps[i].run,
                        &p});
         if (i == 0) memcpy(expected, p.y, sizeof(float) * L * O);
         if (memcmp(expected, p.y, sizeof(float) * L * O)) die(STATUS_CHECK, "'%s' differs", steps[i].name);
     }
+    kernels_choose("auto");
     release();
 }

@@ -3,14 +3,15 @@
 
     python bench/tables.py build docs/bench.md docs/kernels.md
 
-In a page, the lines between <!-- NAME --> and <!-- end --> become table NAME, from bench.tsv, steps.tsv, growth.tsv and
-peers.tsv of the folder.
+In a page, the lines between <!-- NAME --> and <!-- end --> become table NAME, from bench.tsv, growth.tsv, peers.tsv and
+steps*.tsv of the folder.
 """
 
 import csv
 import re
 import sys
 from pathlib import Path
+from statistics import median
 
 from growth import full_clip
 from roofline import read
@@ -62,9 +63,14 @@ def stages(folder):
 
 
 def steps(folder):
-    return markdown(["step", "threads", "GFLOP/s", "of the processor's peak"],
-                    [[f"{i}. {row['name']}", int(row["threads"]), f"{row['gflop/s']:.1f}",
-                      f"{100 * row['of_peak']:.0f} %"] for i, row in enumerate(read(folder / "steps.tsv"), 1)])
+    """Medians of all runs, steps*.tsv."""
+    runs = [read(path) for path in sorted(folder.glob("steps*.tsv"))]
+    lines = []
+    for i, same in enumerate(zip(*runs, strict=True), 1):
+        rate, fraction = (median(row[key] for row in same) for key in ("gflop/s", "of_peak"))
+        lines.append([f"{i}. {same[0]['name']}", int(same[0]["threads"]), f"{rate:.1f}", f"{100 * fraction:.0f} %",
+                      same[0]["instruction"]])
+    return markdown(["step", "threads", "GFLOP/s", "of the peak", "of this instruction"], lines)
 
 
 def peers(folder):
