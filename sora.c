@@ -156,8 +156,8 @@ static void parse_rate(const char *text, int *rate_num, int *rate_den) {
         if (num > 0) decimal_rate(num, parts, &num, &den);
     }
     if (*at || num < 1 || den < 1 || num > MOST)
-        die(STATUS_USAGE, "--fps: '%s' is no frame rate: 24, 23.976, 30000/1001 or 30000:1001, with numbers up to %d",
-            text, MOST);
+        die(STATUS_USAGE, "--fps: '%s' is not a rate such as 24, 23.976, 30000/1001 or 30000:1001, of numbers from 1 "
+            "to %d", text, MOST);
     *rate_num = (int)num;
     *rate_den = (int)den;
 }

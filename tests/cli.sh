@@ -50,7 +50,7 @@ usage() {
     refused 2 "'1e3' is not a whole number" -m $model --frames 1e3 x
     refused 2 "--seconds: 'nan'" -m $model --seconds nan x
     for rate in 0 0:1 24: 24:0 24:1:1 -24 .5 1e3 1000001 1.0000001 fast ""; do
-        refused 2 "--fps: '$rate' is no frame rate" -m $model --fps "$rate" x
+        refused 2 "--fps: '$rate' is not a rate such as 24, 23.976, 30000/1001 or 30000:1001" -m $model --fps "$rate" x
     done
     refused 2 "--steps: '0'" -m $model --steps 0 x
     refused 2 "--guidance: 'inf'" -m $model -g inf x
@@ -96,6 +96,8 @@ input() {
     refused 2 "layout.gguf: vae.conv_layout is N,T,Y,X,I, expected O,T,Y,X,I" -m "$work/layout.gguf" x
     refused 2 "--noise nowhere.npy: No such file" $small --noise nowhere.npy x
     refused 2 "--noise tests/goldens/npy/f4_3.npy: shape \[3\], expected \[4, 2, 4, 8\]" $small --noise tests/goldens/npy/f4_3.npy x
+    refused 2 "shape \[2, 4, 4, 8\], expected \[4, 2, 4, 8\]: its axes are in another order" \
+        $small --noise tests/goldens/npy/noise_tchw.npy x
     refused 2 "not an .npy file" $small --noise Makefile x
     { head -c 128 $golden/noise.npy; printf '\0\0\300\177'; tail -c +133 $golden/noise.npy; } >"$work/nan.npy"
     refused 2 "nan.npy: number 1 of 256 is not finite" $small --noise "$work/nan.npy" x
@@ -255,6 +257,7 @@ generation() {
     done
     same --noise "$work/dump/noise.npy"
     same --prompt-file "$work/prompt"
+    same --prompt-file "$work/prompt.bom"
     same --prompt-file "$work/prompt.le"
     same --prompt-file "$work/prompt.be"
     same --seed 7
@@ -299,6 +302,14 @@ checks() {
         claim "guidance $guidance is guidance 1" cmp "$work/clip.y4m" "$work/unguided.y4m"
         claim "guidance $guidance: a warning" grep -q "warning: guidance $guidance is taken as 1" "$work/err"
     done
+}
+
+# Noise as another tool may write it.
+noise() {
+    run $small --noise $golden/noise.npy -o "$work/clip.y4m" x
+    mv "$work/clip.y4m" "$work/noise.y4m"
+    run $small --noise tests/goldens/npy/noise.npy -o "$work/clip.y4m" x
+    claim "--noise of float64, big-endian, in Fortran order, with a batch axis" cmp "$work/clip.y4m" "$work/noise.y4m"
 }
 
 # Seeds from end to end of torch's range.
@@ -480,6 +491,7 @@ end
 }
 
 printf "a red fox" >"$work/prompt"
+printf '\357\273\277a red fox\r\n' >"$work/prompt.bom"
 printf '\377\376a\0 \0r\0e\0d\0 \0f\0o\0x\0' >"$work/prompt.le"
 printf '\376\377\0a\0 \0r\0e\0d\0 \0f\0o\0x' >"$work/prompt.be"
 usage
@@ -489,6 +501,7 @@ not_finite
 streams
 generation
 seeds
+noise
 checks
 options
 information

@@ -138,7 +138,9 @@ def make_noise(folder: Path) -> None:
 def make_npy(folder: Path) -> None:
     """What the reader takes as numpy writes it: TYPE_SIZES.npy, arrays of 0, 1, 2, ...; types/ORDER_TYPE.npy [2, 3, 4],
     numbers that need a type's sign, fraction or highest bits, in either byte order, and the big-endian ones in Fortran
-    order too; v2.npy, of format version 2. What it refuses: bad_*.npy."""
+    order too; v2.npy and v3.npy, of these
+    versions of the format; noise.npy, the model's in float64, big-endian, in Fortran order, with a batch axis. What it
+    refuses: bad_*.npy; noise_tchw.npy, with its axes in another order."""
     for kind in ("f4", "f8", "i4", "i8"):
         for shape in ((), (3,), (0, 2), (2, 1, 3), (1, 2, 3, 2, 1)):
             name = "x".join(map(str, shape)) or "scalar"
@@ -148,8 +150,9 @@ def make_npy(folder: Path) -> None:
         fields = {"descr": "<" + kind, "fortran_order": False, "shape": (0, 1234567890, 1234567890, 1234567890, 1234)}
         with open(folder / f"{kind}_long.npy", "wb") as file:
             np.lib.format.write_array_header_1_0(file, fields)
-    with open(folder / "v2.npy", "wb") as file:
-        np.lib.format.write_array(file, np.arange(6, dtype=np.float32).reshape(2, 3), version=(2, 0))
+    for version in (2, 3):
+        with open(folder / f"v{version}.npy", "wb") as file:
+            np.lib.format.write_array(file, np.arange(6, dtype=np.float32).reshape(2, 3), version=(version, 0))
     types = folder / "types"
     types.mkdir(exist_ok=True)
     count = np.arange(24).reshape(2, 3, 4)
@@ -161,6 +164,9 @@ def make_npy(folder: Path) -> None:
         np.save(types / f"big_{kind}.npy", numbers.astype(">" + kind))
         np.save(types / f"fortran_{kind}.npy", np.asfortranarray(numbers.astype(">" + kind)))
     np.save(folder / "batch.npy", np.arange(6, dtype=np.float32).reshape(1, 1, 1, 1, 2, 3))
+    noise = np.load(GOLDENS / "model" / "noise.npy")
+    np.save(folder / "noise.npy", np.asfortranarray(noise[None].astype(">f8")))
+    np.save(folder / "noise_tchw.npy", noise.swapaxes(0, 1).copy())
     np.save(folder / "bad_dimensions.npy", np.zeros((2, 1, 1, 1, 1, 1), np.float32))
     np.save(folder / "bad_complex.npy", np.zeros(3, np.complex64))
     np.save(folder / "bad_text.npy", np.array(["a red fox"]))

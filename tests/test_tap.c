@@ -193,7 +193,7 @@ static void test_types(void) {
         {{.name = "fortran_f4", .scale = 1.0005}, "is beyond 0.0001)"},
         {{.name = "fortran_f2", .scale = 1.001}, "is beyond 0.0001)"},
         {{.name = "little_f4", .scale = 0.5}, "beyond 0.0001: the reference is 2 times this run's)"},
-        {{.name = "little_f4", .scale = 2, .offset = 4}, "beyond 0.0001: the reference is 0.5 times this run's -2)"},
+        {{.name = "little_f4", .scale = 2, .offset = 4}, "beyond 0.0001: the reference is 0.5 times this run's, minus 2)"},
         {{.name = "little_i4", .scale = 1, .offset = 0.25}, "is beyond 0.0001"},
         {{.name = "little_f2", .scale = 3, .feed = true}, "is beyond 0.0001"},
         {{.name = "fortran_i2", .scale = 3, .feed = true}, "is beyond 0.0001"},
@@ -230,6 +230,12 @@ static void run_unfinished(void *folder) {
     exit(!taps_report());
 }
 
+static void run_zeros(void *folder) {
+    taps_open(NULL, NULL, folder, 1e-4, false);
+    tap(((float[]){0, 1, 0, 0}), SHAPE(4), "x");
+    exit(!taps_report());
+}
+
 /* Ids of another number: taken, padding not. */
 static void run_longer_ids(void *folder) {
     int32_t ids[8] = {5, 6, 1};
@@ -250,6 +256,10 @@ static void test_unusual_feeds(void) {
     int status = run_apart(run_unfinished, folder, output);
     CHECK(status == STATUS_CHECK && strstr(output, "(the reference's value at [0] is not finite)"),
           "infinite references: status %d,\n%s", status, output);
+    write_halves(folder, "x", (uint16_t[4]){0}, 4);
+    status = run_apart(run_zeros, folder, output);
+    CHECK(status == STATUS_CHECK && strstr(output, "(the reference is 0 everywhere)"), "zeros: status %d,\n%s", status,
+          output);
     write_halves(folder, "trimmed.ids", (uint16_t[]){0x4700, 0x4800, 0x4880, 0x3c00}, 4);
     write_halves(folder, "padded.ids", (uint16_t[]){0x4500, 0x4600, 0x3c00, 0, 0}, 5);
     status = run_apart(run_longer_ids, folder, output);
@@ -319,6 +329,9 @@ static void test_folders(const char *folder) {
     status = run_apart(run_small, &(Run){.check = "/dev"}, output);
     CHECK(status == STATUS_USAGE && strstr(output, "holds no .npy"), "--check of no arrays: %d, %s", status,
           output);
+    status = run_apart(run_small, &(Run){.check = "Makefile"}, output);
+    CHECK(status == STATUS_USAGE && strstr(output, "--check Makefile: Not a directory"), "--check of a file: %d, %s",
+          status, output);
     status = run_apart(run_small, &(Run){.dump = below}, output);
     CHECK(status == STATUS_RESOURCE && strstr(output, "--dump "), "--dump nowhere: %d, %s", status, output);
     status = run_apart(run_small, &(Run){.dump = "/dev/null"}, output);

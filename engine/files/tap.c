@@ -259,7 +259,8 @@ static char *linear_relation(const Difference *d) {
     bool fits = d->count >= 16 && covariance * covariance > 0.9998 * actual * expected;
     if (!fits || !(scaled || shifted)) return format_string("%s", "");
     if (!shifted) return format_string(": the reference is %.4g times this run's", slope);
-    return format_string(": the reference is %.4g times this run's %+.4g", slope, offset);
+    return format_string(": the reference is %.4g times this run's, %s %.4g", slope, offset < 0 ? "minus" : "plus",
+                         fabs(offset));
 }
 
 static void conclude(const Difference *d, Row *row) {
