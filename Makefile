@@ -101,7 +101,7 @@ PYTHON ?= .venv/bin/python
 UMT5 ?= $(wildcard ../shared/fixtures/umt5-tokenizer/tokenizer.json.gz)
 
 test-reference: sora $(if $(filter .venv/%,$(PYTHON)),.venv/installed)
-	$(PYTHON) -m pytest -q tests/test_export.py
+	$(PYTHON) -m pytest -q tests/export
 	$(PYTHON) -m pytest -q train
 	$(PYTHON) tests/reference_tokenizer.py $(UMT5:%=--umt5 %)
 	$(PYTHON) tests/reference.py

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """From a released Wan 2.1 text-to-video checkpoint to the one GGUF file that sora maps into memory.
 
+    export/command.py   the command line
     export/sources.py   CHECKPOINT and options  -> which file holds which part
-    export/files.py     files                   -> tensors, not read yet
+    export/files.py     a path                  -> its files
+    export/containers.py  files                 -> tensors, not read yet
     export/parts.py     files of a part         -> its tensors by our names, its sizes
     export/names.py       keys of any layout    -> our names; refuses what sora cannot run
-    export/quantised.py   fp8                   -> a weight and its scale
+    export/quantised.py   fp8, int8, scales     -> weights
     export/sizes.py       shapes, config.json   -> sizes of the model
     export/tables.py      sizes                 -> every tensor: name, shape, type rule
     export/tokenizer.py tokenizer               -> pieces and rules
@@ -17,142 +19,15 @@
 Nothing is skipped silently: a tensor, key or setting that is missing, misshapen or unknown ends the export with one
 line that names it, exit status 2, and no file.
 """
-
-import argparse
-import hashlib
-import signal
+# This file must be read by every Python, so that the line below reaches whoever has an old one.
 import sys
-from pathlib import Path
 
-from gguf import GGMLQuantizationType as Type
-from tqdm import tqdm
-
-from export.defaults import DEFAULTS, default_keys, option_of, run_defaults
-from export.files import ExportError, is_out_of_memory
-from export.keys import FIXED, model_keys
-from export.lora import open_lora
-from export.parts import KINDS, open_part
-from export.sources import find_sources
-from export.tokenizer import find_tokenizer, tokenizer_keys
-from export.writer import DIGEST_KEY, NO_DIGEST, TYPES, check_output, plan, spare_sources, write
-
-FILE_TYPES = {Type.F32: 0, Type.F16: 1, Type.Q8_0: 7, Type.BF16: 32}  # llama.cpp's LLAMA_FTYPE
-
-
-def check_parts_fit(transformer, text, vae, tokenizer):
-    """The parts must have been made for each other."""
-    if transformer["text_dim"] != text["dim"]:
-        raise ExportError(f"the transformer takes text of width {transformer['text_dim']}, the text encoder gives "
-                          f"{text['dim']}")
-    if transformer["in_dim"] != vae["z_dim"]:
-        raise ExportError(f"the transformer has {transformer['in_dim']} latent channels, the VAE {vae['z_dim']}")
-    if len(tokenizer["tokenizer.ggml.tokens"]) > text["vocab_size"]:
-        raise ExportError(f"the tokenizer has {len(tokenizer['tokenizer.ggml.tokens'])} pieces, the text encoder's "
-                          f"embedding {text['vocab_size']} rows")
-
-
-def sha256_of(path, bar):
-    """The hex digest of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 24):
-            digest.update(chunk)
-            bar.update(len(chunk))
-    return digest.hexdigest()
-
-
-def source_keys(root, files):
-    """Names, relative to the checkpoint where they lie in it, and SHA-256 of all files that were read."""
-    files = list(dict.fromkeys(files))
-    names = [f.relative_to(root).as_posix() if root in f.parents else f.name for f in files]
-    total = sum(f.stat().st_size for f in files)
-    with tqdm(total=total, desc="sha256", unit="B", unit_scale=True, disable=None) as bar:
-        return {"sora.source.names": names, "sora.source.sha256": [sha256_of(f, bar) for f in files]}
-
-
-def carried_keys(own, keys):
-    """What a weight file that is converted again says of its past: the keys that grow. One that is not known is an
-    error, since it would be lost."""
-    known = keys.keys() | {row.key for row in DEFAULTS.values()} | {"general.architecture", "general.alignment"}
-    if unknown := [key for key in own.keys if key not in known and not key.startswith("GGUF.")]:
-        raise ExportError(f"{own.path}: {unknown[0]} is no key that this export.py knows")
-    return {key: [*own.keys.get(key, []), *keys[key]] for key in ("sora.lora", "sora.source.names",
-                                                                  "sora.source.sha256")}
-
-
-def export(args):
-    """From the arguments to the finished file."""
-    opened, output = {}, check_output(Path(args.output))
-    sources, wanted = find_sources(args, opened), TYPES.get(args.type)
-    parts = [open_part(name, getattr(sources, name), sources.transformer_pattern if name == "transformer" else "*", opened)
-             for name in KINDS]
-    text, transformer, vae = parts
-    tokenizer_path = find_tokenizer(sources.tokenizer)
-    tokenizer = tokenizer_keys(tokenizer_path, opened)
-    check_parts_fit(transformer.sizes, text.sizes, vae.sizes, tokenizer)
-
-    loras = [open_lora(option, {name: shape for name, shape, _ in transformer.rows()}) for option in args.lora]
-    planned = [t for part in parts for t in plan(part, wanted, loras if part is transformer else ())]
-    matrix = next(t for t in planned if t.name == "blocks.0.self_attn.q.weight")
-    files = [f for f in (*(f for part in parts for f in part.files), tokenizer_path, sources.scheduler,
-                         sources.settings, *(f for lora in loras for f in lora.files)) if f]
-    spare_sources(output, files)
-    keys = {
-        "general.file_type": FILE_TYPES[matrix.type],
-        **FIXED,
-        DIGEST_KEY: NO_DIGEST,
-        **default_keys(run_defaults(args, sources, transformer.sizes, vae.sizes)),
-        **model_keys(parts),
-        "sora.lora": [f"{lora.path.name}:{lora.scale:g}" for lora in loras],
-        **source_keys(Path(args.checkpoint) if args.checkpoint else None, files),
-        **tokenizer,
-    }
-    if sources.own:
-        keys |= carried_keys(sources.own, keys)
-    write(output, keys, planned)
-    print(f"{output}: {len(planned)} tensors, {output.stat().st_size:,} bytes", file=sys.stderr)
-
-
-def arguments(argv):
-    """The command line; each default of a run is an option of its type."""
-    parser = argparse.ArgumentParser(description="Converts a Wan 2.1 text-to-video checkpoint to one GGUF file.")
-    parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT",
-                        help="a diffusers folder, an original release folder, or the transformer's file")
-    parser.add_argument("-o", "--output", required=True, help="the GGUF file to write")
-    parser.add_argument("--type", choices=TYPES,
-                        help="type of the matrices (default: as they are stored; quantised ones but for q8_0 as bf16)")
-    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="merge a LoRA; repeatable")
-    for part in ("transformer", "text-encoder", "vae", "tokenizer"):
-        parser.add_argument(f"--{part}", metavar="PATH", help="file or folder to take this part from")
-    defaults = parser.add_argument_group("defaults that the file gives to sora")
-    for name, row in DEFAULTS.items():
-        defaults.add_argument(option_of(name), dest=name, type=row.kind, metavar=row.kind.__name__.upper(),
-                              help=row.help + (f": {', '.join(row.allowed)}" if row.kind is str and row.allowed else ""))
-    return parser.parse_args(argv)
-
-
-def main(argv=None):
-    """Exit status: 0 done, 2 bad usage or bad input, 3 out of disk or memory, 130 interrupted."""
-    args = arguments(argv)
-    try:
-        export(args)
-    except ExportError as error:
-        print(f"export.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"export.py: {error.filename or args.output}: {error.strerror}", file=sys.stderr)
-        return 2 if isinstance(error, (FileNotFoundError, PermissionError)) else 3
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print("export.py: out of memory", file=sys.stderr)
-        return 3
-    except KeyboardInterrupt:
-        print("export.py: interrupted", file=sys.stderr)
-        return 130
-    return 0
-
+if sys.version_info < (3, 11):
+    sys.exit("export.py: this is Python %d.%d, expected 3.11 or later" % sys.version_info[:2])
+try:
+    from export.command import main
+except ImportError as error:
+    sys.exit("export.py: %s: pip install -r requirements.txt" % error)
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after control-C
     sys.exit(main())

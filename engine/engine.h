@@ -232,6 +232,7 @@ typedef struct WeightFile WeightFile; /* weights.c */
 typedef struct {
     enum { NEVER, FIRST, ALWAYS } prepend; /* a space goes in front: FIRST, of the whole text only */
     bool squeeze_spaces;                   /* tokenizers: a run of spaces is one */
+    bool split_words; /* tokenizers: words lose their spaces, and each gets one in front: a cleaned text has no other */
     bool remove_extra_whitespaces, escape_whitespaces; /* sentencepiece */
     Bytes trie, replacements; /* sentencepiece's map: u32 units, 0-terminated strings */
 } Normalizer;

@@ -93,7 +93,7 @@ def keys_defaults(keys):
 
 def run_defaults(args, sources, transformer, vae):
     """{name: value} of all that are stated. transformer, vae: sizes."""
-    values = {name: row.value for name, row in DEFAULTS.items()}
+    values = {name: row.value for name, row in DEFAULTS.items() if row.value is not None}
     values.update(RELEASED.get((transformer["dim"], transformer["num_layers"]), {}))
     if sources.scheduler:
         with reading(sources.scheduler):
@@ -103,7 +103,6 @@ def run_defaults(args, sources, transformer, vae):
     if sources.settings:
         values.update(read_json(sources.settings))
     values.update({name: getattr(args, name) for name in DEFAULTS if getattr(args, name) is not None})
-    values = {name: value for name, value in values.items() if value is not None}
     for name, value in values.items():
         check_default(name, value)
     check_clip(values, transformer, vae)
@@ -118,10 +117,20 @@ def check_default(name, value):
     kinds = {int: (int,), float: (int, float), str: (str, int) if name == "fps" else (str,)}[row.kind]
     if type(value) not in kinds:
         raise ExportError(f"{name} is {value!r}, expected {'a text' if row.kind is str else 'a number'}")
+    if row.kind is str and not is_text(value):
+        raise ExportError(f"{name} is {value!r}, expected UTF-8 without a character 0")
     if row.allowed and row.kind is str and value not in row.allowed:
         raise ExportError(f"{name} is {value!r}, expected one of {', '.join(row.allowed)}")
     if row.allowed and row.kind is not str and not row.allowed[0] <= value <= row.allowed[1]:
         raise ExportError("{} is {!r}, expected {:g} to {:g}".format(name, value, *row.allowed))
+
+
+def is_text(value):
+    """Whether a text can be written as one: arguments and JSON may hold halves of characters."""
+    try:
+        return b"\0" not in str(value).encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def check_clip(values, transformer, vae):

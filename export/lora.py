@@ -4,27 +4,54 @@
     b += scale * (alpha / rank) * up_b             b += scale * diff_b
 
 in float32, on the weights as torch lays them out, some rows at a time: a LoRA is as little in memory as what it
-changes. Four styles of keys are in use (ComfyUI's, kohya's, diffusers', PEFT's); all are renamed as the checkpoint's
-own keys are. A key that matches no tensor is an error.
+changes. The keys of ComfyUI, kohya, diffusers, PEFT and DiffSynth are renamed as the checkpoint's own keys are. A key
+that matches no tensor is an error, unless it is asked to be left out; a relative of LoRA that computes something else
+is refused by name.
 """
 
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from export.files import ExportError, open_file, read_json, reading
+from export.containers import open_file
+from export.files import ExportError, read_json, reading
 from export.names import our_name, plain_name
-from export.quantised import check_stored
+from export.quantised import weights_in
 from export.tables import squeezed
 
-PEFT_PREFIX = "base_model.model."
-LORA_PREFIXES = (PEFT_PREFIX, "transformer.", "diffusion_model.")
-LORA_SUFFIXES = {".lora_A.weight": "down", ".lora_down.weight": "down", ".lora_A.default.weight": "down",
-                 ".lora_B.weight": "up", ".lora_up.weight": "up", ".lora_B.default.weight": "up",
-                 ".lora_B.bias": "up_b", ".lora_B.default.bias": "up_b", ".alpha": "alpha",
-                 ".diff": "diff", ".diff_b": "diff_b", ".diff_m": "diff_m"}
+# What a key's end says it is; PEFT puts the adapter's name before .weight.
+KINDS = [
+    (r"\.(?:lora_A|lora_down|lora\.down)(?:\.[\w-]+?)?(?:\.weight)?$", "down"),
+    (r"\.(?:lora_B|lora_up|lora\.up)(?:\.[\w-]+?)?\.bias$", "up_b"),
+    (r"\.(?:lora_B|lora_up|lora\.up)(?:\.[\w-]+?)?(?:\.weight)?$", "up"),
+    (r"\.alpha$", "alpha"),
+    (r"\.diff$", "diff"),
+    (r"\.diff_b$", "diff_b"),
+    (r"\.diff_m$", "diff_m"),
+]
+FLAT = re.compile(r"lora_(unet|transformer)_+")  # kohya and musubi write underscores for dots behind it
+
+# Relatives of LoRA, by the keys or by the settings of PEFT that give them away.
+OTHER_KEYS = [
+    (r"\.(dora_scale|lora_magnitude_vector)\b", "DoRA, which scales each row anew"),
+    (r"\.lokr_", "LoKr, a Kronecker product"),
+    (r"\.hada_", "LoHa, a Hadamard product"),
+    (r"\.b?oft_", "OFT, a rotation"),
+    (r"\.lora_mid\b", "LoCon with a core tensor"),
+    (r"\.lora_E\b|\.ranknum\b", "AdaLoRA"),
+    (r"\.ia3_|\.on_input$", "(IA)^3"),
+]
+OTHER_SETTINGS = [
+    ("use_dora", True, "DoRA, which scales each row anew"),
+    ("init_lora_weights", r"pissa", "PiSSA, which changed the weights that it was trained on"),
+    ("init_lora_weights", r"olora|corda|loftq|lora_ga", "LoRA that changed the weights that it was trained on"),
+    ("peft_type", r"(?!LORA$)", "no LoRA"),
+    ("fan_in_fan_out", True, "LoRA of transposed weights"),
+    ("target_parameters", True, "LoRA of parameters that are no modules"),
+]
 
 
 @dataclass
@@ -55,19 +82,17 @@ class Lora:
 
 
 def lora_module(key, rows):
-    """(module of the original release, kind of key), or None when the key is of no known style."""
-    suffix = next((s for s in LORA_SUFFIXES if key.endswith(s)), None)
-    if suffix is None:
+    """(module of the original release, kind of key), or None when the key is of no known style or module."""
+    pattern, kind = next(((p, k) for p, k in KINDS if re.search(p, key)), (None, None))
+    if kind is None:
         return None
-    module = key.removesuffix(suffix)
-    if module.startswith("lora_unet_"):  # kohya and musubi write underscores for dots
+    module = plain_name(re.sub(pattern, "", key) + ".").removesuffix(".")
+    if FLAT.match(module):
         flat = {name.removesuffix(".weight").replace(".", "_"): name.removesuffix(".weight") for name in rows}
-        module = flat.get(module.removeprefix("lora_unet_"))
+        module = flat.get(FLAT.sub("", module))
     else:
-        for prefix in LORA_PREFIXES:
-            module = module.removeprefix(prefix)
-        module = our_name("transformer", plain_name(module) + ".").removesuffix(".")
-    return module and (module, LORA_SUFFIXES[suffix])
+        module = our_name("transformer", module + ".").removesuffix(".")
+    return (module, kind) if module and lora_tensor(module, kind) in rows else None
 
 
 def lora_tensor(module, kind):
@@ -77,45 +102,59 @@ def lora_tensor(module, kind):
     return f"{module}.bias" if kind in ("diff_b", "up_b") else f"{module}.weight"
 
 
-def open_lora(option, rows):
-    """Reads FILE[:SCALE] and matches every key with a tensor of the transformer. rows: name -> torch shape."""
-    path, scale = option, 1.0
-    if not Path(option).is_file() and ":" in option:
-        path, _, number = option.rpartition(":")
-        try:
-            scale = float(number)
-        except ValueError:
-            scale = math.nan
-        if not math.isfinite(scale):
-            raise ExportError(f"--lora {option}: {number!r} is not a scale")
-    file = open_file(Path(path))
+def open_lora(option, rows, skip=False):
+    """Reads FILE[:SCALE] and matches every key with a tensor of the transformer. rows: name -> torch shape. skip: leave
+    out keys that match none, and count them."""
+    path, scale = split_option(option)
+    file = open_file(path)
     with reading(path):
-        modules = lora_modules(file, rows)
+        modules, left_out = lora_modules(file, rows, skip)
         config, config_files = adapter_config(file)
-        lora = Lora(Path(path), scale, rows, [file.path, *config_files])
+        lora = Lora(path, scale, rows, [file.path, *config_files])
         for module, keys in modules.items():
             add_changes(lora, module, keys, config)
     if not lora.changes:
         raise ExportError(f"{path}: changes nothing")
-    print(f"{path}: {len(file.tensors)} keys applied to {len(lora.changes)} tensors, scale {scale:g}",
-          file=sys.stderr)
+    print(f"{path}: {len(file.tensors) - left_out} keys applied to {len(lora.changes)} tensors, scale {scale:g}"
+          f"{f'; {left_out} keys that match no tensor left out' if left_out else ''}", file=sys.stderr)
     return lora
 
 
-def lora_modules(file, rows):
-    """{module: {kind of key: tensor}} of a LoRA file."""
-    modules = {}
-    for key, tensor in file.tensors.items():
+def split_option(option):
+    """FILE and SCALE of FILE[:SCALE]."""
+    if Path(option).is_file() or ":" not in option:
+        return Path(option), 1.0
+    path, _, number = option.rpartition(":")
+    try:
+        scale = float(number)
+    except ValueError:
+        scale = math.nan
+    if not math.isfinite(scale):
+        raise ExportError(f"--lora {option}: {number!r} is not a scale")
+    return Path(path), scale
+
+
+def lora_modules(file, rows, skip):
+    """({module: {kind of key: tensor}} of a LoRA file, how many keys match nothing)."""
+    for key in file.tensors:
+        for pattern, what in OTHER_KEYS:
+            if re.search(pattern, key):
+                raise ExportError(f"{file.path}: {what}, cannot be merged ({key})")
+    alphas = {k: t for k, t in file.tensors.items() if k.endswith(".alpha")}  # counts, which may be stored as such
+    modules, left_out = {}, 0
+    for key, tensor in (weights_in({k: t for k, t in file.tensors.items() if k not in alphas}) | alphas).items():
         found = lora_module(key, rows)
-        if not found or lora_tensor(*found) not in rows:
-            raise ExportError(f"{file.path}: {key} matches no tensor of the transformer")
+        if not found and not skip:
+            raise ExportError(f"{file.path}: {key} matches no tensor of the transformer (--lora-skip-unmatched leaves "
+                              "such keys out)")
+        if not found:
+            left_out += 1
+            continue
         module, kind = found
         if kind in modules.setdefault(module, {}):
             raise ExportError(f"{file.path}: {key} stands for the same as {modules[module][kind].key}")
-        if kind != "alpha":  # which is a count, and may be stored as one
-            check_stored(key, tensor, key.removesuffix(".weight"))
         modules[module][kind] = tensor
-    return modules
+    return modules, left_out
 
 
 def adapter_config(file):
@@ -124,17 +163,31 @@ def adapter_config(file):
     beside = file.path.parent / "adapter_config.json"
     if "lora_adapter_metadata" in file.metadata:
         config, files = json.loads(file.metadata["lora_adapter_metadata"]), []
-    elif any(key.startswith(PEFT_PREFIX) for key in file.tensors):
+    elif any(key.startswith("base_model.model.") for key in file.tensors):
         if not beside.is_file():
             raise ExportError(f"{file.path}: PEFT keeps its strength in {beside.name}, which must lie beside it")
         config, files = read_json(beside), [beside]
     else:
         config, files = {}, []
     config = {key.removeprefix("transformer."): value for key, value in config.items()}
-    for key in ("use_dora", "use_rslora", "alpha_pattern"):
-        if config.get(key):
-            raise ExportError(f"{file.path}: {key} is not supported")
+    for key, wrong, what in OTHER_SETTINGS:
+        value = config.get(key)
+        if value and (wrong is True or isinstance(value, str) and re.match(wrong, value)):
+            raise ExportError(f"{file.path}: {what}, cannot be merged ({key} is {json.dumps(value)})")
     return config, files
+
+
+def strength(lora, keys, rank, config):
+    """What the product of one module is multiplied by, before the option's scale: alpha over the rank, or over its
+    root (rsLoRA). An alpha in the file goes before the module's own in PEFT's settings, and that before the common."""
+    module, alpha = plain_name(re.sub(KINDS[0][0], "", keys["down"].key)), config.get("lora_alpha", rank)
+    alpha = next((a for pattern, a in (config.get("alpha_pattern") or {}).items()
+                  if re.match(rf"(.*\.)?({pattern})$", module)), alpha)
+    if "alpha" in keys:
+        alpha = keys["alpha"].rows().item()
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        raise ExportError(f"{lora.path}: lora_alpha is {json.dumps(alpha)}, expected a number")
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def add_changes(lora, module, keys, config):
@@ -148,11 +201,12 @@ def add_changes(lora, module, keys, config):
     if not {"down", "up"} <= keys.keys():
         raise ExportError(f"{lora.path}: {keys[min(alone)].key} has no counterpart")
     down, up = keys["down"], keys["up"]
-    rank = down.shape[0]
+    rank = down.shape[0] if down.shape else 0
+    if rank == 0:
+        raise ExportError(f"{lora.path}: {down.key} has shape {list(down.shape)}, which is of rank 0")
     if math.prod(up.shape[1:]) != rank:
         raise ExportError(f"{lora.path}: {up.key} has rank {math.prod(up.shape[1:])}, {down.key} has {rank}")
-    alpha = keys["alpha"].rows().item() if "alpha" in keys else config.get("lora_alpha", rank)
-    factor = lora.scale * (alpha / rank)
+    factor = lora.scale * strength(lora, keys, rank, config)
     lora.add_product(module, up, down, factor)
     if "up_b" in keys:
         lora.add_difference(module, "up_b", keys["up_b"], factor)

@@ -12,8 +12,9 @@ import re
 
 from export.files import ExportError
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.model.", "diffusion_model.", "model.", "net.", "generator.")
-WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# What stands before a name, in any order and number: ComfyUI's, trainers', PEFT's, DiffSynth's.
+PREFIX = re.compile(r"^((model|diffusion_model|transformer|module|net|generator|unet|dit|pipe|base_model)\.)+")
+WRAPPER = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")  # anywhere
 SHARED, TIED = "shared.weight", "encoder.embed_tokens.weight"  # two names that transformers has for one tensor
 
 RENAMES = {
@@ -78,11 +79,7 @@ EXPERT = re.compile(r"(high|low)[-_ ]?noise|transformer_2|wan2[._]2|a14b", re.IG
 
 def plain_name(key):
     """A key without the prefixes and wrappers that trainers and repackagers put around it."""
-    for wrapper in WRAPPERS:
-        key = key.replace(wrapper, "")
-    while prefix := next((p for p in PREFIXES if key.startswith(p)), None):
-        key = key[len(prefix):]
-    return key
+    return PREFIX.sub("", WRAPPER.sub("", key))
 
 
 def our_name(part, name):

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
 
-from export.files import ExportError, open_file, read_json, reading, weight_files
+from export.containers import open_file
+from export.files import ExportError, read_json, reading, weight_files
 from export.keys import stated_sizes
 from export.names import EXPERT, SHARED, TIED, count_upsamples, our_name, plain_name, refuse_unsupported
 from export.quantised import weights_in

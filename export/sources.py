@@ -1,9 +1,10 @@
 """Sources: which file holds which part, in every layout that a checkpoint may have."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from export.files import ExportError, Gguf, open_file, read_json, reading
+from export.containers import Gguf, open_file
+from export.files import ExportError, read_json, reading
 
 PARTS = ("transformer", "text_encoder", "vae", "tokenizer")
 
@@ -18,7 +19,7 @@ class Sources:
     scheduler: Path | None = None
     settings: Path | None = None
     own: Gguf | None = None  # the weight file that is converted again
-    transformer_pattern: str = "*"
+    patterns: dict = field(default_factory=dict)  # {part: its files' names, where a folder holds those of others}
 
 
 def find_sources(args, opened):
@@ -26,6 +27,7 @@ def find_sources(args, opened):
     sources = Sources()
     if args.checkpoint:
         root = Path(args.checkpoint)
+        root = root.parent if root.name == "model_index.json" else root
         if not root.exists():
             raise ExportError(f"{root}: no such file or folder")
         if root.is_file():
@@ -34,15 +36,14 @@ def find_sources(args, opened):
         elif (root / "model_index.json").is_file():
             sources = diffusers_sources(root, bool(args.transformer))
         else:
-            sources = original_sources(root, bool(args.transformer))
+            sources = original_sources(root, args)
         if (root / "sora.json").is_file():
             sources.settings = root / "sora.json"
     for part in PARTS:
         if getattr(args, part):
             setattr(sources, part, Path(getattr(args, part)))
-    if args.transformer:
-        sources.transformer_pattern = "*"
-    if not sources.tokenizer and sources.text_encoder and sources.text_encoder.suffix in (".gguf", ".safetensors"):
+            sources.patterns.pop(part, None)
+    if not sources.tokenizer and sources.text_encoder and sources.text_encoder.is_file():
         sources.tokenizer = sources.text_encoder  # ComfyUI's and llama.cpp's text encoders carry it
     for part in PARTS:
         if getattr(sources, part) is None:
@@ -73,14 +74,17 @@ def refuse_pipeline(root, index):
         raise ExportError(f"{root}: a {index['_class_name']} cannot be run yet (_class_name in model_index.json)")
 
 
-def original_sources(root, replaced):
+def original_sources(root, args):
     """The parts of a folder as the original repository's generate.py expects it (wan/configs)."""
-    def first(pattern):
-        return next(iter(sorted(root.glob(pattern))), None)
+    def only(part, pattern):
+        found = sorted(root.glob(pattern))
+        if len(found) > 1 and not getattr(args, part):
+            raise ExportError(f"{root}: {found[0].name} and {found[1].name}: name one with --{part.replace('_', '-')}")
+        return found[0] if found else None
 
     for pattern, what in (("*_noise_model", "Wan 2.2 A14B (two experts)"), ("Wan2.2_VAE.*", "Wan 2.2 TI2V-5B"),
                           ("models_clip_*", "an image-to-video model (CLIP image encoder)")):
-        if (found := first(pattern)) and not replaced:
-            raise ExportError(f"{root}: {what} cannot be run yet ({found.name})")
-    return Sources(root, first("models_t5_*"), first("Wan*_VAE.*"), first("google/umt5-xxl"),
-                   transformer_pattern="diffusion_pytorch_model*")
+        if (found := sorted(root.glob(pattern))) and not args.transformer:
+            raise ExportError(f"{root}: {what} cannot be run yet ({found[0].name})")
+    return Sources(root, only("text_encoder", "models_t5_*"), only("vae", "Wan*_VAE.*"),
+                   only("tokenizer", "google/umt5-xxl"), patterns={"transformer": "diffusion_pytorch_model*"})

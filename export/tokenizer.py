@@ -12,7 +12,8 @@ import re
 from google.protobuf.message import DecodeError
 from sentencepiece import sentencepiece_model_pb2
 
-from export.files import ExportError, open_file, read_json, reading
+from export.containers import container_of, open_file
+from export.files import ExportError, first_bytes, read_json, reading
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # as sentencepiece numbers them
 MAP = "tokenizer.ggml.precompiled_charsmap"
@@ -26,27 +27,40 @@ def find_tokenizer(path):
     for name in ("tokenizer.json", "spiece.model"):
         if (path / name).is_file():
             return path / name
-    raise ExportError(f"{path}: no tokenizer.json or spiece.model")
+    if not path.is_dir():
+        raise ExportError(f"{path}: no such file or folder")
+    found = ", ".join(sorted(f.name for f in path.iterdir())) or "nothing"
+    raise ExportError(f"{path}: no tokenizer.json or spiece.model, only {found[:120]}: give the one of the original "
+                      "release with --tokenizer")
 
 
 def tokenizer_keys(path, opened=None):
-    """The keys of one tokenizer file, chosen by its kind. opened: files of weights, which may be the same one."""
+    """The keys of one tokenizer file, chosen by how it begins. opened: files of weights, which may be the same one."""
     with reading(path):
-        if path.name.endswith((".json", ".json.gz")):
+        head = first_bytes(path)
+        if re.match(rb"\x1f\x8b|(\xef\xbb\xbf)?\s*[{\[]", head):
             return from_tokenizer_json(path, read_json(path))
-        if path.suffix in (".gguf", ".safetensors"):
-            file = open_file(path, opened)
-            return from_own(file) if file.own else (from_gguf if path.suffix == ".gguf" else from_embedded)(file)
-        if path.suffix == ".model":
+        if not container_of(head):
             return from_sentencepiece(path, path.read_bytes())
-    raise ExportError(f"{path}: unknown kind of tokenizer, expected .json, .model, .gguf or .safetensors")
+        file = open_file(path, opened)
+        return from_own(file) if file.own else from_embedded(file)
+
+
+def from_own(file):
+    """Keys of a weight file that export.py wrote, as they are."""
+    keys = {key: value for key, value in file.keys.items() if key.startswith(("tokenizer.", "sora.tokenizer."))}
+    return keys | {MAP: bytes(keys.get(MAP, b""))}
 
 
 def from_embedded(file):
-    """ComfyUI's text encoders carry spiece.model as a tensor of bytes."""
-    if "spiece_model" not in file.tensors:
-        raise ExportError(f"{file.path}: holds no tokenizer (no tensor spiece_model): name one with --tokenizer")
-    return from_sentencepiece(file.path, file.read("spiece_model", None, None).numpy().tobytes())
+    """Keys of what a text encoder carries: llama.cpp's conversion in its GGUF, or spiece.model as ComfyUI's tensor of
+    bytes."""
+    if file.keys.get("tokenizer.ggml.model") == "t5":
+        return from_gguf(file.keys)
+    if "spiece_model" in file.tensors:
+        return from_sentencepiece(file.path, file.read("spiece_model", None, None).numpy().tobytes())
+    raise ExportError(f"{file.path}: holds no unigram tokenizer (tokenizer.ggml.model t5, or a tensor spiece_model): "
+                      "name one with --tokenizer")
 
 
 def from_sentencepiece(path, data):
@@ -76,6 +90,7 @@ def from_sentencepiece(path, data):
         "sora.tokenizer.byte_fallback": trainer.byte_fallback,
         "sora.tokenizer.escape_whitespaces": normalizer.escape_whitespaces,
         "sora.tokenizer.squeeze_spaces": False,
+        "sora.tokenizer.split_words": False,
         "sora.tokenizer.prepend_scheme": "always" if normalizer.add_dummy_prefix else "never",
         "sora.tokenizer.added_ids": [],
     }
@@ -87,32 +102,24 @@ def piece_id(path, ids, piece):
     return ids[piece]
 
 
-def from_own(file):
-    """Keys of a weight file that export.py wrote, as they are."""
-    keys = {key: value for key, value in file.keys.items() if key.startswith(("tokenizer.", "sora.tokenizer."))}
-    return keys | {MAP: bytes(keys.get(MAP, b""))}
-
-
-def from_gguf(file):
+def from_gguf(keys):
     """Keys of llama.cpp's conversion of a spiece.model; byte pieces exist only where byte fallback is on."""
-    if file.keys.get("tokenizer.ggml.model") != "t5":
-        raise ExportError(f"{file.path}: holds no unigram tokenizer: name one with --tokenizer")
-    types = file.keys.get("tokenizer.ggml.token_type")
-    prefix = bool(file.keys.get("tokenizer.ggml.add_space_prefix", True))
+    types, prefix = keys["tokenizer.ggml.token_type"], bool(keys.get("tokenizer.ggml.add_space_prefix", True))
     return {
-        "tokenizer.ggml.tokens": file.keys.get("tokenizer.ggml.tokens"),
-        "tokenizer.ggml.scores": file.keys.get("tokenizer.ggml.scores"),
+        "tokenizer.ggml.tokens": keys["tokenizer.ggml.tokens"],
+        "tokenizer.ggml.scores": keys["tokenizer.ggml.scores"],
         "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.eos_token_id": file.keys.get("tokenizer.ggml.eos_token_id", 1),
+        "tokenizer.ggml.eos_token_id": keys.get("tokenizer.ggml.eos_token_id", 1),
         "tokenizer.ggml.unknown_token_id": types.index(UNKNOWN),
-        "tokenizer.ggml.padding_token_id": file.keys.get("tokenizer.ggml.padding_token_id", 0),
+        "tokenizer.ggml.padding_token_id": keys.get("tokenizer.ggml.padding_token_id", 0),
         "tokenizer.ggml.add_space_prefix": prefix,
-        "tokenizer.ggml.remove_extra_whitespaces": bool(file.keys.get("tokenizer.ggml.remove_extra_whitespaces", True)),
-        MAP: bytes(file.keys.get(MAP, b"")),
+        "tokenizer.ggml.remove_extra_whitespaces": bool(keys.get("tokenizer.ggml.remove_extra_whitespaces", True)),
+        MAP: bytes(keys.get(MAP, b"")),
         "sora.tokenizer.rules": "sentencepiece",
         "sora.tokenizer.byte_fallback": BYTE in types,
         "sora.tokenizer.escape_whitespaces": True,
         "sora.tokenizer.squeeze_spaces": False,
+        "sora.tokenizer.split_words": False,
         "sora.tokenizer.prepend_scheme": "always" if prefix else "never",
         "sora.tokenizer.added_ids": [],
     }
@@ -120,15 +127,21 @@ def from_gguf(file):
 
 def from_tokenizer_json(path, config):
     """Keys of a tokenizer.json, which is used as the tokenizers library uses it."""
-    def refuse(what, found):
-        raise ExportError(f"{path}: {what} {json.dumps(found, ensure_ascii=False)[:80]} is not supported")
+    def refuse(what, found, help=""):
+        raise ExportError(f"{path}: {what} {json.dumps(found, ensure_ascii=False)[:80]} is not supported{help}")
 
     model, meta = config.get("model") or {}, config.get("pre_tokenizer") or {}
+    steps = meta.get("pretokenizers") or []
+    split_words = meta.get("type") == "Sequence" and len(steps) == 2 and steps[0] == {"type": "WhitespaceSplit"}
+    if split_words:  # as transformers 5 saves every T5 tokenizer
+        meta = steps[1]
     if model.get("type") != "Unigram" or not model.get("vocab"):
         refuse("model", model.get("type"))
     if meta.get("type") != "Metaspace" or meta.get("replacement") != "\u2581" or meta.get("split", True) is not True:
         refuse("pre_tokenizer", meta)
     scheme = meta.get("prepend_scheme", "always" if meta.get("add_prefix_space", True) else "never")
+    if split_words and scheme != "always":
+        refuse("pre_tokenizer", meta)
     pieces, scores = [p for p, _ in model["vocab"]], [s for _, s in model["vocab"]]
     types = [BYTE if BYTE_PIECE.match(p) else NORMAL for p in pieces]
     if model.get("unk_id") is None:
@@ -150,6 +163,7 @@ def from_tokenizer_json(path, config):
         "sora.tokenizer.byte_fallback": bool(model.get("byte_fallback", False)),
         "sora.tokenizer.escape_whitespaces": True,
         "sora.tokenizer.squeeze_spaces": squeezes(config.get("normalizer"), refuse),
+        "sora.tokenizer.split_words": split_words,
         "sora.tokenizer.prepend_scheme": scheme,
         "sora.tokenizer.added_ids": added,
     }
@@ -177,6 +191,9 @@ def squeezes(normalizer, refuse):
     if steps and normalizer.get("type") == "Sequence":
         steps = normalizer["normalizers"]
     for step in steps:
+        if step.get("type") == "Precompiled":
+            refuse("normalizer", "Precompiled", "; transformers 5 writes it where it saves a folder that had "
+                   "spiece.model alone: give that file with --tokenizer")
         if step != {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}:
             refuse("normalizer", step)
     return bool(steps)

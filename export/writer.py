@@ -15,11 +15,13 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from tqdm import tqdm
 
-from export.files import ExportError, Stored
+from export.containers import Stored
+from export.files import ExportError
 from export.tables import CONV, EXACT, KEPT, MATRIX, WIDE, squeezed
 
 ALIGNMENT = 64  # bytes; a cache line, so that rows of a mapped tensor load aligned
 SLICE = 1 << 24  # elements converted at a time
+F16_MAX = 65504  # also of q8_0's scales: the largest of a block over 127
 TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
 DIGEST_KEY, NO_DIGEST = "sora.tensors_sha256", "0" * 64
 
@@ -71,13 +73,11 @@ class Planned:
             return values.numpy()
         if self.type == Type.BF16:
             return values.bfloat16().view(torch.uint16).numpy()
-        if self.type == Type.Q8_0:
-            return gguf.quants.quantize(values.numpy(), Type.Q8_0)
-        half = values.half()
-        if not torch.isfinite(half).all():
-            raise ExportError(f"{self.source.file.path}: {self.source.key} holds {values.abs().max():g}, which f16 "
-                              "cannot: take --type bf16")
-        return half.numpy()
+        largest, limit = values.abs().max(), F16_MAX * (127 if self.type == Type.Q8_0 else 1)
+        if largest > limit:
+            raise ExportError(f"{self.source.file.path}: {self.source.key} holds {largest:g}, which "
+                              f"{self.type.name.lower()} cannot: take --type bf16")
+        return gguf.quants.quantize(values.numpy(), Type.Q8_0) if self.type == Type.Q8_0 else values.half().numpy()
 
 
 def four_dimensions(shape):

@@ -247,7 +247,7 @@ def write_diffusers(folder, models, dtype, limit, seed):
 
 def original_names(models):
     """For each model {original name: diffusers' or transformers' name}. Those of transformer and VAE come from the
-    exporter's tables; test_export.py holds them against diffusers' own converters."""
+    exporter's tables; tests/export holds them against diffusers' own converters."""
     def t5(name):
         for pattern, replacement in ORIGINAL_T5:
             name = re.sub(pattern, replacement, name)

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Writes tests/goldens/ from the reference packages: what `make test` compares with.
 
-    python tests/make_goldens.py            (all parts but demo; name some to make only those)
+    python tests/make_goldens.py            (all parts but those below; name some to make only those)
     python tests/make_goldens.py demo       (from models/demo.gguf, with what train/requirements.txt names)
+    python tests/make_goldens.py quantised  (with comfy-kitchen==0.2.40)
 
 Each part leaves a VERSIONS beside its files: this command, the packages' versions and the seed.
 """
@@ -19,6 +20,7 @@ from tempfile import TemporaryDirectory
 import gguf
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 import make_checkpoint
 import schedulers
@@ -32,6 +34,7 @@ SEED = 20250707
 def write_versions(folder: Path, part: str) -> None:
     """VERSIONS: how the files beside it were made."""
     packages = ["torch", "diffusers", "transformers", "numpy", "gguf"]
+    packages += ["comfy-kitchen"] if part == "quantised" else []
     lines = [f"python tests/make_goldens.py {part}", f"seed {SEED}"]
     lines += [f"{name} {version(name)}" for name in packages]
     (folder / "VERSIONS").write_text("\n".join(lines) + "\n")
@@ -217,14 +220,36 @@ def make_demo(folder: Path) -> None:
         np.save(folder / "decoded" / "video.npy", np.load(double / "video.npy").astype(np.float32))
 
 
+def make_quantised(folder: Path) -> None:
+    """comfy.safetensors: small weights as ComfyUI stores them, and dequantised.safetensors, what its own library makes
+    of them again. Needs comfy-kitchen==0.2.40, which nothing else here does."""
+    from comfy_kitchen.tensor import QuantizedTensor
+    int8, fp8 = "TensorWiseINT8Layout", "TensorCoreFP8Layout"
+    generator = torch.Generator().manual_seed(SEED)
+    stored, dequantised = {}, {}
+    for name, layout, options in (("whole", int8, {}), ("rows", int8, {"per_channel": True}),
+                                  *((f"rotated{n}", int8, {"per_channel": True, "convrot": True,
+                                                           "convrot_groupsize": n}) for n in (16, 64, 256)),
+                                  ("fp8", fp8, {"scale": torch.tensor(0.01)})):
+        values = torch.randn(8, 256, generator=generator)
+        quantised = QuantizedTensor.from_float(values, layout, **options)
+        stored |= quantised.state_dict(f"{name}.weight")
+        settings = {"format": "int8_tensorwise" if layout == int8 else "float8_e4m3fn"}
+        settings |= {k: v for k, v in options.items() if k.startswith("convrot")}
+        stored[f"{name}.comfy_quant"] = torch.tensor(list(json.dumps(settings).encode()), dtype=torch.uint8)
+        dequantised[f"{name}.weight"] = quantised.dequantize()
+    save_file(stored, folder / "comfy.safetensors")
+    save_file(dequantised, folder / "dequantised.safetensors")
+
+
 PARTS = {"weights": make_weights, "noise": make_noise, "sampler": make_sampler, "npy": make_npy, "model": make_model,
-         "demo": make_demo}
+         "demo": make_demo, "quantised": make_quantised}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
-    for part in parser.parse_args().parts or PARTS.keys() - {"demo"}:
+    for part in parser.parse_args().parts or PARTS.keys() - {"demo", "quantised"}:
         folder = GOLDENS / part
         folder.mkdir(parents=True, exist_ok=True)
         PARTS[part](folder)

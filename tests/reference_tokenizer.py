@@ -499,6 +499,7 @@ GOLDENS = {
     "tokenizers, as umT5": "umt5_like",
     "tokenizers, byte fallback": "json_bytes",
     "tokenizers, dense scores, positive": "dense_double",
+    "tokenizers, saved anew by transformers": "resaved",
 }
 
 
@@ -526,8 +527,8 @@ def write_goldens(folder, models):
         (folder / "characters.txt").write_text("".join(lines))
     (folder / "VERSIONS").write_text(
         f"python {platform.python_version()}, tokenizers {tokenizers.__version__}, "
-        f"sentencepiece {sentencepiece.__version__}, ftfy {ftfy.__version__}, gguf {version('gguf')}, "
-        f"Unicode {unicodedata.unidata_version}\n"
+        f"transformers {transformers.__version__}, sentencepiece {sentencepiece.__version__}, "
+        f"ftfy {ftfy.__version__}, gguf {version('gguf')}, Unicode {unicodedata.unidata_version}\n"
         "python tests/reference_tokenizer.py --goldens tests/goldens/tokenizer\n")
 
 
@@ -617,6 +618,22 @@ def compare_dense(comparison, learned):
         comparison.json(f"dense scores, {name}", json_variant(special + dense_vocabulary(score)), inputs)
 
 
+def compare_resaved(comparison, learned):
+    """What transformers leaves of a tokenizer.json when it saves its folder anew: words are split first, and another
+    id is the unknown one. The texts are cleaned, as prompts are: other white space than single spaces is gone."""
+    trained = sentencepiece_model_pb2.ModelProto.FromString(train(TRAINING["identity, byte fallback"], learned))
+    vocab = [(p.piece, p.score) for p in trained.pieces] + [("[eod]", 0.0)]
+    before, after = comparison.folder / "before", comparison.folder / "after"
+    before.mkdir()
+    (before / "tokenizer.json").write_text(json.dumps(json_variant(vocab)))
+    (before / "tokenizer_config.json").write_text(json.dumps({
+        "tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}))
+    transformers.AutoTokenizer.from_pretrained(before).save_pretrained(after)
+    path = after / "tokenizer.json"
+    inputs = [" ".join(text.split()) for text in texts(comparison.count, 300)]
+    comparison.tokenizer("tokenizers, saved anew by transformers", path, library_of_json(path), inputs)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--umt5", type=Path, help="umT5's own tokenizer.json or tokenizer.json.gz")
@@ -634,6 +651,7 @@ def main():
         compare_trained(comparison, learned)
         compare_json(comparison, learned)
         compare_dense(comparison, learned)
+        compare_resaved(comparison, learned)
         if args.goldens:
             write_goldens(args.goldens, comparison.goldens)
     print(f"{comparison.strings - comparison.wrong} passed, {comparison.wrong} failed")

@@ -268,9 +268,9 @@ static void test_damage(const char *name) {
 
 void test_tokenizer(void) {
     static const char *const goldens[] = {"nmt_nfkc",  "byte_fallback", "spaces_kept", "dense_float",
-                                          "umt5_like", "json_bytes",    "dense_double"};
-    for (int i = 0; i < 7; i++) test_golden(goldens[i]);
-    for (int i = 0; i < 7; i++) test_damage(goldens[i]);
+                                          "umt5_like", "json_bytes",    "dense_double", "resaved"};
+    for (int i = 0; i < 8; i++) test_golden(goldens[i]);
+    for (int i = 0; i < 8; i++) test_damage(goldens[i]);
     CHECK(for_each_line("clean", test_clean, NULL) == 600, "clean.txt is short");
     CHECK(for_each_line("characters", test_characters, NULL) == 48, "characters.txt is short");
     test_limits();

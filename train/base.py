@@ -19,7 +19,7 @@ import vae
 from common import save_atomically
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-from export.files import Gguf
+from export.containers import Gguf
 from export.names import SHARED, TIED, count_upsamples, our_name
 from export.parts import KINDS
 

@@ -12,12 +12,13 @@
 
 Text normalize_part(const Normalizer *n, Bytes part, bool first) {
     Text out = {0};
-    bool starts = part.data[0] == ' ' || starts_with(part, SPACE_SYMBOL);
-    if (!starts && (n->prepend == ALWAYS || (n->prepend == FIRST && first)))
-        text_append(&out, SPACE_SYMBOL, SPACE_BYTES);
+    bool prepend = n->prepend == ALWAYS || (n->prepend == FIRST && first);
     for (size_t i = 0; i < part.size; i++) {
-        bool space = part.data[i] == ' ';
-        if (space && n->squeeze_spaces && i > 0 && part.data[i - 1] == ' ') continue;
+        bool space = part.data[i] == ' ', after_space = i > 0 && part.data[i - 1] == ' ';
+        if (space && (n->split_words || (n->squeeze_spaces && after_space))) continue;
+        bool begins = !space && (i == 0 || (n->split_words && after_space));
+        if (begins && prepend && !starts_with(tail(part, i), SPACE_SYMBOL))
+            text_append(&out, SPACE_SYMBOL, SPACE_BYTES);
         text_append(&out, space ? SPACE_SYMBOL : (const char *)part.data + i, space ? SPACE_BYTES : 1);
     }
     return out;
@@ -117,6 +118,7 @@ const char *normalizer_load(const WeightFile *file, Normalizer *out) {
     while (out->prepend <= ALWAYS && strcmp(scheme, schemes[out->prepend])) out->prepend++;
     if (out->prepend > ALWAYS)
         return reason("\"sora.tokenizer.prepend_scheme\" is \"%s\", expected always, first or never", scheme);
+    out->split_words = weights_bool_or(file, "sora.tokenizer.split_words", false);
     out->squeeze_spaces = weights_bool_or(file, "sora.tokenizer.squeeze_spaces", false);
     out->escape_whitespaces = weights_bool_or(file, "sora.tokenizer.escape_whitespaces", true);
     out->remove_extra_whitespaces = weights_bool_or(file, "tokenizer.ggml.remove_extra_whitespaces", false);

@@ -1,0 +1,187 @@
+"""Containers: safetensors, torch's pickles (unpickled as data only) and GGUF. Each gives every tensor's name, shape and
+type, and a way to its rows.
+
+A reader maps or seeks and never holds more of a file than the rows that were asked for, so a 14B model passes through
+little memory.
+
+Pitfall: pages of a mapping that lives on count as the process's memory until it is given up, so mappings are short.
+"""
+
+import math
+import pickle
+import re
+import sys
+from dataclasses import dataclass
+from typing import ClassVar
+
+import gguf
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from export.files import SUFFIXES, ExportError, first_bytes, reading
+
+REMAP = 1 << 30  # bytes read from a mapped pickle before it is mapped anew
+
+
+@dataclass
+class Stored:
+    """A tensor of a source file. dtype is safetensors' or ggml's name of it, e.g. F32, BF16, F8_E4M3, Q8_0."""
+    key: str
+    shape: tuple
+    dtype: str
+    file: "Safetensors | Pickle | Gguf"
+    folded: ClassVar[bool] = False  # whether it is a matrix already, as the writer folds convolutions
+
+    def rows(self, first=None, last=None):
+        """Rows [first, last) of the first dimension (or everything) as contiguous float32."""
+        with reading(self.file.path):
+            return self.file.read(self.key, first, last).float().contiguous()
+
+    def matrix(self, count, first, last):
+        """Rows [first, last) of the `count` that are left without the ones that torch pads with, as (rows, rest)."""
+        if self.shape[0] == count:
+            return self.rows(first, last).reshape(last - first, -1)
+        return self.rows().reshape(count, -1)[first:last]
+
+
+class Folded(Stored):
+    """A tensor of a weight file that export.py wrote."""
+    folded = True
+
+
+class Safetensors:
+    """A .safetensors file. It is opened for each read, so that no more than a slice of it stays mapped."""
+    own, keys = False, {}
+
+    def __init__(self, path):
+        self.path = path
+        with safe_open(path, "pt") as f:
+            self.metadata = f.metadata() or {}
+            slices = {key: f.get_slice(key) for key in f.keys()}
+            self.tensors = {k: Stored(k, tuple(s.get_shape()), s.get_dtype(), self) for k, s in slices.items()}
+
+    def read(self, key, first, last):
+        with safe_open(self.path, "pt") as f:
+            return f.get_tensor(key) if first is None else f.get_slice(key)[first:last]
+
+
+class Pickle:
+    """A torch checkpoint (.pth, .pt, .bin, .ckpt), unpickled as data only and mapped where its format allows it."""
+    own, keys = False, {}
+    CONTAINERS = ("generator_ema", "generator", "ema", "model_state_dict", "state_dict", "model", "module")
+    DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
+              torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8", torch.uint8: "U8"}
+
+    def __init__(self, path):
+        self.path, self.metadata, self.containers, self.remap = path, {}, [], REMAP
+        self.open()
+        if "generator_ema" in self.containers or "generator" in self.containers:
+            print(f"{path}: weights of a distilled generator, which are only as good as the steps, shift and guidance "
+                  "that it was trained for; causal ones run as if they were not", file=sys.stderr)
+        other = [k for k, v in self.values.items() if not (isinstance(k, str) and torch.is_tensor(v))]
+        if other:
+            raise ExportError(f"{path}: {other[0]!r} is not a tensor")
+        self.tensors = {k: Stored(k, tuple(v.shape), self.dtype_of(v), self) for k, v in self.values.items()}
+
+    def dtype_of(self, values):
+        """The name of a tensor's type; of one that holds no plain numbers, what it is."""
+        if values.is_meta:
+            return "a shape without values (of torch's meta device)"
+        if values.layout != torch.strided:
+            return f"a {str(values.layout).removeprefix('torch.')} tensor"
+        return self.DTYPES.get(values.dtype, str(values.dtype))
+
+    def open(self):
+        """Maps the file anew and goes down to the dictionary of tensors, whatever trainers wrapped it in."""
+        values = self.load()
+        self.containers = []
+        while isinstance(values, dict) and (found := [c for c in self.CONTAINERS if isinstance(values.get(c), dict)]):
+            values = values[found[0]]
+            self.containers.append(found[0])
+        if not isinstance(values, dict):
+            raise ExportError(f"{self.path}: holds a {type(values).__name__}, expected a dictionary of tensors")
+        self.values, self.bytes_read = values, 0
+
+    def load(self):
+        """What was pickled."""
+        try:
+            return torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.remap != math.inf)
+        except pickle.UnpicklingError as error:
+            if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+                raise ExportError(f"{self.path}: holds {found[1]}, which is no tensor, and loading it could run code: "
+                                  "save the tensors alone, e.g. as safetensors") from error
+            raise
+        except RuntimeError as error:
+            if "mmap" in str(error):  # a format of before 2020: it is in memory as a whole, once
+                self.remap = math.inf
+                return self.load()
+            if "TorchScript" in str(error):
+                raise ExportError(f"{self.path}: is a TorchScript program: save its state_dict()") from error
+            raise
+
+    def read(self, key, first, last):
+        if self.bytes_read > self.remap:
+            self.open()
+        values = self.values[key].detach()
+        values = values[first:last] if first is not None else values
+        self.bytes_read += values.nbytes
+        return values
+
+
+class Gguf:
+    """A GGUF file, export.py's own or another's: read from the disk, not mapped. keys: what its header states."""
+    SHAPE = "comfy.gguf.orig_shape."  # ComfyUI-GGUF's key of a tensor whose blocks run over the ends of its rows
+
+    def __init__(self, path):
+        self.path, self.metadata = path, {}
+        reader = gguf.GGUFReader(path)  # makes several arrays for each piece of a vocabulary, so it is not kept
+        self.keys = {name: field.contents() for name, field in reader.fields.items()}
+        self.own = "sora.format_version" in self.keys
+        self.places = {t.name: (t.tensor_type, int(t.data_offset)) for t in reader.tensors}
+        self.tensors = {t.name: (Folded if self.own else Stored)(t.name, self.shape_of(t), t.tensor_type.name, self)
+                        for t in reader.tensors}
+
+    def shape_of(self, tensor):
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        stated = tuple(self.keys.get(self.SHAPE + tensor.name, shape))
+        if math.prod(stated) != math.prod(shape):
+            raise ExportError(f"{self.path}: {self.SHAPE}{tensor.name} is {list(stated)}, but the tensor is "
+                              f"{list(shape)}")
+        return stated
+
+    def raw(self, key, first, last):
+        """The bytes of the blocks that hold the values [first, last) of a tensor."""
+        kind, offset = self.places[key]
+        block, size = gguf.constants.GGML_QUANT_SIZES[kind]
+        count = (-(-last // block) - first // block) * size
+        return np.fromfile(self.path, np.uint8, count, offset=offset + first // block * size)
+
+    def read(self, key, first, last):
+        (kind, _), (count, *rest) = self.places[key], self.tensors[key].shape
+        first, last = first or 0, count if last is None else min(last, count)
+        start, end = first * math.prod(rest), last * math.prod(rest)
+        values = gguf.quants.dequantize(self.raw(key, start, end), kind)
+        begin = start % gguf.constants.GGML_QUANT_SIZES[kind][0]
+        return torch.from_numpy(values[begin:begin + end - start].reshape(last - first, *rest))
+
+
+# How a file begins says what it is.
+MAGIC = [(rb"GGUF", Gguf), (rb"PK\x03\x04|\x80[\x02-\x05]", Pickle), (rb"[\s\S]{8}\{", Safetensors)]
+
+
+def container_of(head):
+    """The class that reads a file that begins so, or None."""
+    return next((container for magic, container in MAGIC if re.match(magic, head)), None)
+
+
+def open_file(path, opened=None):
+    """The reader of one file of weights. opened: {path: reader} of those that are open."""
+    opened = {} if opened is None else opened
+    if path not in opened:
+        with reading(path):
+            container = container_of(first_bytes(path))
+            if container is None:
+                raise ExportError(f"{path}: is none of {', '.join(SUFFIXES)}, by how it begins")
+            opened[path] = container(path)
+    return opened[path]
