@@ -21,7 +21,7 @@ from safetensors import safe_open
 
 from export.files import SUFFIXES, ExportError, first_bytes, reading
 
-REMAP = 1 << 30  # bytes read from a mapped pickle before it is mapped anew
+REMAP = 1 << 28  # bytes read from a mapped file before it is mapped anew
 
 
 @dataclass
@@ -51,19 +51,22 @@ class Folded(Stored):
 
 
 class Safetensors:
-    """A .safetensors file. It is opened for each read, so that no more than a slice of it stays mapped."""
+    """A .safetensors file, mapped anew each time that much of it was read."""
     own, keys = False, {}
 
     def __init__(self, path):
-        self.path = path
+        self.path, self.bytes_read, self.mapped = path, math.inf, None
         with safe_open(path, "pt") as f:
             self.metadata = f.metadata() or {}
             slices = {key: f.get_slice(key) for key in f.keys()}
             self.tensors = {k: Stored(k, tuple(s.get_shape()), s.get_dtype(), self) for k, s in slices.items()}
 
     def read(self, key, first, last):
-        with safe_open(self.path, "pt") as f:
-            return f.get_tensor(key) if first is None else f.get_slice(key)[first:last]
+        if self.bytes_read > REMAP:
+            self.mapped, self.bytes_read = safe_open(self.path, "pt"), 0
+        values = self.mapped.get_tensor(key) if first is None else self.mapped.get_slice(key)[first:last]
+        self.bytes_read += values.nbytes
+        return values
 
 
 class Pickle:

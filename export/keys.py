@@ -47,10 +47,8 @@ FIXED = {
 
 
 def model_keys(parts):
-    """The keys of the parts' sizes; a list of yes and no, such as diffusers' temperal_downsample, is one of numbers."""
-    sizes = {key: part.sizes[size] for part in parts for key, size in SIZES[part.name].items()}
-    return {key: [int(v) for v in value] if isinstance(value, list) and isinstance(value[0], bool) else value
-            for key, value in sizes.items()}
+    """The keys of the parts' sizes."""
+    return {key: part.sizes[size] for part in parts for key, size in SIZES[part.name].items()}
 
 
 def stated_sizes(part, file):

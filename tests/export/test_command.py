@@ -11,6 +11,12 @@ import pytest
 from helpers import ROOT, command, digest, export, refused
 
 
+def test_sora_runs_what_was_written(tmp_path, folders, baseline):
+    result = subprocess.run([ROOT / "sora", "-m", folders / "baseline.gguf", "-s", "16x16", "-f", "1", "--steps", "1",
+                             "-g", "1", "-o", tmp_path / "out.y4m", "a red fox"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 def test_out_of_memory_is_no_fault_of_the_file(tmp_path, folders, capsys, monkeypatch):
     def refuse(*_):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
