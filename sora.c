@@ -203,6 +203,7 @@ static void add_line(Story *story, const char *line) {
 
 typedef struct {
     Settings settings;
+    char *opening; /* the prompt, where the story's first line is one */
     const char *model, *prompt_file, *story_file, *isa, *dump, *dump_only, *check;
     int threads;
     double tolerance;
@@ -383,7 +384,8 @@ static void check_together(const Command *c) {
 static void begin_story(Command *c) {
     Story *story = &c->settings.story;
     if (!story->count || story->lines[0].time > 0) return;
-    set_prompt(c, story->lines[0].text);
+    c->opening = story->lines[0].text;
+    set_prompt(c, c->opening);
     memmove(story->lines, story->lines + 1, sizeof *story->lines * (size_t)--story->count);
 }
 
@@ -430,6 +432,7 @@ static int run(Command *c) {
     }
     model_free(&model);
     story_free(&s->story);
+    free(c->opening);
     if (c->profile) profile_print();
     return taps_report() ? STATUS_OK : STATUS_CHECK;
 }
