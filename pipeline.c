@@ -274,6 +274,10 @@ typedef struct {
     int index;
 } Video;
 
+static VideoFormat format_of(const Settings *s) {
+    return (VideoFormat){s->width, s->height, s->fps_num, s->fps_den, s->chroma};
+}
+
 static void write_bytes(Video *video, const void *data, size_t bytes) {
     output_write(&video->file, data, bytes);
     sha256_add(&video->sha, data, bytes);
@@ -304,7 +308,7 @@ static void write_frame(void *to, float *frame) {
  * and devices, which are written straight, have no record. */
 static Video video_open(const Run *run) {
     const Settings *s = run->settings;
-    Video video = {.run = run, .format = {s->width, s->height, s->fps_num, s->fps_den, s->chroma}};
+    Video video = {.run = run, .format = format_of(s)};
     video.file = output_open(s->output);
     if (video.file.temporary) {
         char *record = record_path(s);
@@ -572,47 +576,37 @@ static void make_clip(Run *run, Noise *noise, Video *video) {
 
 /* ---------------------------------------------------------------- what it will take */
 
-/* Each stage's memory: its buffers, and what its products and attention pack. */
-
 static int longest_prompt(const Run *run) {
     int n = run->negative.n;
     for (int i = 0; i < run->prompt_count; i++) n = (int)larger(n, run->prompts[i].n);
     return n;
 }
 
-static size_t encoding_memory(const Run *run) {
-    const TextEncoder *e = &run->model->text_encoder;
-    int n = longest_prompt(run);
-    return text_encoder_memory(e, n) + larger(product_memory(e->precision, n, e->ffn_dim),
-                                              attention_memory(F32, n, e->num_heads, e->head_dim));
-}
-
-/* Of the transformer's buffers, and of its products and attention. */
-static size_t denoising_memory(const Run *run, size_t *scratch) {
-    const Transformer *t = &run->model->transformer;
-    int positions = longest_prompt(run) + 1, L = longest_pass(run) * run->tokens;
-    int keys = (int)larger(cache_room(run), run->chunk_frames) * run->tokens;
-    Sampling sampling = {.cond.name = NULL};
-    Arena count = {0};
-    lay_out(&count, run, &sampling);
-    size_t reading = sizeof(float) * (size_t)positions * (size_t)(t->text_dim + 2 * t->dim);
-    *scratch = larger(reading + product_memory(F32, positions, t->text_dim),
-                      larger(attention_memory(t->precision, keys, t->num_heads, t->dim / t->num_heads),
-                             product_memory(t->precision, L, t->ffn_dim)));
-    return count.used + text_memory(run, longest_prompt(run)) + (run->guided ? text_memory(run, run->negative.n) : 0);
-}
-
-/* Bytes of private memory at the highest point. */
+/* Bytes of private memory at the highest point: what the run keeps, and the largest of its stages. A clip of one
+ * chunk is decoded once the transformer's buffers are gone. Scratch is what products and attention pack. */
 static size_t run_memory(const Run *run) {
+    const TextEncoder *e = &run->model->text_encoder;
+    const Transformer *t = &run->model->transformer;
     const Vae *vae = &run->model->vae;
-    size_t kept = sizeof(float) * run->chunk_frames * run->frame, scratch;
-    for (int i = 0; i < run->prompt_count; i++)
-        kept += sizeof(float) * (size_t)run->prompts[i].n * (size_t)run->model->text_encoder.dim;
-    size_t denoising = denoising_memory(run, &scratch), decoding = vae_decoder_memory(vae, run->H, run->W);
-    size_t decoding_scratch = vae_decoder_scratch(vae, run->H, run->W);
-    size_t apart = larger(denoising + scratch, decoding + decoding_scratch);
-    size_t together = denoising + decoding + larger(scratch, decoding_scratch);
-    return larger(encoding_memory(run), run->chunks > 1 ? together : apart) + kept;
+    const VideoFormat format = format_of(run->settings);
+    int n = longest_prompt(run), L = longest_pass(run) * run->tokens,
+        keys = (int)larger(cache_room(run), run->chunk_frames) * run->tokens;
+    Sampling sampling = {.cond.name = NULL};
+    Arena buffers = {0};
+    lay_out(&buffers, run, &sampling);
+    size_t latents = sizeof(float) * run->chunk_frames * run->frame, noise = latents, /* while it is arranged */
+           rest = 1 << 20, /* files' and the C library's own, prompts, schedules */
+           kept = latents + noise + y4m_frame_bytes(&format) + rest,
+           encoding = text_encoder_memory(e, n) + text_encoder_scratch(e, n),
+           reading = transformer_read_memory(t, n),
+           denoising = buffers.used + text_memory(run, n) + (run->guided ? text_memory(run, run->negative.n) : 0),
+           denoising_scratch = larger(reading, transformer_scratch(t, longest_pass(run), L, keys, n + 1)),
+           decoding = vae_decoder_memory(vae, run->H, run->W),
+           decoding_scratch = vae_decoder_scratch(vae, run->H, run->W);
+    for (int i = 0; i < run->prompt_count; i++) kept += sizeof(float) * (size_t)run->prompts[i].n * e->dim;
+    size_t apart = larger(denoising + denoising_scratch, decoding + decoding_scratch),
+           together = denoising + decoding + larger(denoising_scratch, decoding_scratch);
+    return kept + larger(encoding, run->chunks > 1 ? together : apart);
 }
 
 /* All passes of all chunks, for one side of guidance. */
@@ -655,6 +649,13 @@ static void estimate(const Run *run) {
     progress_note("%dx%d, %d frames, %d steps: %.4g TFLOP in %s, %.2f GiB of memory beside the weights",
                   s->width, s->height, s->frames, s->steps, run_flops(run) * 1e-12,
                   precision_name(run->model->precision), bytes / 0x1p30);
+}
+
+size_t generate_memory(Model *model, const Settings *settings) {
+    Run run = run_plan(model, settings);
+    size_t bytes = run_memory(&run);
+    run_free(&run);
+    return bytes;
 }
 
 void generate(Model *model, const Settings *settings) {

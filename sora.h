@@ -75,7 +75,8 @@ typedef struct {
 
 TextEncoder text_encoder_load(const WeightFile *file, Precision precision);
 void text_encoder_free(TextEncoder *encoder);
-size_t text_encoder_memory(const TextEncoder *encoder, int n); /* bytes while it runs */
+size_t text_encoder_memory(const TextEncoder *encoder, int n);  /* bytes while it runs */
+size_t text_encoder_scratch(const TextEncoder *encoder, int n); /* and of scratch: its products and attention */
 double text_encoder_flops(const TextEncoder *encoder, int n);
 void text_encode(const TextEncoder *encoder, const int32_t *ids, int n, float *embeds); /* embeds (n,E) */
 
@@ -117,6 +118,7 @@ typedef struct {
 TextContext text_context_take(Arena *arena, const Transformer *transformer, int n);
 /* embeds (n, text_dim), of the n that the context was taken for. */
 void transformer_read(const Transformer *transformer, const float *embeds, int n, TextContext *context);
+size_t transformer_read_memory(const Transformer *transformer, int n); /* bytes while it runs, those of scratch included */
 
 /* Latent frames that pass at once; a clip that is not made in chunks is one. Latents are frame-major everywhere,
  * (T,C,H,W), so that a chunk lies in one piece; [C,T,H,W] at the border. */
@@ -144,6 +146,8 @@ void rope_angles(float *angles, int pos, int pairs);
 void timestep_sinusoids(float *out, int freq_dim, float timestep);
 /* Of one forward pass of L tokens, whose attention sees so many keys and text positions. */
 double transformer_flops(const Transformer *transformer, int L, int keys, int positions);
+/* Bytes of scratch that the same pass takes. */
+size_t transformer_scratch(const Transformer *transformer, int frames, int L, int keys, int positions);
 /* velocity (frames,out_dim,H,W) of the chunk's latents (frames,in_dim,H,W). Its keys and values stand in the cache
  * until the next pass, behind those of the frames that are held; kv_cache_keep() holds them, too. */
 void transformer_forward(const Transformer *transformer, TransformerState *state, const TextContext *text,
@@ -378,6 +382,7 @@ int model_frames(const Model *model); /* the length of the clips that the model 
 /* Cleaned, at most text_len ids with the closing </s>. Returns their number. */
 int prompt_ids(const Model *model, const char *prompt, int32_t *ids);
 void generate(Model *model, const Settings *settings);
+size_t generate_memory(Model *model, const Settings *settings); /* private bytes that it will take, at the most */
 
 /* ---------------------------------------------------------------- record.c: what made the file, beside it */
 

@@ -94,6 +94,13 @@ size_t text_encoder_memory(const TextEncoder *encoder, int n) {
     return count.used;
 }
 
+size_t text_encoder_scratch(const TextEncoder *e, int n) {
+    const TextBlock *block = e->blocks;
+    size_t products = larger(linear_memory(&block->q, n), linear_memory(&block->o, n));
+    products = larger(products, larger(linear_memory(&block->gate, n), linear_memory(&block->fc2, n)));
+    return larger(products, attention_memory(F32, n, e->num_heads, e->head_dim));
+}
+
 double text_encoder_flops(const TextEncoder *e, int n) {
     double inner = (double)e->num_heads * e->head_dim;
     return e->num_layers * (2.0 * n * e->dim * (4 * inner + 3.0 * e->ffn_dim) + 4.0 * n * n * inner);

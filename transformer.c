@@ -130,6 +130,13 @@ void transformer_read(const Transformer *t, const float *embeds, int n, TextCont
     free(embedded);
 }
 
+size_t transformer_read_memory(const Transformer *t, int n) {
+    int D = t->dim, positions = smaller(n + 1, t->text_len);
+    size_t products = larger(linear_memory(&t->text_embedding_0, positions), linear_memory(&t->text_embedding_2, positions));
+    return sizeof(float) * (size_t)positions * (t->text_dim + 2 * D) +
+           larger(products, linear_memory(&t->blocks->cross_attn.k, positions));
+}
+
 /* ---------------------------------------------------------------- positions and time */
 
 /* pos / 10000^(i/pairs). With Wan's heads, which are 128 wide, every C library gives the same floats up to position
@@ -300,6 +307,20 @@ void transformer_forward(const Transformer *t, TransformerState *s, const TextCo
     unpatch(t, s, L, wide, velocity);
     tap_frames(velocity, SHAPE(t->out_dim, frames, s->H, s->W), "velocity");
 #undef E
+}
+
+size_t transformer_scratch(const Transformer *t, int frames, int L, int keys, int positions) {
+    const TransformerBlock *block = t->blocks;
+    const struct {
+        const Linear *layer;
+        int rows;
+    } products[] = {{&t->time_embedding_0, frames}, {&t->time_projection_1, frames}, {&t->patch_embedding, L},
+                    {&block->self_attn.q, L},       {&block->ffn_0, L},              {&block->ffn_2, L}, {&t->head, L}};
+    int d = t->dim / t->num_heads;
+    size_t most = attention_memory(t->precision, (int)larger(keys, positions), t->num_heads, d);
+    for (size_t i = 0; i < sizeof products / sizeof *products; i++)
+        most = larger(most, linear_memory(products[i].layer, products[i].rows));
+    return most;
 }
 
 double transformer_flops(const Transformer *t, int L, int keys, int positions) {

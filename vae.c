@@ -431,11 +431,15 @@ size_t vae_decoder_memory(const Vae *vae, int H, int W) {
 
 size_t vae_decoder_scratch(const Vae *vae, int H, int W) {
     size_t most = 0;
+    int pixels = H * W;
     for (int i = 0; i < vae->decoder.count; i++) {
         const VaeLayer *layer = &vae->decoder.layers[i];
-        int longest = (int)larger(layer->conv1.layer.weight.cols, layer->conv2.layer.weight.cols);
-        most = larger(most, product_memory(vae->precision, 0, longest));
-        if (layer->kind == ATTENTION) most = larger(most, attention_memory(vae->precision, H * W, 1, layer->conv2.in));
+        const Conv *convs[] = {&layer->conv1, &layer->conv2, &layer->shortcut};
+        if (layer->kind == DOUBLE_SPACE) pixels *= 4;
+        if (layer->kind == ATTENTION) most = larger(most, attention_memory(vae->precision, pixels, 1, layer->conv2.in));
+        for (int j = 0; j < 3; j++)
+            if (convs[j]->out)
+                most = larger(most, product_memory(&convs[j]->layer, pixels, convs[j]->kt * convs[j]->kh * convs[j]->kw));
     }
     return most;
 }

@@ -363,7 +363,6 @@ void pack_columns(Precision precision, void *panel, const float *w, size_t strid
 /* One region that a product or an attention uses while it runs, and nobody keeps. Grows until it is freed. */
 void *scratch(size_t bytes);
 void scratch_free(void);
-size_t product_memory(Precision precision, int L, int I); /* bytes of it that linear() takes */
 
 /* A layer as checkpoints hold it, NAME.weight and NAME.bias, and the arithmetic to use on it. */
 typedef struct {
@@ -377,6 +376,7 @@ Linear linear_bind(const WeightFile *file, Precision precision, int O, int I, in
 
 /* y (L,O) = x (L,I) @ weight^T + bias */
 void linear(float *y, const float *x, int L, const Linear *layer);
+size_t linear_memory(const Linear *layer, int L); /* bytes of scratch that it takes */
 
 /* Row operands that a product reads where they lie: row r of x is `segments` runs of n elements, narrowed to
  * the layer's precision; locate() writes where run s starts to where[s*stride]. A linear layer has one
@@ -393,6 +393,7 @@ typedef struct {
 enum { REPLACE, ACCUMULATE };
 /* y = or += x @ weight (O, segments*n) + bias */
 void product(float *y, Rows x, const Linear *layer, int mode);
+size_t product_memory(const Linear *layer, int rows, int segments); /* bytes of scratch that it takes */
 
 /* ---------------------------------------------------------------- attention.c */
 

@@ -21,24 +21,32 @@ typedef struct {
 } Variant;
 
 /* Runs the pipeline into a file and reads it back. */
-static Bytes run(Variant v) {
-    char path[] = "/tmp/sora-test-XXXXXX";
-    int descriptor = mkstemp(path);
+static Bytes make(Model *model, Settings s) {
     Bytes video = {0};
+    char *path = temporary_path("pipeline.y4m");
+    s.prompt = "a red fox", s.output = path, s.chroma = 444, s.quiet = true, s.record = false;
+    settings_complete(&s, model);
+    generate(model, &s);
+    CHECK(!read_file(path, (size_t)1 << 24, &video), "the video cannot be read back");
+    unlink(path);
+    free(path);
+    return video;
+}
+
+static Settings settings_of(int frames) {
+    Settings s = settings_new();
+    s.negative = "", s.width = 48, s.height = 32, s.frames = frames;
+    s.steps = 2, s.guidance = 3, s.shift = 3, s.sampler = UNIPC, s.seed = 5;
+    return s;
+}
+
+static Bytes run(Variant v) {
     int threads = threads_count();
     kernels_choose(v.isa);
     threads_set(v.threads);
     Model model = model_load(model_path, v.precision);
-    Settings s = settings_new();
-    s.prompt = "a red fox", s.negative = "", s.output = path, s.width = 48, s.height = 32, s.frames = v.frames;
-    s.steps = 2, s.chroma = 444, s.guidance = 3, s.shift = 3, s.sampler = UNIPC, s.seed = 5, s.quiet = true;
-    s.record = false;
-    settings_complete(&s, &model);
-    generate(&model, &s);
+    Bytes video = make(&model, settings_of(v.frames));
     model_free(&model);
-    CHECK(!read_file(path, (size_t)1 << 24, &video), "the video cannot be read back");
-    close(descriptor);
-    unlink(path);
     kernels_choose("auto");
     threads_set(threads);
     return video;
@@ -58,6 +66,16 @@ static void check_bits(Precision precision) {
         }
     }
     free((void *)expected.data);
+}
+
+/* A model makes the same clip whatever it made before. */
+static void check_again(const char *path, Settings one, Settings other) {
+    Model model = model_load(path, F32);
+    Bytes first = make(&model, one), between = make(&model, other), again = make(&model, one);
+    CHECK(same(first, again), "%s: the same clip once more, after another, is not the same", path);
+    CHECK(!same(first, between), "%s: another clip is the same", path);
+    free((void *)first.data), free((void *)between.data), free((void *)again.data);
+    model_free(&model);
 }
 
 static double psnr(Bytes a, Bytes b) {
@@ -127,6 +145,12 @@ static void check_stream(void) {
 
 void test_pipeline(void) {
     for (int p = 0; p < PRECISIONS; p++) check_bits((Precision)p);
+    Settings other = settings_of(13), chunks = settings_new(), other_chunks;
+    other.width = 32, other.sampler = DPM, other.steps = 3, other.guidance = 1, other.seed = 6;
+    chunks.width = 48, chunks.height = 32, chunks.frames = 17, other_chunks = chunks;
+    other_chunks.height = 48, other_chunks.frames = 29, other_chunks.window = 5, other_chunks.sink = 1;
+    check_again(model_path, settings_of(9), other);
+    check_again("tests/goldens/causal/model.gguf", chunks, other_chunks);
     check_narrow(BF16, 40);
     check_narrow(INT8, 30);
     check_image();

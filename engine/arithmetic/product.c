@@ -209,14 +209,17 @@ static int panels_per_task(int blocks, int panels) {
     return smaller(TASK_PANELS, ceiling(panels, smaller(parts, panels)));
 }
 
-/* Of the memory in which a group of panels is packed. */
-static size_t group_bytes(size_t panel_size) {
-    return panel_size > GROUP_BYTES ? panel_size : GROUP_BYTES / panel_size * panel_size;
+/* Of the memory in which a group of panels is packed: none for one block of rows, whose tasks pack for themselves. */
+static size_t group_bytes(const Linear *layer, int rows, size_t panel_size) {
+    size_t panels = (size_t)ceiling(layer->weight.rows, kernels->tile_cols), most = larger(1, GROUP_BYTES / panel_size);
+    if (rows <= BLOCK_TILES * kernels->tile_rows) return 0;
+    return panel_size * (panels < most ? panels : most);
 }
 
 /* A region: a group of panels, then what threads have for themselves. */
-static size_t region_bytes(Precision precision, size_t panel_size) {
-    return (group_bytes(panel_size) + 63) / 64 * 64 + task_bytes(precision) * (size_t)threads_count();
+static size_t region_bytes(const Linear *layer, int rows, size_t panel_size) {
+    return (group_bytes(layer, rows, panel_size) + 63) / 64 * 64 +
+           task_bytes(layer->precision) * (size_t)threads_count();
 }
 
 static size_t panel_size_of(const Rows *x, const Linear *layer) {
@@ -227,8 +230,8 @@ void product_in_panels(float *y, const Rows *x, const Linear *layer, int mode, c
     int C = kernels->tile_cols, O = layer->weight.rows, block = BLOCK_TILES * kernels->tile_rows;
     int blocks = ceiling(x->rows, block);
     Product p = {x, layer, layer->precision, y, mode, 0, blocks > 1 ? memory : NULL, panel_size_of(x, layer)};
-    int group = blocks > 1 ? (int)(group_bytes(p.panel_size) / p.panel_size) : ceiling(O, C);
-    char *mine = memory + region_bytes(p.precision, p.panel_size) -
+    int group = blocks > 1 ? (int)(group_bytes(layer, x->rows, p.panel_size) / p.panel_size) : ceiling(O, C);
+    char *mine = memory + region_bytes(layer, x->rows, p.panel_size) -
                  task_bytes(p.precision) * (size_t)threads_count();
     for (; p.first < O; p.first += group * C) {
         int count = smaller(group, ceiling(O - p.first, C)), each = panels_per_task(blocks, count);
@@ -251,7 +254,7 @@ static void run_product(float *y, const Rows *x, const Linear *layer, int mode, 
 }
 
 void product(float *y, Rows x, const Linear *layer, int mode) {
-    run_product(y, &x, layer, mode, scratch(region_bytes(layer->precision, panel_size_of(&x, layer))));
+    run_product(y, &x, layer, mode, scratch(region_bytes(layer, x.rows, panel_size_of(&x, layer))));
 }
 
 typedef struct {
@@ -265,19 +268,23 @@ static void locate_dense(const void *of, int row, const void **where, int stride
     *where = dense->x + (size_t)row * dense->stride;
 }
 
+size_t product_memory(const Linear *layer, int rows, int segments) {
+    return region_bytes(layer, rows, segments * panel_bytes(layer->precision, layer->weight.cols / segments));
+}
+
 /* A region, then x narrowed: float32 is read where it lies. */
-size_t product_memory(Precision precision, int L, int I) {
-    return region_bytes(precision, panel_bytes(precision, I)) +
-           (precision == F32 ? 0 : L * row_bytes(precision, I));
+size_t linear_memory(const Linear *layer, int L) {
+    size_t narrow = layer->precision == F32 ? 0 : L * row_bytes(layer->precision, layer->weight.cols);
+    return product_memory(layer, L, 1) + narrow;
 }
 
 void linear(float *y, const float *x, int L, const Linear *layer) {
     int I = layer->weight.cols;
     Dense dense = {(const char *)x, row_bytes(layer->precision, I)};
     Rows rows = {L, 1, I, 0, locate_dense, &dense};
-    char *memory = scratch(product_memory(layer->precision, L, I));
+    char *memory = scratch(linear_memory(layer, L));
     if (layer->precision != F32) {
-        char *narrow = memory + product_memory(layer->precision, 0, I);
+        char *narrow = memory + product_memory(layer, L, 1);
         narrow_rows(layer->precision, narrow, x, I, L, I);
         dense.x = narrow;
     }

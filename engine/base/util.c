@@ -16,6 +16,9 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 #include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
@@ -115,6 +118,9 @@ float *arena_floats(Arena *arena, size_t count) {
 }
 
 Arena arena_open(size_t bytes) {
+#ifdef __GLIBC__
+    mallopt(M_MMAP_THRESHOLD, 1 << 17); /* else it grows, and freed arenas of up to 32 MiB stay with the process */
+#endif
     return (Arena){.base = allocate(bytes), .size = bytes};
 }
 

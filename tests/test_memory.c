@@ -1,0 +1,84 @@
+/* test_memory.c - the memory that a run adds up before it starts, against what it has taken at its highest point. Every
+ * run has a process of its own, which begins with little; so this suite is the first. */
+#include "sora.h"
+#include "tests/test.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+static const char demo[] = "models/demo.gguf", tiny[] = "tests/goldens/model/model.gguf",
+                  causal[] = "tests/goldens/causal/model.gguf";
+
+typedef struct {
+    const char *model, *prompt;
+    int width, height, frames, steps, window; /* no steps: the model's own; no window: in one piece */
+    double guidance;
+    Precision precision;
+} Variant;
+
+enum { MIB = 1 << 20 };
+
+/* Ends the process unless what was added up is no less than what was taken since, and little more. */
+static void compare(const char *what, size_t expected, size_t before) {
+    size_t taken = memory_peak() - before;
+    if (taken > expected || (double)expected > 1.05 * (double)taken + 1.5 * MIB)
+        die(STATUS_CHECK, "%s: %.2f MiB added up, %.2f MiB taken", what, (double)expected / MIB, (double)taken / MIB);
+}
+
+static void run(void *of) {
+    const Variant *v = of;
+    Settings s = settings_new();
+    s.prompt = v->prompt, s.output = "/dev/null", s.width = v->width, s.height = v->height, s.frames = v->frames;
+    s.guidance = v->guidance, s.steps = v->steps, s.quiet = true;
+    if (v->window) s.window = v->window;
+    kernels_choose("auto");
+    Model model = model_load(v->model, v->precision);
+    settings_complete(&s, &model);
+    size_t before = memory_peak(), expected = generate_memory(&model, &s);
+    generate(&model, &s);
+    compare(reason("%s, %dx%d, %d frames, %s", v->model, v->width, v->height, v->frames, precision_name(v->precision)),
+            expected, before);
+    model_free(&model);
+}
+
+/* One block of a text encoder whose memory is more than that of what follows in the models above. */
+static void encode(void *precision) {
+    enum { N = 512, E = 512, FFN = 2048 };
+    static float zeros[FFN * E], embeds[N * E];
+    static int32_t ids[N];
+    Precision p = *(Precision *)precision;
+    Linear square = {{zeros, TYPE_F32, E, E}, NULL, p}, up = {{zeros, TYPE_F32, FFN, E}, NULL, p},
+           down = {{zeros, TYPE_F32, E, FFN}, NULL, p};
+    TextBlock block = {zeros, zeros, square, square, square, square, zeros, up, up, down};
+    TextEncoder e = {.vocab_size = 1, .dim = E, .ffn_dim = FFN, .num_heads = 8, .head_dim = 64, .num_layers = 1,
+                     .num_buckets = 32, .max_distance = 128, .eps = 1, .precision = p,
+                     .token_embedding = {zeros, TYPE_F32, 1, E}, .blocks = &block, .norm = zeros};
+    kernels_choose("auto");
+    memset(embeds, 1, sizeof embeds);
+    size_t before = memory_peak(), rest = MIB;
+    text_encode(&e, ids, N, embeds);
+    scratch_free();
+    compare(reason("text encoder, %s", precision_name(p)), text_encoder_memory(&e, N) + text_encoder_scratch(&e, N) + rest,
+            before);
+}
+
+static void expect(void (*what)(void *), void *argument) {
+    char said[4096];
+    int status = run_apart(what, argument, said);
+    CHECK(status == STATUS_OK, "status %d: %s", status, said);
+}
+
+void test_memory(void) {
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) /* which hold what was freed */
+    char longest[4 * 512 + 1] = "";
+    for (int i = 0; i < 512; i++) strcat(longest, "a b ");
+    Variant variants[] = {
+        {demo, "a red star", 240, 240, 1, 1, 0, 3, F32}, {demo, "a red star", 480, 480, 1, 1, 0, 1, BF16},
+        {demo, "a red star", 48, 48, 201, 1, 0, 1, INT8}, {demo, longest, 48, 48, 1, 1, 0, 3, BF16},
+        {tiny, longest, 32, 32, 1, 1, 0, 3, F32}, {causal, "a red star", 192, 192, 17, 0, 5, 1, F32},
+        {causal, "a red star", 64, 64, 61, 0, 5, 3, BF16},
+    };
+    for (size_t i = 0; i < sizeof variants / sizeof *variants; i++) expect(run, &variants[i]);
+    for (Precision p = F32; p < PRECISIONS; p++) expect(encode, &p);
+#endif
+}
