@@ -68,8 +68,8 @@ static void naive_product(float *y, const Rows *x, const Linear *layer, int mode
 
 /* ---------------------------------------------------------------- attention */
 
-/* exp(x), about 1 ulp: x = n ln 2 + r, a polynomial for exp(r) (Cephes' expf), times 2^n. What 2^-126, the
- * least normal number, is too large for becomes 0; what 2^127 is too small for stays there. */
+/* exp(x), about 1 ulp: x = n ln 2 + r, a polynomial for exp(r) (Cephes' expf), times 2^n. Where n is below
+ * -126, the exponent of the least normal number, it is 0; an x above 88.3 counts as 88.3. */
 static float exponential(float x) {
     static const float c[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                               4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
@@ -78,7 +78,7 @@ static float exponential(float x) {
     float r = fmaf(n, 2.12194440e-4f, fmaf(n, -0.693359375f, x));
     for (int i = 1; i < 6; i++) p = fmaf(p, r, c[i]);
     p = fmaf(r * r, p, r) + 1.0f;
-    return n >= -126.0f ? ldexpf(p, (int)n) : p * 0.0f; /* NaN is no larger, and stays */
+    return n >= -126.0f ? ldexpf(p, (int)n) : p * 0.0f; /* NaN * 0 is NaN */
 }
 
 static float rounded(Precision precision, float x) {
@@ -183,8 +183,8 @@ static void naive_from_bf16(float *y, const uint16_t *x, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = float_of_bf16(x[i]);
 }
 
-/* x is about bytes * scale: the largest magnitude is 127. Where 127 / largest is no number to multiply with,
- * all are too small, or one is not finite. */
+/* x is about bytes * scale: the largest magnitude becomes 127. All bytes are 0 where 127 / largest overflows,
+ * and where one of x is not finite: then the scale is NaN. */
 static float naive_quantize(uint8_t *bytes, const float *x, int n, int *sum) {
     float largest = 0;
     for (int k = 0; k < n; k++) largest = fmaxf(largest, isnan(x[k]) ? INFINITY : fabsf(x[k]));
