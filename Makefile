@@ -106,6 +106,7 @@ test-reference: sora $(if $(filter .venv/%,$(PYTHON)),.venv/installed)
 	$(PYTHON) tests/reference_tokenizer.py $(UMT5:%=--umt5 %)
 	$(PYTHON) tests/reference.py
 	$(PYTHON) tests/reference_causal.py
+	$(PYTHON) tests/reference_chunks.py
 	$(PYTHON) tests/reference_check.py
 	$(PYTHON) tests/reference_y4m.py
 

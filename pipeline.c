@@ -434,10 +434,11 @@ static void pass(const Run *run, Sampling *s, Side *side, Chunk chunk, float tim
     profile_end(TRANSFORMER);
 }
 
-/* Passes after which later ones can look back at the chunk. */
-static void remember(const Run *run, Sampling *s, Chunk chunk, const float *latents) {
+/* Passes after which later ones can look back at the chunk; taps under `name` are the prompt's side. */
+static void remember(const Run *run, Sampling *s, int index, const char *name, Chunk chunk, const float *latents) {
     Side *sides[] = {&s->cond, &s->uncond};
     for (int i = 0; i <= run->guided; i++) {
+        scope(run, index, i ? reason("%s.%s.", name, sides[i]->name) : reason("%s.", name));
         pass(run, s, sides[i], chunk, run->recipe->context_noise, latents, s->velocity);
         kv_cache_keep(&sides[i]->cache, &chunk);
     }
@@ -454,13 +455,13 @@ static void keep_recent(const Run *run, Sampling *s, Chunk chunk) {
 
 /* LongLive's: with the new prompt, one pass over the frames that are held, all at once, writes their keys and values
  * anew. While the sink is older than the window its own stay. */
-static void recache(const Run *run, Sampling *s, int made) {
+static void recache(const Run *run, Sampling *s, int index, int made) {
     KvCache *caches[] = {&s->cond.cache, &s->uncond.cache};
     int window = run->window.window, sink = run->window.sink;
     if (run->recipe->recache_sink || made <= window) sink = 0;
     for (int i = 0; i <= run->guided; i++) kv_cache_drop(caches[i], sink, caches[i]->frames - sink);
     Chunk chunk = {.first = made - smaller(window - sink, made), .frames = smaller(window - sink, made)};
-    remember(run, s, chunk, s->recent + (run->remade - chunk.frames) * run->frame);
+    remember(run, s, index, "recache", chunk, s->recent + (run->remade - chunk.frames) * run->frame);
 }
 
 /* Infinity-RoPE's: the first frame and the last two stay. */
@@ -478,8 +479,7 @@ static void change_prompt(const Run *run, Sampling *s, int index) {
     if (next == s->prompt) return;
     s->prompt = next;
     read_prompt(run, &s->cond, &run->prompts[next]);
-    scope(run, index, "recache.");
-    if (prompt_change(run) == RECACHE) recache(run, s, chunk.first);
+    if (prompt_change(run) == RECACHE) recache(run, s, index, chunk.first);
     if (prompt_change(run) == FLUSH) flush(run, s);
 }
 
@@ -561,8 +561,7 @@ static void make_clip(Run *run, Noise *noise, Video *video) {
         }
         tap_clip(run, chunk, s.latents, "latents");
         keep_recent(run, &s, chunk);
-        scope(run, index, "cache.");
-        if (index + 1 < run->chunks) remember(run, &s, chunk, s.latents);
+        if (index + 1 < run->chunks) remember(run, &s, index, "cache", chunk, s.latents);
         else sampling_close(&s);
         tap_scope("%s", "");
         if (!decoder) decoder = decoder_open(run, video);
