@@ -602,7 +602,7 @@ void sha256_add(Sha256 *sha, const void *data, size_t bytes);
 void sha256_finish(Sha256 *sha, char hex[65]);
 void sha256_of(const void *data, size_t bytes, char hex[65]);
 
-/* JSON text; begin with {0}. A key is NULL for the outermost object. */
+/* JSON text; begin with {0}. A key is NULL for the outermost object and in arrays. */
 typedef struct {
     Text text;
     int depth;
@@ -610,11 +610,16 @@ typedef struct {
 } Json;
 void json_open(Json *json, const char *key);
 void json_close(Json *json);
+void json_open_array(Json *json, const char *key); /* of values without keys */
+void json_close_array(Json *json);
 void json_string(Json *json, const char *key, const char *value);
 void json_int(Json *json, const char *key, int64_t value);
 void json_unsigned(Json *json, const char *key, uint64_t value);
 void json_bool(Json *json, const char *key, bool value);
 void json_double(Json *json, const char *key, double value);
 void json_free(Json *json);
+/* The string (without its quotes), number or word of a key of the outermost object, as it is written; {NULL, 0} if there
+ * is none. The text may be anything. */
+Bytes json_find(Bytes text, const char *key);
 
 #endif

@@ -53,7 +53,30 @@ static void test_strings(void) {
     expect_string("\xed\x9f\xbf\xee\x80\x80", "\"\xed\x9f\xbf\xee\x80\x80\"");
 }
 
+static void expect_found(const char *text, const char *key, const char *expected) {
+    Bytes found = json_find((Bytes){(const uint8_t *)text, strlen(text)}, key);
+    bool equal = expected ? found.data && found.size == strlen(expected) && !memcmp(found.data, expected, found.size)
+                          : !found.data;
+    CHECK(equal, "in %s, %s is '%.*s', expected %s", text, key, (int)found.size,
+          found.data ? (const char *)found.data : "", expected ? expected : "nothing");
+}
+
+static void test_find(void) {
+    const char *text = "{\"a\": {\"b\": \"inner\"}, \"text\": \"b\", \"c\" : [\"b\", 1],\n\"b\":\"x\\\"y\", \"n\": -1.5e3}";
+    expect_found(text, "b", "x\\\"y");
+    expect_found(text, "n", "-1.5e3");
+    expect_found(text, "text", "b");
+    expect_found(text, "inner", NULL);
+    expect_found(text, "d", NULL);
+    expect_found("", "b", NULL);
+    expect_found("{\"b\"", "b", NULL);
+    expect_found("{\"b\":", "b", "");
+    expect_found("{\"b\": \"never closed", "b", "never closed");
+    expect_found("{\"b\\", "b\\", NULL);
+}
+
 void test_json(void) {
     test_object();
+    test_find();
     test_strings();
 }

@@ -1,5 +1,4 @@
-/* json.c - writes JSON (RFC 8259), as much of it as a record of settings needs: objects of numbers, strings
- * and booleans, into text that grows.
+/* json.c - writes JSON (RFC 8259) into text that grows, and finds one value in a text of it.
  *
  * Strings may hold anything: JSON is UTF-8, so what is not becomes U+FFFD, the replacement character, and
  * control characters are escaped. Numbers are written with as many digits as it takes to read the same
@@ -48,21 +47,26 @@ static void begin_value(Json *json, const char *key) {
     append(json, ": ");
 }
 
-void json_open(Json *json, const char *key) {
+static void open_value(Json *json, const char *key, const char *bracket) {
     begin_value(json, key);
-    append(json, "{");
+    append(json, bracket);
     json->depth++;
     json->first = true;
 }
 
-void json_close(Json *json) {
+static void close_value(Json *json, const char *bracket) {
     json->depth--;
     if (!json->first) append(json, "\n");
     for (int i = 0; i < json->depth && !json->first; i++) append(json, "  ");
-    append(json, "}");
+    append(json, bracket);
     json->first = false;
     if (!json->depth) append(json, "\n");
 }
+
+void json_open(Json *json, const char *key) { open_value(json, key, "{"); }
+void json_close(Json *json) { close_value(json, "}"); }
+void json_open_array(Json *json, const char *key) { open_value(json, key, "["); }
+void json_close_array(Json *json) { close_value(json, "]"); }
 
 void json_string(Json *json, const char *key, const char *value) {
     begin_value(json, key);
@@ -97,4 +101,42 @@ void json_double(Json *json, const char *key, double value) {
 void json_free(Json *json) {
     free(json->text.data);
     *json = (Json){0};
+}
+
+/* ---------------------------------------------------------------- finding */
+
+/* The end of the string whose opening quote stands at `at`: its closing quote, or the text's end. */
+static size_t string_end(Bytes text, size_t at) {
+    for (at++; at < text.size && text.data[at] != '"'; at++)
+        if (text.data[at] == '\\') at++;
+    return at < text.size ? at : text.size;
+}
+
+static size_t skip_space(Bytes text, size_t at) {
+    while (at < text.size && memchr(" \t\r\n", text.data[at], 4)) at++;
+    return at;
+}
+
+/* The value that begins at `at`: a string without its quotes, or a number or word. */
+static Bytes value_at(Bytes text, size_t at) {
+    size_t end = at;
+    if (at < text.size && text.data[at] == '"') end = string_end(text, at++);
+    else while (end < text.size && !memchr(",]} \t\r\n", text.data[end], 7)) end++;
+    return (Bytes){text.data + at, end > at ? end - at : 0};
+}
+
+/* A string in the outermost object is a key if a colon follows it. */
+Bytes json_find(Bytes text, const char *key) {
+    int depth = 0;
+    for (size_t at = 0; at < text.size; at++) {
+        uint8_t c = text.data[at];
+        depth += (c == '{' || c == '[') - (c == '}' || c == ']');
+        if (c != '"') continue;
+        size_t end = string_end(text, at), next = skip_space(text, end + 1);
+        bool named = end - at - 1 == strlen(key) && !memcmp(text.data + at + 1, key, strlen(key));
+        if (named && depth == 1 && next < text.size && text.data[next] == ':')
+            return value_at(text, skip_space(text, next + 1));
+        at = end;
+    }
+    return (Bytes){NULL, 0};
 }
