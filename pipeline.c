@@ -269,6 +269,7 @@ typedef struct {
     OutputFile file, record; /* the record is open where there will be one */
     Preview preview;
     uint8_t *planes;
+    Mark mark;
     Sha256 sha;
     Drift *drift;
     int index;
@@ -293,6 +294,8 @@ static void write_frame(void *to, float *frame) {
     stay_finite(video->run->model, frame, (size_t)3 * s->height * s->width,
                 reason("frame %d of %d", video->index + 1, s->frames));
     y4m_convert(&video->format, frame, video->planes);
+    if (s->mark) mark_add(&video->mark, &video->format, video->planes);
+    if (s->label && label_is_due(&video->format, video->index)) label_draw(&video->format, video->planes);
     write_bytes(video, "FRAME\n", 6);
     write_bytes(video, video->planes, y4m_frame_bytes(&video->format));
     output_flush(&video->file);
@@ -311,7 +314,7 @@ static Video video_open(const Run *run) {
     Video video = {.run = run, .format = format_of(s)};
     video.file = output_open(s->output);
     if (video.file.temporary) {
-        char *record = record_path(s);
+        char *record = record_path(s->output);
         if (s->record) video.record = output_open(record);
         else if (!access(record, F_OK)) warn("%s will not be of this video", record);
         free(record);
@@ -327,6 +330,7 @@ static Video video_open(const Run *run) {
 static VaeStream *decoder_open(const Run *run, Video *video) {
     char header[80];
     write_bytes(video, header, y4m_header(&video->format, header));
+    if (run->settings->mark) video->mark = mark_make(record_bits(run->model, run->settings, run->noise_sha256));
     if (!run->recipe->chunk_frames) progress("frame", 0, run->settings->frames);
     return vae_decoder_open(&run->model->vae, run->H, run->W, write_frame, video);
 }
@@ -434,11 +438,10 @@ static void pass(const Run *run, Sampling *s, Side *side, Chunk chunk, float tim
     profile_end(TRANSFORMER);
 }
 
-/* Passes after which later ones can look back at the chunk; taps under `name` are the prompt's side. */
-static void remember(const Run *run, Sampling *s, int index, const char *name, Chunk chunk, const float *latents) {
+/* Passes after which later ones can look back at the chunk. */
+static void remember(const Run *run, Sampling *s, Chunk chunk, const float *latents) {
     Side *sides[] = {&s->cond, &s->uncond};
     for (int i = 0; i <= run->guided; i++) {
-        scope(run, index, i ? reason("%s.%s.", name, sides[i]->name) : reason("%s.", name));
         pass(run, s, sides[i], chunk, run->recipe->context_noise, latents, s->velocity);
         kv_cache_keep(&sides[i]->cache, &chunk);
     }
@@ -455,13 +458,13 @@ static void keep_recent(const Run *run, Sampling *s, Chunk chunk) {
 
 /* LongLive's: with the new prompt, one pass over the frames that are held, all at once, writes their keys and values
  * anew. While the sink is older than the window its own stay. */
-static void recache(const Run *run, Sampling *s, int index, int made) {
+static void recache(const Run *run, Sampling *s, int made) {
     KvCache *caches[] = {&s->cond.cache, &s->uncond.cache};
     int window = run->window.window, sink = run->window.sink;
     if (run->recipe->recache_sink || made <= window) sink = 0;
     for (int i = 0; i <= run->guided; i++) kv_cache_drop(caches[i], sink, caches[i]->frames - sink);
     Chunk chunk = {.first = made - smaller(window - sink, made), .frames = smaller(window - sink, made)};
-    remember(run, s, index, "recache", chunk, s->recent + (run->remade - chunk.frames) * run->frame);
+    remember(run, s, chunk, s->recent + (run->remade - chunk.frames) * run->frame);
 }
 
 /* Infinity-RoPE's: the first frame and the last two stay. */
@@ -479,7 +482,8 @@ static void change_prompt(const Run *run, Sampling *s, int index) {
     if (next == s->prompt) return;
     s->prompt = next;
     read_prompt(run, &s->cond, &run->prompts[next]);
-    if (prompt_change(run) == RECACHE) recache(run, s, index, chunk.first);
+    scope(run, index, "recache.");
+    if (prompt_change(run) == RECACHE) recache(run, s, chunk.first);
     if (prompt_change(run) == FLUSH) flush(run, s);
 }
 
@@ -561,7 +565,8 @@ static void make_clip(Run *run, Noise *noise, Video *video) {
         }
         tap_clip(run, chunk, s.latents, "latents");
         keep_recent(run, &s, chunk);
-        if (index + 1 < run->chunks) remember(run, &s, index, "cache", chunk, s.latents);
+        scope(run, index, "cache.");
+        if (index + 1 < run->chunks) remember(run, &s, chunk, s.latents);
         else sampling_close(&s);
         tap_scope("%s", "");
         if (!decoder) decoder = decoder_open(run, video);

@@ -7,6 +7,7 @@
  * are left out, and so is the instruction set in float32: they change nothing. */
 #include "sora.h"
 
+#include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -63,15 +64,58 @@ static void write_settings(Json *json, const Model *model, const Settings *s, co
     json_int(json, "chroma", s->chroma);
     json_string(json, "matrix", y4m_is_bt709(&(VideoFormat){.width = s->width, .height = s->height}) ? "BT.709" : "BT.601");
     if (s->feed) json_bool(json, "fed_by_check", true); /* frames are the reference's, and no settings make them */
+    json_bool(json, "label", s->label);
+    json_bool(json, "mark", s->mark);
     json_close(json);
 }
 
-char *record_path(const Settings *s) {
-    return format_string("%s.json", s->output);
+char *record_path(const char *output) {
+    return format_string("%s.json", output);
 }
 
-void record_write(OutputFile *file, const Model *model, const Settings *s, const char *noise_sha256,
-                  const char *y4m_sha256) {
+/* GB 45438-2025, the implicit label: "1" says that the content was made by a machine. */
+static void write_aigc(Json *json, const Settings *s) {
+    json_open(json, "AIGC");
+    json_string(json, "Label", "1");
+    json_string(json, "ContentProducer", s->producer ? s->producer : "");
+    json_string(json, "ProduceID", s->produce_id ? s->produce_id : "");
+    json_string(json, "ReservedCode1", "");
+    json_string(json, "ContentPropagator", "");
+    json_string(json, "PropagateID", "");
+    json_string(json, "ReservedCode2", "");
+    json_close(json);
+}
+
+static void write_software(Json *json, const char *key) {
+    json_open(json, key);
+    json_string(json, "name", "sora.c");
+    json_string(json, "version", SORA_VERSION);
+    json_close(json);
+}
+
+/* The record is a C2PA manifest definition as well, which c2patool signs into the encoded video. */
+static void write_c2pa(Json *json) {
+    json_open_array(json, "claim_generator_info");
+    write_software(json, NULL);
+    json_close_array(json);
+    json_open_array(json, "assertions");
+    json_open(json, NULL);
+    json_string(json, "label", "c2pa.actions.v2");
+    json_open(json, "data");
+    json_open_array(json, "actions");
+    json_open(json, NULL);
+    json_string(json, "action", "c2pa.created");
+    json_string(json, "digitalSourceType", "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia");
+    write_software(json, "softwareAgent");
+    json_close(json);
+    json_close_array(json);
+    json_close(json);
+    json_close(json);
+    json_close_array(json);
+}
+
+/* All that is known before the video is made; the object stays open. */
+static Json describe(const Model *model, const Settings *s, const char *noise_sha256) {
     Json json = {0};
     json_open(&json, NULL);
     json_bool(&json, "generated", true);
@@ -83,9 +127,111 @@ void record_write(OutputFile *file, const Model *model, const Settings *s, const
     write_text(&json, "prompt", s->prompt, s->record_prompt);
     write_text(&json, "negative_prompt", s->negative, s->record_prompt);
     write_settings(&json, model, s, noise_sha256);
+    write_aigc(&json, s);
+    write_c2pa(&json);
+    return json;
+}
+
+uint64_t record_bits(const Model *model, const Settings *settings, const char *noise_sha256) {
+    Json json = describe(model, settings, noise_sha256);
+    char hex[65];
+    sha256_of(json.text.data, json.text.size, hex);
+    json_free(&json);
+    hex[16] = 0;
+    return strtoull(hex, NULL, 16);
+}
+
+void record_write(OutputFile *file, const Model *model, const Settings *settings, const char *noise_sha256,
+                  const char *y4m_sha256) {
+    Json json = describe(model, settings, noise_sha256);
+    char hex[65];
+    sha256_of(json.text.data, json.text.size, hex);
+    json_string(&json, "record_sha256", hex); /* of all that stands before it */
     json_string(&json, "y4m_sha256", y4m_sha256);
     json_close(&json);
     output_write(file, json.text.data, json.text.size);
     output_commit(file);
     json_free(&json);
+}
+
+/* ---------------------------------------------------------------- --verify: do file and record fit? */
+
+static bool equals(Bytes text, const char *string) {
+    return text.size == strlen(string) && !memcmp(text.data, string, text.size);
+}
+
+/* The hash that a record says it has, and whether it is that of the text before it; "" if it says none. */
+static bool record_is_whole(Bytes record, char claimed[65]) {
+    static const char key[] = ",\n  \"record_sha256\": \"";
+    char hex[65];
+    Bytes value = json_find(record, "record_sha256");
+    *claimed = 0;
+    if (value.size != 64 || (size_t)(value.data - record.data) < sizeof key - 1) return false;
+    memcpy(claimed, value.data, 64), claimed[64] = 0;
+    size_t before = (size_t)(value.data - record.data) - (sizeof key - 1);
+    sha256_of(record.data, before, hex);
+    return !memcmp(record.data + before, key, sizeof key - 1) && !strcmp(claimed, hex);
+}
+
+static bool say(bool agrees, const char *what) {
+    printf("record: %s %s\n", what, agrees ? "agrees" : "DIFFERS");
+    return agrees;
+}
+
+/* The video's frames, added up; returns their number. */
+static int gather(const char *path, Bytes bytes, MarkSum *sum) {
+    VideoFormat format;
+    Y4mReader *reader;
+    bool end = false;
+    const char *why = y4m_open(bytes, &reader, &format);
+    if (why) die(STATUS_USAGE, "--verify %s: %s", path, why);
+    float *frame = allocate(3 * sizeof *frame * (size_t)format.width * (size_t)format.height);
+    while (!(why = y4m_next(reader, frame, &end)) && !end) mark_gather(sum, &format, frame);
+    if (why) die(STATUS_USAGE, "--verify %s: %s", path, why);
+    free(frame);
+    y4m_close(reader);
+    return sum->frames;
+}
+
+static bool verify_record(const char *path, Bytes record, const char *y4m_sha256, const MarkFound *mark) {
+    char claimed[65];
+    Bytes tool = json_find(record, "tool"), version = json_find(record, "version"), model = json_find(record, "model");
+    printf("record: %s, by %.*s %.*s with the model %.*s\n", path, (int)tool.size, (const char *)tool.data,
+           (int)version.size, (const char *)version.data, (int)model.size, (const char *)model.data);
+    bool fits = say(record_is_whole(record, claimed), "its own SHA-256");
+    fits &= say(equals(json_find(record, "y4m_sha256"), y4m_sha256), "the SHA-256 of the video");
+    if (mark->deviations < MARK_DEVIATIONS) return fits;
+    claimed[16] = 0;
+    uint64_t different = strtoull(claimed, NULL, 16) ^ mark->payload;
+    int agree = 64;
+    for (; different; different &= different - 1) agree--;
+    printf("record: %d of the mark's 64 bits agree\n", agree);
+    return fits && agree >= MARK_AGREEING;
+}
+
+bool verify(const char *path) {
+    Bytes bytes, record;
+    char sha[65], *beside = record_path(path);
+    const char *why = read_file(path, SIZE_MAX, &bytes);
+    if (why) die(STATUS_USAGE, "--verify %s: %s", path, why);
+    MarkSum sum = {0};
+    int frames = gather(path, bytes, &sum);
+    sha256_of(bytes.data, bytes.size, sha);
+    free((void *)bytes.data);
+    printf("video: %s, %d frames of %dx%d, SHA-256 %s\n", path, frames, sum.width, sum.height, sha);
+    MarkFound mark = mark_find(&sum);
+    free(sum.luma);
+    bool marked = mark.deviations >= MARK_DEVIATIONS, fits = marked;
+    printf("mark: %s, %.1f deviations where %.1f are asked", marked ? "found" : "none", mark.deviations, MARK_DEVIATIONS);
+    if (marked) printf(", scale %.3f, bits %016" PRIx64, mark.scale, mark.payload);
+    printf("\n");
+    why = read_file(beside, 1 << 20, &record);
+    if (why) {
+        printf("record: none at %s\n", beside);
+    } else {
+        fits = verify_record(beside, record, sha, &mark);
+        free((void *)record.data);
+    }
+    free(beside);
+    return fits;
 }

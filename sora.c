@@ -14,8 +14,9 @@
 
 typedef enum {
     MODEL, PROMPT, PROMPT_FILE, NEGATIVE, OUTPUT_FILE, SIZE, FRAMES, SECONDS, FPS, STEPS, GUIDANCE, SHIFT,
-    SAMPLER_NAME, SEED, THREADS, PRECISION, ISA, NOISE, AT, STORY, WINDOW, SINK, POSITIONS, DRIFT, DUMP, DUMP_ONLY, CHECK, FEED, TOLERANCE, CHROMA,
-    RECORD_PROMPT, NO_RECORD, PROFILE, INFO, TOKENIZE, PREVIEW, QUIET, HELP, VERSION, OPTIONS
+    SAMPLER_NAME, SEED, THREADS, PRECISION, ISA, NOISE, AT, STORY, WINDOW, SINK, POSITIONS, DRIFT, DUMP, DUMP_ONLY,
+    CHECK, FEED, TOLERANCE, CHROMA, RECORD_PROMPT, NO_RECORD, LABEL, MARK, VERIFY, PRODUCER, PRODUCE_ID, PROFILE, INFO,
+    TOKENIZE, PREVIEW, QUIET, HELP, VERSION, OPTIONS
 } Option;
 
 static const struct {
@@ -57,6 +58,11 @@ static const struct {
     [CHROMA] = {"chroma", 0, "420|444", "chroma planes of the Y4M (default: 420)"},
     [RECORD_PROMPT] = {"record-prompt", 0, NULL, "write the prompt itself, not its SHA-256, into the record"},
     [NO_RECORD] = {"no-record", 0, NULL, "no record (.json) beside the output"},
+    [LABEL] = {"label", 0, NULL, "write a visible label into the first two seconds of every minute"},
+    [MARK] = {"mark", 0, NULL, "add an invisible mark to the pixels"},
+    [VERIFY] = {"verify", 0, "FILE", "say whether a Y4M carries a mark and fits its record, and stop"},
+    [PRODUCER] = {"producer", 0, "TEXT", "who made it, for the record's AIGC label"},
+    [PRODUCE_ID] = {"produce-id", 0, "TEXT", "the producer's number of it, likewise"},
     [PROFILE] = {"profile", 0, NULL, "print time and operations of each stage"},
     [INFO] = {"info", 0, NULL, "print the model's configuration and tensors, and stop"},
     [TOKENIZE] = {"tokenize", 0, NULL, "print the prompt's token ids, and stop"},
@@ -204,7 +210,7 @@ static void add_line(Story *story, const char *line) {
 typedef struct {
     Settings settings;
     char *opening; /* the prompt, where the story's first line is one */
-    const char *model, *prompt_file, *story_file, *isa, *dump, *dump_only, *check;
+    const char *model, *prompt_file, *story_file, *isa, *dump, *dump_only, *check, *verify;
     int threads;
     double tolerance;
     Precision precision;
@@ -264,6 +270,11 @@ static void apply(Command *c, Option option, const char *value) {
         break;
     case RECORD_PROMPT: s->record_prompt = true; break;
     case NO_RECORD: s->record = false; break;
+    case LABEL: s->label = true; break;
+    case MARK: s->mark = true; break;
+    case VERIFY: c->verify = value; break;
+    case PRODUCER: s->producer = value; break;
+    case PRODUCE_ID: s->produce_id = value; break;
     case PROFILE: c->profile = true; break;
     case INFO: c->info = true; break;
     case TOKENIZE: c->tokenize = true; break;
@@ -392,7 +403,7 @@ static void begin_story(Command *c) {
 /* What is read stays as it is. */
 static void spare_inputs(const Command *c, const char *model) {
     const char *inputs[] = {model, c->settings.noise, c->prompt_file, c->story_file}, *output = c->settings.output;
-    char *record = record_path(&c->settings);
+    char *record = record_path(c->settings.output);
     const char *lost = NULL;
     for (int i = 0; i < 4; i++)
         if (inputs[i] && (same_file(inputs[i], output) || same_file(inputs[i], record))) lost = inputs[i];
@@ -437,6 +448,11 @@ static int run(Command *c) {
     return taps_report() ? STATUS_OK : STATUS_CHECK;
 }
 
+static int run_verify(const Command *c) {
+    threads_set(c->threads);
+    return verify(c->verify) ? STATUS_OK : STATUS_CHECK;
+}
+
 int main(int argc, char **argv) {
     standard_streams_keep();
     interrupts_catch();
@@ -447,6 +463,7 @@ int main(int argc, char **argv) {
     int status = STATUS_OK;
     if (command.help) print_help();
     else if (command.version) print_version(command.threads);
+    else if (command.verify) status = run_verify(&command);
     else status = run(&command);
     if (fflush(stdout) || ferror(stdout)) die(STATUS_RESOURCE, "standard output: %s", strerror(errno));
     return status;

@@ -289,6 +289,37 @@ const char *y4m_open(Bytes bytes, Y4mReader **out, VideoFormat *format); /* byte
 const char *y4m_next(Y4mReader *reader, float *frame, bool *end);
 void y4m_close(Y4mReader *reader);
 
+/* ---------------------------------------------------------------- label.c: frames -> frames with a visible label */
+
+bool label_is_due(const VideoFormat *format, int index); /* in the first two seconds of every minute */
+void label_draw(const VideoFormat *format, uint8_t *planes); /* planes as y4m_convert makes them */
+
+/* ---------------------------------------------------------------- mark.c: frames -> frames with an invisible mark */
+
+enum { MARK_SIDE = 64 };
+typedef struct {
+    float tile[MARK_SIDE * MARK_SIDE]; /* what is added to the luma, in grey levels, again and again */
+} Mark;
+Mark mark_make(uint64_t payload);
+void mark_add(const Mark *mark, const VideoFormat *format, uint8_t *planes); /* planes as y4m_convert makes them */
+
+/* The luma of a clip's frames, added up. Begin with {0}, free() the luma. */
+typedef struct {
+    int width, height, frames;
+    float *luma; /* (height,width) */
+} MarkSum;
+void mark_gather(MarkSum *sum, const VideoFormat *format, const float *frame); /* frame [3,Y,X] */
+
+/* The likeliest place of a mark: its scale, its shift, how far its peak stands out, and what it says if it is one. */
+typedef struct {
+    double deviations, scale;
+    int x, y;
+    uint64_t payload;
+} MarkFound;
+#define MARK_DEVIATIONS 7.5 /* from here on it is a mark */
+enum { MARK_AGREEING = 54 }; /* of its 64 bits, for a record to be its own: by chance 1e-8 */
+MarkFound mark_find(const MarkSum *sum); /* of at least one frame */
+
 /* ---------------------------------------------------------------- drift.c: how a long clip changes (--drift) */
 
 typedef struct Drift Drift;
@@ -346,7 +377,7 @@ typedef struct {
 /* What one run is asked to do. The command line fills in what was given; settings_complete() takes the rest
  * from the model's own defaults. */
 typedef struct {
-    const char *prompt, *negative, *output, *noise;
+    const char *prompt, *negative, *output, *noise, *producer, *produce_id;
     int width, height, frames, fps_num, fps_den, steps, chroma; /* 0: not given */
     double seconds, guidance, shift;                            /* negative: not given */
     Sampler sampler;                                            /* SAMPLERS: not given */
@@ -354,7 +385,7 @@ typedef struct {
     const char *positions;                                      /* "absolute", "relative", or NULL */
     Story story;                                                /* what follows the prompt */
     uint64_t seed;
-    bool quiet, record, record_prompt, preview, feed, drift;
+    bool quiet, record, record_prompt, preview, feed, drift, label, mark;
 } Settings;
 Settings settings_new(void); /* nothing given */
 
@@ -386,10 +417,15 @@ size_t generate_memory(Model *model, const Settings *settings); /* private bytes
 
 /* ---------------------------------------------------------------- record.c: what made the file, beside it */
 
-char *record_path(const Settings *settings); /* OUTPUT.json, a new string */
+char *record_path(const char *output); /* OUTPUT.json, a new string */
+/* What a mark says of a run: the first bits of the SHA-256 of the record's part that is known before the video is. */
+uint64_t record_bits(const Model *model, const Settings *settings, const char *noise_sha256);
 /* Writes and commits it: settings that make the same file again, and hashes of what went in and came out;
  * noise_sha256: of the file of --noise, if that was given. */
 void record_write(OutputFile *file, const Model *model, const Settings *settings, const char *noise_sha256,
                   const char *y4m_sha256);
+/* Prints on standard output what a Y4M's pixels and the record beside it say; whether there is a record or a mark, and
+ * all that is there agrees. */
+bool verify(const char *path);
 
 #endif

@@ -368,8 +368,9 @@ information() {
     run --help
     claim "--help: status 0" [ $status -eq 0 ]
     for option in model prompt prompt-file negative output size frames seconds fps steps guidance shift sampler seed \
-        threads precision isa noise at story window sink positions drift dump dump-only check feed tolerance chroma record-prompt no-record profile info \
-        tokenize preview quiet help version; do
+        threads precision isa noise at story window sink positions drift dump dump-only check feed tolerance chroma \
+        record-prompt no-record label mark verify producer produce-id profile info tokenize preview quiet help \
+        version; do
         claim "--help lists --$option" grep -q -- "--$option " "$work/out"
     done
     run --version
@@ -490,6 +491,33 @@ end
     claim "uninstall again: nothing to say" place uninstall
 }
 
+# A clip, its record and its mark belong together, and what does not is told.
+trust() {
+    run -m models/demo.gguf -f 13 --steps 2 --seed 7 --mark --label --producer "Somebody" -o "$work/clip.y4m" x
+    cp "$work/clip.y4m" "$work/kept.y4m"
+    cp "$work/clip.y4m.json" "$work/kept.y4m.json"
+    run --verify "$work/kept.y4m"
+    claim "--verify: status 0, not $status" [ $status -eq 0 ]
+    claim "--verify: the mark" grep -q "^mark: found, .* bits [0-9a-f]\{16\}$" "$work/out"
+    claim "--verify: both hashes" [ "$(grep -c "^record: .*SHA-256.* agrees$" "$work/out")" -eq 2 ]
+    claim "--verify: the mark is the record's" grep -q "^record: \(5[4-9]\|6[0-4]\) of the mark's 64 bits agree" "$work/out"
+    claim "the record has the law's label" grep -q '"ContentProducer": "Somebody"' "$work/kept.y4m.json"
+    sed -i 's/"seed": 7/"seed": 8/' "$work/kept.y4m.json"
+    run --verify "$work/kept.y4m"
+    claim "--verify of a changed record: status 1, not $status" [ $status -eq 1 ]
+    claim "--verify of a changed record" grep -q "^record: its own SHA-256 DIFFERS" "$work/out"
+    rm "$work/kept.y4m.json"
+    run --verify "$work/kept.y4m"
+    claim "--verify by the mark alone: status 0, not $status" [ $status -eq 0 ]
+    claim "--verify: no record" grep -q "^record: none at " "$work/out"
+    refused 2 "--verify $work/nowhere.y4m: No such file" --verify "$work/nowhere.y4m"
+    "$sora" $small -q --no-record -o "$work/kept.y4m" x
+    run --verify "$work/kept.y4m"
+    claim "--verify of neither mark nor record: status 1, not $status" [ $status -eq 1 ]
+    claim "--verify: no mark" grep -q "^mark: none" "$work/out"
+    refused 2 "--verify $work/prompt: this is not a Y4M file" --verify "$work/prompt"
+}
+
 printf "a red fox" >"$work/prompt"
 printf '\357\273\277a red fox\r\n' >"$work/prompt.bom"
 printf '\377\376a\0 \0r\0e\0d\0 \0f\0o\0x\0' >"$work/prompt.le"
@@ -508,3 +536,4 @@ information
 building
 chunks
 demo
+trust

@@ -1,0 +1,102 @@
+/* label.c - frames -> frames that say for all to see that a machine made them: "AI生成 · AI GENERATED".
+ *
+ * GB 45438-2025 asks for "AI" and "生成" in the opening frames, for two seconds at least, in letters of at least 5 % of
+ * the frame's short side; the EU's code of practice for "AI GENERATED". White on a black box, it is read on any picture.
+ *
+ *   +---------------------------+        +---------------+
+ *   |                           |        |               |    one line where it fits, else two
+ *   | AI生成 · AI GENERATED       |        | AI生成         |
+ *   +---------------------------+        | AI GENERATED  |
+ *                                        +---------------+
+ *
+ * It is drawn into the 8-bit planes: the floats of --dump and --check, and the preview, do not see it. */
+#include "sora.h"
+
+#include <string.h>
+
+enum { HEIGHT = 12, CAPITAL = 9, GAP = 3 }; /* of a line, of its Latin letters, around a line: in dots */
+
+static const char *const made[HEIGHT] = {
+    "..................#............#.#...",
+    "..............#...#............#..#..",
+    "..##...####...#...#.......###########",
+    ".####...##....#########...#....#.....",
+    "##..##..##...#....#.......#....#..#..",
+    "##..##..##...#....#.......####.#..#..",
+    "##..##..##..#.....#.......#..#.#..#..",
+    "######..##....#########...#..#.#.#...",
+    "##..##..##........#.......#..#..##...",
+    "##..##..##........#.......#.#..##..#.",
+    "##..##.####.......#......#....#..#.#.",
+    "............############.#..##....##.",
+};
+
+static const char *const generated[HEIGHT] = {
+    "...............................................................................",
+    "...............................................................................",
+    "..##...####.......####..######.##..##.######.#####....##...######.######.####..",
+    ".####...##.......##..##.##.....###.##.##.....##..##..####....##...##.....##.##.",
+    "##..##..##.......##.....##.....###.##.##.....##..##.##..##...##...##.....##..##",
+    "##..##..##.......##.....##.....######.##.....##..##.##..##...##...##.....##..##",
+    "##..##..##.......##.###.#####..##.###.#####..#####..##..##...##...#####..##..##",
+    "######..##.......##..##.##.....##.###.##.....####...######...##...##.....##..##",
+    "##..##..##.......##..##.##.....##..##.##.....##.##..##..##...##...##.....##..##",
+    "##..##..##.......##..##.##.....##..##.##.....##..##.##..##...##...##.....##.##.",
+    "##..##.####.......####..######.##..##.######.##..##.##..##...##...######.####..",
+    "...............................................................................",
+};
+
+typedef struct {
+    uint8_t *samples;
+    int width, height, dx, dy; /* in samples; pixels that a sample covers */
+} Plane;
+
+typedef struct {
+    int left, top, width, height; /* in pixels */
+} Box;
+
+/* Every sample that covers some of the box. */
+static void fill(const Plane *plane, Box box, uint8_t value) {
+    int right = smaller(ceiling(box.left + box.width, plane->dx), plane->width);
+    int bottom = smaller(ceiling(box.top + box.height, plane->dy), plane->height);
+    for (int y = box.top / plane->dy; y < bottom; y++)
+        for (int x = box.left / plane->dx; x < right; x++) plane->samples[(size_t)y * (size_t)plane->width + (size_t)x] = value;
+}
+
+static void draw(const Plane *luma, const char *const line[HEIGHT], int left, int top, int dot) {
+    for (int row = 0; row < HEIGHT; row++)
+        for (int column = 0; line[row][column]; column++)
+            if (line[row][column] == '#') fill(luma, (Box){left + column * dot, top + row * dot, dot, dot}, 235);
+}
+
+bool label_is_due(const VideoFormat *format, int index) {
+    int64_t at = (int64_t)index * format->rate_den, second = format->rate_num;
+    return at % (60 * second) < 2 * second;
+}
+
+void label_draw(const VideoFormat *format, uint8_t *planes) {
+    int W = format->width, H = format->height, chroma = format->chroma == 420 ? 2 : 1;
+    Plane luma = {planes, W, H, 1, 1};
+    Plane blue = {planes + (size_t)W * (size_t)H, ceiling(W, chroma), ceiling(H, chroma), chroma, chroma}, red = blue;
+    red.samples += (size_t)blue.width * (size_t)blue.height;
+
+    int dot = ceiling(smaller(W, H), 20 * CAPITAL); /* pixels a side, so that capitals have 5 % */
+    int first = (int)strlen(made[0]), second = (int)strlen(generated[0]), between = 4 * GAP;
+    bool one_line = (first + between + second + 4 * GAP) * dot <= W;
+    int columns = one_line ? first + between + second : second, rows = one_line ? HEIGHT : 2 * HEIGHT + GAP;
+    Box box = {0, 0, (columns + 2 * GAP) * dot, (rows + 2 * GAP) * dot};
+    box.left = W > box.width + 2 * GAP * dot ? GAP * dot : 0;
+    box.top = H > box.height + 2 * GAP * dot ? H - box.height - GAP * dot : 0;
+
+    fill(&luma, box, 16);
+    fill(&blue, box, 128);
+    fill(&red, box, 128);
+    int left = box.left + GAP * dot, top = box.top + GAP * dot;
+    draw(&luma, made, left, top, dot);
+    if (one_line) {
+        fill(&luma, (Box){left + (first + between / 2 - 1) * dot, top + (2 + CAPITAL / 2) * dot, 2 * dot, 2 * dot}, 235);
+        draw(&luma, generated, left + (first + between) * dot, top, dot);
+    } else {
+        draw(&luma, generated, left, top + (HEIGHT + GAP) * dot, dot);
+    }
+}
