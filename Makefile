@@ -97,18 +97,22 @@ PYTHON ?= .venv/bin/python
 	.venv/bin/pip install -q -r tests/requirements.txt
 	touch $@
 
+# mark.c with another main(), which marks any clip.
+$(BUILD)/mark_tool: $(BUILD)/tests/mark_tool.o $(filter-out $(BUILD)/mark.o,$(OBJECTS))
+	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ -lm
+
 # umT5's own tokenizer, where it is at hand.
 UMT5 ?= $(wildcard ../shared/fixtures/umt5-tokenizer/tokenizer.json.gz)
 
-test-reference: sora $(if $(filter .venv/%,$(PYTHON)),.venv/installed)
+test-reference: sora $(BUILD)/mark_tool $(if $(filter .venv/%,$(PYTHON)),.venv/installed)
 	$(PYTHON) -m pytest -q tests/export
 	$(PYTHON) -m pytest -q train
 	$(PYTHON) tests/reference_tokenizer.py $(UMT5:%=--umt5 %)
 	$(PYTHON) tests/reference.py
 	$(PYTHON) tests/reference_causal.py
-	$(PYTHON) tests/reference_chunks.py
 	$(PYTHON) tests/reference_check.py
 	$(PYTHON) tests/reference_y4m.py
+	$(PYTHON) -m pytest -q tests/reference_trust.py
 
 # How near every kernel and stage comes to the machine's own peak; the same stages in PyTorch and stable-diffusion.cpp.
 BENCH = $(patsubst %.c,$(BUILD)/%.o,$(wildcard bench/*.c))

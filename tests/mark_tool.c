@@ -1,0 +1,66 @@
+/* mark_tool.c - marks any Y4M, and asks how often chance finds a mark; for tests/reference_trust.py.
+ *
+ *   mark_tool mark BITS IN OUT     adds the mark to IN's luma; prints the PSNR and the mean change
+ *   mark_tool chance KEYS IN       looks for the marks of so many other keys: the highest deviations, a line each */
+#include "mark.c"
+
+static float *frame;
+static VideoFormat format;
+
+static Y4mReader *open_clip(const char *path) {
+    Bytes bytes;
+    Y4mReader *reader;
+    const char *why = read_file(path, SIZE_MAX, &bytes);
+    if (!why) why = y4m_open(bytes, &reader, &format);
+    if (why) die(STATUS_USAGE, "%s: %s", path, why);
+    frame = allocate(3 * sizeof *frame * (size_t)format.width * (size_t)format.height);
+    return reader;
+}
+
+static bool next(Y4mReader *reader) {
+    bool end;
+    const char *why = y4m_next(reader, frame, &end);
+    if (why) die(STATUS_USAGE, "%s", why);
+    return !end;
+}
+
+static void mark_clip(uint64_t bits, const char *in, const char *out) {
+    Y4mReader *reader = open_clip(in);
+    Mark mark = mark_make(bits);
+    OutputFile file = output_open(out);
+    char header[80];
+    double squares = 0, sum = 0, count = 0;
+    size_t bytes = (format.chroma = 420, y4m_frame_bytes(&format));
+    uint8_t *before = allocate(bytes), *after = allocate(bytes);
+    output_write(&file, header, y4m_header(&format, header));
+    while (next(reader)) {
+        y4m_convert(&format, frame, before);
+        memcpy(after, before, bytes);
+        mark_add(&mark, &format, after);
+        for (int i = 0; i < format.width * format.height; i++) {
+            int change = after[i] - before[i];
+            squares += change * change, sum += abs(change), count++;
+        }
+        output_write(&file, "FRAME\n", 6);
+        output_write(&file, after, bytes);
+    }
+    output_commit(&file);
+    printf("%.2f %.3f\n", 10 * log10(255.0 * 255 * count / squares), sum / count);
+}
+
+static void chance(int keys, const char *in) {
+    MarkSum sum = {0};
+    for (Y4mReader *reader = open_clip(in); next(reader);) mark_gather(&sum, &format, frame);
+    for (int k = 1; k <= keys; k++) {
+        MarkTiles *tiles = tiles_make(KEY + (uint64_t)k);
+        printf("%.3f\n", search_scales(tiles, &sum).deviations);
+        free(tiles);
+    }
+}
+
+int main(int argc, char **argv) {
+    if (argc == 5 && !strcmp(argv[1], "mark")) mark_clip(strtoull(argv[2], NULL, 16), argv[3], argv[4]);
+    else if (argc == 4 && !strcmp(argv[1], "chance")) chance(atoi(argv[2]), argv[3]);
+    else die(STATUS_USAGE, "usage: mark_tool mark BITS IN OUT | mark_tool chance KEYS IN");
+    return STATUS_OK;
+}
