@@ -82,18 +82,54 @@ static size_t control_character(Bytes text, Text *out) {
 
 /* ---------------------------------------------------------------- ftfy.fix_text */
 
-/* ftfy.fix_and_explain. */
-static void fix_line(Text *line, bool references) {
+static void repair(Text *text) {
     static Rule *const repairs[] = {c1_control, usual_form,      curly_quote,
                                     line_break, terminal_escape, control_character};
+    for (size_t i = 0; i < sizeof repairs / sizeof *repairs; i++) text_rewrite(text, repairs[i]);
+    text_compose(text);
+}
+
+/* Decodes the reference that the text ends with, and repairs the result. False if it ends with none. */
+static bool decode_end(Text *text) {
+    enum { LONGEST = 27 }; /* "&#", 24 letters or digits, ";" */
+    size_t start = text->size, first = text->size > LONGEST ? text->size - LONGEST : 0;
+    if (!text->size || text->data[text->size - 1] != ';') return false;
+    while (start > first && text->data[start] != '&') start--;
+    Text decoded = {0};
+    bool found = ftfy_reference(tail(text_bytes(text), start), &decoded) > 0;
+    if (found) {
+        repair(&decoded);
+        text->size = start;
+        text_append(text, decoded.data, decoded.size);
+    }
+    free(decoded.data);
+    return found;
+}
+
+/* Decodes references at every depth: "&amp;amp;lt;" and "&l&#116;;" become "<". */
+static void decode_nested(Text *text) {
+    Text out = {0};
+    for (size_t i = 0; i < text->size; i++) {
+        text_append(&out, text->data + i, 1);
+        while (decode_end(&out)) continue;
+    }
+    text_append(&out, "", 0); /* data is never NULL */
+    free(text->data);
+    *text = out;
+}
+
+/* ftfy.fix_and_explain. ftfy decodes one level of nested references in a round, and "&amp;amp;amp;..." has up to
+ * 16000 levels in 64 KB. Here only the first round does so, because it removes every ESC. After that the order of
+ * the repairs does not change the result, so all levels are decoded at once. */
+static void fix_line(Text *line, bool references) {
     Text before;
     bool same;
+    if (references) text_rewrite(line, ftfy_reference);
     do {
         before = (Text){0};
         text_append(&before, line->data, line->size);
-        if (references) text_rewrite(line, ftfy_reference);
-        for (size_t i = 0; i < sizeof repairs / sizeof *repairs; i++) text_rewrite(line, repairs[i]);
-        text_compose(line);
+        repair(line);
+        if (references) decode_nested(line);
         same = line->size == before.size && !memcmp(line->data, before.data, before.size);
         free(before.data);
     } while (!same);

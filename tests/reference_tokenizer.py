@@ -430,6 +430,24 @@ def disordered(count, seed):
         yield "".join(rng.choice(rng.choice(some)) for _ in range(rng.choice([1, 2, 3, 5, 8, 20, 60])))
 
 
+def nested_reference(rng, character, depth):
+    """A reference to the character, some of whose own characters are references, in turn `depth` levels deep."""
+    code = ord(character)
+    text = rng.choice([f"&#{code};", f"&#x{code:x};"] + ["&amp;", "&AMP;"] * 2 * (character == "&") + ["&lt;"] * (character == "<"))
+    return "".join(nested_reference(rng, c, depth - 1) if depth and rng.random() < 0.3 else c for c in text)
+
+
+def nested(count, seed):
+    """References in references, among what other repairs take: escapes, marks, widths, line breaks."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        yield "".join(rng.choice([
+            lambda: nested_reference(rng, rng.choice("&&&<;#eé[m1\ufeff\u0301\u0323\u037e；＆１\r\n\x1b\x85"), rng.randint(0, 4)),
+            lambda: "&" + rng.choice(["amp;", "#38;", "AMP;", "#x26;"]) * rng.randint(1, 5) + rng.choice(["lt;", "#769;", "#91;", ""]),
+            lambda: rng.choice(["\x1b", "\x1b[", "[31m", "e", "\u0301", "；", "＆", ";", "&", "&#", "amp", "\r", "\ufeff", "\n"]),
+        ])() for _ in range(rng.randint(1, 6)))
+
+
 def blocks():
     """Every character up to U+2FFFF by itself, and between a letter and two marks: 4096 of them in a string."""
     for first in range(0, 0x30000, 0x1000):
@@ -553,6 +571,7 @@ class Comparison:
                      lambda p: clean_in_c(self.c, p), list(prompts(self.count, 1)))
         inputs = list(disordered(10 * self.count, 2))
         self.compare("clean-up of what needs many repairs", clean, in_c, inputs)
+        self.compare("clean-up of nested references", clean, in_c, list(nested(10 * self.count, 12)))
         unguessed("strings that need many repairs", inputs)
         unguessed("prompts in many languages", corpus(3))
         if tables_match():

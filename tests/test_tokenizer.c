@@ -123,6 +123,22 @@ static void test_characters(Bytes first, Bytes expected, const void *context) {
     free((void *)clean.data);
 }
 
+/* 64 KB of references inside references. The expected text is what ftfy 6.3.1 gives for 1 to 11 levels. */
+static void test_nested(const char *opening, const char *core, const char *closing, const char *expected) {
+    enum { LIMIT_BYTES = 1 << 16 };
+    Text prompt = {0};
+    size_t levels = (LIMIT_BYTES - strlen(core) - 1) / (strlen(opening) + strlen(closing));
+    if (!*closing) text_append(&prompt, "&", 1);
+    for (size_t i = 0; i < levels; i++) text_append(&prompt, opening, strlen(opening));
+    text_append(&prompt, core, strlen(core));
+    for (size_t i = 0; i < levels; i++) text_append(&prompt, closing, strlen(closing));
+    Bytes clean = prompt_clean(text_bytes(&prompt));
+    CHECK(clean.size == strlen(expected) && !memcmp(clean.data, expected, clean.size),
+          "%zu levels of \"%s\" become %zu bytes, not \"%s\"", levels, opening, clean.size, expected);
+    free((void *)clean.data);
+    free(prompt.data);
+}
+
 /* A prefix of the ids, closed by </s>, whatever the limit. */
 static void test_limits(void) {
     WeightFile *file;
@@ -273,6 +289,10 @@ void test_tokenizer(void) {
     for (int i = 0; i < 8; i++) test_damage(goldens[i]);
     CHECK(for_each_line("clean", test_clean, NULL) == 600, "clean.txt is short");
     CHECK(for_each_line("characters", test_characters, NULL) == 48, "characters.txt is short");
+    test_nested("amp;", "lt;", "", "<");
+    test_nested("&#x3", "4", ";", "4");        /* "&#x34;" is "4" */
+    test_nested("&#7&#xFEF", "F", ";0;", "F"); /* U+FEFF is removed, "&#70;" is "F" */
+    test_nested("&#52&#89", "4", ";", "4");    /* U+037E becomes ";", "&#52;" is "4" */
     test_limits();
     test_refusals();
 }

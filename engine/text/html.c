@@ -140,6 +140,6 @@ size_t ftfy_reference(Bytes text, Text *out) {
     if (first == 1) return named_reference((Bytes){text.data, end + 1}, out);
     bool whole = numeric_reference(text, out) == end + 1;
     if (whole && !(out->size == before + 1 && out->data[before] == ';')) return end + 1;
-    out->size = before; /* a semicolon in what it gives tells ftfy that not all was read: "&#65x;", "&#59;" */
+    out->size = before; /* ftfy takes a semicolon in the result as a sign of an incomplete match: "&#65x;", "&#59;" */
     return 0;
 }
