@@ -110,6 +110,7 @@ test-reference: sora $(BUILD)/mark_tool $(if $(filter .venv/%,$(PYTHON)),.venv/i
 	$(PYTHON) tests/reference_tokenizer.py $(UMT5:%=--umt5 %)
 	$(PYTHON) tests/reference.py
 	$(PYTHON) tests/reference_causal.py
+	$(PYTHON) tests/reference_chunks.py
 	$(PYTHON) tests/reference_check.py
 	$(PYTHON) tests/reference_y4m.py
 	$(PYTHON) -m pytest -q tests/reference_trust.py

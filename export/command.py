@@ -18,6 +18,7 @@ from export.files import ExportError, is_out_of_memory
 from export.keys import FIXED, model_keys
 from export.lora import open_lora
 from export.parts import KINDS, open_part
+from export.recipes import RECIPES, find_recipe
 from export.sources import find_sources
 from export.tokenizer import find_tokenizer, tokenizer_keys
 from export.writer import DIGEST_KEY, NO_DIGEST, TYPES, check_output, plan, spare_sources, write
@@ -78,14 +79,16 @@ def export(args):
     """From the arguments to the finished file."""
     opened, output = {}, check_output(Path(args.output))
     sources, wanted = find_sources(args, opened), TYPES.get(args.type)
-    parts = [open_part(name, getattr(sources, name), sources.patterns.get(name, "*"), opened) for name in KINDS]
+    recipe, note = find_recipe(args, sources)
+    parts = [open_part(name, getattr(sources, name), sources.patterns.get(name, "*"), opened,
+                       recipe and recipe.container) for name in KINDS]
     text, transformer, vae = parts
     tokenizer_path = find_tokenizer(sources.tokenizer)
     tokenizer = tokenizer_keys(tokenizer_path, opened)
     check_parts_fit(transformer.sizes, text.sizes, vae.sizes, tokenizer)
 
     shapes = {name: shape for name, shape, _ in transformer.rows()}
-    loras = [open_lora(option, shapes, args.lora_skip_unmatched) for option in args.lora]
+    loras = [open_lora(option, shapes, args.lora_skip_unmatched, recipe and recipe.lora_alpha) for option in args.lora]
     planned = [t for part in parts for t in plan(part, wanted, loras if part is transformer else ())]
     matrix = next(t for t in planned if t.name == "blocks.0.self_attn.q.weight")
     files = [f for f in (*(f for part in parts for f in part.files), tokenizer_path, sources.scheduler,
@@ -96,7 +99,7 @@ def export(args):
         "general.file_type": FILE_TYPES[matrix.type],
         **FIXED,
         DIGEST_KEY: NO_DIGEST,
-        **default_keys(run_defaults(args, sources, transformer.sizes, vae.sizes)),
+        **default_keys(run_defaults(args, sources, recipe, transformer, vae)),
         **model_keys(parts),
         "sora.lora": [f"{lora.path.name}:{lora.scale:g}" for lora in loras],
         **source_keys(Path(args.checkpoint) if args.checkpoint else None, files),
@@ -104,6 +107,8 @@ def export(args):
     }
     if sources.own:
         keys |= carried_keys(sources.own, keys)
+    notes = [*([note] if note else []), *(n for part in parts for n in part.notes), *(lora.note for lora in loras)]
+    print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     write(output, keys, planned)
     print(f"{output}: {len(planned)} tensors, {output.stat().st_size:,} bytes", file=sys.stderr)
 
@@ -121,8 +126,13 @@ def arguments(argv):
                         help="leave out the keys of a LoRA that match no tensor, and say how many")
     for part in ("transformer", "text-encoder", "vae", "tokenizer"):
         parser.add_argument(f"--{part}", metavar="PATH", help="file or folder to take this part from")
+    schedule = parser.add_argument_group("the schedule that distilled and causal weights were trained for")
+    schedule.add_argument("--recipe", choices=RECIPES, help="the released model whose schedule and chunks these are")
+    schedule.add_argument("--timesteps", metavar="LIST", help="times such as 1000,750,500,250, before the shift")
+    schedule.add_argument("--first-timesteps", metavar="LIST", help="those of the first chunk")
+    schedule.add_argument("--no-warp", action="store_true", help="the times are what the transformer is told")
     defaults = parser.add_argument_group("defaults that the file gives to sora")
-    for name, row in DEFAULTS.items():
+    for name, row in ((name, row) for name, row in DEFAULTS.items() if row.help):
         choices = f": {', '.join(row.allowed)}" if row.kind is str and row.allowed else ""
         defaults.add_argument(option_of(name), dest=name, type=row.kind, metavar=row.kind.__name__.upper(),
                               help=row.help + choices)

@@ -10,7 +10,6 @@ Pitfall: pages of a mapping that lives on count as the process's memory until it
 import math
 import pickle
 import re
-import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -52,7 +51,7 @@ class Folded(Stored):
 
 class Safetensors:
     """A .safetensors file, mapped anew each time that much of it was read."""
-    own, keys = False, {}
+    own, keys, containers, note = False, {}, (), None
 
     def __init__(self, path):
         self.path, self.bytes_read, self.mapped = path, math.inf, None
@@ -72,16 +71,14 @@ class Safetensors:
 class Pickle:
     """A torch checkpoint (.pth, .pt, .bin, .ckpt), unpickled as data only and mapped where its format allows it."""
     own, keys = False, {}
-    CONTAINERS = ("generator_ema", "generator", "ema", "model_state_dict", "state_dict", "model", "module")
+    CONTAINERS = ("generator_ema", "generator", "generator_lora", "ema", "model_state_dict", "state_dict", "model",
+                  "module")  # the first that is there is taken
     DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
               torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8", torch.uint8: "U8"}
 
-    def __init__(self, path):
-        self.path, self.metadata, self.containers, self.remap = path, {}, [], REMAP
+    def __init__(self, path, container=None):
+        self.path, self.metadata, self.containers, self.remap, self.first = path, {}, [], REMAP, container
         self.open()
-        if "generator_ema" in self.containers or "generator" in self.containers:
-            print(f"{path}: weights of a distilled generator, which are only as good as the steps, shift and guidance "
-                  "that it was trained for; causal ones run as if they were not", file=sys.stderr)
         other = [k for k, v in self.values.items() if not (isinstance(k, str) and torch.is_tensor(v))]
         if other:
             raise ExportError(f"{path}: {other[0]!r} is not a tensor")
@@ -97,11 +94,13 @@ class Pickle:
 
     def open(self):
         """Maps the file anew and goes down to the dictionary of tensors, whatever trainers wrapped it in."""
-        values = self.load()
-        self.containers = []
-        while isinstance(values, dict) and (found := [c for c in self.CONTAINERS if isinstance(values.get(c), dict)]):
+        values, self.containers, self.note = self.load(), [], None
+        names = [self.first] * bool(self.first) + [c for c in self.CONTAINERS if c != self.first]
+        while isinstance(values, dict) and (found := [c for c in names if isinstance(values.get(c), dict)]):
             values = values[found[0]]
             self.containers.append(found[0])
+            if found[1:]:
+                self.note = f"{self.path}: takes {found[0]}, not {' or '.join(found[1:])}"
         if not isinstance(values, dict):
             raise ExportError(f"{self.path}: holds a {type(values).__name__}, expected a dictionary of tensors")
         self.values, self.bytes_read = values, 0
@@ -134,6 +133,7 @@ class Pickle:
 
 class Gguf:
     """A GGUF file, export.py's own or another's: read from the disk, not mapped. keys: what its header states."""
+    containers, note = (), None
     SHAPE = "comfy.gguf.orig_shape."  # ComfyUI-GGUF's key of a tensor whose blocks run over the ends of its rows
 
     def __init__(self, path):
@@ -178,13 +178,14 @@ def container_of(head):
     return next((container for magic, container in MAGIC if re.match(magic, head)), None)
 
 
-def open_file(path, opened=None):
-    """The reader of one file of weights. opened: {path: reader} of those that are open."""
+def open_file(path, opened=None, container=None):
+    """The reader of one file of weights. opened: {path: reader} of those that are open; container: of a pickle, the
+    one to take where it has several."""
     opened = {} if opened is None else opened
     if path not in opened:
         with reading(path):
-            container = container_of(first_bytes(path))
-            if container is None:
+            reader = container_of(first_bytes(path))
+            if reader is None:
                 raise ExportError(f"{path}: is none of {', '.join(SUFFIXES)}, by how it begins")
-            opened[path] = container(path)
+            opened[path] = reader(path, container) if reader is Pickle else reader(path)
     return opened[path]

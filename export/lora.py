@@ -12,7 +12,6 @@ is refused by name.
 import json
 import math
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -62,6 +61,7 @@ class Lora:
     rows: dict   # name -> torch shape, of every tensor of the transformer
     files: list  # that were read
     changes: dict = field(default_factory=dict)  # name -> functions (first row, last row) -> f32 (rows, rest), as torch
+    note: str = ""  # for the user
 
     def add(self, name, shape, change, key):
         """One change of a tensor that must have this shape."""
@@ -102,21 +102,21 @@ def lora_tensor(module, kind):
     return f"{module}.bias" if kind in ("diff_b", "up_b") else f"{module}.weight"
 
 
-def open_lora(option, rows, skip=False):
+def open_lora(option, rows, skip=False, alpha=None):
     """Reads FILE[:SCALE] and matches every key with a tensor of the transformer. rows: name -> torch shape. skip: leave
-    out keys that match none, and count them."""
+    out keys that match none, and count them. alpha: PEFT's, where its settings are not there."""
     path, scale = split_option(option)
     file = open_file(path)
     with reading(path):
         modules, left_out = lora_modules(file, rows, skip)
-        config, config_files = adapter_config(file)
+        config, config_files = adapter_config(file, alpha)
         lora = Lora(path, scale, rows, [file.path, *config_files])
         for module, keys in modules.items():
             add_changes(lora, module, keys, config)
     if not lora.changes:
         raise ExportError(f"{path}: changes nothing")
-    print(f"{path}: {len(file.tensors) - left_out} keys applied to {len(lora.changes)} tensors, scale {scale:g}"
-          f"{f'; {left_out} keys that match no tensor left out' if left_out else ''}", file=sys.stderr)
+    lora.note = f"{path}: {len(file.tensors) - left_out} keys applied to {len(lora.changes)} tensors, scale {scale:g}"
+    lora.note += f"; {left_out} keys that match no tensor left out" if left_out else ""
     return lora
 
 
@@ -157,16 +157,16 @@ def lora_modules(file, rows, skip):
     return modules, left_out
 
 
-def adapter_config(file):
+def adapter_config(file, alpha):
     """(What PEFT says of the adapter, the files that say so): diffusers keeps it in the file's metadata, PEFT itself in
-    adapter_config.json beside it."""
+    adapter_config.json beside it; without either a recipe may state alpha."""
     beside = file.path.parent / "adapter_config.json"
     if "lora_adapter_metadata" in file.metadata:
         config, files = json.loads(file.metadata["lora_adapter_metadata"]), []
     elif any(key.startswith("base_model.model.") for key in file.tensors):
-        if not beside.is_file():
+        if not beside.is_file() and not alpha:
             raise ExportError(f"{file.path}: PEFT keeps its strength in {beside.name}, which must lie beside it")
-        config, files = read_json(beside), [beside]
+        config, files = (read_json(beside), [beside]) if beside.is_file() else ({"lora_alpha": alpha}, [])
     else:
         config, files = {}, []
     config = {key.removeprefix("transformer."): value for key, value in config.items()}

@@ -68,10 +68,12 @@ UNSUPPORTED = [
     (r"\bimg_emb\.|\.[kv]_img\.|image_embedder|\.add_[kv]_proj\.", "an image-to-video model (CLIP image encoder)"),
     (r"^vace_", "a VACE model"),
     (r"\bmotion_encoder\.|\bface_adapter\.", "a Wan-Animate model"),
-    (r"\.to_gate_compress\.", "FastWan (its sparse attention's gate)"),
     (r"avg_shortcut|samples\.\d+\.(down|up)samples\.|down_blocks\.\d+\.resnets|\.(down|up)sampler\.",
      "Wan 2.2's residual VAE (TI2V-5B)"),
 ]
+
+# FastWan's gate of sparse attention, which dense attention leaves out.
+GATE = re.compile(r"\.to_gate_compress\.")
 
 # One of Wan 2.2 A14B's two experts has the tensors of Wan 2.1's 14B: only what people call it tells them apart.
 EXPERT = re.compile(r"(high|low)[-_ ]?noise|transformer_2|wan2[._]2|a14b", re.IGNORECASE)

@@ -4,7 +4,6 @@ The table KINDS says what each is and where the other modules' knowledge of it l
 """
 
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable
@@ -12,7 +11,7 @@ from typing import Callable
 from export.containers import open_file
 from export.files import ExportError, read_json, reading, weight_files
 from export.keys import stated_sizes
-from export.names import EXPERT, SHARED, TIED, count_upsamples, our_name, plain_name, refuse_unsupported
+from export.names import EXPERT, GATE, SHARED, TIED, count_upsamples, our_name, plain_name, refuse_unsupported
 from export.quantised import weights_in
 from export.sizes import text_encoder_sizes, transformer_sizes, vae_sizes
 from export.tables import TEXT_ENCODER, TRANSFORMER, block_rows, vae_rows
@@ -46,6 +45,8 @@ class Part:
     config: dict
     files: list
     sizes: dict = field(default_factory=dict)
+    signs: list = field(default_factory=list)  # that it was made for one schedule
+    notes: list = field(default_factory=list)  # for the user
 
     @property
     def title(self):
@@ -60,30 +61,47 @@ class Part:
         return list(KINDS[self.name].rows(self.sizes))
 
 
-def open_part(name, path, pattern="*", opened=None):
-    """Opens the files of one part, renames their tensors and measures them; refuses what sora cannot run, by name."""
+def open_part(name, path, pattern="*", opened=None, container=None):
+    """Opens the files of one part, renames their tensors and measures them; refuses what sora cannot run, by name.
+    container: of a pickle, the one to take where it has several."""
     with reading(path):
         paths = weight_files(path, pattern)
-        files = [open_file(p, opened) for p in paths]
+        files = [open_file(p, opened, container) for p in paths]
         if files[0].own:
             return own_part(name, path, files[0])
         config_path = paths[0].parent / "config.json"
         config = read_json(config_path) if config_path.is_file() else {}
         if KINDS[name].mark not in config:  # an original release folder has one config.json, the transformer's
             config = {}
-        part = Part(name, path, rename(name, weights_in(all_tensors(files))), config,
-                    paths + ([config_path] if config else []))
+        stored = all_tensors(files)
+        kept = {key: tensor for key, tensor in stored.items() if not GATE.search(key)}
+        part = Part(name, path, rename(name, weights_in(kept)), config, paths + ([config_path] if config else []))
         part.sizes = KINDS[name].measure(part)
-        note_expert(part)
+        part.signs = signs_of_a_schedule(files, config, len(stored) - len(kept))
+        part.notes = [*(f.note for f in files if f.note), *gate_note(path, len(stored) - len(kept)), *expert_note(part)]
         return part
 
 
-def note_expert(part):
+def signs_of_a_schedule(files, config, gates):
+    """What shows that weights were distilled, or made to generate in chunks."""
+    generators = [c for f in files for c in f.containers if c.startswith("generator")]
+    kind = str(config.get("_class_name", ""))
+    return [*(f"its weights are a {c}" for c in generators), *([f"is a {kind}"] if kind.startswith("Causal") else []),
+            *(["has FastWan's gate"] if gates else [])]
+
+
+def gate_note(path, gates):
+    """A note where FastWan's gates were left out."""
+    return [f"{path}: {gates} tensors of FastWan's gate left out: attention is dense here"] if gates else []
+
+
+def expert_note(part):
     """A note where a transformer is called what an expert of Wan 2.2 A14B is. A name decides nothing, so no refusal."""
     called = EXPERT.search("/".join(part.path.absolute().parts[-2:]))
-    if part.name == "transformer" and part.sizes["dim"] == 5120 and called:
-        print(f"{part.path}: note: named like an expert of Wan 2.2 A14B ({called[0]}), which alone makes no clip; "
-              "taken for Wan 2.1's 14B, whose tensors are of the same shapes", file=sys.stderr)
+    if part.name != "transformer" or part.sizes["dim"] != 5120 or not called:
+        return []
+    return [f"{part.path}: named like an expert of Wan 2.2 A14B ({called[0]}), which alone makes no clip; taken for "
+            "Wan 2.1's 14B, whose tensors are of the same shapes"]
 
 
 def own_part(name, path, file):

@@ -88,7 +88,7 @@ class Quantised(Stored):
 
 
 def rotated(values, group):
-    """values (rows, columns) times ComfyUI's regular Hadamard matrix, which is its own inverse, in groups of columns."""
+    """values (rows, columns) times ComfyUI's Hadamard matrix, which is its own inverse, in groups of columns."""
     h4 = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float32) / 2
     matrix = h4
     while len(matrix) < group:

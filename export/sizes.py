@@ -16,7 +16,8 @@ from export.files import ExportError
 KNOWN = {
     "transformer": "model_type dim in_dim out_dim ffn_dim freq_dim text_dim text_len num_heads num_layers patch_size "
                    "eps window_size qk_norm cross_attn_norm num_attention_heads attention_head_dim in_channels "
-                   "out_channels image_dim added_kv_proj_dim rope_max_seq_len pos_embed_seq_len",
+                   "out_channels image_dim added_kv_proj_dim rope_max_seq_len pos_embed_seq_len "
+                   "local_attn_size sink_size num_frame_per_block num_frames_per_block independent_first_frame",
     "vae": "base_dim decoder_base_dim z_dim dim_mult num_res_blocks attn_scales temperal_downsample dropout "
            "latents_mean latents_std is_residual in_channels out_channels patch_size scale_factor_temporal "
            "scale_factor_spatial clip_output",
@@ -70,14 +71,21 @@ def stated(part, keys, default, low, high):
     return value
 
 
+def patch_embedding_shape(part):
+    """[dim, in_dim, patch_t, patch_h, patch_w], however the layout has it: a GGUF folds the two outer dimensions into
+    one, rCM stores a linear over a patch's numbers, whose sizes only a config states where they are no 1, 2, 2."""
+    weight, (dim,) = part.tensors.get("patch_embedding.weight"), shape_in(part, "patch_embedding.bias", 1)
+    if weight is not None and len(weight.shape) == 4:
+        return (dim, weight.shape[0] // dim, *weight.shape[1:])
+    if weight is not None and len(weight.shape) == 2:
+        patch = part.config.get("patch_size", [1, 2, 2])
+        return (dim, weight.shape[1] // math.prod(patch), *patch)
+    return shape_in(part, "patch_embedding.weight", 5)
+
+
 def transformer_sizes(part):
     """wan/modules/model.py's arguments. Without a config the head width is 128, as in every released Wan model."""
-    patch = part.tensors.get("patch_embedding.weight")
-    if patch is not None and len(patch.shape) == 4:  # GGUF: the two outer dimensions folded
-        dim, = shape_in(part, "patch_embedding.bias", 1)
-        shape = (dim, patch.shape[0] // dim, *patch.shape[1:])
-    else:
-        shape = shape_in(part, "patch_embedding.weight", 5)
+    shape = patch_embedding_shape(part)
     heads = stated(part, "num_heads num_attention_heads", max(shape[0] // 128, 1), 1, 1024)
     if shape[0] % (2 * heads) or shape[0] < 128 and not part.config:
         raise ExportError(f"{part.path}: a width of {shape[0]} is not {heads} heads of even width "
@@ -100,7 +108,8 @@ def transformer_sizes(part):
                           "conditioned on images or other latents cannot be run yet")
     check_known(part, KNOWN["transformer"])
     check_required(part, [
-        ("_class_name", ("WanTransformer3DModel", "WanModel"), "that kind of model"),
+        ("_class_name", ("WanTransformer3DModel", "WanModel", "CausalWanTransformer3DModel", "CausalWanModel"),
+         "that kind of model"),
         ("model_type", ("t2v",), "that kind of model"),
         ("qk_norm", (True, "rms_norm_across_heads"), "another norm of queries and keys"),
         ("cross_attn_norm", (True,), "a block without it"),

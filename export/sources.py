@@ -5,6 +5,7 @@ from pathlib import Path
 
 from export.containers import Gguf, open_file
 from export.files import ExportError, read_json, reading
+from export.recipes import KNOWN_PIPELINES
 
 PARTS = ("transformer", "text_encoder", "vae", "tokenizer")
 
@@ -19,6 +20,7 @@ class Sources:
     scheduler: Path | None = None
     settings: Path | None = None
     own: Gguf | None = None  # the weight file that is converted again
+    pipeline: str | None = None  # its class, as model_index.json says
     patterns: dict = field(default_factory=dict)  # {part: its files' names, where a folder holds those of others}
 
 
@@ -51,6 +53,9 @@ def find_sources(args, opened):
     return sources
 
 
+PIPELINES = ("WanPipeline", *KNOWN_PIPELINES)
+
+
 def diffusers_sources(root, replaced):
     """The parts of a diffusers pipeline folder; of any pipeline's if its transformer is replaced."""
     path = root / "model_index.json"
@@ -60,7 +65,7 @@ def diffusers_sources(root, replaced):
             refuse_pipeline(root, index)
     scheduler = root / "scheduler" / "scheduler_config.json"
     return Sources(root / "transformer", root / "text_encoder", root / "vae", root / "tokenizer",
-                   scheduler if scheduler.is_file() else None)
+                   scheduler if scheduler.is_file() else None, pipeline=None if replaced else index.get("_class_name"))
 
 
 def refuse_pipeline(root, index):
@@ -70,7 +75,7 @@ def refuse_pipeline(root, index):
             raise ExportError(f"{root}: {what} cannot be run yet ({key} in model_index.json)")
     if index.get("expand_timesteps"):
         raise ExportError(f"{root}: Wan 2.2 TI2V-5B cannot be run yet (expand_timesteps in model_index.json)")
-    if index.get("_class_name", "WanPipeline") != "WanPipeline":
+    if index.get("_class_name", "WanPipeline") not in PIPELINES:
         raise ExportError(f"{root}: a {index['_class_name']} cannot be run yet (_class_name in model_index.json)")
 
 

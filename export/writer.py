@@ -105,11 +105,13 @@ def stored_type(rule, source, columns, wanted):
     return Type.F16 if wanted == Type.Q8_0 and not fits else wanted
 
 
-def has_shape(source, shape):
-    """Whether a tensor of a checkpoint has the shape that its row says, but for how its container lays it out."""
+def has_shape(source, shape, rule):
+    """Whether a tensor of a checkpoint has the shape that its row says, but for how its layout folds it. A convolution
+    of the VAE may not be a matrix there, which would not say what its columns are."""
     if source.folded:
         return source.shape == folded_shape(shape)
-    return squeezed(source.shape) == squeezed(shape) or source.shape == four_dimensions(shape)
+    folds = [squeezed(shape), squeezed(four_dimensions(shape))] + [folded_shape(shape)] * (rule != CONV)
+    return squeezed(source.shape) in folds
 
 
 def plan(part, wanted, loras=()):
@@ -119,7 +121,7 @@ def plan(part, wanted, loras=()):
         source = left.pop(name, None)
         if source is None:
             raise ExportError(f"{part.path}: the {part.title}'s {name} is missing")
-        if not has_shape(source, shape):
+        if not has_shape(source, shape, rule):
             raise ExportError(f"{source.file.path}: {source.key} has shape {list(source.shape)}, "
                               f"expected {list(shape)}")
         folded = folded_shape(shape)

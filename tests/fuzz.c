@@ -147,6 +147,29 @@ static bool run_y4m(Bytes in) {
     return !why;
 }
 
+static bool run_story(Bytes in) {
+    Story story = {0};
+    bool read = !story_parse(&story, in);
+    for (int i = 0; i < story.count; i++) {
+        double before = i ? story.lines[i - 1].time : -1;
+        if (!(story.lines[i].time > before) || !*story.lines[i].text) abort();
+    }
+    story_free(&story);
+    return read;
+}
+
+static bool run_recipe(Bytes in) {
+    WeightFile *file;
+    if (weights_parse(in, "fuzz", &file)) return false;
+    Recipe r = recipe_load(file);
+    if (r.window.window && r.window.window < r.window.sink + r.chunk_frames) abort();
+    for (int i = 0; i < r.schedule.steps; i++)
+        if (!(r.schedule.timesteps[i] > 0) || !(r.schedule.sigmas[i + 1] < r.schedule.sigmas[i])) abort();
+    recipe_free(&r);
+    weights_close(file);
+    return true;
+}
+
 static bool run_model(Bytes in) {
     Model model = {0};
     Settings settings = settings_new();
@@ -173,9 +196,11 @@ static Target targets[] = {
     {.name = "npy", .run = run_npy},
     {.name = "y4m", .run = run_y4m},
     {.name = "text", .run = run_text},
+    {.name = "story", .run = run_story},
+    {.name = "recipe", .run = run_recipe, .apart = true},
     {.name = "model", .run = run_model, .apart = true},
 };
-enum { WEIGHTS, NUMPY, VIDEO, WORDS, WHOLE_MODEL, TARGETS };
+enum { WEIGHTS, NUMPY, VIDEO, WORDS, STORY, RECIPE, WHOLE_MODEL, TARGETS };
 
 /* ---------------------------------------------------------------- running one input */
 
@@ -347,10 +372,55 @@ static void seed_texts(void) {
         corpus_add(&targets[WORDS], input_copy(texts[i], strlen(texts[i])));
 }
 
+static void seed_stories(void) {
+    static const char *const stories[] = {"", "0 a red ball\n# c\n\n12.5 it stops\r\n1:05  it jumps\n1:02:03 night\n",
+                                          "\xef\xbb\xbf 3 x\n2 y", "1:60 x", "999999 x\n"};
+    for (size_t i = 0; i < sizeof stories / sizeof *stories; i++)
+        corpus_add(&targets[STORY], input_copy(stories[i], strlen(stories[i])));
+}
+
+static void put_list(Builder *b, const char *key, float first) {
+    put_array(b, key, VALUE_F32, 4);
+    for (int i = 0; i < 4; i++) put(b, &(float){first * (4 - (float)i) / 4}, 4);
+}
+
+static void put_name(Builder *b, const char *key, const char *value) {
+    put_string(b, key), put_u32(b, VALUE_STRING), put_string(b, value);
+}
+
+static void put_float(Builder *b, const char *key, float value) {
+    put_string(b, key), put_u32(b, VALUE_F32), put(b, &value, 4);
+}
+
+/* Every key that recipe_load() reads. */
+static void seed_recipes(void) {
+    static Builder b;
+    put_header(&b, 0, 16);
+    put_name(&b, "scheduler.rule", "renoise");
+    put_list(&b, "scheduler.timesteps", 1000);
+    put_list(&b, "scheduler.sigmas", 1);
+    put_list(&b, "scheduler.first_timesteps", 900);
+    put_list(&b, "scheduler.first_sigmas", 0.9f);
+    put_float(&b, "scheduler.noise_scale", 0.98f);
+    put_key(&b, "scheduler.noise_frames_first", VALUE_BOOL, 1, 1);
+    put_key(&b, "scheduler.num_train_timesteps", VALUE_U32, 1000, 4);
+    put_key(&b, "causal.chunk_frames", VALUE_U32, 3, 4);
+    put_key(&b, "causal.independent_first_frame", VALUE_BOOL, 1, 1);
+    put_key(&b, "causal.window", VALUE_U32, 12, 4);
+    put_key(&b, "causal.sink", VALUE_U32, 3, 4);
+    put_name(&b, "causal.positions", "relative");
+    put_float(&b, "causal.context_noise", 0.5f);
+    put_name(&b, "causal.prompt_change", "recache");
+    put_key(&b, "causal.recache_sink", VALUE_BOOL, 1, 1);
+    corpus_add(&targets[RECIPE], input_copy(b.data, b.size));
+}
+
 static void seed_all(void) {
     seed_tokenizers();
     seed_videos();
     seed_texts();
+    seed_stories();
+    seed_recipes();
     seed_files(&targets[WEIGHTS], "tests/goldens/weights/*.gguf");
     seed_files(&targets[NUMPY], "tests/goldens/npy/*.npy");
     seed_files(&targets[NUMPY], "tests/goldens/npy/types/*.npy");

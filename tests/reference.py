@@ -143,8 +143,16 @@ class Tally:
             print(f"FAILED: {message}", flush=True)
 
     def measure(self, name: str, error: float, where: str) -> None:
-        group = re.sub(r"(?<=step)\d+|(?<=block)\d+", "", name)
+        group = re.sub(r"(?<=chunk)\d+|(?<=step)\d+|(?<=block)\d+", "", name)
         self.worst[group] = max(self.worst.get(group, (-1.0, "")), (error, where))
+
+    def report(self) -> None:
+        """Prints the worst errors, and ends the program."""
+        print(f"\nworst error of each tensor, of {TOLERANCE:g} allowed")
+        for group, (error, where) in self.worst.items():
+            print(f"{group:24} {error:8.1e}  {where}")
+        print(f"{self.passed} passed, {self.failed} failed")
+        sys.exit(self.failed > 0)
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
@@ -296,11 +304,7 @@ def main() -> None:
         compare_case(chosen, args.sora, args.work, tally)
     if not args.only:
         test_perturbations(args.sora, args.work, tally)
-    print(f"\nworst error of each tensor, of {TOLERANCE:g} allowed")
-    for group, (error, where) in tally.worst.items():
-        print(f"{group:24} {error:8.1e}  {where}")
-    print(f"{tally.passed} passed, {tally.failed} failed")
-    sys.exit(tally.failed > 0)
+    tally.report()
 
 
 if __name__ == "__main__":

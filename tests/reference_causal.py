@@ -35,9 +35,9 @@ CASES = {
 }
 
 
-def write_with_keys(target, keys):
-    """A copy of model.gguf in which these keys have these values."""
-    source = gguf.GGUFReader(GOLDENS / "model.gguf")
+def write_with_keys(path, target, keys):
+    """A copy of a weight file in which these keys have these values."""
+    source = gguf.GGUFReader(path)
     writer = gguf.GGUFWriter(target, source.fields["general.architecture"].contents())
     for name, field in source.fields.items():
         if name.startswith("GGUF.") or name == "general.architecture" or name in keys:
@@ -67,7 +67,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for name, (frames, keys, options) in CASES.items():
             model = pathlib.Path(folder) / f"{name}.gguf"
-            write_with_keys(model, keys)
+            write_with_keys(GOLDENS / "model.gguf", model, keys)
             command = [ROOT / "sora", "-m", model, "-s", "48x32", "-f", str(4 * frames - 3), "--seed", "7", "-q", "-o", "/dev/null",
                        "--check", GOLDENS / name, "--tolerance", "1e-5", *options, PROMPT]
             result = subprocess.run(command, capture_output=True, text=True)

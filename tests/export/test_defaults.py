@@ -54,10 +54,12 @@ def test_defaults_that_cannot_be(tmp_path, folders, capsys, values, says):
 
 def test_every_default_is_an_option(tmp_path, folders):
     options = {"name": "x", "width": 96, "height": 64, "frames": 9, "fps": "23.976", "steps": 3, "guidance": 2.5,
-               "negative": "blurry", "precision": "bf16", "sampler": "euler", "shift": 5}
-    assert len(options) == len(DEFAULTS)
+               "negative": "blurry", "precision": "bf16", "sampler": "euler", "shift": 5, "rule": "multistep",
+               "chunk-frames": 2, "window": 8, "sink": 1, "positions": "relative", "context-noise": 20}
+    assert len(options) == len([row for row in DEFAULTS.values() if row.help])
     file = keys(export(folders / "diffusers", tmp_path / "out.gguf",
                        *(x for name, value in options.items() for x in (f"--{name}", value))))
-    assert [file[DEFAULTS[name].key] for name in DEFAULTS if name != "fps"] == [
-        options["negative" if name == "negative_prompt" else name] for name in DEFAULTS if name != "fps"]
+    del options["fps"]
+    names = {"negative_prompt" if name == "negative" else name.replace("-", "_"): name for name in options}
+    assert {name: file[DEFAULTS[name].key] for name in names} == {name: options[names[name]] for name in names}
     assert (file["default.fps_num"], file["default.fps_den"]) == (2997, 125)
