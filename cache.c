@@ -25,13 +25,13 @@ static size_t frame_size(const KvCache *c) { return (size_t)c->tokens * c->D; } 
 
 /* Where frame j of a block lies in keys, or in values. */
 static char *frame_at(const KvCache *c, char *of, int block, int j) {
-    return of + type_bytes(c->type, ((size_t)block * c->room + j) * frame_size(c));
+    return of + type_bytes(c->type, ((size_t)block * c->capacity + j) * frame_size(c));
 }
 
-KvCache kv_cache_take(Arena *arena, const Transformer *t, Window rule, int room, int tokens, Type type) {
-    KvCache c = {.rule = rule, .layers = t->num_layers, .tokens = tokens, .D = t->dim, .room = room, .type = type};
-    size_t bytes = type_bytes(type, (size_t)c.layers * room * frame_size(&c));
-    c.number = arena_take(arena, sizeof(int) * (size_t)room);
+KvCache kv_cache_take(Arena *arena, const Transformer *t, Window window, int capacity, int tokens, Type type) {
+    KvCache c = {.window = window, .layers = t->num_layers, .tokens = tokens, .D = t->dim, .capacity = capacity, .type = type};
+    size_t bytes = type_bytes(type, (size_t)c.layers * capacity * frame_size(&c));
+    c.frame_numbers = arena_take(arena, sizeof(int) * (size_t)capacity);
     c.keys = arena_take(arena, bytes);
     c.values = arena_take(arena, bytes);
     return c;
@@ -44,13 +44,13 @@ void kv_cache_drop(KvCache *c, int from, int count) {
         memmove(frame_at(c, c->keys, i, from), frame_at(c, c->keys, i, from + count), bytes);
         memmove(frame_at(c, c->values, i, from), frame_at(c, c->values, i, from + count), bytes);
     }
-    memmove(c->number + from, c->number + from + count, sizeof(int) * (size_t)rest);
+    memmove(c->frame_numbers + from, c->frame_numbers + from + count, sizeof(int) * (size_t)rest);
     c->frames -= count;
 }
 
 void kv_cache_make_room(KvCache *c, int frames) {
-    int excess = c->frames + frames - c->room;
-    if (c->frames && excess > 0) kv_cache_drop(c, c->rule.sink, excess);
+    int excess = c->frames + frames - c->capacity;
+    if (c->frames && excess > 0) kv_cache_drop(c, c->window.sink, excess);
 }
 
 static void widen(float *out, const void *in, Type type, size_t n) {
@@ -71,7 +71,7 @@ void kv_cache_read(const KvCache *c, int block, float *keys, float *values) {
 }
 
 void kv_cache_write(KvCache *c, int block, const float *keys, const float *values, int frames) {
-    if (!c->room) return;
+    if (!c->capacity) return;
     PARALLEL_FOR (int f = 0; f < frames; f++) {
         narrow(frame_at(c, c->keys, block, c->frames + f), keys + f * frame_size(c), c->type, frame_size(c));
         narrow(frame_at(c, c->values, block, c->frames + f), values + f * frame_size(c), c->type, frame_size(c));
@@ -79,10 +79,10 @@ void kv_cache_write(KvCache *c, int block, const float *keys, const float *value
 }
 
 void kv_cache_keep(KvCache *c, const Chunk *chunk) {
-    for (int f = 0; f < chunk->frames; f++) c->number[c->frames++] = chunk->first + f;
+    for (int f = 0; f < chunk->frames; f++) c->frame_numbers[c->frames++] = chunk->first + f;
 }
 
 int kv_cache_position(const KvCache *c, const Chunk *chunk, int j) {
-    if (c->rule.relative) return j;
-    return j < c->frames ? c->number[j] : chunk->first + j - c->frames;
+    if (c->window.relative) return j;
+    return j < c->frames ? c->frame_numbers[j] : chunk->first + j - c->frames;
 }

@@ -139,13 +139,13 @@ static PromptChange load_prompt_change(const WeightFile *file) {
 /* Why a window does not go with the chunks, or NULL. */
 static const char *window_fault(const Recipe *r) {
     Window w = r->window;
-    if (w.window && w.window < r->chunk_frames)
-        return reason("a window of %d frames is smaller than a chunk; expected at least %d, or 0 for all", w.window,
+    if (w.size && w.size < r->chunk_frames)
+        return reason("a window of %d frames is smaller than a chunk; expected at least %d, or 0 for all", w.size,
                       r->chunk_frames);
-    if (w.window && w.sink > w.window - r->chunk_frames)
+    if (w.size && w.sink > w.size - r->chunk_frames)
         return reason("a sink of %d frames is beyond the window; with a window of %d and chunks of %d expected at most "
-                      "%d", w.sink, w.window, r->chunk_frames, w.window - r->chunk_frames);
-    if (!w.window && w.sink) return reason("a sink of %d frames without a window, where nothing is dropped", w.sink);
+                      "%d", w.sink, w.size, r->chunk_frames, w.size - r->chunk_frames);
+    if (!w.size && w.sink) return reason("a sink of %d frames without a window, where nothing is dropped", w.sink);
     return NULL;
 }
 
@@ -288,10 +288,10 @@ static void take_window(Settings *s, const Model *m) {
     const char *story = s->story.count ? "--at" : given;
     if (story && !r.chunk_frames)
         die(STATUS_USAGE, "%s: this model makes a clip in one piece; that is for models that generate in chunks", story);
-    if (s->window < 0) s->window = r.window.window;
+    if (s->window < 0) s->window = r.window.size;
     if (s->sink < 0) s->sink = s->window ? r.window.sink : 0;
     if (!s->positions) s->positions = r.window.relative ? "relative" : "absolute";
-    r.window.window = s->window, r.window.sink = s->sink;
+    r.window.size = s->window, r.window.sink = s->sink;
     const char *why = given ? window_fault(&r) : NULL;
     if (why) die(STATUS_USAGE, "%s: %s", given, why);
 }

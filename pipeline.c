@@ -142,7 +142,7 @@ static void plan_prompts(Run *run) {
         run->prompts[i + 1] = prompt_read(run->model, reason("prompt%02d", i + 1), story->lines[i].time,
                                           story->lines[i].text);
     if (run->guided) run->negative = prompt_read(run->model, "negative", 0, s->negative);
-    if (story->count && prompt_change(run) == RECACHE) run->remade = run->window.window;
+    if (story->count && prompt_change(run) == RECACHE) run->remade = run->window.size;
 }
 
 static Run run_plan(Model *m, const Settings *s) {
@@ -373,7 +373,7 @@ typedef struct {
 static int longest_pass(const Run *run) { return (int)larger(run->chunk_frames, run->remade); }
 
 /* A clip of one chunk has nobody that looks back. */
-static int cache_room(const Run *run) { return run->chunks > 1 ? run->window.window : 0; }
+static int cache_room(const Run *run) { return run->chunks > 1 ? run->window.size : 0; }
 
 static void lay_out(Arena *arena, const Run *run, Sampling *s) {
     const Transformer *t = &run->model->transformer;
@@ -404,7 +404,7 @@ static void read_prompt(const Run *run, Side *side, const Prompt *prompt) {
     side->arena = arena_open(text_memory(run, prompt->n));
     side->text = text_context_take(&side->arena, t, prompt->n);
     profile_begin(TRANSFORMER);
-    transformer_read(t, prompt->embeds, prompt->n, &side->text);
+    text_context_fill(t, prompt->embeds, prompt->n, &side->text);
     profile_end(TRANSFORMER);
 }
 
@@ -460,7 +460,7 @@ static void keep_recent(const Run *run, Sampling *s, Chunk chunk) {
  * anew. While the sink is older than the window its own stay. */
 static void recache(const Run *run, Sampling *s, int made) {
     KvCache *caches[] = {&s->cond.cache, &s->uncond.cache};
-    int window = run->window.window, sink = run->window.sink;
+    int window = run->window.size, sink = run->window.sink;
     if (run->recipe->recache_sink || made <= window) sink = 0;
     for (int i = 0; i <= run->guided; i++) kv_cache_drop(caches[i], sink, caches[i]->frames - sink);
     Chunk chunk = {.first = made - smaller(window - sink, made), .frames = smaller(window - sink, made)};
@@ -602,7 +602,7 @@ static size_t run_memory(const Run *run) {
            rest = 1 << 20, /* files' and the C library's own, prompts, schedules */
            kept = latents + noise + y4m_frame_bytes(&format) + rest,
            encoding = text_encoder_memory(e, n) + text_encoder_scratch(e, n),
-           reading = transformer_read_memory(t, n),
+           reading = text_context_fill_memory(t, n),
            denoising = buffers.used + text_memory(run, n) + (run->guided ? text_memory(run, run->negative.n) : 0),
            denoising_scratch = larger(reading, transformer_scratch(t, longest_pass(run), L, keys, n + 1)),
            decoding = vae_decoder_memory(vae, run->H, run->W),
@@ -619,7 +619,7 @@ static double passes_flops(const Run *run, int positions) {
     double flops = 0;
     for (int i = 0; i < run->chunks; i++) {
         Chunk chunk = chunk_at(run, i);
-        int seen = smaller(chunk.first + chunk.frames, run->window.window);
+        int seen = smaller(chunk.first + chunk.frames, run->window.size);
         int passes = (i ? &run->schedule : &run->first)->steps + (i + 1 < run->chunks);
         flops += passes * transformer_flops(t, chunk.frames * run->tokens, seen * run->tokens, positions);
     }

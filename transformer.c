@@ -109,7 +109,7 @@ TextContext text_context_take(Arena *arena, const Transformer *t, int n) {
     return context;
 }
 
-void transformer_read(const Transformer *t, const float *embeds, int n, TextContext *context) {
+void text_context_fill(const Transformer *t, const float *embeds, int n, TextContext *context) {
     int D = t->dim, positions = context->positions;
     float *text = allocate(sizeof(float) * (size_t)positions * t->text_dim);
     float *hidden = allocate(sizeof(float) * (size_t)positions * D);
@@ -130,7 +130,7 @@ void transformer_read(const Transformer *t, const float *embeds, int n, TextCont
     free(embedded);
 }
 
-size_t transformer_read_memory(const Transformer *t, int n) {
+size_t text_context_fill_memory(const Transformer *t, int n) {
     int D = t->dim, positions = smaller(n + 1, t->text_len);
     size_t products = larger(linear_memory(&t->text_embedding_0, positions), linear_memory(&t->text_embedding_2, positions));
     return sizeof(float) * (size_t)positions * (t->text_dim + 2 * D) +

@@ -9,7 +9,7 @@
  * Causal means that a convolution over time sees a frame and the two before it, never one after. So the layers run as
  * a stream: each convolution keeps its last two input frames, a frame is pushed through the list, and where a layer
  * makes two frames of one, the first goes on by itself to the end before the second does. Memory does not depend on
- * the clip's length. The clip's first frame has no companion: it passes DOUBLE_TIME as it is, whose convolution starts
+ * the clip's length. The clip's first frame has no companion: it passes UPSAMPLE_TIME as it is, whose convolution starts
  * with an empty past at the second (upstream's "Rep"). With two levels that double, in time:
  *
  *   latent frames   0       1                2
@@ -111,12 +111,12 @@ static void bind_levels(const WeightFile *file, Vae *vae, VaeLayers *list, const
         if (array_double(&temporal, (size_t)(i - 1)) != 0) {
             Conv conv = bind_conv(file, vae->precision, 2 * out, out, 3, 1,
                                   PATH("decoder.upsamples.%d.time_conv", index));
-            add_layer(list, DOUBLE_TIME)->conv1 = conv;
+            add_layer(list, UPSAMPLE_TIME)->conv1 = conv;
             vae->temporal_stride *= 2;
         }
         Conv conv = bind_conv(file, vae->precision, in = out / 2, out, 1, 3,
                               PATH("decoder.upsamples.%d.resample.1", index++));
-        add_layer(list, DOUBLE_SPACE)->conv1 = conv;
+        add_layer(list, UPSAMPLE_SPACE)->conv1 = conv;
         vae->spatial_stride *= 2;
     }
 }
@@ -325,8 +325,8 @@ static void push(VaeStream *s, int index) {
         case CONVOLUTION: convolution(s, grid, layer, moving); break;
         case RESIDUAL: residual(s, grid, layer, moving); break;
         case ATTENTION: attend(s, grid, layer); break;
-        case DOUBLE_SPACE: double_space(s, grid, layer); break;
-        case DOUBLE_TIME:
+        case UPSAMPLE_SPACE: double_space(s, grid, layer); break;
+        case UPSAMPLE_TIME:
             if (!moving->started) {
                 moving->started = true;
                 break;
@@ -362,11 +362,11 @@ static Grid *size_grids(VaeStream *s, int H, int W) {
         int in = layer->conv1.in, out = layer->conv1.out;
         s->moving[i].grid = (int)(grid - s->grids);
         grid->channels = (int)larger(grid->channels, in);
-        if (layer->kind == ATTENTION || layer->kind == DOUBLE_TIME) {
+        if (layer->kind == ATTENTION || layer->kind == UPSAMPLE_TIME) {
             grid->wide_channels = (int)larger(grid->wide_channels, out);
             continue;
         }
-        if (layer->kind == DOUBLE_SPACE) {
+        if (layer->kind == UPSAMPLE_SPACE) {
             grid++;
             *grid = (Grid){.height = 2 * grid[-1].height, .width = 2 * grid[-1].width};
         }
@@ -435,7 +435,7 @@ size_t vae_decoder_scratch(const Vae *vae, int H, int W) {
     for (int i = 0; i < vae->decoder.count; i++) {
         const VaeLayer *layer = &vae->decoder.layers[i];
         const Conv *convs[] = {&layer->conv1, &layer->conv2, &layer->shortcut};
-        if (layer->kind == DOUBLE_SPACE) pixels *= 4;
+        if (layer->kind == UPSAMPLE_SPACE) pixels *= 4;
         if (layer->kind == ATTENTION) most = larger(most, attention_memory(vae->precision, pixels, 1, layer->conv2.in));
         for (int j = 0; j < 3; j++)
             if (convs[j]->out)
@@ -463,11 +463,11 @@ double vae_decoder_flops(const Vae *vae, int T, int H, int W) {
     double frames = T, area = (double)H * W, sum = 0;
     for (int i = 0; i < vae->decoder.count; i++) {
         const VaeLayer *layer = &vae->decoder.layers[i];
-        if (layer->kind == DOUBLE_SPACE) area *= 4;
+        if (layer->kind == UPSAMPLE_SPACE) area *= 4;
         if (layer->kind == ATTENTION) sum += 4.0 * frames * area * area * layer->conv2.in;
-        sum += conv_flops(&layer->conv1, layer->kind == DOUBLE_TIME ? frames - 1 : frames, area) +
+        sum += conv_flops(&layer->conv1, layer->kind == UPSAMPLE_TIME ? frames - 1 : frames, area) +
                conv_flops(&layer->conv2, frames, area) + conv_flops(&layer->shortcut, frames, area);
-        if (layer->kind == DOUBLE_TIME) frames = 2 * frames - 1;
+        if (layer->kind == UPSAMPLE_TIME) frames = 2 * frames - 1;
     }
     return sum;
 }

@@ -56,7 +56,7 @@ typedef struct {
 
 static void lay_out(Forward *f, Arena *arena, int T, int H, int W) {
     f->state = transformer_state_take(arena, &f->t, T, T, H, W);
-    f->cache = kv_cache_take(arena, &f->t, (Window){.window = T}, 0, f->state.tokens, TYPE_F32);
+    f->cache = kv_cache_take(arena, &f->t, (Window){.size = T}, 0, f->state.tokens, TYPE_F32);
     f->context = text_context_take(arena, &f->t, TEXT);
 }
 
@@ -73,7 +73,7 @@ static void bench_transformer(Precision precision, int layers, int T, int H, int
     lay_out(&f, &count, T, H, W);
     Arena arena = arena_open(count.used);
     lay_out(&f, &arena, T, H, W);
-    transformer_read(&f.t, random_floats((size_t)TEXT * f.t.text_dim), TEXT, &f.context);
+    text_context_fill(&f.t, random_floats((size_t)TEXT * f.t.text_dim), TEXT, &f.context);
     float *timesteps = hold(sizeof(float) * (size_t)T);
     for (int i = 0; i < T; i++) timesteps[i] = 500;
     f.chunk = (Chunk){0, T, timesteps};
@@ -168,8 +168,8 @@ static Vae random_vae(Precision precision) {
         int out = channels[i];
         for (int j = 0; j < BLOCKS; j++, in = out) ADD(RESIDUAL, out, in, 3, 3);
         if (i == LEVELS - 1) break;
-        if (i < 2) ADD(DOUBLE_TIME, 2 * out, out, 3, 1);
-        ADD(DOUBLE_SPACE, in = out / 2, out, 1, 3);
+        if (i < 2) ADD(UPSAMPLE_TIME, 2 * out, out, 3, 1);
+        ADD(UPSAMPLE_SPACE, in = out / 2, out, 1, 3);
     }
     ADD(CONVOLUTION, 3, channels[LEVELS - 1], 3, 3);
 #undef ADD

@@ -162,7 +162,7 @@ static bool run_recipe(Bytes in) {
     WeightFile *file;
     if (weights_parse(in, "fuzz", &file)) return false;
     Recipe r = recipe_load(file);
-    if (r.window.window && r.window.window < r.window.sink + r.chunk_frames) abort();
+    if (r.window.size && r.window.size < r.window.sink + r.chunk_frames) abort();
     for (int i = 0; i < r.schedule.steps; i++)
         if (!(r.schedule.timesteps[i] > 0) || !(r.schedule.sigmas[i + 1] < r.schedule.sigmas[i])) abort();
     recipe_free(&r);

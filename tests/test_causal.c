@@ -117,18 +117,18 @@ static void pass_chunk(KvCache *cache, Chunk chunk) {
 static void check_held(Window rule, int each, int end, const int *numbers, int count) {
     Transformer t = {.num_layers = 1, .dim = D};
     Arena arena = arena_open(1 << 12);
-    KvCache cache = kv_cache_take(&arena, &t, rule, rule.window, 1, TYPE_F32);
+    KvCache cache = kv_cache_take(&arena, &t, rule, rule.size, 1, TYPE_F32);
     float keys[16 * D], values[16 * D], expected[D];
     for (int first = 0; first < end; first += each) pass_chunk(&cache, (Chunk){.first = first, .frames = each});
     Chunk next = {.first = end, .frames = each};
     kv_cache_make_room(&cache, each);
     kv_cache_read(&cache, 0, keys, values);
-    CHECK(cache.frames == count, "window %d, sink %d: %d frames are held, expected %d", rule.window, rule.sink,
+    CHECK(cache.frames == count, "window %d, sink %d: %d frames are held, expected %d", rule.size, rule.sink,
           cache.frames, count);
     for (int j = 0; j < smaller(cache.frames, count); j++) {
         fill_frame(expected, numbers[j]);
         int position = rule.relative ? j : numbers[j];
-        CHECK(cache.number[j] == numbers[j], "place %d holds frame %d, expected %d", j, cache.number[j], numbers[j]);
+        CHECK(cache.frame_numbers[j] == numbers[j], "place %d holds frame %d, expected %d", j, cache.frame_numbers[j], numbers[j]);
         CHECK(!memcmp(keys + j * D, expected, sizeof expected), "place %d holds the keys of another frame", j);
         CHECK(kv_cache_position(&cache, &next, j) == position, "place %d is at position %d", j,
               kv_cache_position(&cache, &next, j));
@@ -164,13 +164,13 @@ static float *run_passes(const Model *m, const float *latents, Passes p) {
     static const float clean[FRAMES], noisy[FRAMES] = {700, 700};
     size_t n = (size_t)FRAMES * t->in_dim * H * W;
     float *velocity = allocate(sizeof(float) * n), *embeds = allocate(sizeof(float) * 2 * (size_t)t->text_dim);
-    int room = p.window.window;
+    int room = p.window.size;
     Arena arena = arena_open((size_t)16 << 20);
     TransformerState state = transformer_state_take(&arena, t, FRAMES, room, H, W);
     KvCache cache = kv_cache_take(&arena, t, p.window, room, state.tokens, p.type);
     TextContext text = text_context_take(&arena, t, 2);
     for (int i = 0; i < 2 * t->text_dim; i++) embeds[i] = (float)sin(i);
-    transformer_read(t, embeds, 2, &text);
+    text_context_fill(t, embeds, 2, &text);
     for (int c = 0; c < CHUNKS; c++) {
         Chunk chunk = {c * FRAMES, FRAMES, noisy};
         bool last = c + 1 == CHUNKS;
