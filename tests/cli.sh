@@ -100,7 +100,7 @@ input() {
         $small --noise tests/goldens/npy/noise_tchw.npy x
     refused 2 "not an .npy file" $small --noise Makefile x
     { head -c 128 $golden/noise.npy; printf '\0\0\300\177'; tail -c +133 $golden/noise.npy; } >"$work/nan.npy"
-    refused 2 "nan.npy: number 1 of 256 is not finite" $small --noise "$work/nan.npy" x
+    refused 2 "nan.npy: value 1 of 256 is NaN or infinity" $small --noise "$work/nan.npy" x
     refused 2 "--prompt-file nowhere.txt: No such file" $small --prompt-file nowhere.txt
     printf 'a\0 \0f\0o\0x\0' >"$work/prompt.raw"
     refused 2 "prompt.raw: byte 1 is 0, expected text in UTF-8, or in UTF-16 with its byte order mark" \
@@ -128,7 +128,7 @@ resources() {
     ln -s "$work/nowhere" "$work/link.y4m"
     refused 3 "link.y4m: a symbolic link whose target is not there" $small -o "$work/link.y4m" x
     refused 3 "--dump $work/nowhere/below: No such file" $small --dump "$work/nowhere/below" x
-    refused 3 "needs .* GiB of memory and .* GiB can be had" -m $model -s 4096x4096 -f 4001 x
+    refused 3 "--size 4096x4096 with --frames 4001 needs .* GiB of memory, .* GiB are available" -m $model -s 4096x4096 -f 4001 x
     if [ -c /dev/full ]; then
         refused 3 "/dev/full: cannot write: No space left" $small -o /dev/full x
     fi
@@ -144,7 +144,7 @@ resources() {
 # Numbers that are not finite end a run where they appear, whatever the arithmetic.
 not_finite() {
     for precision in f32 bf16 int8; do
-        advice="not finite; try another --precision (this is $precision), --shift or --steps, or check the weights"
+        advice="NaN or infinity, expected finite values; try another --precision (this is $precision), --shift or --steps, or check"
         refused 1 "latents after step 1 of 2: $advice" -m "$work/infinite.gguf" $settings --precision $precision x
         refused 1 "latents after step 1 of 2: $advice" -m "$work/overflow.gguf" $settings --precision $precision x
         refused 1 "prompt.embeds: $advice" -m "$work/text.gguf" $settings --precision $precision x
@@ -344,7 +344,7 @@ options() {
     done
     echo old >"$work/kept.y4m.json"
     run $small -o "$work/kept.y4m" --no-record x
-    claim "--no-record: a warning of an older one" grep -q "warning: .*kept.y4m.json will not be of this video" "$work/err"
+    claim "--no-record: a warning of an older one" grep -q "warning: .*kept.y4m.json is the record of an earlier video" "$work/err"
     claim "--no-record: which stays" [ "$(cat "$work/kept.y4m.json")" = old ]
     run -m $model -s 32x16 -f 1 --steps 1 -o "$work/clip.y4m" x
     claim "a random seed is printed" grep -q "^seed [0-9]*$" "$work/err"
@@ -432,7 +432,7 @@ chunks() {
     refused 2 "no prompt: the story begins at 1 seconds" $short --at "1 a"
     refused 2 "two prompts: 'x' and 'a'" $short --at "0 a" x
     run $short -o "$work/clip.y4m" --at "9 a dog" x
-    claim "a prompt after the end: a warning" grep -q "warning: the prompt at 9 s is never heard" "$work/err"
+    claim "a prompt after the end: a warning" grep -q "warning: the prompt at 9 s is not used" "$work/err"
 }
 
 # The bundled model: a few of its tensors against diffusers, its defaults, and prompts from outside its world.
@@ -449,7 +449,7 @@ demo() {
     claim "its defaults: 33 frames" [ "$(frames 96 96)" -eq 33 ]
     claim "its defaults: f32" grep -q '"precision": "f32"' "$work/clip.y4m.json"
     run -m models/demo.gguf -f 37 --steps 1 -g 1 --seed 7 -o "$work/clip.y4m" x
-    claim "a warning of more frames than it learned" grep -q "warning: 37 frames: the model made clips of 33" "$work/err"
+    claim "a warning of more frames than it learned" grep -q "warning: --frames 37: the model was trained on clips of 33" "$work/err"
     page=$(head -c 4000 README.md)
     for prompt in "" "un renard roux court dans la neige" "红色的狐狸 🦊" "$page"; do
         run -m models/demo.gguf -f 1 --steps 1 --seed 7 -o "$work/clip.y4m" --prompt "$prompt"
