@@ -1,5 +1,16 @@
-/* model.c - a weight file as the model that it holds, and what it says of how to use it: the settings of a run that
- * were not given are its own. */
+/* model.c - a weight file -> a Model, and the settings that a user did not give.
+ *
+ * model_load() maps a GGUF file, checks its format, and binds tokenizer, text encoder, transformer and VAE to its
+ * tensors. The weights are not copied.
+ *
+ * The file also says how to generate with them. Three groups of keys do, all optional:
+ *
+ *   default.*     size, frames, frame rate, steps, guidance, negative prompt, precision
+ *   scheduler.*   sampler and shift; or, for distilled models, a fixed list of timesteps and a rule to follow it
+ *   causal.*      for models that generate in chunks: frames in a chunk, attention window, positions
+ *
+ * scheduler.* and causal.* become the Recipe. settings_complete() fills what the command line left open from these
+ * keys, and checks the result. A value out of range is refused in one line that names the key or the option. */
 #include "sora.h"
 
 #include <inttypes.h>
@@ -8,18 +19,18 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MAX_WINDOW = 1000000 };
+enum { MAX_WINDOW = 1000000 }; /* latent frames */
 
 /* ---------------------------------------------------------------- the model */
 
-/* A later format, or weights that lie in another order, would load and give garbage. */
+/* Refuses other format versions and memory layouts, which would load without an error and give garbage. */
 static void check_format(const WeightFile *file) {
     static const char *const layouts[][2] = {{"wan.patch_embedding_layout", "O,I,T,Y,X"},
                                              {"vae.conv_layout", "O,T,Y,X,I"}};
     int64_t version = weights_int_or(file, "sora.format_version", -1);
     if (version < 0)
-        weights_refuse(file, "a GGUF file of another program (general.architecture is \"%s\"): convert it with export.py",
-                       weights_string_or(file, "general.architecture", ""));
+        weights_refuse(file, "a GGUF file of another program (general.architecture is \"%s\"), expected one that "
+                       "export.py wrote", weights_string_or(file, "general.architecture", ""));
     if (version != FORMAT_VERSION)
         weights_refuse(file, "sora.format_version is %" PRId64 ", expected %d", version, FORMAT_VERSION);
     for (size_t i = 0; i < sizeof layouts / sizeof *layouts; i++) {
@@ -31,17 +42,19 @@ static void check_format(const WeightFile *file) {
 
 static void check_parts(const Model *m) {
     if (m->transformer.text_dim != m->text_encoder.dim)
-        weights_refuse(m->file, "the text encoder is %d wide, the transformer expects %d",
+        weights_refuse(m->file, "the text encoder's width is %d, the transformer expects %d",
                        m->text_encoder.dim, m->transformer.text_dim);
     if (m->transformer.in_dim != m->vae.z_dim || m->transformer.out_dim != m->vae.z_dim)
         weights_refuse(m->file,
-                       "the transformer maps %d channels to %d, the VAE has %d: not a text-to-video model",
+                       "the transformer maps %d channels to %d, expected the VAE's %d twice: not a text-to-video model",
                        m->transformer.in_dim, m->transformer.out_dim, m->vae.z_dim);
 }
 
-/* The arithmetic that the file asks for; else the one that suits the weights of the transformer's large
- * products on this processor. */
-static Precision suited(const WeightFile *file) {
+/* default.precision if the file has it. Else by the type of the transformer's first attention weight and by what this
+ * processor multiplies faster than f32:
+ *
+ *   f32 -> f32      q8_0 -> int8, bf16 or f32      f16, bf16 -> bf16 or f32 */
+static Precision default_precision(const WeightFile *file) {
     Precision own;
     const char *name = weights_string_or(file, "default.precision", NULL);
     if (name && precision_parse(name, &own)) return own;
@@ -57,10 +70,10 @@ static Precision suited(const WeightFile *file) {
     return kernels->fast[BF16] ? BF16 : F32;
 }
 
-/* ---------------------------------------------------------------- how clips are made */
+/* ---------------------------------------------------------------- the recipe: scheduler.* and causal.* */
 
-/* A list of numbers that fall, each above 0 and at most `most`; new, NULL if there is no such key. */
-static float *falling_list(const WeightFile *file, const char *key, double most, int *count) {
+/* A new array of strictly decreasing numbers in (0, most]; NULL if the file does not have the key. */
+static float *load_descending(const WeightFile *file, const char *key, double most, int *count) {
     WeightArray array;
     if (!weights_array(file, key, &array)) return NULL;
     if (!array_is_number(&array) || array.count < 1 || array.count > 1000)
@@ -73,21 +86,24 @@ static float *falling_list(const WeightFile *file, const char *key, double most,
         if (!(value > 0 && value <= most))
             weights_refuse(file, "%s holds %g, expected more than 0 and at most %g", key, value, most);
         if (i > 0 && !(list[i] < list[i - 1]))
-            weights_refuse(file, "%s does not fall: %g follows %g", key, list[i], list[i - 1]);
+            weights_refuse(file, "%s does not decrease: %g follows %g", key, list[i], list[i - 1]);
     }
     return list;
 }
 
-/* The list under "scheduler.<prefix>timesteps"; without steps if there is none. */
-static Schedule load_list(const WeightFile *file, Sampler rule, const char *prefix) {
+/* The schedule in scheduler.PREFIXtimesteps and scheduler.PREFIXsigmas; sigmas default to timestep / train_timesteps.
+ * The result has 0 steps if there are no timesteps. */
+static Schedule load_schedule(const WeightFile *file, Sampler rule, const char *prefix) {
     char key[64];
     int steps = 0, count = 0, train = weights_size_or(file, "scheduler.num_train_timesteps", 1 << 20, 1000);
     snprintf(key, sizeof key, "scheduler.%stimesteps", prefix);
-    float *timesteps = falling_list(file, key, train, &steps);
-    if (timesteps && rule == SAMPLERS) weights_refuse(file, "%s belongs to scheduler.rule renoise or euler", key);
+    float *timesteps = load_descending(file, key, train, &steps);
+    if (timesteps && rule == SAMPLERS)
+        weights_refuse(file, "%s needs scheduler.rule renoise or euler, found multistep", key);
     snprintf(key, sizeof key, "scheduler.%ssigmas", prefix);
-    float *sigmas = falling_list(file, key, 1, &count);
-    if (sigmas && count != steps) weights_refuse(file, "%s has %d elements for %d time steps", key, count, steps);
+    float *sigmas = load_descending(file, key, 1, &count);
+    if (sigmas && count != steps)
+        weights_refuse(file, "%s has %d elements, expected %d, one a timestep", key, count, steps);
     if (!sigmas) {
         sigmas = allocate(sizeof(float) * (size_t)steps);
         for (int i = 0; i < steps; i++) sigmas[i] = (float)((double)timesteps[i] / train);
@@ -104,12 +120,12 @@ static void load_schedules(const WeightFile *file, Recipe *r) {
     if (!renoise && !euler && strcmp(rule, "multistep"))
         weights_refuse(file, "scheduler.rule is '%s', expected multistep, renoise or euler", rule);
     Sampler sampler = renoise ? RENOISE : euler ? EULER : SAMPLERS;
-    r->schedule = load_list(file, sampler, "");
-    r->first = load_list(file, sampler, "first_");
+    r->schedule = load_schedule(file, sampler, "");
+    r->first = load_schedule(file, sampler, "first_");
     if (sampler != SAMPLERS && !r->schedule.steps)
-        weights_refuse(file, "scheduler.rule is %s, and scheduler.timesteps is missing", rule);
+        weights_refuse(file, "scheduler.timesteps is missing, and scheduler.rule %s needs it", rule);
     if (r->first.steps && !r->chunk_frames)
-        weights_refuse(file, "scheduler.first_timesteps is for models that generate in chunks");
+        weights_refuse(file, "scheduler.first_timesteps needs causal.chunk_frames, which is missing");
     if (!r->first.steps && r->schedule.steps)
         r->first = schedule_of(sampler, r->schedule.steps, r->schedule.timesteps, r->schedule.sigmas);
     double scale = weights_double_or(file, "scheduler.noise_scale", 1);
@@ -119,7 +135,7 @@ static void load_schedules(const WeightFile *file, Recipe *r) {
     r->noise_frames_first = weights_bool_or(file, "scheduler.noise_frames_first", r->chunk_frames > 0);
 }
 
-/* A number of frames, 0 included. */
+/* A number of frames from 0 to MAX_WINDOW; 0 if the key is missing. */
 static int load_frames(const WeightFile *file, const char *key) {
     int64_t frames = weights_int_or(file, key, 0);
     if (frames < 0 || frames > MAX_WINDOW)
@@ -136,16 +152,17 @@ static PromptChange load_prompt_change(const WeightFile *file) {
     weights_refuse(file, "causal.prompt_change is '%s', expected keep, flush or recache", name);
 }
 
-/* Why a window does not go with the chunks, or NULL. */
-static const char *window_fault(const Recipe *r) {
+/* Returns NULL if the window fits the chunks, else the error. */
+static const char *check_window(const Recipe *r) {
     Window w = r->window;
     if (w.size && w.size < r->chunk_frames)
-        return reason("a window of %d frames is smaller than a chunk; expected at least %d, or 0 for all", w.size,
+        return reason("the window is %d frames, expected at least a chunk of %d, or 0 for all frames", w.size,
                       r->chunk_frames);
     if (w.size && w.sink > w.size - r->chunk_frames)
-        return reason("a sink of %d frames is beyond the window; with a window of %d and chunks of %d expected at most "
-                      "%d", w.sink, w.size, r->chunk_frames, w.size - r->chunk_frames);
-    if (!w.size && w.sink) return reason("a sink of %d frames without a window, where nothing is dropped", w.sink);
+        return reason("the sink is %d frames, expected at most %d, which is the window of %d less a chunk of %d",
+                      w.sink, w.size - r->chunk_frames, w.size, r->chunk_frames);
+    if (!w.size && w.sink)
+        return reason("the sink is %d frames, expected 0 without a window, because no frame is dropped then", w.sink);
     return NULL;
 }
 
@@ -157,7 +174,7 @@ static void load_chunks(const WeightFile *file, Recipe *r) {
         weights_refuse(file, "causal.positions is '%s', expected absolute or relative", positions);
     r->window = (Window){load_frames(file, "causal.window"), load_frames(file, "causal.sink"),
                          !strcmp(positions, "relative")};
-    const char *why = window_fault(r);
+    const char *why = check_window(r);
     if (why) weights_refuse(file, "causal.window and causal.sink: %s", why);
     double noise = weights_double_or(file, "causal.context_noise", 0);
     int train = weights_size_or(file, "scheduler.num_train_timesteps", 1 << 20, 1000);
@@ -180,7 +197,7 @@ void recipe_free(Recipe *r) {
     schedule_free(&r->first);
 }
 
-/* ---------------------------------------------------------------- all of it */
+/* ---------------------------------------------------------------- the whole model */
 
 Model model_load(const char *path, Precision precision) {
     Model m = {0};
@@ -189,7 +206,7 @@ Model model_load(const char *path, Precision precision) {
     check_format(m.file);
     why = tokenizer_load(m.file, &m.tokenizer);
     if (why) die(STATUS_USAGE, "%s: %s", path, why);
-    m.precision = precision == AUTOMATIC ? suited(m.file) : precision;
+    m.precision = precision == AUTOMATIC ? default_precision(m.file) : precision;
     m.text_encoder = text_encoder_load(m.file, m.precision);
     m.transformer = transformer_load(m.file, m.precision);
     m.vae = vae_load(m.file, m.precision);
@@ -209,11 +226,12 @@ void model_free(Model *m) {
 
 /* ---------------------------------------------------------------- settings */
 
-static void take_default(int *setting, const Model *m, const char *key, int most, int otherwise) {
+/* Both set a setting that was not given from the file's key, or from `otherwise` if there is no such key. */
+static void set_default(int *setting, const Model *m, const char *key, int most, int otherwise) {
     if (*setting == 0) *setting = weights_size_or(m->file, key, most, otherwise);
 }
 
-static void take_default_number(double *setting, const Model *m, const char *key, double least,
+static void set_default_number(double *setting, const Model *m, const char *key, double least,
                                 double otherwise) {
     if (*setting >= 0) return;
     *setting = weights_double_or(m->file, key, otherwise);
@@ -224,15 +242,16 @@ static void take_default_number(double *setting, const Model *m, const char *key
 static void check_size(const char *option, int pixels, int multiple) {
     int below = pixels / multiple * multiple;
     if (below == pixels) return;
-    if (!below) die(STATUS_USAGE, "--size: %s %d is not a multiple of %d", option, pixels, multiple);
-    die(STATUS_USAGE, "--size: %s %d is not a multiple of %d: %d or %d", option, pixels, multiple, below,
+    if (!below) die(STATUS_USAGE, "--size: %s is %d, expected a multiple of %d", option, pixels, multiple);
+    die(STATUS_USAGE, "--size: %s is %d, expected a multiple of %d, such as %d or %d", option, pixels, multiple, below,
         below + multiple);
 }
 
 static void check_frames(int frames, int stride) {
     int below = (frames - 1) / stride * stride + 1;
     if (below < frames)
-        die(STATUS_USAGE, "--frames: %d is not %dk+1: %d or %d", frames, stride, below, below + stride);
+        die(STATUS_USAGE, "--frames: %d is not a multiple of %d plus 1, such as %d or %d", frames, stride, below,
+            below + stride);
 }
 
 int model_frames(const Model *m) {
@@ -244,21 +263,24 @@ Settings settings_new(void) {
                       .sampler = SAMPLERS, .window = -1, .sink = -1, .record = true};
 }
 
-static void take_length(Settings *s, const Model *m) {
+/* Frame rate and number of frames; --seconds picks the nearest number of the form stride*k + 1. */
+static void complete_length(Settings *s, const Model *m) {
     int stride = m->vae.temporal_stride;
-    take_default(&s->fps_num, m, "default.fps_num", 1000000, 16);
-    take_default(&s->fps_den, m, "default.fps_den", 1000000, 1);
+    set_default(&s->fps_num, m, "default.fps_num", 1000000, 16);
+    set_default(&s->fps_den, m, "default.fps_den", 1000000, 1);
     if (s->seconds >= 0) {
         double steps = s->seconds * s->fps_num / s->fps_den / stride;
-        if (steps > 1e6) die(STATUS_USAGE, "--seconds: %g is more than can be counted in frames", s->seconds);
+        if (steps > 1e6)
+            die(STATUS_USAGE, "--seconds: %g is %.4g frames, expected at most %d", s->seconds, steps * stride,
+                1000000 * stride + 1);
         s->frames = (int)floor(steps + 0.5) * stride + 1;
     }
     if (s->frames == 0) s->frames = model_frames(m);
     check_frames(s->frames, stride);
 }
 
-/* Either the file's own list, or a schedule of any length. */
-static void take_schedule(Settings *s, const Model *m) {
+/* Steps, shift and sampler. A model with its own list of steps takes no others. */
+static void complete_schedule(Settings *s, const Model *m) {
     const Schedule *fixed = &m->recipe.schedule;
     const char *given = NULL;
     if (s->steps && s->steps != fixed->steps) given = "--steps";
@@ -266,56 +288,57 @@ static void take_schedule(Settings *s, const Model *m) {
     else if (s->sampler != SAMPLERS && s->sampler != fixed->sampler) given = "--sampler";
     if (fixed->steps && given) {
         char *list = schedule_string(fixed);
-        die(STATUS_USAGE, "%s: the model was trained for the steps in its file, %d by %s (%s), and takes no others",
+        die(STATUS_USAGE, "%s: this model has a fixed schedule and takes no other: %d steps of %s at timesteps %s",
             given, fixed->steps, sampler_name(fixed->sampler), list);
     }
     if (fixed->steps) {
         s->steps = fixed->steps;
         s->sampler = fixed->sampler;
     }
-    take_default(&s->steps, m, "default.steps", 1000, 50);
-    take_default_number(&s->shift, m, "scheduler.shift", 1e-3, 3.0);
+    set_default(&s->steps, m, "default.steps", 1000, 50);
+    set_default_number(&s->shift, m, "scheduler.shift", 1e-3, 3.0);
     if (s->sampler == SAMPLERS &&
         !sampler_parse(weights_string_or(m->file, "scheduler.sampler", "unipc"), &s->sampler))
-        weights_refuse(m->file, "scheduler.sampler '%s' is unknown; give --sampler",
+        weights_refuse(m->file, "scheduler.sampler is '%s', expected unipc, euler or dpm++; --sampler overrides it",
                        weights_string_or(m->file, "scheduler.sampler", ""));
 }
 
-/* What self attention looks back at. */
-static void take_window(Settings *s, const Model *m) {
+/* Which earlier frames self attention sees. */
+static void complete_window(Settings *s, const Model *m) {
     Recipe r = m->recipe;
     const char *given = s->window >= 0 ? "--window" : s->sink >= 0 ? "--sink" : s->positions ? "--positions" : NULL;
     const char *story = s->story.count ? "--at" : given;
     if (story && !r.chunk_frames)
-        die(STATUS_USAGE, "%s: this model makes a clip in one piece; that is for models that generate in chunks", story);
+        die(STATUS_USAGE, "%s: needs a model that generates in chunks, this one generates the whole clip at once",
+            story);
     if (s->window < 0) s->window = r.window.size;
     if (s->sink < 0) s->sink = s->window ? r.window.sink : 0;
     if (!s->positions) s->positions = r.window.relative ? "relative" : "absolute";
     r.window.size = s->window, r.window.sink = s->sink;
-    const char *why = given ? window_fault(&r) : NULL;
+    const char *why = given ? check_window(&r) : NULL;
     if (why) die(STATUS_USAGE, "%s: %s", given, why);
 }
 
-/* The frames that attention sees at once have to be counted in an int. */
+/* Positions in the latents of all frames that self attention sees at once are counted in an int. */
 static void check_positions(const Settings *s, const Model *m) {
     int stride = m->vae.spatial_stride, frames = s->frames / m->vae.temporal_stride + 1;
     if (m->recipe.chunk_frames && s->window) frames = smaller(frames, s->window);
     if ((double)s->width * s->height / stride / stride * frames > INT_MAX)
-        die(STATUS_USAGE, "--size %dx%d with --frames %d is more than 2^31 latent positions", s->width,
-            s->height, s->frames);
+        die(STATUS_USAGE, "--size %dx%d with --frames %d is %.3g latent positions, expected less than 2^31", s->width,
+            s->height, s->frames, (double)s->width * s->height / stride / stride * frames);
 }
 
 void settings_complete(Settings *s, const Model *m) {
     const Vae *vae = &m->vae;
     const int *patch = m->transformer.patch_size;
-    take_default(&s->width, m, "default.width", 16384, 832);
-    take_default(&s->height, m, "default.height", 16384, 480);
-    take_length(s, m);
-    take_schedule(s, m);
-    take_default_number(&s->guidance, m, "default.guidance", 0, 5.0);
-    if (s->guidance < 1) warn("guidance %g is taken as 1, which is none: diffusers guides above 1 only", s->guidance);
+    set_default(&s->width, m, "default.width", 16384, 832);
+    set_default(&s->height, m, "default.height", 16384, 480);
+    complete_length(s, m);
+    complete_schedule(s, m);
+    set_default_number(&s->guidance, m, "default.guidance", 0, 5.0);
+    if (s->guidance < 1) warn("guidance %g is taken as 1, which is no guidance, as in diffusers", s->guidance);
     if (!s->negative) s->negative = weights_string_or(m->file, "default.negative_prompt", "");
-    take_window(s, m);
+    complete_window(s, m);
     check_size("width", s->width, vae->spatial_stride * patch[2]);
     check_size("height", s->height, vae->spatial_stride * patch[1]);
     check_positions(s, m);

@@ -102,8 +102,8 @@ static Schedule make_schedule(const Model *m, const Settings *s) {
                                       weights_size_or(m->file, "scheduler.num_train_timesteps", 1 << 20, 1000));
     for (int i = 0; i < s->steps; i++)
         if (!(schedule.sigmas[i + 1] < schedule.sigmas[i]))
-            die(STATUS_USAGE, "--steps %d with --shift %g: the noise level does not fall in step %d; expected fewer "
-                "steps or a smaller shift", s->steps, s->shift, i + 1);
+            die(STATUS_USAGE, "--steps %d with --shift %g: sigma does not decrease in step %d, expected fewer steps or a "
+                "smaller shift", s->steps, s->shift, i + 1);
     return schedule;
 }
 

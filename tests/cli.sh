@@ -39,14 +39,14 @@ usage() {
     refused 2 "--size: WxH is missing" -m $model x --size
     refused 2 "two prompts: 'a' and 'b'" -m $model a b
     refused 2 "no prompt" -m $model
-    refused 2 "width 33 is not a multiple of 8: 32 or 40$" -m $model --size 33x16 x
-    refused 2 "height 20 is not a multiple of 8: 16 or 24$" -m $model --size=32x20 x
-    refused 2 "height 7 is not a multiple of 8$" -m $model --size 32x7 x
+    refused 2 "--size: width is 33, expected a multiple of 8, such as 32 or 40$" -m $model --size 33x16 x
+    refused 2 "--size: height is 20, expected a multiple of 8, such as 16 or 24$" -m $model --size=32x20 x
+    refused 2 "--size: height is 7, expected a multiple of 8$" -m $model --size 32x7 x
     for size in 32x0 32x 32 x32 32x32x32 -32x32 99999x32; do
         refused 2 "--size: '$size' is not WxH" -m $model --size "$size" x
     done
-    refused 2 "4 is not 4k+1: 1 or 5$" -m $model --frames 4 x
-    refused 2 "80 is not 4k+1: 77 or 81$" -m $model --frames 80 x
+    refused 2 "--frames: 4 is not a multiple of 4 plus 1, such as 1 or 5$" -m $model --frames 4 x
+    refused 2 "--frames: 80 is not a multiple of 4 plus 1, such as 77 or 81$" -m $model --frames 80 x
     refused 2 "'1e3' is not a whole number" -m $model --frames 1e3 x
     refused 2 "--seconds: 'nan'" -m $model --seconds nan x
     for rate in 0 0:1 24: 24:0 24:1:1 -24 .5 1e3 1000001 1.0000001 fast ""; do
@@ -69,8 +69,8 @@ usage() {
     refused 2 "--isa: 'pentium'" -m $model --isa pentium x
     refused 2 "--chroma: '411'" -m $model --chroma 411 x
     refused 2 "--tolerance: 'x'" -m $model --tolerance x x
-    refused 2 "with --frames 1000001 is more than" -m $model --size 16384x16384 --frames 1000001 x
-    refused 2 "--steps 1000 with --shift 1000: the noise level does not fall in step 1;" -m $model --steps 1000 --shift 1000 x
+    refused 2 "with --frames 1000001 is 1.05e+12 latent positions, expected less than 2^31" -m $model --size 16384x16384 --frames 1000001 x
+    refused 2 "--steps 1000 with --shift 1000: sigma does not decrease in step 1," -m $model --steps 1000 --shift 1000 x
 }
 
 input() {
@@ -82,7 +82,7 @@ input() {
     refused 2 "foreign: this is a PyTorch file (.pth): convert it with export.py" -m "$work/foreign" x
     echo "version https://git-lfs.github.com/spec/v1" >"$work/foreign"
     refused 2 "foreign: this is a Git LFS pointer: git lfs pull fetches the file itself" -m "$work/foreign" x
-    refused 2 "foreign.gguf: a GGUF file of another program (general.architecture is \"llama\"): convert it with export.py" \
+    refused 2 "foreign.gguf: a GGUF file of another program (general.architecture is \"llama\"), expected one that export.py wrote" \
         -m tests/goldens/weights/foreign.gguf x
     refused 2 "empty.gguf: the file is empty" -m "$work/empty.gguf" x
     refused 2 "not a GGUF file" -m Makefile x
@@ -415,15 +415,15 @@ chunks() {
         tail -n 1 "$work/err" >"$work/memory.$seconds"
     done
     claim "memory of 8 and of 80 seconds" cmp "$work/memory.8" "$work/memory.80"
-    refused 2 "--at: this model makes a clip in one piece" $small --at "1 a dog" x
-    refused 2 "--window: this model makes a clip in one piece" $small --window 3 x
-    refused 2 "--window: a window of 2 frames is smaller than a chunk; expected at least 3, or 0 for all" $short --window 2 x
-    refused 2 "--sink: a sink of 3 frames without a window" $short --sink 3 x
-    refused 2 "--window: a sink of 4 frames is beyond the window; with a window of 6 .* at most 3" $short --window 6 --sink 4 x
+    refused 2 "--at: needs a model that generates in chunks" $small --at "1 a dog" x
+    refused 2 "--window: needs a model that generates in chunks" $small --window 3 x
+    refused 2 "--window: the window is 2 frames, expected at least a chunk of 3, or 0 for all frames" $short --window 2 x
+    refused 2 "--sink: the sink is 3 frames, expected 0 without a window" $short --sink 3 x
+    refused 2 "--window: the sink is 4 frames, expected at most 3, which is the window of 6 less a chunk of 3" $short --window 6 --sink 4 x
     refused 2 "--positions: 'left' is not absolute or relative" $short --positions left x
-    refused 2 "--steps: the model was trained for the steps in its file, 4 by renoise (1000 937.5 833.333313 625)" $short --steps 3 x
-    refused 2 "--shift: the model was trained for the steps in its file" $short --shift 5 x
-    refused 2 "--sampler: the model was trained for the steps in its file" $short --sampler euler x
+    refused 2 "--steps: this model has a fixed schedule and takes no other: 4 steps of renoise at timesteps 1000 937.5 833.333313 625" $short --steps 3 x
+    refused 2 "--shift: this model has a fixed schedule" $short --shift 5 x
+    refused 2 "--sampler: this model has a fixed schedule" $short --sampler euler x
     refused 2 "--at: 'soon a dog' does not begin with a time" $short --at "soon a dog" x
     refused 2 "--at: 2 seconds does not come after 3" $short --at "3 a" --at "2 b" x
     printf '1 a\n0.5 b\n' >"$work/story"

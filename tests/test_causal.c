@@ -70,21 +70,21 @@ static void check_recipes(void) {
     check_keys(CHUNKS_OF_3 "causal.window=12 causal.sink=3 causal.positions=relative causal.prompt_change=recache", NULL);
     check_keys(CHUNKS_OF_3 "scheduler.first_timesteps=1000,500, causal.context_noise=100.5", NULL);
     check_keys("scheduler.rule=heun", "scheduler.rule is 'heun', expected multistep, renoise or euler");
-    check_keys("scheduler.rule=euler", "scheduler.rule is euler, and scheduler.timesteps is missing");
-    check_keys("scheduler.timesteps=1000,", "scheduler.timesteps belongs to scheduler.rule renoise or euler");
-    check_keys("scheduler.rule=renoise scheduler.timesteps=500,750,", "does not fall: 750 follows 500");
-    check_keys("scheduler.rule=renoise scheduler.timesteps=500,500,", "does not fall: 500 follows 500");
+    check_keys("scheduler.rule=euler", "scheduler.timesteps is missing, and scheduler.rule euler needs it");
+    check_keys("scheduler.timesteps=1000,", "scheduler.timesteps needs scheduler.rule renoise or euler, found multistep");
+    check_keys("scheduler.rule=renoise scheduler.timesteps=500,750,", "does not decrease: 750 follows 500");
+    check_keys("scheduler.rule=renoise scheduler.timesteps=500,500,", "does not decrease: 500 follows 500");
     check_keys("scheduler.rule=renoise scheduler.timesteps=1001,", "holds 1001, expected more than 0 and at most 1000");
     check_keys("scheduler.rule=renoise scheduler.timesteps=5,0,", "holds 0, expected more than 0");
-    check_keys(LIST "scheduler.sigmas=1,0.5,", "scheduler.sigmas has 2 elements for 4 time steps");
-    check_keys(LIST "scheduler.sigmas=1,0.5,0.7,0.1,", "scheduler.sigmas does not fall");
-    check_keys(LIST "scheduler.first_timesteps=1000,", "scheduler.first_timesteps is for models that generate in chunks");
+    check_keys(LIST "scheduler.sigmas=1,0.5,", "scheduler.sigmas has 2 elements, expected 4, one a timestep");
+    check_keys(LIST "scheduler.sigmas=1,0.5,0.7,0.1,", "scheduler.sigmas does not decrease");
+    check_keys(LIST "scheduler.first_timesteps=1000,", "scheduler.first_timesteps needs causal.chunk_frames, which is missing");
     check_keys(LIST "scheduler.noise_scale=0.0", "scheduler.noise_scale is 0, expected more than 0");
     check_keys("causal.chunk_frames=5000", "key \"causal.chunk_frames\" is 5000, expected 1 to 4096");
-    check_keys(CHUNKS_OF_3 "causal.window=2", "a window of 2 frames is smaller than a chunk; expected at least 3");
-    check_keys(CHUNKS_OF_3 "causal.window=9 causal.sink=7", "a sink of 7 frames is beyond the window; with a window of 9 "
-               "and chunks of 3 expected at most 6");
-    check_keys(CHUNKS_OF_3 "causal.sink=1", "a sink of 1 frames without a window");
+    check_keys(CHUNKS_OF_3 "causal.window=2", "the window is 2 frames, expected at least a chunk of 3, or 0");
+    check_keys(CHUNKS_OF_3 "causal.window=9 causal.sink=7", "the sink is 7 frames, expected at most 6, which is the "
+               "window of 9 less a chunk of 3");
+    check_keys(CHUNKS_OF_3 "causal.sink=1", "the sink is 1 frames, expected 0 without a window");
     check_keys(CHUNKS_OF_3 "causal.window=2000000", "key \"causal.window\" is 2000000, expected 0 to 1000000");
     check_keys(CHUNKS_OF_3 "causal.positions=left", "causal.positions is 'left', expected absolute or relative");
     check_keys(CHUNKS_OF_3 "causal.prompt_change=forget", "causal.prompt_change is 'forget'");
