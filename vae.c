@@ -1,27 +1,32 @@
-/* vae.c - latents -> frames: Wan 2.1's causal 3D VAE, one latent frame at a time.
+/* vae.c - latents -> video frames: the decoder of Wan 2.1's causal 3D VAE, one latent frame at a time.
  *
- * The decoder is a list of layers that a frame passes in order:
+ * Takes normalised latent frames (z_dim,H,W), gives video frames [3,Y,X] in [-1,1]. The first latent frame gives one
+ * video frame, every later one temporal_stride (4) of them; Y and X are spatial_stride (8) times H and W. The decoder
+ * is a list of layers that a frame passes in order:
  *
- *   z -> conv2 (1x1x1) -> conv1 -> residual, attention, residual -> levels -> head -> frame
- *   level: residual blocks, then, but for the last level, twice the frames (if this level doubles them) and twice
- *          the height and width
+ *   latents * std + mean -> conv2 (1x1x1) -> conv1 (3x3x3) -> residual, attention, residual -> levels -> head
+ *   level: residual blocks; then UPSAMPLE_TIME, if this level doubles the frames, and UPSAMPLE_SPACE; not in the last
+ *   head:  conv(silu(norm(x))), clamped to [-1,1]
  *
- * Causal means that a convolution over time sees a frame and the two before it, never one after. So the layers run as
- * a stream: each convolution keeps its last two input frames, a frame is pushed through the list, and where a layer
- * makes two frames of one, the first goes on by itself to the end before the second does. Memory does not depend on
- * the clip's length. The clip's first frame has no companion: it passes UPSAMPLE_TIME as it is, whose convolution starts
- * with an empty past at the second (upstream's "Rep"). With two levels that double, in time:
+ * Time is causal: a 3x3x3 convolution reads a frame and the two before it, never a later one. Frames before the clip's
+ * first are zeros (left out of the sum, which gives the same bits). So the decoder streams. Each convolution keeps its
+ * two previous input frames (upstream's feat_cache), and memory does not depend on the clip's length:
  *
- *   latent frames   0       1                2
- *   first doubling  0     1   2            3   4
- *   second          0    1 2 3 4          5 6 7 8      the clip's frames
+ *   t-2  t-1   t                    after frame t:  t-1   t
+ *   [ cache ] [x] -> conv -> frame t                [ cache ]
  *
- * Frames are stored (pixels, channels), channels innermost, which makes a convolution a product whose rows
- * are runs of channels at shifted pixels (product.c). Neither padding nor the doubled image is ever built: they are
- * ways to find a row.
+ * UPSAMPLE_TIME makes two frames of one. Each goes through the remaining layers by itself, the first one first. The
+ * clip's first frame stays one frame and does not enter that layer's cache (upstream's "Rep"). With two such layers:
  *
- * Follows AutoencoderKLWan of diffusers (without residual shortcuts) and wan/modules/vae.py of the original release,
- * after which the weights are named. Its RMS_norm is F.normalize over channels, times sqrt(channels) and gamma. */
+ *   latent frames             0       1                2
+ *   after the first layer     0     1   2            3   4
+ *   after the second: video   0    1 2 3 4          5 6 7 8
+ *
+ * A frame is stored as (pixels, channels). A convolution is a product whose rows are runs of channels at shifted
+ * pixels (product.c). Padding and the upsampled image are not stored: locate_pixel() gives their addresses.
+ *
+ * Follows AutoencoderKLWan of diffusers (is_residual false) and wan/modules/vae.py of the original release, whose
+ * weight names the file keeps. Its RMS_norm is x / |x| * sqrt(channels) * gamma, where |x| is over channels. */
 #include "sora.h"
 
 #include <math.h>
@@ -36,7 +41,7 @@ static Conv bind_conv(const WeightFile *file, Precision precision, int O, int I,
                       const char *name) {
     Conv conv = {.kt = kt, .kh = k, .kw = k, .in = I, .out = O};
     if (I > MAX_CHANNELS)
-        weights_refuse(file, "vae.%s reads %d channels, more than %d", name, I, MAX_CHANNELS);
+        weights_refuse(file, "vae.%s has %d input channels, expected at most %d", name, I, MAX_CHANNELS);
     conv.layer = linear_bind(file, precision, O, kt * k * k * I, BIAS, "vae.%s", name);
     return conv;
 }
@@ -50,11 +55,11 @@ static const float *config_floats(const WeightFile *file, const char *key, int c
     return values;
 }
 
-/* Widths of the levels, finest first. */
+/* Channels of the levels, finest first. Returns the number of levels. */
 static int read_dims(const WeightFile *file, int dims[MAX_LEVELS]) {
     WeightArray mult;
     if (!weights_array(file, "vae.dim_mult", &mult) || mult.count < 1 || mult.count > MAX_LEVELS)
-        weights_refuse(file, "vae.dim_mult is not an array of 1 to %d", MAX_LEVELS);
+        weights_refuse(file, "vae.dim_mult is not an array of 1 to %d numbers", MAX_LEVELS);
     int base = weights_size(file, "vae.base_dim", MAX_CHANNELS);
     base = weights_size_or(file, "vae.decoder_base_dim", MAX_CHANNELS, base);
     weights_sizes(file, "vae.dim_mult", 64, dims, (int)mult.count);
@@ -62,7 +67,7 @@ static int read_dims(const WeightFile *file, int dims[MAX_LEVELS]) {
     return (int)mult.count;
 }
 
-/* A new layer at the end of the list. */
+/* Appends a layer. */
 static VaeLayer *add_layer(VaeLayers *list, VaeLayerKind kind) {
     list->layers = reallocate(list->layers, sizeof *list->layers * (size_t)(list->count + 1));
     VaeLayer *layer = &list->layers[list->count++];
@@ -95,7 +100,7 @@ static void bind_convolution(const WeightFile *file, Vae *vae, VaeLayers *list, 
     add_layer(list, CONVOLUTION)->conv1 = bind_conv(file, vae->precision, O, I, size, size, name);
 }
 
-/* The original release numbers residual blocks and upsamplings of all levels in one list. dims: finest first. */
+/* Residual blocks and upsampling layers of all levels share one numbering, decoder.upsamples.N. dims: finest first. */
 static void bind_levels(const WeightFile *file, Vae *vae, VaeLayers *list, const int *dims, int levels) {
     WeightArray temporal;
     char path[64];
@@ -153,155 +158,156 @@ void vae_free(Vae *vae) {
 
 /* ---------------------------------------------------------------- the stream */
 
-/* What frames of one size share. */
+/* Buffers of one resolution. There is a grid for the latents' and one after each UPSAMPLE_SPACE. */
 typedef struct {
     int height, width;
-    int channels, wide_channels; /* the most */
-    char *h;                     /* what a convolution reads: a row operand for each pixel */
-    float *wide;                 /* (pixels, wide_channels): queries, keys and values; two frames side by side */
+    int channels, wide_channels; /* the most of any layer at this resolution */
+    char *operands;              /* (pixels): a convolution's input, a row operand (panel.c) for each pixel */
+    float *wide;                 /* (pixels, wide_channels): q, k and v; or the two frames of UPSAMPLE_TIME */
 } Grid;
 
-/* What a convolution saw in the two frames before, if there were any. */
+/* The two previous input frames of a convolution over time. */
 typedef struct {
-    char *frames[2]; /* row operands, older first */
-    int seen;        /* of them */
-} Past;
+    char *frames[2]; /* row operands, the older first */
+    int seen;        /* how many of the two there have been, 0 to 2 */
+} FeatCache;
 
-/* What moves at a layer. */
+/* What a layer keeps from frame to frame. */
 typedef struct {
-    int grid;      /* the number of that which it reads */
-    Past past[2];  /* of conv1 and conv2 */
-    bool started;  /* the clip's first frame has passed */
-} Moving;
+    int grid;           /* index of the grid that it reads */
+    FeatCache cache[2]; /* of conv1 and conv2 */
+    bool started;       /* UPSAMPLE_TIME: the clip's first frame has passed */
+} LayerState;
 
 struct VaeStream {
     const Vae *vae;
     const VaeLayers *list;
     Arena arena;
     Grid grids[MAX_LEVELS];
-    Moving *moving;  /* [list->count] */
-    float *x, *t;    /* (pixels, channels): the frame, and a residual's middle */
-    char *zeros;     /* a pixel outside the image */
-    float *frame;    /* the decoded frame [3,Y,X] */
+    LayerState *states; /* [list->count] */
+    float *x, *t;       /* (pixels, channels): the frame; the hidden frame of a residual block */
+    char *zeros;        /* a row operand of zeros: a pixel of the padding */
+    float *frame;       /* the decoded frame [3,Y,X] */
     FrameSink *sink;
     void *to;
 };
 
 /* ---------------------------------------------------------------- convolutions */
 
-/* Where the rows of a convolution lie: up to three frames of pixels, doubled on the way if asked. */
+/* The input of a convolution, from which locate_pixel() finds the rows of its product. */
 typedef struct {
     const Conv *conv;
-    const char *frames[3]; /* oldest first */
-    int skip;              /* frames at the start that have not been */
+    const char *frames[3]; /* [kt] row operands (pixels), the oldest frame first */
+    int skip;              /* frames before the clip's first: their taps are left out */
     const char *zeros;
-    size_t pixel;      /* bytes of a row operand */
-    int height, width; /* of the output */
-    int doubled;       /* 1: the input is half as high and wide */
-} View;
+    size_t pixel;          /* bytes of a pixel's row operand */
+    int height, width;     /* of the output */
+    int upsampled;         /* 1: the input has half the height and width, and pixel (y,x) is its (y/2,x/2) */
+} ConvInput;
 
-/* Taps are ordered (t, y, x). */
+/* Addresses of the pixels under each tap, for output pixel `row`. Taps are ordered (t, y, x). */
 static void locate_pixel(const void *of, int row, const void **where, int stride) {
-    const View *view = of;
-    const Conv *conv = view->conv;
-    int top = row / view->width - conv->kh / 2, left = row % view->width - conv->kw / 2;
-    for (int t = view->skip; t < conv->kt; t++)
+    const ConvInput *input = of;
+    const Conv *conv = input->conv;
+    int top = row / input->width - conv->kh / 2, left = row % input->width - conv->kw / 2;
+    for (int t = input->skip; t < conv->kt; t++)
         for (int y = top; y < top + conv->kh; y++) {
-            int line = (y >> view->doubled) * (view->width >> view->doubled);
-            bool inside = y >= 0 && y < view->height;
+            int line = (y >> input->upsampled) * (input->width >> input->upsampled);
+            bool inside = y >= 0 && y < input->height;
             for (int x = left; x < left + conv->kw; x++, where += stride) {
-                size_t pixel = (size_t)(line + (x >> view->doubled)) * view->pixel;
-                *where = inside && x >= 0 && x < view->width ? view->frames[t] + pixel : view->zeros;
+                size_t pixel = (size_t)(line + (x >> input->upsampled)) * input->pixel;
+                *where = inside && x >= 0 && x < input->width ? input->frames[t] + pixel : input->zeros;
             }
         }
 }
 
-static void run(const View *view, float *out, int mode) {
-    const Conv *conv = view->conv;
-    int area = conv->kh * conv->kw, skip = view->skip * area;
-    Rows rows = {view->height * view->width, conv->kt * area - skip, conv->in, skip, locate_pixel, view};
+static void run_conv(const ConvInput *input, float *out, int mode) {
+    const Conv *conv = input->conv;
+    int area = conv->kh * conv->kw, skip = input->skip * area;
+    Rows rows = {input->height * input->width, conv->kt * area - skip, conv->in, skip, locate_pixel, input};
     product(out, rows, &conv->layer, mode);
 }
 
-/* Reads the frame in the grid's h and, where the kernel is deep, its past; then that frame is the past, and h the
- * memory of the oldest. */
-static void convolve(const VaeStream *s, Grid *grid, const Conv *conv, Past *past, float *out, int mode) {
-    View view = {.conv = conv, .frames = {grid->h}, .zeros = s->zeros,
-                 .pixel = row_bytes(s->vae->precision, conv->in), .height = grid->height, .width = grid->width};
+/* out (pixels, O) = or += conv of the frame in grid->operands and, if kt is 3, of the two frames in its cache. Then the
+ * buffers rotate: operands -> cache, the newer cached frame becomes the older, the older one becomes grid->operands. */
+static void convolve(const VaeStream *s, Grid *grid, const Conv *conv, FeatCache *cache, float *out, int mode) {
+    ConvInput input = {.conv = conv, .frames = {grid->operands}, .zeros = s->zeros,
+                       .pixel = row_bytes(s->vae->precision, conv->in), .height = grid->height, .width = grid->width};
     if (conv->kt == 1) {
-        run(&view, out, mode);
+        run_conv(&input, out, mode);
         return;
     }
-    view.frames[0] = past->frames[0], view.frames[1] = past->frames[1], view.frames[2] = grid->h;
-    view.skip = 2 - past->seen;
-    run(&view, out, mode);
-    past->seen = smaller(past->seen + 1, 2);
-    grid->h = past->frames[0];
-    past->frames[0] = past->frames[1];
-    past->frames[1] = (char *)view.frames[2];
+    input.frames[0] = cache->frames[0], input.frames[1] = cache->frames[1], input.frames[2] = grid->operands;
+    input.skip = 2 - cache->seen;
+    run_conv(&input, out, mode);
+    cache->seen = smaller(cache->seen + 1, 2);
+    grid->operands = cache->frames[0];
+    cache->frames[0] = cache->frames[1];
+    cache->frames[1] = (char *)input.frames[2];
 }
 
 /* ---------------------------------------------------------------- layers */
 
 static int pixels_of(const Grid *grid) { return grid->height * grid->width; }
 
-/* The grid's h from x (pixels, n). */
-static void narrow(const VaeStream *s, Grid *grid, const float *x, int n) {
-    narrow_rows(s->vae->precision, grid->h, x, (size_t)n, pixels_of(grid), n);
+/* grid->operands from x (pixels, n), narrowed to the VAE's precision */
+static void to_operands(const VaeStream *s, Grid *grid, const float *x, int n) {
+    narrow_rows(s->vae->precision, grid->operands, x, (size_t)n, pixels_of(grid), n);
 }
 
+/* grid->operands from silu(norm(x)) */
 static void norm_silu(const VaeStream *s, Grid *grid, const float *x, int n, const float *gamma) {
-    l2_norm_silu(s->vae->precision, grid->h, x, pixels_of(grid), n, gamma);
+    l2_norm_silu(s->vae->precision, grid->operands, x, pixels_of(grid), n, gamma);
 }
 
-static void convolution(VaeStream *s, Grid *grid, const VaeLayer *layer, Moving *moving) {
+static void convolution(VaeStream *s, Grid *grid, const VaeLayer *layer, LayerState *state) {
     if (layer->norm1) norm_silu(s, grid, s->x, layer->conv1.in, layer->norm1);
-    else narrow(s, grid, s->x, layer->conv1.in);
-    convolve(s, grid, &layer->conv1, &moving->past[0], s->x, REPLACE);
+    else to_operands(s, grid, s->x, layer->conv1.in);
+    convolve(s, grid, &layer->conv1, &state->cache[0], s->x, REPLACE);
 }
 
-static void residual(VaeStream *s, Grid *grid, const VaeLayer *layer, Moving *moving) {
+static void residual(VaeStream *s, Grid *grid, const VaeLayer *layer, LayerState *state) {
     norm_silu(s, grid, s->x, layer->conv1.in, layer->norm1);
-    convolve(s, grid, &layer->conv1, &moving->past[0], s->t, REPLACE);
+    convolve(s, grid, &layer->conv1, &state->cache[0], s->t, REPLACE);
     if (layer->shortcut.out) {
-        narrow(s, grid, s->x, layer->shortcut.in);
+        to_operands(s, grid, s->x, layer->shortcut.in);
         convolve(s, grid, &layer->shortcut, NULL, s->x, REPLACE);
     }
     norm_silu(s, grid, s->t, layer->conv2.in, layer->norm2);
-    convolve(s, grid, &layer->conv2, &moving->past[1], s->x, ACCUMULATE);
+    convolve(s, grid, &layer->conv2, &state->cache[1], s->x, ACCUMULATE);
 }
 
-/* One head over the pixels of one frame. */
+/* Self attention with one head over the pixels of one frame. conv1 is to_qkv, conv2 is proj. */
 static void attend(VaeStream *s, Grid *grid, const VaeLayer *layer) {
     int C = layer->conv2.in, pixels = pixels_of(grid);
     float *qkv = grid->wide;
     l2_norm(s->t, s->x, pixels, C, layer->norm1);
-    narrow(s, grid, s->t, C);
+    to_operands(s, grid, s->t, C);
     convolve(s, grid, &layer->conv1, NULL, qkv, REPLACE);
     attention(&(Attention){.precision = s->vae->precision, .q = qkv, .k = qkv + C, .v = qkv + 2 * C,
                            .out = s->t, .queries = pixels, .keys = pixels, .heads = 1, .d = C,
                            .q_stride = 3 * (size_t)C, .kv_stride = 3 * (size_t)C, .out_stride = C,
                            .scale = 1.0f / sqrtf((float)C)});
-    narrow(s, grid, s->t, C);
+    to_operands(s, grid, s->t, C);
     convolve(s, grid, &layer->conv2, NULL, s->x, ACCUMULATE);
 }
 
-/* x becomes one of two frames that lie side by side in each pixel of wide. */
-static void take_half(VaeStream *s, const Grid *grid, int C, int half) {
+/* x (pixels, C) = frame `half` of the two in wide (pixels, 2, C) */
+static void copy_half(VaeStream *s, const Grid *grid, int C, int half) {
     PARALLEL_FOR (int i = 0; i < pixels_of(grid); i++)
         memcpy(s->x + (size_t)i * C, grid->wide + ((size_t)2 * i + half) * C, sizeof(float) * (size_t)C);
 }
 
-static void double_space(VaeStream *s, Grid *grid, const VaeLayer *layer) {
-    narrow(s, grid, s->x, layer->conv1.in);
-    View view = {.conv = &layer->conv1, .frames = {grid->h}, .zeros = s->zeros,
-                 .pixel = row_bytes(s->vae->precision, layer->conv1.in), .height = 2 * grid->height,
-                 .width = 2 * grid->width, .doubled = 1};
-    run(&view, s->x, REPLACE);
+static void upsample_space(VaeStream *s, Grid *grid, const VaeLayer *layer) {
+    to_operands(s, grid, s->x, layer->conv1.in);
+    ConvInput input = {.conv = &layer->conv1, .frames = {grid->operands}, .zeros = s->zeros,
+                       .pixel = row_bytes(s->vae->precision, layer->conv1.in), .height = 2 * grid->height,
+                       .width = 2 * grid->width, .upsampled = 1};
+    run_conv(&input, s->x, REPLACE);
 }
 
-/* x as the list leaves it -> pixels: channel (c*p + b)*p + a of a pixel is colour c, row a, column b of its patch,
- * as in upstream's unpatchify. */
+/* Unpatches and clamps the last layer's output, and hands the frame to the sink. Channel (c*p + b)*p + a of x is colour
+ * c, row a, column b of a p x p patch, as in upstream's unpatchify; p is 1 in Wan 2.1. */
 static void emit(VaeStream *s, const Grid *grid) {
     int p = s->vae->patch_size, H = grid->height, W = grid->width;
     for (int c = 0; c < 3; c++)
@@ -315,30 +321,31 @@ static void emit(VaeStream *s, const Grid *grid) {
     s->sink(s->to, s->frame);
 }
 
-/* The frame in x passes the layers from `index` on. */
+/* Runs the layers from `index` on with the frame in x. UPSAMPLE_TIME calls it for its first frame, and goes on with the
+ * second. */
 static void push(VaeStream *s, int index) {
     for (; index < s->list->count; index++) {
         const VaeLayer *layer = &s->list->layers[index];
-        Moving *moving = &s->moving[index];
-        Grid *grid = &s->grids[moving->grid];
+        LayerState *state = &s->states[index];
+        Grid *grid = &s->grids[state->grid];
         switch (layer->kind) {
-        case CONVOLUTION: convolution(s, grid, layer, moving); break;
-        case RESIDUAL: residual(s, grid, layer, moving); break;
+        case CONVOLUTION: convolution(s, grid, layer, state); break;
+        case RESIDUAL: residual(s, grid, layer, state); break;
         case ATTENTION: attend(s, grid, layer); break;
-        case UPSAMPLE_SPACE: double_space(s, grid, layer); break;
+        case UPSAMPLE_SPACE: upsample_space(s, grid, layer); break;
         case UPSAMPLE_TIME:
-            if (!moving->started) {
-                moving->started = true;
+            if (!state->started) {
+                state->started = true;
                 break;
             }
-            narrow(s, grid, s->x, layer->conv1.in);
-            convolve(s, grid, &layer->conv1, &moving->past[0], grid->wide, REPLACE);
-            take_half(s, grid, layer->conv1.in, 0);
+            to_operands(s, grid, s->x, layer->conv1.in);
+            convolve(s, grid, &layer->conv1, &state->cache[0], grid->wide, REPLACE);
+            copy_half(s, grid, layer->conv1.in, 0);
             push(s, index + 1);
-            take_half(s, grid, layer->conv1.in, 1);
+            copy_half(s, grid, layer->conv1.in, 1);
         }
     }
-    emit(s, &s->grids[s->moving[s->list->count - 1].grid]);
+    emit(s, &s->grids[s->states[s->list->count - 1].grid]);
 }
 
 void vae_decode(VaeStream *s, const float *latents) {
@@ -351,16 +358,16 @@ void vae_decode(VaeStream *s, const float *latents) {
     push(s, 0);
 }
 
-/* ---------------------------------------------------------------- memory and work */
+/* ---------------------------------------------------------------- memory and operations */
 
-/* Which grid each layer reads, and how many channels are the most there. Returns the last grid. */
+/* Sets the size and channels of each grid, and the grid of each layer. Returns the last grid. */
 static Grid *size_grids(VaeStream *s, int H, int W) {
     Grid *grid = s->grids;
     *grid = (Grid){.height = H, .width = W};
     for (int i = 0; i < s->list->count; i++) {
         const VaeLayer *layer = &s->list->layers[i];
         int in = layer->conv1.in, out = layer->conv1.out;
-        s->moving[i].grid = (int)(grid - s->grids);
+        s->states[i].grid = (int)(grid - s->grids);
         grid->channels = (int)larger(grid->channels, in);
         if (layer->kind == ATTENTION || layer->kind == UPSAMPLE_TIME) {
             grid->wide_channels = (int)larger(grid->wide_channels, out);
@@ -379,27 +386,27 @@ static char *take_operands(const VaeStream *s, Arena *arena, const Grid *grid) {
     return arena_take(arena, (size_t)pixels_of(grid) * row_bytes(s->vae->precision, grid->channels));
 }
 
-/* All frames of a grid have one size, so that a convolution's input and its oldest past can trade places. */
-static void take_past(VaeStream *s, Arena *arena, const Grid *grid, const Conv *conv, Past *past) {
+/* Cached frames are as large as grid->operands, because convolve() exchanges the two. */
+static void take_cache(VaeStream *s, Arena *arena, const Grid *grid, const Conv *conv, FeatCache *cache) {
     if (conv->kt > 1)
-        for (int i = 0; i < 2; i++) past->frames[i] = take_operands(s, arena, grid);
+        for (int i = 0; i < 2; i++) cache->frames[i] = take_operands(s, arena, grid);
 }
 
-/* Only one layer works at a time, and hands on nothing but x: all grids share one x and one t. */
-static void lay_out(VaeStream *s, Arena *arena, int H, int W) {
+/* All grids share one x and one t, because one layer runs at a time. */
+static void take_buffers(VaeStream *s, Arena *arena, int H, int W) {
     const Grid *last = size_grids(s, H, W);
     size_t floats = 0, channels = 0;
     for (Grid *grid = s->grids; grid <= last; grid++) {
-        grid->h = take_operands(s, arena, grid);
+        grid->operands = take_operands(s, arena, grid);
         grid->wide = arena_floats(arena, (size_t)pixels_of(grid) * grid->wide_channels);
         floats = larger(floats, (size_t)pixels_of(grid) * grid->channels);
         channels = larger(channels, grid->channels);
     }
     for (int i = 0; i < s->list->count; i++) {
         const VaeLayer *layer = &s->list->layers[i];
-        Moving *moving = &s->moving[i];
-        take_past(s, arena, &s->grids[moving->grid], &layer->conv1, &moving->past[0]);
-        take_past(s, arena, &s->grids[moving->grid], &layer->conv2, &moving->past[1]);
+        LayerState *state = &s->states[i];
+        take_cache(s, arena, &s->grids[state->grid], &layer->conv1, &state->cache[0]);
+        take_cache(s, arena, &s->grids[state->grid], &layer->conv2, &state->cache[1]);
     }
     s->x = arena_floats(arena, floats);
     s->t = arena_floats(arena, floats);
@@ -410,21 +417,21 @@ static void lay_out(VaeStream *s, Arena *arena, int H, int W) {
 static VaeStream *stream_new(const Vae *vae) {
     VaeStream *s = allocate(sizeof *s);
     *s = (VaeStream){.vae = vae, .list = &vae->decoder};
-    s->moving = allocate(sizeof *s->moving * (size_t)s->list->count);
+    s->states = allocate(sizeof *s->states * (size_t)s->list->count);
     return s;
 }
 
 void vae_stream_close(VaeStream *s) {
     if (!s) return;
     arena_close(&s->arena);
-    free(s->moving);
+    free(s->states);
     free(s);
 }
 
 size_t vae_decoder_memory(const Vae *vae, int H, int W) {
     Arena count = {0};
     VaeStream *s = stream_new(vae);
-    lay_out(s, &count, H, W);
+    take_buffers(s, &count, H, W);
     vae_stream_close(s);
     return count.used;
 }
@@ -448,11 +455,12 @@ VaeStream *vae_decoder_open(const Vae *vae, int H, int W, FrameSink *sink, void 
     VaeStream *s = stream_new(vae);
     s->sink = sink, s->to = to;
     s->arena = arena_open(vae_decoder_memory(vae, H, W));
-    lay_out(s, &s->arena, H, W);
+    take_buffers(s, &s->arena, H, W);
     return s;
 }
 
-/* Over `frames` frames of `area` pixels, of which a convolution over time sees fewer at the start. */
+/* Of `frames` frames of `area` pixels. Taps before the clip's first frame are left out: 2 of 3 in its first frame, 1 in
+ * its second. */
 static double conv_flops(const Conv *conv, double frames, double area) {
     double missing = conv->kt == 3 ? (frames > 1 ? 3 : 2) : 0;
     double seen = conv->kt && frames > 0 ? (frames * conv->kt - missing) / conv->kt : 0;
