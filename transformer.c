@@ -1,21 +1,28 @@
-/* transformer.c - latents, text, time -> velocity: the diffusion transformer of Wan 2.1 (Wan Team, 2025).
+/* transformer.c - latents, text, timestep -> velocity: the diffusion transformer of Wan 2.1 (Wan Team, 2025).
  *
- * The frames of a chunk are cut into patches; each patch is a token, ordered (t, h, w). Self attention sees the
- * chunk and what the cache holds of the frames before it (cache.c). A block is
+ * Takes a chunk's latents (frames,in_dim,H,W), a timestep for each frame, and a prompt as a TextContext. Gives the
+ * velocity (frames,out_dim,H,W). Latents are cut into patches of 1 x ph x pw; a patch is a token, and tokens are
+ * ordered (t, h, w). L = frames * H/ph * W/pw.
  *
- *   s1, c1, g1, s2, c2, g2 = modulation + time          (shift, scale, gate; twice)
- *   x += g1 * o(self attention(norm(x) * (1 + c1) + s1))     RoPE on queries and keys
- *   x += o(cross attention(norm3(x), text))
- *   x += g2 * ffn(norm(x) * (1 + c2) + s2)
+ *   e0 = time_embedding(sinusoids(timestep))              (frames,D)      linear, silu, linear
+ *   e  = time_projection(silu(e0))                        (frames,6,D)
+ *   x  = patch_embedding(patches)                         (L,D)
+ *   each block:
+ *     s1, c1, g1, s2, c2, g2 = modulation + e             shift, scale, gate: of self attention, of the FFN
+ *     x += g1 * o(self attention(norm(x) * (1 + c1) + s1))     RoPE on q and k; the cache holds earlier frames
+ *     x += o(cross attention(norm3(x), text))
+ *     x += g2 * ffn(norm(x) * (1 + c2) + s2)                   linear, gelu, linear
+ *   s, c = head_modulation + e0
+ *   velocity = unpatch(head(norm(x) * (1 + c) + s))
  *
- * and the head is one more modulated norm and a linear layer back to patches. Follows WanTransformer3DModel
- * of diffusers and wan/modules/model.py of the original release, whose names the fields carry (the original's
- * norm3 is diffusers' norm2).
+ * Follows WanTransformer3DModel of diffusers and wan/modules/model.py of the original release. Fields have the
+ * original's names (its norm3 is diffusers' norm2).
  *
- * Pitfalls. Queries and keys are normalised over all heads at once, before they are cut into heads. The text
- * is padded with zeros to 512 positions and no mask hides them: the padding takes part in cross attention.
- * Angles of RoPE are computed in double. Every latent frame has a time step of its own, so shifts, scales and gates
- * come once a frame. */
+ * Pitfalls:
+ *   - q and k are RMS-normalised over all D channels at once, before they are cut into heads.
+ *   - The text is padded with zeros to text_len positions (512), and cross attention reads the padding, too.
+ *   - RoPE angles are computed in double.
+ *   - norm is a LayerNorm without weights; norm3 has weight and bias. */
 #include "sora.h"
 
 #include <math.h>
@@ -64,18 +71,15 @@ static void read_config(const WeightFile *file, Transformer *t) {
     t->eps = (float)weights_double(file, "wan.eps");
     weights_sizes(file, "wan.patch_size", 16, t->patch_size, 3);
     if (t->patch_size[0] != 1)
-        weights_refuse(file, "wan.patch_size %d in time: only patches within a frame are run",
-                       t->patch_size[0]);
+        weights_refuse(file, "wan.patch_size is %d in time, expected 1", t->patch_size[0]);
     if (!weights_bool_or(file, "wan.cross_attn_norm", true))
-        weights_refuse(file, "wan.cross_attn_norm is false: such blocks are not run");
-    if (t->freq_dim % 2) weights_refuse(file, "wan.freq_dim %d is odd", t->freq_dim);
+        weights_refuse(file, "wan.cross_attn_norm is false, expected true");
+    if (t->freq_dim % 2) weights_refuse(file, "wan.freq_dim is %d, expected an even number", t->freq_dim);
     if (t->dim % t->num_heads || t->dim / t->num_heads % 2)
-        weights_refuse(file, "wan.dim %d is not wan.num_heads %d heads of even width", t->dim,
-                       t->num_heads);
+        weights_refuse(file, "wan.dim is %d, expected wan.num_heads (%d) times an even number", t->dim, t->num_heads);
 }
 
-/* What is small next to the blocks stays in float32 whatever the precision:
- * both ends, and what they are told. */
+/* The embeddings and the head stay in float32 at every precision: they are a small share of the operations. */
 Transformer transformer_load(const WeightFile *file, Precision precision) {
     Transformer t = {.precision = precision};
     read_config(file, &t);
@@ -97,12 +101,12 @@ void transformer_free(Transformer *transformer) {
     free(transformer->blocks);
 }
 
-/* ---------------------------------------------------------------- the prompt, once */
+/* ---------------------------------------------------------------- text: once a prompt */
 
 TextContext text_context_take(Arena *arena, const Transformer *t, int n) {
     TextContext context = {.positions = n < t->text_len ? n + 1 : n};
     size_t size = (size_t)t->num_layers * context.positions * t->dim;
-    context.bias = arena_floats(arena, context.positions); /* zeros */
+    context.bias = arena_floats(arena, context.positions); /* arenas are zeroed */
     context.keys = arena_floats(arena, size);
     context.values = arena_floats(arena, size);
     if (arena->base && n < t->text_len) context.bias[n] = (float)log(t->text_len - n);
@@ -111,9 +115,9 @@ TextContext text_context_take(Arena *arena, const Transformer *t, int n) {
 
 void text_context_fill(const Transformer *t, const float *embeds, int n, TextContext *context) {
     int D = t->dim, positions = context->positions;
-    float *text = allocate(sizeof(float) * (size_t)positions * t->text_dim);
-    float *hidden = allocate(sizeof(float) * (size_t)positions * D);
-    float *embedded = allocate(sizeof(float) * (size_t)positions * D);
+    float *text = allocate(sizeof(float) * (size_t)positions * t->text_dim); /* (positions, text_dim): zeros after n */
+    float *hidden = allocate(sizeof(float) * (size_t)positions * D);         /* (positions, D) */
+    float *embedded = allocate(sizeof(float) * (size_t)positions * D);       /* (positions, D) */
     memcpy(text, embeds, sizeof(float) * (size_t)n * t->text_dim);
     linear(hidden, text, positions, &t->text_embedding_0);
     gelu(hidden, hidden, (size_t)positions * D);
@@ -137,11 +141,11 @@ size_t text_context_fill_memory(const Transformer *t, int n) {
            larger(products, linear_memory(&t->blocks->cross_attn.k, positions));
 }
 
-/* ---------------------------------------------------------------- positions and time */
+/* ---------------------------------------------------------------- positions and timesteps */
 
-/* pos / 10000^(i/pairs). With Wan's heads, which are 128 wide, every C library gives the same floats up to position
- * 849 in time (3,397 frames) and 1023 in space (tests/test_libm.c). At 850 one cosine is -5e-7, whose last bits are
- * those of the power. */
+/* Angle i is pos / 10000^(i/pairs). With Wan's head width of 128, every C library gives the same float32 values up to
+ * position 849 in time (3,397 video frames) and 1023 in space (tests/test_libm.c). At position 850 one cosine is -5e-7,
+ * where the rounding of pow() shows. */
 void rope_angles(float *angles, int pos, int pairs) {
     for (int i = 0; i < pairs; i++) {
         double angle = pos / pow(10000.0, 2.0 * i / (2 * pairs)); /* as upstream's 2i/dim */
@@ -150,7 +154,10 @@ void rope_angles(float *angles, int pos, int pairs) {
     }
 }
 
-/* The pairs of a head are shared out to the axes: a third each for h and w, what is left for t. */
+/* A head has d/2 pairs (x[2i], x[2i+1]). RoPE rotates them by the token's position on one of three axes:
+ *
+ *   pair   0 ............ 21 | 22 ...... 42 | 43 ...... 63        d = 128: 22 pairs for t, 21 for h, 21 for w
+ *   axis          t          |      h       |      w */
 static Rope rope_take(Arena *arena, const Transformer *t, int frames, int H, int W) {
     int pairs = t->dim / t->num_heads / 2;
     Rope r = {.rows = H / t->patch_size[1], .columns = W / t->patch_size[2], .spatial = pairs / 3};
@@ -179,8 +186,8 @@ TransformerState transformer_state_take(Arena *arena, const Transformer *t, int 
     return s;
 }
 
-/* The angles are rounded to float32 as in diffusers' get_timestep_embedding; the original release computes
- * them in double, which at t = 1000 differs by 3e-5 and shows in the velocity as 1e-5 of its range. */
+/* Frequency i is 10000^(-i/half). Angles are rounded to float32, as in diffusers' get_timestep_embedding. The original
+ * release computes them in double; at t = 1000 they differ by 3e-5, which changes the velocity by 1e-5 of its range. */
 void timestep_sinusoids(float *out, int freq_dim, float timestep) {
     int half = freq_dim / 2;
     for (int i = 0; i < half; i++) {
@@ -191,7 +198,7 @@ void timestep_sinusoids(float *out, int freq_dim, float timestep) {
     }
 }
 
-/* time (frames,D) and modulation (frames,6,D) from the time steps: sinusoids, an MLP, and its projection. */
+/* time (frames,D) and modulation (frames,6,D) from the timesteps [frames] */
 static void embed_time(const Transformer *t, TransformerState *s, const Chunk *chunk) {
     int D = t->dim, frames = chunk->frames;
     float *sinusoids = s->wide, *hidden = s->y;
@@ -206,7 +213,7 @@ static void embed_time(const Transformer *t, TransformerState *s, const Chunk *c
 
 /* ---------------------------------------------------------------- the forward pass */
 
-/* Offset in latents (frames,C,H,W) of an element (ph,pw) of token l's patch in one channel. */
+/* Index in latents (frames,channels,H,W) of one element of token l's patch; element = row * pw + column */
 static size_t patch_offset(const Transformer *t, const TransformerState *s, int channels, int channel, int l,
                            int element) {
     int columns = s->rope.columns;
@@ -215,7 +222,7 @@ static size_t patch_offset(const Transformer *t, const TransformerState *s, int 
     return (((size_t)(l / s->tokens) * channels + channel) * s->H + row) * s->W + column;
 }
 
-/* Patches are embedded as a convolution's rows, (C,ph,pw), ... */
+/* x (L,D) from latents: patches are flattened as (C,ph,pw) */
 static void embed_patches(const Transformer *t, TransformerState *s, int L, const float *latents) {
     float *out = s->wide;
     for (int l = 0; l < L; l++)
@@ -224,7 +231,7 @@ static void embed_patches(const Transformer *t, TransformerState *s, int L, cons
     linear(s->x, s->wide, L, &t->patch_embedding);
 }
 
-/* ... and come out of the head as (ph,pw,C), channels innermost. */
+/* velocity from the head's patches (L, ph*pw*C): here channels are innermost, (ph,pw,C) */
 static void unpatch(const Transformer *t, const TransformerState *s, int L, const float *patches, float *velocity) {
     for (int l = 0; l < L; l++)
         for (int i = 0; i < patch_volume(t); i++)
@@ -233,8 +240,8 @@ static void unpatch(const Transformer *t, const TransformerState *s, int L, cons
 
 enum { SHIFT, SCALE, GATE, FFN_SHIFT, FFN_SCALE, FFN_GATE, MODULATIONS };
 
-/* e (count,frames,D) = table (count,D) + what the time says: of frame f and row j at time[f*per_frame + j*per_row].
- * Scales begin at 1. */
+/* e (count,frames,D) = table (count,D) + time, where frame f's row j begins at time[f*per_frame + j*per_row]. Adds 1 to
+ * scales. */
 static void modulate(float *e, const float *table, int count, int frames, int D, const float *time, int per_frame,
                      int per_row) {
     for (int j = 0; j < count; j++)
@@ -249,11 +256,11 @@ void transformer_forward(const Transformer *t, TransformerState *s, const TextCo
                          const Chunk *chunk, const float *latents, float *velocity) {
     int D = t->dim, d = D / t->num_heads, frames = chunk->frames, tokens = s->tokens;
     kv_cache_make_room(cache, frames);
-    int L = frames * tokens, past = cache->frames * tokens;   /* tokens that pass, and that they look back at */
-    float *x = s->x, *y = s->y;                               /* (L,D): the stream; what a layer reads, or adds */
-    float *q = s->wide, *k = q + (size_t)L * D, *v = k + (size_t)(past + L) * D; /* (L,D), (past + L,D) twice */
-    float *new_k = k + (size_t)past * D, *new_v = v + (size_t)past * D;          /* (L,D) each: the chunk's own */
-    float *e = s->e, *wide = s->wide;                         /* (6,frames,D); (L,D), later (L,ffn_dim) */
+    int L = frames * tokens, past = cache->frames * tokens;   /* tokens of the chunk; cached tokens */
+    float *x = s->x, *y = s->y;                               /* (L,D): residual stream; a layer's input or output */
+    float *q = s->wide, *k = q + (size_t)L * D, *v = k + (size_t)(past + L) * D; /* (L,D), (past+L,D), (past+L,D) */
+    float *new_k = k + (size_t)past * D, *new_v = v + (size_t)past * D;          /* (L,D): the chunk's rows of k, v */
+    float *e = s->e, *wide = s->wide;                         /* (6,frames,D); (L,D) or (L,ffn_dim), over q k v */
 #define E(which) (e + (size_t)(which) * frames * D)
     Rope rope_k = s->rope, rope_q = rope_k;
     for (int f = 0; f < cache->frames + frames; f++)
@@ -269,6 +276,7 @@ void transformer_forward(const Transformer *t, TransformerState *s, const TextCo
         const AttentionLayers *self = &block->self_attn, *cross = &block->cross_attn;
         modulate(e, block->modulation, MODULATIONS, frames, D, s->modulation, MODULATIONS * D, D);
 
+        /* self attention */
         layer_norm(y, x, L, D, t->eps, E(SCALE), E(SHIFT), tokens);
         linear(q, y, L, &self->q);
         linear(new_k, y, L, &self->k);
@@ -284,6 +292,7 @@ void transformer_forward(const Transformer *t, TransformerState *s, const TextCo
         linear(wide, y, L, &self->o);
         add_gated(x, wide, L, D, E(GATE), tokens);
 
+        /* cross attention */
         layer_norm(y, x, L, D, t->eps, block->norm3_weight, block->norm3_bias, L);
         linear(q, y, L, &cross->q);
         rms_norm(q, q, L, D, cross->norm_q, t->eps);
@@ -294,6 +303,7 @@ void transformer_forward(const Transformer *t, TransformerState *s, const TextCo
         linear(wide, y, L, &cross->o);
         add(x, wide, (size_t)L * D);
 
+        /* feed-forward network */
         layer_norm(y, x, L, D, t->eps, E(FFN_SCALE), E(FFN_SHIFT), tokens);
         linear(wide, y, L, &block->ffn_0);
         gelu(wide, wide, (size_t)L * t->ffn_dim);
