@@ -1,5 +1,11 @@
-/* sora.c - the command line: options in, one run out.
- * `./sora --help` is its documentation; README says more. */
+/* sora.c - the command line: parses options into Settings, loads a model, and generates one video.
+ *
+ * `./sora --help` lists the options; docs/options.md says more. The order of work:
+ *
+ *   parse() -> choose kernels -> --help, --version, or run():
+ *     check what can be checked without the model -> --info, or load the model -> --tokenize, or generate()
+ *
+ * An error is one line on standard error and a non-zero status (die()). */
 #include "sora.h"
 
 #include <errno.h>
@@ -12,11 +18,17 @@
 
 /* ---------------------------------------------------------------- the options */
 
+/* The order is that of --help. */
 typedef enum {
-    MODEL, PROMPT, PROMPT_FILE, NEGATIVE, OUTPUT_FILE, SIZE, FRAMES, SECONDS, FPS, STEPS, GUIDANCE, SHIFT,
-    SAMPLER_NAME, SEED, THREADS, PRECISION, ISA, NOISE, AT, STORY, WINDOW, SINK, POSITIONS, DRIFT, DUMP, DUMP_ONLY,
-    CHECK, FEED, TOLERANCE, CHROMA, RECORD_PROMPT, NO_RECORD, LABEL, MARK, VERIFY, PRODUCER, PRODUCE_ID, PROFILE, INFO,
-    TOKENIZE, PREVIEW, QUIET, HELP, VERSION, OPTIONS
+    MODEL, PROMPT, PROMPT_FILE, NEGATIVE, OUTPUT_FILE,
+    SIZE, FRAMES, SECONDS, FPS, CHROMA,
+    STEPS, GUIDANCE, SHIFT, SAMPLER_NAME, SEED, NOISE,
+    AT, STORY, WINDOW, SINK, POSITIONS,
+    THREADS, PRECISION, ISA,
+    PREVIEW, DRIFT, PROFILE, QUIET,
+    RECORD_PROMPT, NO_RECORD, LABEL, MARK, PRODUCER, PRODUCE_ID,
+    DUMP, DUMP_ONLY, CHECK, TOLERANCE, FEED,
+    INFO, TOKENIZE, VERIFY, HELP, VERSION, OPTIONS
 } Option;
 
 static const struct {
@@ -24,65 +36,79 @@ static const struct {
     char letter;
     const char *argument; /* NULL: a switch */
     const char *help;
+    const char *heading;  /* printed above the first option of a group */
 } options[OPTIONS] = {
-    [MODEL] = {"model", 'm', "FILE", "weight file made by export.py (default: the bundled demo model)"},
-    [PROMPT] = {"prompt", 'p', "TEXT", "the prompt, instead of as an argument"},
-    [PROMPT_FILE] = {"prompt-file", 0, "FILE", "read the prompt from a file; - is standard input"},
-    [NEGATIVE] = {"negative", 'n', "TEXT", "negative prompt"},
-    [OUTPUT_FILE] = {"output", 'o', "FILE", "Y4M file (default: out.y4m); - is standard output"},
-    [SIZE] = {"size", 's', "WxH", "pixels, multiples of 16 for Wan 2.1, of 24 for the bundled model"},
-    [FRAMES] = {"frames", 'f', "N", "number of frames, 4k+1"},
-    [SECONDS] = {"seconds", 0, "S", "length, instead of --frames"},
-    [FPS] = {"fps", 0, "RATE", "frame rate written in the file: 24, 23.976, 30000/1001 or 30000:1001"},
-    [STEPS] = {"steps", 0, "N", "denoising steps"},
-    [GUIDANCE] = {"guidance", 'g', "G", "classifier-free guidance; 1 is none, and so is less"},
-    [SHIFT] = {"shift", 0, "S", "time shift of the noise schedule"},
-    [SAMPLER_NAME] = {"sampler", 0, "NAME", "unipc, euler or dpm++"},
-    [SEED] = {"seed", 0, "N", "initial noise as torch's CPU generator makes it (default: random, printed)"},
-    [THREADS] = {"threads", 't', "N", "threads (default: the cores that it may use)"},
-    [PRECISION] = {"precision", 0, "TYPE",
-                   "arithmetic of the large products: f32, bf16 or int8 (default: the model's own)"},
-    [ISA] = {"isa", 0, "NAME", "kernels: auto, naive, generic, avx2, avx512[vnni|bf16], neon[dotprod]"},
-    [NOISE] = {"noise", 0, "FILE", "initial noise [C,T,H,W] from a .npy file"},
-    [AT] = {"at", 0, "\"TIME TEXT\"", "another prompt from TIME on (12, 12.5, 1:05), in models that make chunks; repeatable"},
-    [STORY] = {"story", 0, "FILE", "a file of such lines; - is standard input; one at 0 is the prompt"},
-    [WINDOW] = {"window", 0, "N", "latent frames that a chunk looks back at, its own counted in; 0 is all"},
-    [SINK] = {"sink", 0, "N", "of these the clip's first, which always stay"},
-    [POSITIONS] = {"positions", 0, "NAME", "their places in time: absolute or relative"},
-    [DRIFT] = {"drift", 0, NULL, "print a line a chunk on colours, sharpness, motion, beside the first's"},
-    [DUMP] = {"dump", 0, "DIR", "write every named tensor as .npy"},
-    [DUMP_ONLY] = {"dump-only", 0, "GLOB", "only those whose name matches"},
-    [CHECK] = {"check", 0, "DIR", "compare with the .npy files in DIR; exit 1 if any differs"},
-    [FEED] = {"feed", 0, NULL, "with --check, go on with DIR's tensors once they are compared"},
-    [TOLERANCE] = {"tolerance", 0, "X", "largest relative difference that --check accepts (default: 1e-4)"},
-    [CHROMA] = {"chroma", 0, "420|444", "chroma planes of the Y4M (default: 420)"},
-    [RECORD_PROMPT] = {"record-prompt", 0, NULL, "write the prompt itself, not its SHA-256, into the record"},
-    [NO_RECORD] = {"no-record", 0, NULL, "no record (.json) beside the output"},
-    [LABEL] = {"label", 0, NULL, "write a visible label into the first two seconds of every minute"},
-    [MARK] = {"mark", 0, NULL, "add an invisible mark to the pixels"},
-    [VERIFY] = {"verify", 0, "FILE", "say whether a Y4M carries a mark and fits its record, and stop"},
-    [PRODUCER] = {"producer", 0, "TEXT", "who made it, for the record's AIGC label"},
-    [PRODUCE_ID] = {"produce-id", 0, "TEXT", "the producer's number of it, likewise"},
-    [PROFILE] = {"profile", 0, NULL, "print time and operations of each stage"},
-    [INFO] = {"info", 0, NULL, "print the model's configuration and tensors, and stop"},
-    [TOKENIZE] = {"tokenize", 0, NULL, "print the prompt's token ids, and stop"},
-    [PREVIEW] = {"preview", 0, NULL, "draw the clip in a colour terminal as it decodes"},
-    [QUIET] = {"quiet", 'q', NULL, "no progress, no notes"},
-    [HELP] = {"help", 'h', NULL, "this text"},
-    [VERSION] = {"version", 0, NULL, "version, and the kernels chosen on this machine"},
+    [MODEL] = {"model", 'm', "FILE", "weight file that export.py wrote (default: the bundled demo model)",
+              "Input and output"},
+    [PROMPT] = {"prompt", 'p', "TEXT", "what the video shows; the same as the argument \"prompt\"", NULL},
+    [PROMPT_FILE] = {"prompt-file", 0, "FILE", "read the prompt from FILE; - is standard input", NULL},
+    [NEGATIVE] = {"negative", 'n', "TEXT", "what the video should not show", NULL},
+    [OUTPUT_FILE] = {"output", 'o', "FILE", "Y4M video (default: out.y4m); - is standard output", NULL},
+
+    [SIZE] = {"size", 's', "WxH", "width and height in pixels: multiples of 16 for Wan 2.1, of 24 for the demo model",
+             "Video"},
+    [FRAMES] = {"frames", 'f', "N", "number of frames: a multiple of 4, plus 1", NULL},
+    [SECONDS] = {"seconds", 0, "S", "length in seconds, instead of --frames", NULL},
+    [FPS] = {"fps", 0, "RATE", "frames per second: 24, 23.976, 30000/1001 or 30000:1001", NULL},
+    [CHROMA] = {"chroma", 0, "420|444", "chroma subsampling of the video (default: 420)", NULL},
+
+    [STEPS] = {"steps", 0, "N", "number of denoising steps", "Sampling"},
+    [GUIDANCE] = {"guidance", 'g', "G", "classifier-free guidance scale; 1 or less turns it off", NULL},
+    [SHIFT] = {"shift", 0, "S", "shift of the noise schedule", NULL},
+    [SAMPLER_NAME] = {"sampler", 0, "NAME", "unipc, euler or dpm++", NULL},
+    [SEED] = {"seed", 0, "N", "seed of the noise, the same as torch's on a CPU (default: random, printed)", NULL},
+    [NOISE] = {"noise", 0, "FILE", "initial noise [C,T,H,W] from a .npy file, instead of the seed's", NULL},
+
+    [AT] = {"at", 0, "\"TIME TEXT\"", "change the prompt to TEXT at TIME (12, 12.5 or 1:05); may be repeated",
+            "Only for models that generate in chunks"},
+    [STORY] = {"story", 0, "FILE", "read lines of TIME TEXT from FILE; - is standard input; time 0 is the prompt", NULL},
+    [WINDOW] = {"window", 0, "N", "latent frames that attention sees, the current chunk included; 0 is all", NULL},
+    [SINK] = {"sink", 0, "N", "how many of them are always the first frames of the video", NULL},
+    [POSITIONS] = {"positions", 0, "NAME", "RoPE positions in the video (absolute) or in the window (relative)", NULL},
+
+    [THREADS] = {"threads", 't', "N", "number of threads (default: all available cores)", "Speed"},
+    [PRECISION] = {"precision", 0, "TYPE", "arithmetic of the large matrix products: f32, bf16 or int8", NULL},
+    [ISA] = {"isa", 0, "NAME", "instruction set: auto, naive, generic, avx2, avx512[vnni|bf16], neon[dotprod]", NULL},
+
+    [PREVIEW] = {"preview", 0, NULL, "draw the frames in a colour terminal as they are decoded", "Reports"},
+    [DRIFT] = {"drift", 0, NULL, "print for each chunk how colours, sharpness and motion have changed", NULL},
+    [PROFILE] = {"profile", 0, NULL, "print time and operations of each stage, and peak memory", NULL},
+    [QUIET] = {"quiet", 'q', NULL, "print no progress and no notes", NULL},
+
+    [RECORD_PROMPT] = {"record-prompt", 0, NULL, "write the prompt into OUTPUT.json, not only its SHA-256",
+                       "Where the video comes from"},
+    [NO_RECORD] = {"no-record", 0, NULL, "do not write OUTPUT.json, the settings that made the video", NULL},
+    [LABEL] = {"label", 0, NULL, "draw a visible label into the first two seconds of every minute", NULL},
+    [MARK] = {"mark", 0, NULL, "add an invisible mark to the pixels", NULL},
+    [PRODUCER] = {"producer", 0, "TEXT", "who made the video, for the AIGC label in OUTPUT.json", NULL},
+    [PRODUCE_ID] = {"produce-id", 0, "TEXT", "the producer's own number of the video, for the same label", NULL},
+
+    [DUMP] = {"dump", 0, "DIR", "write every named tensor to DIR as .npy",
+             "Validation against a reference implementation"},
+    [DUMP_ONLY] = {"dump-only", 0, "GLOB", "only tensors whose names match, such as 'step000.*'", NULL},
+    [CHECK] = {"check", 0, "DIR", "compare tensors with the .npy files in DIR; exit with 1 if one differs", NULL},
+    [TOLERANCE] = {"tolerance", 0, "X", "largest relative difference that --check accepts (default: 1e-4)", NULL},
+    [FEED] = {"feed", 0, NULL, "after comparing a tensor, continue with the one in DIR", NULL},
+
+    [INFO] = {"info", 0, NULL, "the model's configuration and tensors", "Print and exit"},
+    [TOKENIZE] = {"tokenize", 0, NULL, "the prompt's token ids", NULL},
+    [VERIFY] = {"verify", 0, "FILE", "whether a Y4M carries a mark, and whether it agrees with FILE.json", NULL},
+    [HELP] = {"help", 'h', NULL, "this text", NULL},
+    [VERSION] = {"version", 0, NULL, "the version, and the instruction set that is used on this machine", NULL},
 };
 
 static void print_help(void) {
     puts("Usage: sora [options] \"prompt\"\n"
-         "Makes a video from a sentence, on the CPU. What is not given comes from the model.\n");
+         "Generates a video from text, on the CPU. The model's own defaults replace options that are not given.");
     for (int i = 0; i < OPTIONS; i++) {
         char left[64];
+        if (options[i].heading) printf("\n%s:\n", options[i].heading);
         snprintf(left, sizeof left, "%c%c%c --%s %s", options[i].letter ? '-' : ' ',
                  options[i].letter ? options[i].letter : ' ', options[i].letter ? ',' : ' ', options[i].name,
                  options[i].argument ? options[i].argument : "");
         printf("  %-26s %s\n", left, options[i].help);
     }
-    puts("\nExit status: 0 done; 1 a check failed, or numbers that are not finite; 2 bad usage or input;\n"
+    puts("\nExit status: 0 done; 1 a check failed, or a value is NaN or infinity; 2 bad usage or input;\n"
          "3 out of memory, disk or other resources; 130 interrupted.");
 }
 
@@ -95,7 +121,7 @@ static void print_version(int threads) {
 #endif
 }
 
-/* ---------------------------------------------------------------- values */
+/* ---------------------------------------------------------------- values of options */
 
 static long long parse_integer(Option option, const char *text, long long least, long long most) {
     char *end;
@@ -116,7 +142,7 @@ static double parse_number(Option option, const char *text, double least, double
     return value;
 }
 
-/* Digits at *text, which moves past them: at most `most` as a number; -1 if there are none, or a larger one. */
+/* Parses decimal digits at *text, and moves it past them. Returns -1 if there are none or they exceed `most`. */
 static int64_t take_number(const char **text, int64_t most) {
     int64_t value = 0;
     const char *start = *text;
@@ -135,16 +161,16 @@ static void parse_size(const char *text, int *width, int *height) {
 
 static int64_t common_divisor(int64_t a, int64_t b) { return b ? common_divisor(b, a % b) : a; }
 
-/* value / parts as a fraction in lowest terms. The rates that television slowed down by 1000/1001 are rounded when they
- * are written as decimals: 23.976 and 23.98 mean 24000/1001. */
+/* value / parts as a fraction in lowest terms. A rounded NTSC rate gives the exact one, N * 1000/1001: 23.976 and 23.98
+ * are 24000/1001. */
 static void decimal_rate(int64_t value, int64_t parts, int64_t *num, int64_t *den) {
-    static const int slowed[] = {12, 15, 24, 30, 48, 60, 120};
+    static const int ntsc[] = {12, 15, 24, 30, 48, 60, 120};
     int64_t divisor = common_divisor(value, parts);
     *num = value / divisor;
     *den = parts / divisor;
-    for (size_t i = 0; i < sizeof slowed / sizeof *slowed && parts >= 100; i++) {
-        if (llround(slowed[i] * 1000 / 1001.0 * (double)parts) != value) continue;
-        *num = slowed[i] * 1000;
+    for (size_t i = 0; i < sizeof ntsc / sizeof *ntsc && parts >= 100; i++) {
+        if (llround(ntsc[i] * 1000 / 1001.0 * (double)parts) != value) continue;
+        *num = ntsc[i] * 1000;
         *den = 1001;
     }
 }
@@ -168,7 +194,7 @@ static void parse_rate(const char *text, int *rate_num, int *rate_den) {
     *rate_den = (int)den;
 }
 
-/* All that torch's manual_seed() takes: a negative seed is the positive one of the same 64 bits. */
+/* The range of torch's manual_seed(): a negative seed is the unsigned one with the same 64 bits. */
 static uint64_t parse_seed(const char *text) {
     char *end;
     errno = 0;
@@ -178,16 +204,16 @@ static uint64_t parse_seed(const char *text) {
     return seed;
 }
 
-/* UTF-8, or UTF-16 if a byte order mark says so. */
+/* A file in UTF-8, or in UTF-16 with a byte order mark. */
 static char *read_prompt(const char *path) {
     Bytes bytes;
     Text text = {0};
-    const char *why = read_file(path, 1 << 16, &bytes); /* 512 tokens are what is read of it */
+    const char *why = read_file(path, 1 << 16, &bytes); /* bytes; far more than 512 tokens */
     if (why) die(STATUS_USAGE, "--prompt-file %s: %s", path, why);
     if (!text_append_utf16(&text, bytes)) text_append(&text, bytes.data, bytes.size);
     free((void *)bytes.data);
     if (memchr(text.data, 0, text.size))
-        die(STATUS_USAGE, "--prompt-file %s: byte %zu is 0, expected text in UTF-8, or in UTF-16 with its byte order mark",
+        die(STATUS_USAGE, "--prompt-file %s: byte %zu is 0, expected text in UTF-8, or UTF-16 with a byte order mark",
             path, (size_t)((uint8_t *)memchr(text.data, 0, text.size) - text.data));
     return (char *)text.data;
 }
@@ -209,12 +235,13 @@ static void add_line(Story *story, const char *line) {
 
 typedef struct {
     Settings settings;
-    char *opening; /* the prompt, where the story's first line is one */
+    char *opening;    /* the prompt, if it was the story's line at time 0 */
     const char *model, *prompt_file, *story_file, *isa, *dump, *dump_only, *check, *verify;
     int threads;
-    double tolerance;
+    double tolerance; /* negative: not given */
     Precision precision;
-    bool profile, info, tokenize, seeded, help, version;
+    bool profile, info, tokenize, help, version;
+    bool seeded;      /* --seed was given */
 } Command;
 
 static void set_prompt(Command *c, const char *text) {
@@ -286,7 +313,7 @@ static void apply(Command *c, Option option, const char *value) {
     }
 }
 
-/* "--name", "--name=value" or "-x"; the value may follow as the next argument. */
+/* Parses "--name", "--name=value" or "-x". *value is NULL unless it follows a "=". */
 static Option find_option(const char *text, const char **value) {
     *value = NULL;
     for (int i = 0; i < OPTIONS; i++) {
@@ -296,13 +323,13 @@ static Option find_option(const char *text, const char **value) {
         if (text[2 + length] == '=') *value = text + 3 + length;
         if (*value || !text[2 + length]) return (Option)i;
     }
-    die(STATUS_USAGE, "unknown option '%s'; --help lists them", text);
+    die(STATUS_USAGE, "unknown option '%s'; see --help", text);
 }
 
 static Command parse(int argc, char **argv) {
     Command c = {.settings = settings_new(), .isa = "auto", .threads = threads_default(), .tolerance = -1,
                  .precision = AUTOMATIC};
-    bool only_prompts = false;
+    bool only_prompts = false; /* after "--" */
     for (int i = 1; i < argc; i++) {
         if (only_prompts || argv[i][0] != '-' || !argv[i][1]) {
             set_prompt(&c, argv[i]);
@@ -322,9 +349,9 @@ static Command parse(int argc, char **argv) {
     return c;
 }
 
-/* ---------------------------------------------------------------- the bundled model, the seed */
+/* ---------------------------------------------------------------- defaults: model, seed */
 
-/* Beside the program (a checkout) or in PREFIX/share/sora (installed). */
+/* models/demo.gguf beside the program (a checkout), or PREFIX/share/sora/demo.gguf (installed). */
 static const char *bundled_model(void) {
     static char path[4096];
     static const char *const places[] = {"models/demo.gguf", "../share/sora/demo.gguf"};
@@ -338,7 +365,7 @@ static const char *bundled_model(void) {
         snprintf(path, sizeof path, "%.*s/%s", folder, program, places[i]);
         if (access(path, R_OK) == 0) return path;
     }
-    die(STATUS_USAGE, "no model: give one with --model (the bundled models/demo.gguf is not there)");
+    die(STATUS_USAGE, "--model: not given, and there is no models/demo.gguf beside the program");
 }
 
 static uint64_t random_seed(void) {
@@ -351,7 +378,7 @@ static uint64_t random_seed(void) {
     return seed;
 }
 
-/* ---------------------------------------------------------------- what is asked for */
+/* ---------------------------------------------------------------- the run */
 
 static void print_ids(const Model *model, const char *prompt) {
     int limit = model->transformer.text_len;
@@ -361,7 +388,7 @@ static void print_ids(const Model *model, const char *prompt) {
     free(ids);
 }
 
-/* Of any weight file, a model that cannot run included. */
+/* Reads only the header and the tensor list, so it works for models that cannot run, too. */
 static int print_info(const char *path) {
     WeightFile *file;
     const char *why = weights_open(path, &file);
@@ -371,7 +398,7 @@ static int print_info(const char *path) {
     return STATUS_OK;
 }
 
-/* A name that promises what is not written is refused before the work, with the command that makes it. */
+/* Refuses the extensions of other video and picture formats, and says how to convert the Y4M. */
 static void check_output_name(const char *output) {
     static const char *const others[] = {"mp4", "m4v", "mov", "mkv", "webm", "avi", "gif", "webp", "apng", "png",
                                          "jpg", "jpeg", "ppm", "mpg", "mpeg", "ts", "ogv", "wmv", "flv", "avif"};
@@ -383,16 +410,16 @@ static void check_output_name(const char *output) {
                 "%.*s.y4m %s", output, others[i], stem, output, stem, output, output);
 }
 
-static void check_together(const Command *c) {
+static void check_combinations(const Command *c) {
     const Settings *s = &c->settings;
-    if (c->dump_only && !c->dump) die(STATUS_USAGE, "--dump-only: nothing is written without --dump");
-    if (c->tolerance >= 0 && !c->check) die(STATUS_USAGE, "--tolerance: nothing is compared without --check");
-    if (s->feed && !c->check) die(STATUS_USAGE, "--feed: nothing is compared and replaced without --check");
-    if (s->frames && s->seconds >= 0) die(STATUS_USAGE, "--frames and --seconds: one of them says how long");
+    if (c->dump_only && !c->dump) die(STATUS_USAGE, "--dump-only: needs --dump DIR");
+    if (c->tolerance >= 0 && !c->check) die(STATUS_USAGE, "--tolerance: needs --check DIR");
+    if (s->feed && !c->check) die(STATUS_USAGE, "--feed: needs --check DIR");
+    if (s->frames && s->seconds >= 0) die(STATUS_USAGE, "--frames and --seconds: expected one of them, found both");
 }
 
-/* A line at 0 is the prompt. */
-static void begin_story(Command *c) {
+/* Moves a story's line at time 0 from the story to the prompt. */
+static void prompt_from_story(Command *c) {
     Story *story = &c->settings.story;
     if (!story->count || story->lines[0].time > 0) return;
     c->opening = story->lines[0].text;
@@ -400,34 +427,35 @@ static void begin_story(Command *c) {
     memmove(story->lines, story->lines + 1, sizeof *story->lines * (size_t)--story->count);
 }
 
-/* What is read stays as it is. */
-static void spare_inputs(const Command *c, const char *model) {
+/* Refuses an output, record or dump that would overwrite a file that the run reads. */
+static void protect_inputs(const Command *c, const char *model) {
     const char *inputs[] = {model, c->settings.noise, c->prompt_file, c->story_file}, *output = c->settings.output;
     char *record = record_path(c->settings.output);
     const char *lost = NULL;
     for (int i = 0; i < 4; i++)
         if (inputs[i] && (same_file(inputs[i], output) || same_file(inputs[i], record))) lost = inputs[i];
     free(record);
-    if (lost) die(STATUS_USAGE, "--output %s: %s is read, and would be overwritten", output, lost);
+    if (lost) die(STATUS_USAGE, "--output %s: would overwrite the input file %s", output, lost);
     if (!c->dump || !c->settings.noise) return;
     const char *noise = c->settings.noise, *slash = strrchr(noise, '/');
     char *dumped = format_string("%s/%s", c->dump, slash ? slash + 1 : noise);
-    bool lies_there = same_file(dumped, noise);
+    bool inside = same_file(dumped, noise);
     free(dumped);
-    if (lies_there) die(STATUS_USAGE, "--dump %s: %s lies there, is read, and could be overwritten", c->dump, noise);
+    if (inside) die(STATUS_USAGE, "--dump %s: could overwrite the input file %s", c->dump, noise);
 }
 
 static int run(Command *c) {
     Settings *s = &c->settings;
-    check_together(c);
+    check_combinations(c);
     check_output_name(s->output);
     const char *path = c->model ? c->model : bundled_model();
     if (c->info) return print_info(path);
-    begin_story(c);
+    prompt_from_story(c);
     if (!s->prompt && s->story.count)
-        die(STATUS_USAGE, "no prompt: the story begins at %g seconds; give one, or a line at 0", s->story.lines[0].time);
-    if (!s->prompt) die(STATUS_USAGE, "no prompt; --help lists the options");
-    spare_inputs(c, path);
+        die(STATUS_USAGE, "no prompt: the story's first line is at %g seconds, expected a prompt or a line at 0",
+            s->story.lines[0].time);
+    if (!s->prompt) die(STATUS_USAGE, "no prompt; see --help");
+    protect_inputs(c, path);
     threads_set(c->threads);
     profile_begin(LOAD);
     Model model = model_load(path, c->precision);
@@ -437,7 +465,8 @@ static int run(Command *c) {
     } else {
         settings_complete(s, &model);
         if (!c->seeded) s->seed = random_seed();
-        if (!c->seeded && (!s->noise || s->sampler == RENOISE) && !s->quiet) fprintf(stderr, "seed %llu\n", (unsigned long long)s->seed);
+        if (!c->seeded && (!s->noise || s->sampler == RENOISE) && !s->quiet)
+            fprintf(stderr, "seed %llu\n", (unsigned long long)s->seed);
         taps_open(c->dump, c->dump_only, c->check, c->tolerance < 0 ? 1e-4 : c->tolerance, s->feed);
         generate(&model, s);
     }
