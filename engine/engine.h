@@ -1,15 +1,16 @@
-/* engine.h - the machine room: what the stages of sora.h stand on. Nothing here knows what a video model is.
+/* engine.h - declares everything in engine/: memory, files, text, weight files, arithmetic. Nothing in engine/ knows
+ * what a video model is.
  *
- *   base/        errors, memory, files, time; names to numbers; what is shown while it runs
- *   text/        UTF-8; HTML's names for characters; Unicode's compositions; text as a vocabulary has it
- *   files/       weight files, arrays, what --dump and --check do with them, hashes, JSON
- *   arithmetic/  kernels, what they multiply, and the operations built from them; random numbers
+ *   base/        errors, memory, output files, clock, threads, hash table, profile, progress line
+ *   text/        UTF-8, HTML character references, Unicode normalization, normalization for a tokenizer
+ *   files/       GGUF weight files, .npy arrays, --dump, --check and --feed, SHA-256, JSON
+ *   arithmetic/  number types, kernels, matrix products, attention, row operations, random numbers
  *
- * The sections below follow the files of these folders.
+ * Below is one section for each .c file.
  *
- * Two regimes for errors. Functions that read bytes from outside return NULL, or a one-line reason (a static
- * string that the next reason() overwrites), to which the caller adds the file's name. Everything else that
- * cannot go on calls die(), which prints one line and ends the program. */
+ * Errors. A function that parses bytes from outside returns NULL on success, else the reason: one line, in a static
+ * buffer that the next call of reason() overwrites. The caller adds the name of the file. Every other error calls
+ * die(), which prints one line and exits. */
 #ifndef ENGINE_H
 #define ENGINE_H
 
@@ -20,14 +21,14 @@
 #include <stdio.h>
 #include <string.h>
 
-/* Weights and clips outgrow 32 bits, and files are read where they lie. */
+/* Weights and clips exceed 4 GiB. Numbers in mapped files are read in the machine's byte order. */
 _Static_assert(SIZE_MAX >= UINT64_MAX, "a 64-bit machine is needed");
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "a little-endian machine is needed"
 #endif
 
-/* Every result is promised to the bit, so an operator must round once, to float32, where it stands. What the
- * compiler tells of its options is refused here; kernels_choose() tries the rest when the program starts. */
+/* Results are bit-exact, so every float operator must round once, to float32. This refuses the compiler options that
+ * break this rule and that show in a macro. kernels_choose() tests for the others when the program starts. */
 #if defined(__FAST_MATH__) || defined(__ASSOCIATIVE_MATH__) || defined(__RECIPROCAL_MATH__) || \
     defined(__NO_SIGNED_ZEROS__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__)
 #error "compile without -ffast-math, -Ofast and their parts: they change results"
@@ -45,26 +46,27 @@ enum { STATUS_OK = 0, STATUS_CHECK = 1, STATUS_USAGE = 2, STATUS_RESOURCE = 3, S
 #else
 #define PRINTF_LIKE(string, rest)
 #endif
-/* Prints "sora: " and the message as one line on standard error, removes unfinished output files,
- * and exits. */
+/* Prints "sora: MESSAGE" as one line on standard error, removes unfinished output files, exits with `status`. */
 _Noreturn void die(int status, const char *format, ...) PRINTF_LIKE(2, 3);
 void warn(const char *format, ...) PRINTF_LIKE(1, 2); /* "sora: warning: ..." on standard error */
-/* Formats a reason into one static buffer and returns it; control characters in it are replaced. */
+/* Formats a reason into one static buffer and returns it. Control characters become '?'. An argument may be the
+ * previous reason. */
 const char *reason(const char *format, ...) PRINTF_LIKE(1, 2);
 
-void *allocate(size_t bytes);              /* 64-byte aligned and zeroed; dies with STATUS_RESOURCE */
-void *reallocate(void *p, size_t bytes);   /* like realloc; not aligned; dies with STATUS_RESOURCE */
+void *allocate(size_t bytes);              /* zeroed, 64-byte aligned; free() it; out of memory: dies */
+void *reallocate(void *p, size_t bytes);   /* like realloc(), without that alignment; out of memory: dies */
 char *format_string(const char *format, ...) PRINTF_LIKE(1, 2); /* a new string; free() it */
 
-/* A region that is filled from the front and freed as one. An arena without base only counts: the same
- * function that lays out a stage's buffers, run on such an arena, is the formula for the stage's memory. */
+/* A memory region from which buffers are taken front to back and which is freed as a whole. An arena whose base is
+ * NULL only counts bytes. The function that takes a stage's buffers runs on such an arena first: `used` is then the
+ * size to open. */
 typedef struct {
     char *base;
     size_t used, size;
 } Arena;
-void *arena_take(Arena *arena, size_t bytes); /* 64-byte aligned; NULL from an arena that only counts */
+void *arena_take(Arena *arena, size_t bytes); /* 64-byte aligned; NULL if base is NULL */
 float *arena_floats(Arena *arena, size_t count);
-Arena arena_open(size_t bytes); /* zeroed; dies with STATUS_RESOURCE */
+Arena arena_open(size_t bytes); /* zeroed; out of memory: dies */
 void arena_close(Arena *arena);
 
 typedef struct {
@@ -72,66 +74,67 @@ typedef struct {
     size_t size;
 } Bytes;
 static inline Bytes tail(Bytes text, size_t from) { return (Bytes){text.data + from, text.size - from}; }
-const char *map_file(const char *path, Bytes *out); /* read-only */
+/* Maps a regular file, not empty, read-only. Returns NULL or the reason. */
+const char *map_file(const char *path, Bytes *out);
 void unmap_file(Bytes bytes);
-/* "-" is standard input; free() out->data. */
+/* Reads a file of at most `limit` bytes; "-" is standard input. free() out->data. Returns NULL or the reason. */
 const char *read_file(const char *path, size_t limit, Bytes *out);
 
-bool same_file(const char *a, const char *b); /* whether both are names of one regular file or folder */
+bool same_file(const char *a, const char *b); /* both paths exist and are the same regular file or folder */
 
-/* Output appears under its name only when complete: written beside it, then renamed. Standard output ("-") is
- * written straight, and so is a path that is not a regular file (/dev/null). A failed write
- * dies with STATUS_RESOURCE. */
+/* An output file. It is written as PATH.PID.part and renamed to PATH when it is complete. Standard output ("-") and
+ * paths that are not regular files (/dev/null) are written directly. A failed write dies with STATUS_RESOURCE. */
 typedef struct {
     FILE *stream;
-    char *path, *temporary; /* temporary is NULL on standard output, devices and FIFOs */
+    char *path, *temporary; /* temporary: the .part path; NULL if written directly */
 } OutputFile;
 OutputFile output_open(const char *path);
 void output_write(OutputFile *out, const void *data, size_t bytes);
 void output_write_at(OutputFile *out, size_t offset, const void *data, size_t bytes); /* not to "-" */
 void output_flush(OutputFile *out);
 void output_commit(OutputFile *out);
-void outputs_discard(void); /* removes whatever was opened and not committed; async-signal-safe */
-/* Takes the place of each standard stream that is closed, so that no other file gets its number and with it
- * what is meant for the stream: reading or writing it fails as before. */
+void outputs_discard(void); /* removes the .part files; async-signal-safe */
+/* Opens /dev/null in place of each closed standard stream, in the wrong direction: reading or writing the stream still
+ * fails. Otherwise the next file opened would get descriptor 0, 1 or 2, and messages would be written into it. */
 void standard_streams_keep(void);
-/* From now on SIGINT, SIGTERM and SIGHUP discard the outputs and exit with STATUS_INTERRUPTED, and a closed
- * pipe is a failed write instead of a signal. */
+/* Installs the signal handlers. SIGINT, SIGTERM and SIGHUP: remove the .part files, exit with STATUS_INTERRUPTED.
+ * SIGBUS (a mapped file became shorter): the same with STATUS_USAGE. SIGPIPE, SIGXFSZ: the write fails instead. */
 void interrupts_catch(void);
 
-/* Sizes and counts; none comes near the limit of its type. */
+/* For sizes and counts, far below the limits of their types. */
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 static inline size_t larger(size_t a, size_t b) { return a > b ? a : b; }
-static inline int ceiling(int a, int b) { return (a + b - 1) / b; } /* of a / b */
-static inline int round_up(int a, int b) { return ceiling(a, b) * b; }
+static inline int ceiling(int a, int b) { return (a + b - 1) / b; } /* a / b, rounded up */
+static inline int round_up(int a, int b) { return ceiling(a, b) * b; } /* to a multiple of b */
 
-/* ---------------------------------------------------------------- system.c: what the operating system gives */
+/* ---------------------------------------------------------------- system.c: time, memory, processors */
 
-double seconds(void);            /* a monotonic clock */
-size_t memory_available(void);   /* bytes that can be had without swapping; SIZE_MAX if unknown */
-size_t memory_peak(void);        /* private bytes at the highest point: mapped weights do not count */
-void memory_note(void);          /* looks whether this is the highest point */
-int processors_available(void);  /* cores that this process may use: affinity, quota; at least 1 */
-void system_root(const char *path); /* for tests: /proc and /sys are read below this folder */
+double seconds(void);            /* of a monotonic clock */
+size_t memory_available(void);   /* bytes this process can allocate without swapping; SIZE_MAX if unknown */
+size_t memory_peak(void);        /* the most resident bytes so far, without mapped files */
+void memory_note(void);          /* measures for memory_peak(); called before memory is freed */
+int processors_available(void);  /* cores that this process may use, by its affinity mask and quota; at least 1 */
+void system_root(const char *path); /* for tests: reads PATH/proc and PATH/sys instead */
 
-/* ---------------------------------------------------------------- threads.c: loops on all cores */
+/* ---------------------------------------------------------------- threads.c: parallel loops */
 
 enum { MAX_THREADS = 512 };
-int threads_default(void);     /* a thread for each of processors_available(), or OMP_NUM_THREADS */
-void threads_set(int count);   /* from then on; dies with STATUS_RESOURCE if they cannot be had */
-int threads_count(void);       /* 1 until they are set */
-int thread_index(void);        /* of the thread that runs this iteration, from 0 */
+int threads_default(void);     /* OMP_NUM_THREADS if it is set, else processors_available() */
+void threads_set(int count);   /* starts the threads; dies with STATUS_RESOURCE if it cannot */
+int threads_count(void);       /* 1 before threads_set() */
+int thread_index(void);        /* of the calling thread, 0 to threads_count() - 1 */
 
 /* PARALLEL_FOR (int l = 0; l < L; l++) statement
- * is a loop whose iterations run on all threads. Each is begun after those before it, but none may depend on another.
- * Every thread walks through the loop and runs the iterations that it takes, each the first that nobody has taken. */
+ * is a loop whose iterations run on all threads. They start in order, but no iteration may depend on another. Every
+ * thread counts through the whole loop and runs the iterations that it claims: each claim is the first unclaimed one.
+ * A PARALLEL_FOR inside another runs on the calling thread alone. */
 #ifdef _OPENMP
 typedef struct {
-    size_t at, mine; /* iterations, counted from 1: where this thread is; the last that it took */
+    size_t at, mine; /* iterations, counted from 1: the one this thread has reached; its latest claim */
 } Turn;
-size_t thread_takes(void);
+size_t thread_claim(void);
 static inline bool is_mine(Turn *turn) {
-    if (turn->mine < turn->at) turn->mine = thread_takes();
+    if (turn->mine < turn->at) turn->mine = thread_claim();
     return turn->at++ == turn->mine;
 }
 #define PARALLEL_FOR(...)                                                                                             \
@@ -140,49 +143,49 @@ static inline bool is_mine(Turn *turn) {
 #define PARALLEL_FOR(...) for (__VA_ARGS__)
 #endif
 
-/* ---------------------------------------------------------------- index.c: names to numbers */
+/* ---------------------------------------------------------------- index.c: a hash table of names */
 
-/* The names stand in the caller's entries, which begin with them as Bytes, are `stride` bytes apart, and stay
- * where they are. A place holds the number of an entry, or -1 while it is free. free() the places. */
+/* Maps a name to the number of an entry. The entries are the caller's array: element i is at names + i*stride and
+ * begins with its name as a Bytes. The array must not move. A place holds the number of an entry, or -1 if it is free.
+ * free() the places. */
 typedef struct {
     int32_t *places;
     size_t mask;
     const void *names;
     size_t stride, longest; /* longest: bytes of the longest name */
 } Index;
-Index index_new(size_t count, const void *names, size_t stride);
-int32_t index_add(Index *index, int32_t entry);     /* returns the entry that it replaces, or -1 */
+Index index_new(size_t count, const void *names, size_t stride); /* for at most `count` names */
+int32_t index_add(Index *index, int32_t entry);     /* returns the entry of the same name that it replaces, or -1 */
 int32_t index_find(const Index *index, Bytes name); /* -1: no such name */
 
-/* Walks over the names that a text begins with, from the shortest on. */
+/* Iterates over the names that a text begins with, the shortest first. */
 typedef struct {
     const Index *index;
     Bytes text;
-    size_t size; /* of the name found last */
+    size_t size; /* bytes of the latest name */
     uint64_t hash;
 } Prefixes;
 Prefixes index_prefixes(const Index *index, Bytes text);
 int32_t prefixes_next(Prefixes *walk); /* the next name's entry; -1 after the last */
-/* The longest name that a text begins with: its entry, and its bytes in *size; -1 and 0 if there is none. */
+/* The longest name that a text begins with. Returns its entry, and its bytes in *size; -1 and 0 if there is none. */
 int32_t index_longest(const Index *index, Bytes text, size_t *size);
 
-/* ---------------------------------------------------------------- profile.c: where the time goes */
+/* ---------------------------------------------------------------- profile.c: time of each stage */
 
 typedef enum { LOAD, TEXT_ENCODER, TRANSFORMER, SAMPLER, VAE_ENCODE, VAE_DECODE, OUTPUT, STAGES } Stage;
 void profile_begin(Stage stage);
 void profile_end(Stage stage);
-void profile_resume(Stage stage); /* goes on with a call that was ended for another stage's sake */
-void profile_flops(double count); /* adds to whatever stage is running */
-void profile_print(void);         /* the lines of --profile, on standard error */
+void profile_resume(Stage stage); /* like begin, but does not count a new call: after another stage ran in between */
+void profile_flops(double count); /* adds to the running stage */
+void profile_print(void);         /* prints the lines of --profile on standard error */
 
-/* ---------------------------------------------------------------- progress.c: one line on a terminal */
+/* ---------------------------------------------------------------- progress.c: the progress line */
 
-void progress_enable(bool wanted); /* and then only if standard error is a terminal */
-/* "step 3/20  0:41  2:10 left": piece `done` of `total` of a stage is about to start.
- * NULL clears the line. */
+void progress_enable(bool wanted); /* has no effect if standard error is not a terminal */
+/* Prints "step 3/20  0:41  2:10 left": `done` of `total` pieces of a stage are complete. NULL clears the line. */
 void progress(const char *stage, int done, int total);
-void progress_detail(const char *format, ...) PRINTF_LIKE(1, 2); /* what the next line says besides */
-void progress_note(const char *format, ...) PRINTF_LIKE(1, 2); /* a line that stays, above it */
+void progress_detail(const char *format, ...) PRINTF_LIKE(1, 2); /* added to the next progress line */
+void progress_note(const char *format, ...) PRINTF_LIKE(1, 2); /* prints a permanent line above it */
 
 /* ---------------------------------------------------------------- utf8.c: bytes that grow, UTF-8 */
 

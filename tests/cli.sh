@@ -111,7 +111,7 @@ input() {
     refused 2 "--tolerance: needs --check DIR" $small --tolerance 1 x
     refused 2 "--feed: needs --check DIR" $small --feed x
     refused 2 "--frames and --seconds" $small --seconds 1 x
-    refused 2 "an output file without a name" $small -o "" x
+    refused 2 "the name of an output file is empty" $small -o "" x
     cp tests/goldens/npy/f4_3.npy "$work/input.npy"
     refused 2 "--output .*input.npy: would overwrite the input file .*input.npy" $small --noise "$work/input.npy" -o "$work/input.npy" x
     echo x >"$work/input.y4m.json"
@@ -126,7 +126,7 @@ resources() {
     mkdir "$work/taken.y4m.json"
     refused 3 "taken.y4m.json: cannot write: Is a directory" $small --steps 1000 -f 81 -o "$work/taken.y4m" x
     ln -s "$work/nowhere" "$work/link.y4m"
-    refused 3 "link.y4m: a symbolic link whose target is not there" $small -o "$work/link.y4m" x
+    refused 3 "link.y4m: a symbolic link whose target does not exist" $small -o "$work/link.y4m" x
     refused 3 "--dump $work/nowhere/below: No such file" $small --dump "$work/nowhere/below" x
     refused 3 "--size 4096x4096 with --frames 4001 needs .* GiB of memory, .* GiB are available" -m $model -s 4096x4096 -f 4001 x
     if [ -c /dev/full ]; then
@@ -137,7 +137,7 @@ resources() {
         (ulimit -v 300000 && exec "$sora" $small -t 512 -o "$work/clip.y4m" x) >/dev/null 2>"$work/err"
         status=$?
         claim "no room for 512 threads: status 3, not $status" [ $status -eq 3 ]
-        claim "no room for 512 threads: one line" grep -q "^sora: 512 threads cannot be had, only [0-9]*: .* --threads sets their number" "$work/err"
+        claim "512 threads exceed the memory limit: one line" grep -q "^sora: cannot start 512 threads, only [0-9]*: .* set a lower --threads" "$work/err"
     fi
 }
 
@@ -180,7 +180,7 @@ streams() {
 
     { "$sora" $small -f 81 -o - x 2>"$work/err"; echo $? >"$work/status"; } | head -c 10 >"$work/out"
     claim "a closed pipe: status 3, not $(cat "$work/status")" [ "$(cat "$work/status")" = 3 ]
-    claim "a closed pipe: one line" [ "$(cat "$work/err")" = "sora: standard output: closed by its reader" ]
+    claim "a closed pipe: one line" [ "$(cat "$work/err")" = "sora: standard output: the reader closed the pipe" ]
 
     meanwhile 'mkdir "$work/clip.y4m"' $small --steps 200 -t 1
     claim "a name that was lost: status 3, not $status" [ $status -eq 3 ]

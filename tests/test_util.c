@@ -222,7 +222,7 @@ static void test_failures(void) {
               "full disk: status %d, \"%s\"", status, output);
     }
     status = run_apart(write_to_closed_pipe, NULL, output);
-    CHECK(status == STATUS_RESOURCE && !strcmp(output, "sora: standard output: closed by its reader\n"),
+    CHECK(status == STATUS_RESOURCE && !strcmp(output, "sora: standard output: the reader closed the pipe\n"),
           "closed pipe: status %d, \"%s\"", status, output);
     free(path);
     free(nowhere);

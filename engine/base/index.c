@@ -1,14 +1,15 @@
-/* index.c - names to numbers: open addressing in a table that is at most half full.
+/* index.c - a hash table from names (byte strings) to the numbers of the caller's entries.
  *
- * The hash is FNV-1a, which grows byte by byte: whoever walks along a text has the hash of each prefix for
- * one more multiplication. Its upper half is folded into the lower, which alone chooses the place. */
+ * It uses open addressing with linear probing. The number of places is a power of two and at least twice the number
+ * of names. The hash is the 64-bit FNV-1a (Fowler, Noll, Vo), which reads one byte at a time. So prefixes_next()
+ * computes the hashes of all prefixes of a text with one multiplication each. The lower bits of hash ^ hash >> 32
+ * choose the place. */
 #include "engine/engine.h"
 
 #include <string.h>
 
 static const uint64_t HASH_START = 14695981039346656037u;
 
-/* The hash of a name and one more byte, from that of the name. */
 static uint64_t hash_next(uint64_t hash, uint8_t byte) { return (hash ^ byte) * 1099511628211u; }
 
 static uint64_t hash_name(Bytes name) {
@@ -30,7 +31,7 @@ static Bytes name_of(const Index *index, int32_t entry) {
     return *(const Bytes *)bytes;
 }
 
-/* Where a name is, or the free place where it belongs. */
+/* The place that holds the name, or the free place where it belongs. */
 static int32_t *find_place(const Index *index, Bytes name, uint64_t hash) {
     for (size_t p = hash ^ hash >> 32;; p++) {
         int32_t *place = &index->places[p & index->mask];

@@ -1,8 +1,9 @@
-/* profile.c - where the time goes: a timer and a count of operations for each stage.
+/* profile.c - --profile: for each stage its calls, seconds and floating-point operations.
  *
- * One stage runs at a time; a stage that works piece by piece (decode a frame, write a frame) begins and
- * ends once a piece. Operations are counted where they are done: a product of (M,K) by (K,N) is 2*M*K*N. The
- * total is the time from the first begin to the print, so it also holds what lies between the stages. */
+ * One stage runs at a time. A stage that works frame by frame (decode, write) begins and ends once a frame. The code
+ * that does the operations counts them: a product (M,K) @ (K,N) is 2*M*K*N. The total is the time from the first begin
+ * to the print, so it includes the time between stages. Columns: name, calls, seconds, 10^9 operations, 10^9
+ * operations a second; tabs between them. */
 #include "engine/engine.h"
 
 static const char *const names[STAGES] = {

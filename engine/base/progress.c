@@ -1,7 +1,9 @@
-/* progress.c - one line on a terminal: the stage, its piece, time elapsed and time left;
- * nothing anywhere else.
+/* progress.c - the progress line on standard error: stage, piece, time elapsed, time left. It is printed only if
+ * standard error is a terminal.
  *
- * The time left is the time that the pieces of this stage took, times the pieces that remain. */
+ *   time left = (time since the stage began) / (pieces done) * (pieces that remain)
+ *
+ * A new line overwrites the old one: "\r" goes to its start, "ESC[K" erases it. */
 #include "engine/engine.h"
 
 #include <stdarg.h>

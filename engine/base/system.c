@@ -1,14 +1,18 @@
-/* system.c - what the operating system gives: time, memory, processors.
+/* system.c - asks the operating system for the time, the available memory, the peak memory and the processors.
  *
- * A container or a batch job may have less than the machine: Linux limits groups of processes, groups lie in groups,
- * and the tightest limit on the way up counts. /proc/self/cgroup says in which groups a process is. There are two
- * generations, and a machine may have both at once:
+ * Linux limits the memory and the processor time of containers and batch jobs with control groups (cgroups). Cgroups
+ * form a tree. The limit of a process is the smallest limit of its cgroup and of all cgroups above it.
+ * /proc/self/cgroup lists the cgroups of this process. There are two versions, and a machine may use both at once:
  *
- *   version 1   a tree for each resource   4:memory:/slurm/job_7     /sys/fs/cgroup/memory/slurm/job_7/memory.limit_in_bytes
- *   version 2   one tree for all           0::/user.slice/run.scope  /sys/fs/cgroup/user.slice/run.scope/memory.max
+ *   version             line in /proc/self/cgroup   file with the memory limit
+ *   1: a tree for each  4:memory:/slurm/job_7       /sys/fs/cgroup/memory/slurm/job_7/memory.limit_in_bytes
+ *      resource
+ *   2: one tree         0::/user.slice/run.scope    /sys/fs/cgroup/user.slice/run.scope/memory.max
  *
- * A container often sees only its own part of a tree, as the root. Then its path's folders are not there, and the
- * root's files say what it may have. */
+ * A container often sees its own cgroup as the root of the tree. Then the folders of the path do not exist, and the
+ * files in the root hold its limits. Therefore the root is always read too.
+ *
+ * Sources: man 7 cgroups; Linux Documentation/admin-guide/cgroup-v1/memory.rst, cgroup-v2.rst. */
 #include "engine/engine.h"
 
 #include <math.h>
@@ -32,7 +36,7 @@ void system_root(const char *path) { root = path; }
 
 enum { LINE = 8192 };
 
-/* What follows `label` in the first line that begins with it; false if there is none. */
+/* Finds the first line that begins with `label` and copies the rest of it into `text`; false if there is none. */
 static bool read_line(const char *folder, const char *file, const char *label, char text[LINE]) {
     char *path = format_string("%s%s/%s", root, folder, file);
     FILE *stream = fopen(path, "re");
@@ -52,38 +56,39 @@ static double read_number(const char *folder, const char *file, const char *labe
     return end > text ? value : otherwise;
 }
 
-/* ---------------------------------------------------------------- limits of groups */
+/* ---------------------------------------------------------------- limits of cgroups */
 
-/* What one group, a folder, may have of a resource; INFINITY without a limit. */
+/* The amount of a resource that a cgroup leaves to this process: bytes or processors; INFINITY if it has no limit.
+ * `folder` is the cgroup's. */
 typedef double Limit(const char *folder);
 
-/* What is taken cannot be given back to others; cached files can. */
+/* limit - (anonymous memory + shared memory). The page cache is not subtracted: the kernel can drop it. */
 
 static double memory_version_1(const char *folder) {
-    double limit = read_number(folder, "memory.limit_in_bytes", "", INFINITY), /* about 2^63 is none */
-           taken = read_number(folder, "memory.stat", "total_rss ", 0) + read_number(folder, "memory.stat", "total_shmem ", 0);
-    return limit - taken;
+    double limit = read_number(folder, "memory.limit_in_bytes", "", INFINITY); /* about 2^63: no limit */
+    double anonymous = read_number(folder, "memory.stat", "total_rss ", 0);
+    return limit - anonymous - read_number(folder, "memory.stat", "total_shmem ", 0);
 }
 
 static double memory_version_2(const char *folder) {
-    double limit = read_number(folder, "memory.max", "", INFINITY), /* "max" is none */
-           taken = read_number(folder, "memory.stat", "anon ", 0) + read_number(folder, "memory.stat", "shmem ", 0);
-    return limit - taken;
+    double limit = read_number(folder, "memory.max", "", INFINITY); /* "max": no limit */
+    double anonymous = read_number(folder, "memory.stat", "anon ", 0);
+    return limit - anonymous - read_number(folder, "memory.stat", "shmem ", 0);
 }
 
 static double processors_version_1(const char *folder) {
-    double quota = read_number(folder, "cpu.cfs_quota_us", "", -1); /* -1 is none */
+    double quota = read_number(folder, "cpu.cfs_quota_us", "", -1); /* -1: no limit */
     return quota > 0 ? quota / read_number(folder, "cpu.cfs_period_us", "", 100000) : INFINITY;
 }
 
 static double processors_version_2(const char *folder) {
     char text[LINE];
-    double quota, period; /* or "max" and the period */
+    double quota, period; /* the file holds both, or "max" and the period */
     if (!read_line(folder, "cpu.max", "", text) || sscanf(text, "%lf %lf", &quota, &period) != 2) return INFINITY;
     return quota / period;
 }
 
-/* The least of the limits of a group, those that it lies in, and the root of its tree. */
+/* The smallest limit of the cgroup `group`, of the cgroups above it and of the root of `tree`. */
 static double least_limit(const char *tree, const char *group, Limit *limit) {
     char *folder = format_string("%s%s", tree, group), *end = folder + strlen(folder), *top = folder + strlen(tree);
     double least = limit(tree);
@@ -96,7 +101,7 @@ static double least_limit(const char *tree, const char *group, Limit *limit) {
     return least;
 }
 
-/* Whether `name` is one of `names`, which commas part. */
+/* Whether the comma-separated list `names` contains `name`. */
 static bool lists(const char *names, const char *name) {
     size_t length = strlen(name);
     for (; names; names = (names = strchr(names, ',')) ? names + 1 : NULL)
@@ -104,21 +109,21 @@ static bool lists(const char *names, const char *name) {
     return false;
 }
 
-/* The least of a resource's limits in all groups of this process. `controller` is the resource in version 1. */
+/* The smallest limit in all cgroups of this process. `controller` is the name of the resource in version 1. */
 static double group_limit(const char *controller, Limit *version_1, Limit *version_2) {
     char line[LINE], tree[64], *path = format_string("%s/proc/self/cgroup", root);
     FILE *stream = fopen(path, "re");
     double least = INFINITY;
     free(path);
     snprintf(tree, sizeof tree, "/sys/fs/cgroup/%s", controller);
-    while (stream && fgets(line, sizeof line, stream)) { /* number:controllers:group */
+    while (stream && fgets(line, sizeof line, stream)) { /* number:controllers:path of the cgroup */
         char *controllers = strchr(line, ':'), *group = controllers ? strchr(controllers + 1, ':') : NULL;
         if (!group) continue;
         *group++ = 0;
         group[strcspn(group, "\n")] = 0;
         if (!*++controllers) {
             least = fmin(least, least_limit("/sys/fs/cgroup", group, version_2));
-            least = fmin(least, least_limit("/sys/fs/cgroup/unified", group, version_2)); /* beside version 1 */
+            least = fmin(least, least_limit("/sys/fs/cgroup/unified", group, version_2)); /* if version 1 is mounted too */
         } else if (lists(controllers, controller)) {
             least = fmin(least, least_limit(tree, group, version_1));
         }
@@ -129,7 +134,7 @@ static double group_limit(const char *controller, Limit *version_1, Limit *versi
 
 /* ---------------------------------------------------------------- memory */
 
-/* Linux says what it could free; elsewhere the machine's memory has to do. */
+/* MemAvailable, which Linux alone has, else the machine's memory; at most what the cgroups leave. */
 size_t memory_available(void) {
     double machine = (double)sysconf(_SC_PHYS_PAGES) * (double)sysconf(_SC_PAGESIZE);
     double available = 1024 * read_number("/proc", "meminfo", "MemAvailable:", machine / 1024);
@@ -137,7 +142,7 @@ size_t memory_available(void) {
     return machine <= 0 ? SIZE_MAX : available > 0 ? (size_t)available : 0;
 }
 
-/* Resident pages that no file backs: the mapped weights do not count, they can be had again at any time. */
+/* Bytes of resident pages that no file backs. Mapped weights are left out: the kernel can drop and reread them. */
 static size_t memory_private(void) {
     long resident = 0, shared = 0;
     FILE *status = fopen("/proc/self/statm", "r");
@@ -163,7 +168,7 @@ size_t memory_peak(void) {
 
 enum { MOST_PROCESSORS = 8192 };
 
-/* Adds the processors of a list like "0-3,8" to a set; false if there is none. */
+/* Reads a list of processors such as "0-3,8" and marks them in `set`; false if there is no such line. */
 static bool add_list(const char *folder, const char *file, const char *label, bool *set) {
     char text[LINE];
     if (!read_line(folder, file, label, text)) return false;
@@ -176,8 +181,8 @@ static bool add_list(const char *folder, const char *file, const char *label, bo
     return true;
 }
 
-/* Those that this process may run on. Hyper-threads of one core share its multipliers, so that a second one adds
- * nothing to products: they count once. */
+/* The cores in this process's affinity mask that are online. The hyper-threads of a core count once: they share its
+ * multipliers, so a second thread does not speed up a product. */
 static int cores_allowed(void) {
     bool allowed[MOST_PROCESSORS] = {0}, online[MOST_PROCESSORS] = {0}, counted[MOST_PROCESSORS] = {0};
     int cores = 0;
@@ -194,7 +199,7 @@ static int cores_allowed(void) {
     return cores;
 }
 
-/* A quota of 1.5 keeps two threads busy most of the time. */
+/* The quota is rounded up: one of 1.5 processors keeps two threads busy most of the time. */
 int processors_available(void) {
     double quota = ceil(group_limit("cpu", processors_version_1, processors_version_2));
     return (int)fmax(1, fmin(quota, cores_allowed()));

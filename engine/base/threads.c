@@ -1,18 +1,21 @@
-/* threads.c - loops on all cores: a pool of threads, and how they wait for each other.
+/* threads.c - the thread pool that runs PARALLEL_FOR.
  *
- * A compiler turns the statement after `#pragma omp parallel` into a function, and hands it to its runtime library for
- * all threads to run: gcc calls GOMP_parallel(), clang __kmpc_fork_call(). Nothing else of OpenMP is used here. Both
- * functions stand in this file, and neither library is linked. The libraries make every thread wait for every other
- * at the end of each loop, and spin for milliseconds meanwhile. On a core that another program needs, that holds up
- * the very thread that is waited for, in thousands of loops a clip.
+ * The compiler turns the statement after `#pragma omp parallel` into a function. It passes this function to its OpenMP
+ * runtime library, which calls it on every thread: gcc calls GOMP_parallel(), clang calls __kmpc_fork_call(). This file
+ * defines both, so neither library is linked. No other part of OpenMP is used. The libraries end each loop with a
+ * barrier at which threads spin for milliseconds. If another program needs a core, the spinning threads delay the
+ * thread that they wait for. A clip takes thousands of loops.
  *
- * Here every thread that comes walks through the loop and runs the iterations that it takes. Taking one adds 1 to a
- * counter, so each iteration goes to a thread that is free. Nobody waits for a thread that does not come:
+ * Here each thread counts through all iterations and runs those that it claims. A claim adds 1 to an atomic counter,
+ * so the next iteration goes to the next free thread. The main thread waits for the workers that have entered the
+ * loop, not for those that are still asleep:
  *
- *   main thread   opens the gate, wakes who sleeps; walks; shuts the gate; waits until nobody is inside
- *   workers       wait until the gate is open; go inside; walk; shut the gate, for nothing is left to take; leave
+ *   main thread   sets OPEN in `gate`; wakes sleeping workers; runs the loop; clears OPEN; waits until gate == 0
+ *   worker        waits for OPEN; adds INSIDE to `gate`; runs the loop; clears OPEN, since no iteration is left to
+ *                 claim; subtracts INSIDE
  *
- * A thread that waits looks again and again for about as long as waking up would take; then it sleeps. */
+ * A waiting thread spins for SPIN_SECONDS, about the time that a wake-up takes. Then it sleeps on a condition
+ * variable. */
 #include "engine/engine.h"
 
 #ifdef _OPENMP
@@ -24,28 +27,28 @@
 #include <stdlib.h>
 #include <string.h>
 
-static int made = 1;                            /* threads, the main one included */
-static atomic_int sharing = 1;                  /* of them, how many share a loop */
-static _Thread_local int number;                /* 0 is the main thread's */
-static _Thread_local atomic_size_t *iterations; /* how many are taken of the loop that this thread is in, or NULL */
+static int created = 1;                     /* threads, the main one included */
+static atomic_int used = 1;                 /* the first `used` of them run loops */
+static _Thread_local int number;            /* of this thread; 0 is the main thread */
+static _Thread_local atomic_size_t *claims; /* claimed iterations of the loop that this thread runs; NULL outside */
 
-int threads_count(void) { return sharing; }
+int threads_count(void) { return used; }
 
 int thread_index(void) { return number; }
 
-size_t thread_takes(void) { return atomic_fetch_add_explicit(iterations, 1, memory_order_relaxed) + 1; }
+size_t thread_claim(void) { return atomic_fetch_add_explicit(claims, 1, memory_order_relaxed) + 1; }
 
 /* ---------------------------------------------------------------- the loop, and the gate to it */
 
-enum { OPEN = 1, INSIDE = 2 };        /* gate: a bit, and so many times the threads inside */
-static _Alignas(64) atomic_uint gate; /* in a cache line of its own, as is what follows */
-static _Alignas(64) atomic_size_t taken;
+enum { OPEN = 1, INSIDE = 2 };        /* gate = OPEN, or 0, + INSIDE * (workers inside the loop) */
+static _Alignas(64) atomic_uint gate; /* each of the three in a cache line of its own */
+static _Alignas(64) atomic_size_t claimed;
 static _Alignas(64) struct {
     void (*run)(void *);
     void *variables;
 } loop;
 
-static bool may_enter(void) { return (gate & OPEN) && number < sharing; }
+static bool may_enter(void) { return (gate & OPEN) && number < used; }
 
 static bool is_empty(void) { return gate == 0; }
 
@@ -58,9 +61,9 @@ static bool enter(void) {
 
 /* ---------------------------------------------------------------- waiting */
 
-#define PATIENCE 50e-6 /* seconds before a thread sleeps */
+#define SPIN_SECONDS 50e-6
 
-/* What threads wait for, and how many of them sleep. */
+/* A condition that threads wait for, and how many of them sleep. */
 typedef struct {
     bool (*until)(void);
     pthread_cond_t changed;
@@ -71,7 +74,7 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 
 static void wait_for(Wait *wait) {
     if (wait->until()) return;
-    for (double start = seconds(); seconds() - start < PATIENCE;)
+    for (double start = seconds(); seconds() - start < SPIN_SECONDS;)
         if (wait->until()) return;
     pthread_mutex_lock(&lock);
     wait->asleep++;
@@ -80,7 +83,8 @@ static void wait_for(Wait *wait) {
     pthread_mutex_unlock(&lock);
 }
 
-/* To be called once it is so. A thread that is falling asleep is counted already, or looks once more. */
+/* Called after the condition has become true. No wake-up is lost: a waiting thread adds itself to `asleep` before it
+ * tests the condition for the last time. */
 static void wake(Wait *wait) {
     if (!wait->asleep) return;
     pthread_mutex_lock(&lock);
@@ -92,11 +96,11 @@ static void wake(Wait *wait) {
 
 static void *work(void *own) {
     number = (int)(intptr_t)own;
-    iterations = &taken;
+    claims = &claimed;
     for (;;) {
         wait_for(&open_gate);
         if (!enter()) continue;
-        if (number < sharing) { /* they may have become fewer meanwhile */
+        if (number < used) { /* threads_set() may have lowered it meanwhile */
             loop.run(loop.variables);
             gate &= ~(unsigned)OPEN;
         }
@@ -105,33 +109,33 @@ static void *work(void *own) {
     return NULL;
 }
 
-/* A loop within a loop, and a loop of one thread. */
+/* Runs a nested loop, or any loop when one thread is used. */
 static void run_alone(void (*run)(void *), void *variables) {
-    atomic_size_t own = 0, *outer = iterations;
-    iterations = &own;
+    atomic_size_t own = 0, *outer = claims;
+    claims = &own;
     run(variables);
-    iterations = outer;
+    claims = outer;
 }
 
 static void run_shared(void (*run)(void *), void *variables) {
     loop.run = run;
     loop.variables = variables;
-    taken = 0;
+    claimed = 0;
     gate = OPEN;
     wake(&open_gate);
-    iterations = &taken;
+    claims = &claimed;
     run(variables);
-    iterations = NULL;
+    claims = NULL;
     gate &= ~(unsigned)OPEN;
     wait_for(&empty_loop);
 }
 
 static void run_loop(void (*run)(void *), void *variables) {
-    if (iterations || sharing == 1) run_alone(run, variables);
+    if (claims || used == 1) run_alone(run, variables);
     else run_shared(run, variables);
 }
 
-/* ---------------------------------------------------------------- what compilers call */
+/* ---------------------------------------------------------------- entry points for gcc and clang */
 
 #if !defined(__clang__)
 void GOMP_parallel(void (*run)(void *), void *variables, unsigned threads, unsigned flags) {
@@ -139,8 +143,9 @@ void GOMP_parallel(void (*run)(void *), void *variables, unsigned threads, unsig
     run_loop(run, variables);
 }
 #else
-/* clang's functions take the addresses of two numbers, which ours do not use, then that of each variable. They are
- * called with more arguments than they take; that is harmless, since the caller removes them. */
+/* clang passes run() the addresses of two thread numbers, which this program does not use, then the address of each
+ * variable of the loop. call() always passes MAX_VARIABLES of them. The calling conventions allow more arguments than
+ * the function reads. */
 enum { MAX_VARIABLES = 24 };
 typedef struct {
     void (*run)(int *, int *, ...);
@@ -158,7 +163,8 @@ void __kmpc_fork_call(void *where, int variables, void (*run)(int *, int *, ...)
     Call c = {run, {NULL}};
     va_list arguments;
     (void)where;
-    if (variables > MAX_VARIABLES) die(STATUS_RESOURCE, "a loop of %d variables (a bug)", variables);
+    if (variables > MAX_VARIABLES)
+        die(STATUS_RESOURCE, "a parallel loop has %d variables, expected at most %d (a bug)", variables, MAX_VARIABLES);
     va_start(arguments, run);
     for (int i = 0; i < variables; i++) c.v[i] = va_arg(arguments, void *);
     va_end(arguments);
@@ -166,7 +172,7 @@ void __kmpc_fork_call(void *where, int variables, void (*run)(int *, int *, ...)
 }
 #endif
 
-/* ---------------------------------------------------------------- how many */
+/* ---------------------------------------------------------------- the number of threads */
 
 int threads_default(void) {
     const char *variable = getenv("OMP_NUM_THREADS");
@@ -174,7 +180,8 @@ int threads_default(void) {
     return smaller(wanted > 0 ? wanted : processors_available(), MAX_THREADS);
 }
 
-/* Signals reach the main thread alone, but for SIGBUS, which comes to whoever reads the page. */
+/* A worker blocks all signals, so that only the main thread handles them. SIGBUS stays unblocked: the kernel sends it
+ * to the thread that read the bad page. */
 static int make_worker(int own, const pthread_attr_t *attributes) {
     pthread_t thread;
     sigset_t all, before;
@@ -187,18 +194,18 @@ static int make_worker(int own, const pthread_attr_t *attributes) {
 }
 
 void threads_set(int wanted) {
-    enum { STACK = 1 << 20 }; /* musl's own are too small */
+    enum { STACK = 1 << 20 }; /* musl's default of 128 KiB is too small */
     pthread_attr_t attributes;
     int error = 0;
     pthread_attr_init(&attributes);
     pthread_attr_setstacksize(&attributes, STACK);
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-    while (made < wanted && !(error = make_worker(made, &attributes))) made++;
+    while (created < wanted && !(error = make_worker(created, &attributes))) created++;
     pthread_attr_destroy(&attributes);
     if (error)
-        die(STATUS_RESOURCE, "%d threads cannot be had, only %d: %s; is there a limit on processes or memory? --threads "
-            "sets their number", wanted, made, strerror(error));
-    sharing = wanted;
+        die(STATUS_RESOURCE, "cannot start %d threads, only %d: %s; set a lower --threads, or raise the limit on "
+            "processes or memory", wanted, created, strerror(error));
+    used = wanted;
 }
 
 #else

@@ -1,17 +1,16 @@
-/* util.c - errors, memory and files.
+/* util.c - error messages, memory, input files, output files and signals.
  *
- * Output files. A file appears under its name only when it is complete: it is written beside its place as
- * NAME.PID.part and renamed by output_commit(). die() and an interrupt remove what was not committed, so a
- * failed run leaves nothing that looks like a result. Two kinds of output are written straight: standard
- * output, and a path that is not a regular file (/dev/null, a FIFO), since renaming over a device would replace
- * the device. A symbolic link is followed: the link survives, its target changes.
+ * Output files. An output file NAME is written as NAME.PID.part. output_commit() renames it to NAME. die() and the
+ * signal handler remove every .part file, so a failed run leaves no incomplete result. Two kinds of output are written
+ * directly: standard output, and a path that is not a regular file (/dev/null, a FIFO), because rename() would replace
+ * the device. A symbolic link stays; its target is replaced.
  *
- * A closed pipe. SIGPIPE is ignored and the failed write is reported like a full disk: one line, status 3.
- * This is what ffmpeg does; dying by the signal would leave unfinished files beside the output.
+ * Closed pipe. SIGPIPE is ignored, so that write() fails with EPIPE. The failure is reported like a full disk: one
+ * line, status 3. If SIGPIPE ended the process, the .part files would stay.
  *
- * Interrupts. The handler runs at any instant, so it touches only what POSIX lists as async-signal-safe:
- * unlink(), write(), _exit(), and a fixed table of paths that is changed with signals blocked. It runs in the
- * main thread alone (threads.c). */
+ * Signals. The handler may run at any time. It uses only async-signal-safe functions (POSIX.1-2008, 2.4.3): unlink(),
+ * write(), _exit(). It reads a fixed table of paths, which is changed only while signals are blocked. Only the main
+ * thread receives signals (threads.c). */
 #include "engine/engine.h"
 
 #include <errno.h>
@@ -29,7 +28,8 @@
 
 /* ---------------------------------------------------------------- errors */
 
-/* Whatever a file or a prompt contains, a message stays one line and cannot steer the terminal. */
+/* Replaces control characters and invalid UTF-8 by '?'. A message may quote a file or a prompt; it stays one line and
+ * cannot send escape sequences to the terminal. */
 static void replace_controls(char *text) {
     size_t n;
     for (Bytes rest = {(const uint8_t *)text, strlen(text)}; rest.size; rest.data += n, rest.size -= n, text += n)
@@ -40,7 +40,7 @@ static void print_line(const char *prefix, const char *format, va_list arguments
     char text[1024];
     vsnprintf(text, sizeof text, format, arguments);
     replace_controls(text);
-    progress(NULL, 0, 0); /* clears its line */
+    progress(NULL, 0, 0); /* clears the progress line */
     fprintf(stderr, "%s%s\n", prefix, text);
 }
 
@@ -82,13 +82,13 @@ static size_t aligned(size_t bytes) {
 void *allocate(size_t bytes) {
     size_t size = aligned(bytes ? bytes : 1);
     void *p = size >= bytes ? aligned_alloc(ALIGNMENT, size) : NULL;
-    if (!p) die(STATUS_RESOURCE, "out of memory: %.1f MiB could not be had", bytes / 1048576.0);
+    if (!p) die(STATUS_RESOURCE, "out of memory: cannot allocate %.1f MiB", bytes / 1048576.0);
     return memset(p, 0, size);
 }
 
 void *reallocate(void *p, size_t bytes) {
     void *q = realloc(p, bytes ? bytes : 1);
-    if (!q) die(STATUS_RESOURCE, "out of memory: %.1f MiB could not be had", bytes / 1048576.0);
+    if (!q) die(STATUS_RESOURCE, "out of memory: cannot allocate %.1f MiB", bytes / 1048576.0);
     return q;
 }
 
@@ -109,7 +109,8 @@ void *arena_take(Arena *arena, size_t bytes) {
     arena->used += aligned(bytes);
     if (!arena->base) return NULL;
     if (arena->used > arena->size)
-        die(STATUS_RESOURCE, "an arena of %zu bytes was asked for %zu (a bug)", arena->size, arena->used);
+        die(STATUS_RESOURCE, "an arena of %zu bytes is too small: %zu were requested (a bug)", arena->size,
+            arena->used);
     return arena->base + at;
 }
 
@@ -119,7 +120,7 @@ float *arena_floats(Arena *arena, size_t count) {
 
 Arena arena_open(size_t bytes) {
 #ifdef __GLIBC__
-    mallopt(M_MMAP_THRESHOLD, 1 << 17); /* else it grows, and freed arenas of up to 32 MiB stay with the process */
+    mallopt(M_MMAP_THRESHOLD, 1 << 17); /* glibc raises it up to 32 MiB; then freed arenas are not unmapped */
 #endif
     return (Arena){.base = allocate(bytes), .size = bytes};
 }
@@ -186,7 +187,8 @@ bool same_file(const char *a, const char *b) {
 
 /* ---------------------------------------------------------------- output files */
 
-/* Paths of unfinished files. An entry changes with signals blocked, so the handler never sees half of it. */
+/* The paths of the .part files. An entry changes only while signals are blocked, so the handler never sees it
+ * half-written. */
 enum { MAX_UNFINISHED = 16 };
 static char *volatile unfinished[MAX_UNFINISHED];
 
@@ -198,7 +200,7 @@ static void unfinished_replace(const char *old, char *new) {
     while (i < MAX_UNFINISHED && unfinished[i] != old) i++;
     if (i < MAX_UNFINISHED) unfinished[i] = new;
     sigprocmask(SIG_SETMASK, &before, NULL);
-    if (i == MAX_UNFINISHED) die(STATUS_RESOURCE, "more than %d output files open (a bug)", MAX_UNFINISHED);
+    if (i == MAX_UNFINISHED) die(STATUS_RESOURCE, "more than %d output files are open (a bug)", MAX_UNFINISHED);
 }
 
 void outputs_discard(void) {
@@ -210,27 +212,27 @@ void outputs_discard(void) {
 
 static _Noreturn void die_writing(const char *path) {
     if (!strcmp(path, "-")) path = "standard output";
-    if (errno == EPIPE) die(STATUS_RESOURCE, "%s: closed by its reader", path);
+    if (errno == EPIPE) die(STATUS_RESOURCE, "%s: the reader closed the pipe", path);
     die(STATUS_RESOURCE, "%s: cannot write: %s", path, strerror(errno));
 }
 
-/* Where the bytes of `path` end up: the target of a symbolic link, else the path itself. A new string. */
+/* The target if `path` is a symbolic link, else `path`. A new string. */
 static char *resolve(const char *path) {
     struct stat status;
     char *target = realpath(path, NULL);
     if (!target && !lstat(path, &status) && S_ISLNK(status.st_mode))
-        die(STATUS_RESOURCE, "%s: a symbolic link whose target is not there", path);
+        die(STATUS_RESOURCE, "%s: a symbolic link whose target does not exist", path);
     return target ? target : format_string("%s", path);
 }
 
 OutputFile output_open(const char *path) {
-    if (!*path) die(STATUS_USAGE, "an output file without a name");
+    if (!*path) die(STATUS_USAGE, "the name of an output file is empty");
     struct stat status, standard;
     bool exists = !stat(path, &status), regular = !exists || S_ISREG(status.st_mode);
-    /* /dev/stdout, where that is a file: replacing the file would leave the shell's own one empty. */
+    /* /dev/stdout, redirected to a file by the shell: rename() would replace that file, so write to stdout. */
     bool redirected = exists && regular && !fstat(STDOUT_FILENO, &standard) && same_inode(&status, &standard);
     if (!strcmp(path, "-") || redirected) return (OutputFile){stdout, format_string("-"), NULL};
-    /* /dev/stdout and a shell's >(command) may be links to pipes, which have no name to resolve to. */
+    /* /dev/stdout and bash's >(command) may be links to pipes. realpath() cannot resolve these. */
     OutputFile out = {NULL, regular ? resolve(path) : format_string("%s", path), NULL};
     if (exists && access(out.path, W_OK)) die_writing(path);
     if (regular) {
@@ -239,7 +241,7 @@ OutputFile output_open(const char *path) {
     }
     out.stream = fopen(out.temporary ? out.temporary : out.path, "wbe");
     if (!out.stream) die_writing(path);
-    if (exists && regular) fchmod(fileno(out.stream), status.st_mode & 0777); /* it keeps its permissions */
+    if (exists && regular) fchmod(fileno(out.stream), status.st_mode & 0777); /* keeps the file's permissions */
     return out;
 }
 
@@ -261,7 +263,7 @@ void output_commit(OutputFile *out) {
     if (out->stream != stdout && fclose(out->stream)) die_writing(out->path);
     if (out->temporary) {
         int error = rename(out->temporary, out->path) ? errno : 0;
-        unfinished_replace(out->temporary, NULL); /* it is complete, and stays even if the rename failed */
+        unfinished_replace(out->temporary, NULL); /* the file is complete: keep it even if rename() failed */
         if (error)
             die(STATUS_RESOURCE, "%s: cannot write: %s; the file is complete and stays as %s", out->path,
                 strerror(error), out->temporary);
@@ -273,9 +275,10 @@ void output_commit(OutputFile *out) {
 
 /* ---------------------------------------------------------------- interrupts */
 
-static volatile sig_atomic_t on_terminal; /* there may be a progress line to end first */
+static volatile sig_atomic_t on_terminal; /* a progress line may be on the screen */
 
-/* The end of a run inside a signal's handler: nothing unfinished stays. The message begins with a newline. */
+/* Called by signal handlers. Removes the .part files, prints the message and exits. `message` begins with a newline,
+ * which ends the progress line. */
 static _Noreturn void end_at_once(const char *message, int exit_status) {
     outputs_discard();
     const char *start = on_terminal ? message : message + 1;
@@ -289,10 +292,10 @@ static void interrupted(int signal_number) {
     end_at_once("\nsora: interrupted\n", STATUS_INTERRUPTED);
 }
 
-/* A page of a mapped file cannot be read: the file was cut off meanwhile, or its disk failed. */
+/* SIGBUS: a page of a mapped file cannot be read, because the file was truncated or its disk failed. */
 static void unreadable(int signal_number) {
     (void)signal_number;
-    end_at_once("\nsora: a file that is being read was cut off, or its disk failed\n", STATUS_USAGE);
+    end_at_once("\nsora: cannot read an input file: it was truncated while in use, or its disk failed\n", STATUS_USAGE);
 }
 
 void standard_streams_keep(void) {
@@ -307,12 +310,12 @@ void interrupts_catch(void) {
     sigfillset(&action.sa_mask);
     on_terminal = isatty(STDERR_FILENO);
     for (size_t i = 0; i < sizeof signals / sizeof *signals; i++) {
-        /* What the caller ignores stays ignored: nohup, and a shell's background jobs. */
+        /* A signal that the caller ignores stays ignored (nohup, background jobs of a shell). */
         if (!sigaction(signals[i], NULL, &before) && before.sa_handler != SIG_IGN)
             sigaction(signals[i], &action, NULL);
     }
     action.sa_handler = unreadable;
     sigaction(SIGBUS, &action, NULL);
     signal(SIGPIPE, SIG_IGN);
-    signal(SIGXFSZ, SIG_IGN); /* likewise a limit on the size of files */
+    signal(SIGXFSZ, SIG_IGN); /* a write beyond the file size limit fails with EFBIG */
 }
