@@ -206,9 +206,9 @@ streams() {
     # A file that is cut off while it is read.
     cp $model "$work/shrinking.gguf"
     meanwhile ': >"$work/shrinking.gguf"' -m "$work/shrinking.gguf" $settings --steps 200
-    claim "a model that is cut off meanwhile: status 2, not $status" [ $status -eq 2 ]
-    claim "a model that is cut off meanwhile: its line" grep -q "^sora: a file that is being read was cut off" "$work/err"
-    claim "a model that is cut off meanwhile: nothing left" [ -z "$(ls "$work" | grep part)" ]
+    claim "a model that is truncated meanwhile: status 2, not $status" [ $status -eq 2 ]
+    claim "a model that is truncated meanwhile: its line" grep -q "^sora: cannot read an input file: it was truncated" "$work/err"
+    claim "a model that is truncated meanwhile: nothing left" [ -z "$(ls "$work" | grep part)" ]
 
     # Closed streams: no file that is opened gets the number of one, and with it what is said there.
     "$sora" $small -o "$work/clip.y4m" x <&- >&- 2>&-
