@@ -7,6 +7,7 @@
  * are left out, and so is the instruction set in float32: they change nothing. */
 #include "sora.h"
 
+#include <errno.h>
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
@@ -178,18 +179,23 @@ static bool say(bool agrees, const char *what) {
     return agrees;
 }
 
-/* The video's frames, added up; returns their number. */
-static int gather(const char *path, Bytes bytes, MarkSum *sum) {
+/* The video's frames, added up, and the SHA-256 of its bytes; returns how many frames there are. */
+static int gather(const char *path, MarkSum *sum, char hex[65]) {
     VideoFormat format;
     Y4mReader *reader;
+    Sha256 sha;
     bool end = false;
-    const char *why = y4m_open(bytes, &reader, &format);
+    FILE *stream = input_open(path);
+    sha256_start(&sha);
+    const char *why = stream ? y4m_open(stream, &sha, &reader, &format) : strerror(errno);
     if (why) die(STATUS_USAGE, "--verify %s: %s", path, why);
     float *frame = allocate(3 * sizeof *frame * (size_t)format.width * (size_t)format.height);
     while (!(why = y4m_next(reader, frame, &end)) && !end) mark_gather(sum, &format, frame);
     if (why) die(STATUS_USAGE, "--verify %s: %s", path, why);
     free(frame);
     y4m_close(reader);
+    if (stream != stdin) fclose(stream);
+    sha256_finish(&sha, hex);
     return sum->frames;
 }
 
@@ -210,14 +216,10 @@ static bool verify_record(const char *path, Bytes record, const char *y4m_sha256
 }
 
 bool verify(const char *path) {
-    Bytes bytes, record;
+    Bytes record;
     char sha[65], *beside = record_path(path);
-    const char *why = read_file(path, SIZE_MAX, &bytes);
-    if (why) die(STATUS_USAGE, "--verify %s: %s", path, why);
     MarkSum sum = {0};
-    int frames = gather(path, bytes, &sum);
-    sha256_of(bytes.data, bytes.size, sha);
-    free((void *)bytes.data);
+    int frames = gather(path, &sum, sha);
     printf("video: %s, %d frames of %dx%d, SHA-256 %s\n", path, frames, sum.width, sum.height, sha);
     MarkFound mark = mark_find(&sum);
     free(sum.luma);
@@ -225,8 +227,7 @@ bool verify(const char *path) {
     printf("mark: %s, %.1f deviations where %.1f are asked", marked ? "found" : "none", mark.deviations, MARK_DEVIATIONS);
     if (marked) printf(", scale %.3f, bits %016" PRIx64, mark.scale, mark.payload);
     printf("\n");
-    why = read_file(beside, 1 << 20, &record);
-    if (why) {
+    if (read_file(beside, 1 << 20, &record)) {
         printf("record: none at %s\n", beside);
     } else {
         fits = verify_record(beside, record, sha, &mark);

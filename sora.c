@@ -92,7 +92,7 @@ static const struct {
 
     [INFO] = {"info", 0, NULL, "the model's configuration and tensors", "Print and exit"},
     [TOKENIZE] = {"tokenize", 0, NULL, "the prompt's token ids", NULL},
-    [VERIFY] = {"verify", 0, "FILE", "whether a Y4M carries a mark, and whether it agrees with FILE.json", NULL},
+    [VERIFY] = {"verify", 0, "FILE", "whether a Y4M (- is standard input) carries a mark and agrees with FILE.json", NULL},
     [HELP] = {"help", 'h', NULL, "this text", NULL},
     [VERSION] = {"version", 0, NULL, "the version, and the instruction set that is used on this machine", NULL},
 };

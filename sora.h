@@ -292,8 +292,9 @@ void y4m_convert(const VideoFormat *format, const float *frame, uint8_t *out);
 size_t y4m_header(const VideoFormat *format, char out[80]);
 
 typedef struct Y4mReader Y4mReader;
-/* Returns NULL and a reader of the bytes, which stay the caller's; or the error. */
-const char *y4m_open(Bytes bytes, Y4mReader **out, VideoFormat *format);
+/* Reads the header and the first frame of a stream, which stays the caller's. Returns NULL and a reader, or the error.
+ * The reader holds no more than one frame, and adds every byte that it reads to `sha` unless that is NULL. */
+const char *y4m_open(FILE *stream, Sha256 *sha, Y4mReader **out, VideoFormat *format);
 /* Reads the next frame as floats [3,Y,X] in [-1,1], or sets *end after the last. Returns NULL, or the error. */
 const char *y4m_next(Y4mReader *reader, float *frame, bool *end);
 void y4m_close(Y4mReader *reader);

@@ -14,12 +14,13 @@
  * 4:2:0 is sited at the centre of four pixels ("jpeg", as in MPEG-1), so a chroma sample is the average of
  * its 2x2 pixels, or of those that exist at an odd right or lower edge.
  *
- * The reader gives every pixel the chroma sample that covers it, which inverts the average: what was read
+ * The reader takes a stream, a pipe too, and holds one frame of it. It gives every pixel the chroma sample that covers it, which inverts the average: what was read
  * and is written again has the same bytes. Its floats therefore leave [-1,1] where a file's Y, Cb, Cr lie
  * outside the cube of colours. 420mpeg2, 420paldv and 422 have their samples sited up to half a pixel
  * elsewhere; they are read as if centred. */
 #include "sora.h"
 
+#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -116,10 +117,14 @@ void y4m_convert(const VideoFormat *format, const float *frame, uint8_t *out) {
 /* ---------------------------------------------------------------- reading */
 
 struct Y4mReader {
-    Bytes bytes;
-    size_t at;
+    FILE *stream;
+    Sha256 *sha; /* of the bytes taken from it, or NULL */
+    size_t at;   /* how many these are */
     VideoFormat format;
     bool full_range;
+    bool ahead;      /* planes hold the first frame, which y4m_next() has not given yet */
+    size_t room;     /* of planes: no more than a frame */
+    uint8_t *planes; /* those of the frame that was read last */
 };
 
 static const struct {
@@ -175,24 +180,32 @@ static const char *parse_tag(Y4mReader *reader, const char *tag) {
     }
 }
 
-/* The line at the reader's position, without its newline, copied into `line`; false if it does not end. */
+static void count(Y4mReader *reader, const void *bytes, size_t size) {
+    reader->at += size;
+    if (reader->sha) sha256_add(reader->sha, bytes, size);
+}
+
+/* The stream's next line, without its newline; false if it does not end, or is no text. */
 static bool take_line(Y4mReader *reader, char line[MAX_LINE]) {
-    size_t left = reader->bytes.size - reader->at;
-    const uint8_t *start = reader->bytes.data + reader->at;
-    const uint8_t *end = left ? memchr(start, '\n', left < MAX_LINE ? left : MAX_LINE) : NULL;
-    if (!end || memchr(start, 0, (size_t)(end - start))) return false;
-    memcpy(line, start, (size_t)(end - start));
-    line[end - start] = 0;
-    reader->at += (size_t)(end - start) + 1;
-    return true;
+    size_t length = 0;
+    int c = 0;
+    while (length < MAX_LINE && c != '\n' && (c = getc(reader->stream)) > 0) line[length++] = (char)c;
+    count(reader, line, length);
+    if (c == '\n') line[length - 1] = 0;
+    return c == '\n';
+}
+
+/* A failed read, or what the caller makes of the end of the file. */
+static const char *stopped(const Y4mReader *reader, const char *why) {
+    return ferror(reader->stream) ? strerror(errno) : why;
 }
 
 static const char *parse_stream_header(Y4mReader *reader) {
-    char line[MAX_LINE], *next = line;
+    char line[MAX_LINE] = "", *next = line;
     reader->format = (VideoFormat){.rate_num = 25, .rate_den = 1, .chroma = 420};
-    if (reader->bytes.size < 10 || memcmp(reader->bytes.data, "YUV4MPEG2 ", 10))
-        return "this is not a Y4M file";
-    if (!take_line(reader, line)) return "the header is not one line of text";
+    bool ended = take_line(reader, line);
+    if (strncmp(line, "YUV4MPEG2 ", 10)) return stopped(reader, "this is not a Y4M file");
+    if (!ended) return stopped(reader, "the header is not one line of text");
     strtok_r(line, " ", &next);
     for (char *tag; (tag = strtok_r(NULL, " ", &next));) {
         const char *why = parse_tag(reader, tag);
@@ -201,32 +214,55 @@ static const char *parse_stream_header(Y4mReader *reader) {
     return reader->format.width && reader->format.height ? NULL : "the header gives no frame size";
 }
 
-/* Moves past the line before a frame, whose tags say nothing that matters here. */
-static const char *take_frame_line(Y4mReader *reader) {
-    char line[MAX_LINE];
-    if (!take_line(reader, line) || strncmp(line, "FRAME", 5) || (line[5] && line[5] != ' '))
-        return reason("no FRAME line at byte %zu", reader->at);
-    bool whole = y4m_frame_bytes(&reader->format) <= reader->bytes.size - reader->at;
-    return whole ? NULL : "the last frame is cut off";
-}
-
-/* The first frame has to be there, so the size that a header claims is never larger than the file. */
-const char *y4m_open(Bytes bytes, Y4mReader **out, VideoFormat *format) {
-    Y4mReader reader = {.bytes = bytes};
-    *out = NULL;
-    const char *why = parse_stream_header(&reader);
-    size_t first = reader.at;
-    if (!why) why = take_frame_line(&reader);
-    if (why) return why;
-    reader.at = first;
-    *format = reader.format;
-    *out = allocate(sizeof reader);
-    **out = reader;
+/* The planes of a frame. Room is taken as bytes arrive, so a header cannot ask for more than twice what follows it. */
+static const char *take_planes(Y4mReader *reader) {
+    size_t size = y4m_frame_bytes(&reader->format), got = 0;
+    while (got < size) {
+        if (got == reader->room) {
+            size_t room = larger(2 * got, 1 << 16);
+            reader->room = room < size ? room : size;
+            reader->planes = reallocate(reader->planes, reader->room);
+        }
+        size_t part = fread(reader->planes + got, 1, reader->room - got, reader->stream);
+        if (!part) return stopped(reader, "the last frame is cut off");
+        count(reader, reader->planes + got, part);
+        got += part;
+    }
     return NULL;
 }
 
-static void planes_to_floats(const Y4mReader *reader, const uint8_t *planes, float *frame) {
+/* The next frame into planes; its line has tags that say nothing that matters here. *end: there is none. */
+static const char *take_frame(Y4mReader *reader, bool *end) {
+    char line[MAX_LINE] = "";
+    int c = getc(reader->stream);
+    *end = c == EOF && !ferror(reader->stream);
+    if (*end) return NULL;
+    if (c != EOF) ungetc(c, reader->stream);
+    if (!take_line(reader, line) || strncmp(line, "FRAME", 5) || (line[5] && line[5] != ' '))
+        return stopped(reader, reason("no FRAME line at byte %zu", reader->at));
+    return take_planes(reader);
+}
+
+const char *y4m_open(FILE *stream, Sha256 *sha, Y4mReader **out, VideoFormat *format) {
+    Y4mReader *reader = allocate(sizeof *reader);
+    *reader = (Y4mReader){.stream = stream, .sha = sha, .ahead = true};
+    *out = NULL;
+    bool end = false;
+    const char *why = parse_stream_header(reader);
+    if (!why) why = take_frame(reader, &end);
+    if (end) why = "no frame follows the header";
+    if (why) {
+        y4m_close(reader);
+        return why;
+    }
+    *format = reader->format;
+    *out = reader;
+    return NULL;
+}
+
+static void planes_to_floats(const Y4mReader *reader, float *frame) {
     const VideoFormat *format = &reader->format;
+    const uint8_t *planes = reader->planes;
     Sampling s = sampling(format->chroma);
     Matrix m = matrix(format);
     size_t pixels = luma_bytes(format), chroma_width = (size_t)((format->width + s.dx - 1) / s.dx), i = 0;
@@ -247,15 +283,14 @@ static void planes_to_floats(const Y4mReader *reader, const uint8_t *planes, flo
 }
 
 const char *y4m_next(Y4mReader *reader, float *frame, bool *end) {
-    *end = reader->at == reader->bytes.size;
-    if (*end) return NULL;
-    const char *why = take_frame_line(reader);
-    if (why) return why;
-    planes_to_floats(reader, reader->bytes.data + reader->at, frame);
-    reader->at += y4m_frame_bytes(&reader->format);
-    return NULL;
+    *end = false;
+    const char *why = reader->ahead ? NULL : take_frame(reader, end);
+    reader->ahead = false;
+    if (!why && !*end) planes_to_floats(reader, frame);
+    return why;
 }
 
 void y4m_close(Y4mReader *reader) {
+    if (reader) free(reader->planes);
     free(reader);
 }

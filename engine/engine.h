@@ -77,7 +77,9 @@ static inline Bytes tail(Bytes text, size_t from) { return (Bytes){text.data + f
 /* Maps a regular file, not empty, read-only. Returns NULL or the reason. */
 const char *map_file(const char *path, Bytes *out);
 void unmap_file(Bytes bytes);
-/* Reads a file of at most `limit` bytes; "-" is standard input. free() out->data. Returns NULL or the reason. */
+/* Opens a file for reading; "-" is standard input. Returns NULL with errno set. */
+FILE *input_open(const char *path);
+/* Reads what input_open() opens, at most `limit` bytes. free() out->data. Returns NULL or the reason. */
 const char *read_file(const char *path, size_t limit, Bytes *out);
 
 bool same_file(const char *a, const char *b); /* both paths exist and are the same regular file or folder */

@@ -137,13 +137,14 @@ static bool run_npy(Bytes in) {
 static bool run_y4m(Bytes in) {
     Y4mReader *reader;
     VideoFormat format;
-    if (y4m_open(in, &reader, &format)) return false;
-    float *frame = allocate(3 * sizeof(float) * (size_t)format.width * (size_t)format.height);
-    bool end = false;
-    const char *why = NULL;
-    while (!end && !why) why = y4m_next(reader, frame, &end);
+    FILE *stream = in.size ? fmemopen((void *)in.data, in.size, "rb") : NULL;
+    if (!stream) return false;
+    const char *why = y4m_open(stream, NULL, &reader, &format);
+    float *frame = why ? NULL : allocate(3 * sizeof(float) * (size_t)format.width * (size_t)format.height);
+    for (bool end = false; !end && !why;) why = y4m_next(reader, frame, &end);
     free(frame);
     y4m_close(reader);
+    fclose(stream);
     return !why;
 }
 

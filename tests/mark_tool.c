@@ -4,14 +4,15 @@
  *   mark_tool chance KEYS IN       looks for the marks of so many other keys: the highest deviations, a line each */
 #include "mark.c"
 
+#include <errno.h>
+
 static float *frame;
 static VideoFormat format;
 
 static Y4mReader *open_clip(const char *path) {
-    Bytes bytes;
     Y4mReader *reader;
-    const char *why = read_file(path, SIZE_MAX, &bytes);
-    if (!why) why = y4m_open(bytes, &reader, &format);
+    FILE *stream = input_open(path);
+    const char *why = stream ? y4m_open(stream, NULL, &reader, &format) : strerror(errno);
     if (why) die(STATUS_USAGE, "%s: %s", path, why);
     frame = allocate(3 * sizeof *frame * (size_t)format.width * (size_t)format.height);
     return reader;

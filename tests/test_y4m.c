@@ -5,6 +5,20 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
+
+static FILE *stream; /* that is being read */
+
+static const char *open_bytes(const void *data, size_t size, Y4mReader **reader, VideoFormat *format) {
+    stream = fmemopen((void *)data, size, "rb");
+    if (!stream) abort();
+    return y4m_open(stream, NULL, reader, format);
+}
+
+static void close_bytes(Y4mReader *reader) {
+    y4m_close(reader);
+    fclose(stream);
+}
 
 /* ---------------------------------------------------------------- writing */
 
@@ -58,12 +72,12 @@ static void expect_bars(VideoFormat format, bool bt709) {
         Y4mReader *reader;
         VideoFormat found;
         bool end = false;
-        const char *why = y4m_open((Bytes){(uint8_t *)file, start + 3 * pixels}, &reader, &found);
+        const char *why = open_bytes(file, start + 3 * pixels, &reader, &found);
         if (!why) why = y4m_next(reader, frame, &end);
         float read[3] = {frame[0], frame[pixels], frame[2 * pixels]};
         CHECK(!why && relative_error(read, bars[i].rgb, 3) < 0.01, "%dx%d: bar %d is read as %g %g %g", format.width,
               format.height, i, read[0], read[1], read[2]);
-        y4m_close(reader);
+        close_bytes(reader);
     }
     free(frame), free(file);
 }
@@ -118,7 +132,7 @@ static void expect_identity(const char *header, VideoFormat expected) {
     float *frame = malloc(3 * sizeof(float) * (size_t)expected.width * (size_t)expected.height);
     Y4mReader *reader;
     VideoFormat format;
-    const char *why = y4m_open((Bytes){file, size}, &reader, &format);
+    const char *why = open_bytes(file, size, &reader, &format);
     CHECK(!why && !memcmp(&format, &expected, sizeof format), "%s: %s", header, why ? why : "another format");
     bool end = why != NULL;
     int frames = 0;
@@ -133,7 +147,7 @@ static void expect_identity(const char *header, VideoFormat expected) {
         frames++;
     }
     CHECK(frames == 3, "%s: %d frames of 3", header, frames);
-    y4m_close(reader);
+    close_bytes(reader);
     free(file), free(again), free(frame);
 }
 
@@ -146,12 +160,12 @@ static void expect_pixels(const char *header, const char *planes, size_t bytes, 
     Y4mReader *reader;
     VideoFormat format;
     bool end;
-    const char *why = y4m_open((Bytes){(uint8_t *)file, (size_t)length + bytes}, &reader, &format);
+    const char *why = open_bytes(file, (size_t)length + bytes, &reader, &format);
     CHECK(!why, "%s: %s", header, why);
     if (why) return;
     why = y4m_next(reader, frame, &end);
     CHECK(!why && !end && relative_error(frame, expected, 12) < 0.01, "%s gives other pixels", header);
-    y4m_close(reader);
+    close_bytes(reader);
 }
 
 /* 2x2 pixels: black, white, black, white; or blue on the left and red on the right. */
@@ -167,9 +181,10 @@ static void test_layouts(void) {
 static void expect_refused(const char *text, size_t size, const char *what) {
     Y4mReader *reader;
     VideoFormat format;
-    const char *why = y4m_open((Bytes){(const uint8_t *)text, size}, &reader, &format);
+    const char *why = open_bytes(text, size, &reader, &format);
     CHECK(why && strstr(why, what) && !reader, "%.60s: expected \"%s\", the reason is \"%s\"", text, what,
           why ? why : "none");
+    close_bytes(reader);
 }
 
 static void test_refused(void) {
@@ -187,7 +202,9 @@ static void test_refused(void) {
         {"YUV4MPEG2 W2 H2 C411\nFRAME\n", "chroma 411"},
         {"YUV4MPEG2 W2 H2 It\nFRAME\n", "interlaced video (It)"},
         {"YUV4MPEG2 W2 H2 Zx\nFRAME\n", "unknown tag, Zx"},
-        {"YUV4MPEG2 W2 H2\n", "no FRAME line"},
+        {"YUV4MPEG2 W2 H2\n", "no frame follows"},
+        {"YUV4MPEG2 W2 H2\nFRAM", "no FRAME line at byte 20"},
+        {"YUV4MPEG2 W2 H2 X\0\n", "not one line"},
         {"YUV4MPEG2 W2 H2\nFRAMES\n......", "no FRAME line"},
         {"YUV4MPEG2 W2 H2\nFRAME\n.....", "cut off"},
         {"YUV4MPEG2 W32768 H32768\nFRAME\n.....", "cut off"},
@@ -205,14 +222,68 @@ static void test_damaged_end(void) {
     for (size_t cut = 1; cut < 12; cut++) {
         Y4mReader *reader;
         bool end = false;
-        const char *why = y4m_open((Bytes){file, size - cut}, &reader, &format);
+        const char *why = open_bytes(file, size - cut, &reader, &format);
         if (!why) why = y4m_next(reader, frame, &end);
         CHECK(!why && !end, "the first of two frames: %s", why);
         why = y4m_next(reader, frame, &end);
         CHECK(why && !end, "a file without its last %zu bytes is accepted", cut);
-        y4m_close(reader);
+        close_bytes(reader);
     }
     free(file);
+}
+
+/* ---------------------------------------------------------------- at the other end of a pipe */
+
+enum { PIPED = 9601 }; /* frames: 600 seconds, 16 a second */
+
+/* Frame f is grey f % 256. */
+static void write_frames(int pipe) {
+    enum { LUMA = 48 * 32 };
+    static uint8_t planes[LUMA * 3 / 2];
+    FILE *out = fdopen(pipe, "wb");
+    memset(planes, 128, sizeof planes);
+    fputs("YUV4MPEG2 W48 H32 F16:1 C420jpeg\n", out);
+    for (int f = 0; f < PIPED; f++) {
+        memset(planes, f, LUMA);
+        fputs("FRAME\n", out);
+        fwrite(planes, 1, sizeof planes, out);
+    }
+    fclose(out);
+}
+
+/* Reads what another process writes meanwhile. Ends this one unless it is all there, and memory does not grow. */
+static void read_pipe(void *unused) {
+    static float frame[3 * 48 * 32];
+    int ends[2], frames = 0;
+    Y4mReader *reader;
+    VideoFormat format;
+    size_t early = 0;
+    bool end;
+    (void)unused;
+    if (pipe(ends)) abort();
+    if (!fork()) {
+        close(ends[0]);
+        write_frames(ends[1]);
+        _exit(0);
+    }
+    close(ends[1]);
+    FILE *in = fdopen(ends[0], "rb");
+    const char *why = y4m_open(in, NULL, &reader, &format);
+    for (; !why && !(why = y4m_next(reader, frame, &end)) && !end; frames++) {
+        float grey = ((float)(frames % 256) - 125.5f) / 109.5f;
+        if (fabsf(frame[0] - grey) > 1e-5f) die(STATUS_CHECK, "frame %d is %g, not %g", frames, frame[0], grey);
+        if (frames == PIPED / 10) early = memory_peak();
+    }
+    if (why || frames != PIPED) die(STATUS_CHECK, "%d frames: %s", frames, why ? why : "no more");
+    if (memory_peak() > early + (64 << 10)) die(STATUS_CHECK, "%zu bytes after 60 seconds, %zu after 600", early, memory_peak());
+    y4m_close(reader);
+    fclose(in);
+}
+
+static void test_pipe(void) {
+    char said[4096];
+    int status = run_apart(read_pipe, NULL, said);
+    CHECK(status == STATUS_OK, "a video in a pipe: status %d, %s", status, said);
 }
 
 void test_y4m(void) {
@@ -232,4 +303,5 @@ void test_y4m(void) {
     test_layouts();
     test_refused();
     test_damaged_end();
+    test_pipe();
 }

@@ -156,17 +156,18 @@ void unmap_file(Bytes bytes) {
     if (bytes.data) munmap((void *)bytes.data, bytes.size);
 }
 
+FILE *input_open(const char *path) { return strcmp(path, "-") ? fopen(path, "rbe") : stdin; }
+
 const char *read_file(const char *path, size_t limit, Bytes *out) {
-    bool standard = !strcmp(path, "-");
     *out = (Bytes){NULL, 0};
-    FILE *stream = standard ? stdin : fopen(path, "rbe");
+    FILE *stream = input_open(path);
     if (!stream) return strerror(errno);
     Text text = {0};
     static uint8_t part[1 << 16];
     for (size_t got = 1; got > 0 && text.size <= limit; text_append(&text, part, got))
         got = fread(part, 1, sizeof part, stream);
     int error = ferror(stream) ? errno : 0;
-    if (!standard) fclose(stream);
+    if (stream != stdin) fclose(stream);
     if (!error && text.size <= limit) {
         *out = (Bytes){text.data, text.size};
         return NULL;
