@@ -60,14 +60,10 @@ static Precision default_precision(const WeightFile *file) {
     if (name && precision_parse(name, &own)) return own;
     if (name) weights_refuse(file, "default.precision is '%s', expected f32, bf16 or int8", name);
     int dim = weights_size(file, "wan.dim", 1 << 16);
-    switch (weights_bind(file, dim, dim, "blocks.0.self_attn.q.weight").type) {
-    case TYPE_F32: return F32;
-    case TYPE_Q8_0:
-        if (kernels->fast[INT8]) return INT8;
-        break;
-    default: break;
-    }
-    return kernels->fast[BF16] ? BF16 : F32;
+    Type type = weights_bind(file, dim, dim, "blocks.0.self_attn.q.weight").type;
+    for (int p = weight_type(type)->suits; p > F32; p--)
+        if (kernels->fast[p]) return (Precision)p;
+    return F32;
 }
 
 /* ---------------------------------------------------------------- the recipe: scheduler.* and causal.* */

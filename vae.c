@@ -206,7 +206,7 @@ typedef struct {
 } ConvInput;
 
 /* Addresses of the pixels under each tap, for output pixel `row`. Taps are ordered (t, y, x). */
-static void locate_pixel(const void *of, int row, const void **where, int stride) {
+static void locate_pixel(const void *of, int row, const void **where) {
     const ConvInput *input = of;
     const Conv *conv = input->conv;
     int top = row / input->width - conv->kh / 2, left = row % input->width - conv->kw / 2;
@@ -214,7 +214,7 @@ static void locate_pixel(const void *of, int row, const void **where, int stride
         for (int y = top; y < top + conv->kh; y++) {
             int line = (y >> input->upsampled) * (input->width >> input->upsampled);
             bool inside = y >= 0 && y < input->height;
-            for (int x = left; x < left + conv->kw; x++, where += stride) {
+            for (int x = left; x < left + conv->kw; x++, where++) {
                 size_t pixel = (size_t)(line + (x >> input->upsampled)) * input->pixel;
                 *where = inside && x >= 0 && x < input->width ? input->frames[t] + pixel : input->zeros;
             }
@@ -446,7 +446,7 @@ size_t vae_decoder_scratch(const Vae *vae, int H, int W) {
         if (layer->kind == ATTENTION) most = larger(most, attention_memory(vae->precision, pixels, 1, layer->conv2.in));
         for (int j = 0; j < 3; j++)
             if (convs[j]->out)
-                most = larger(most, product_memory(&convs[j]->layer, pixels, convs[j]->kt * convs[j]->kh * convs[j]->kw));
+                most = larger(most, product_memory(&convs[j]->layer, pixels));
     }
     return most;
 }

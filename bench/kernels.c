@@ -63,12 +63,12 @@ typedef struct {
     float *y;
 } Convolution;
 
-static void locate(const void *of, int row, const void **where, int stride) {
+static void locate(const void *of, int row, const void **where) {
     const Convolution *c = of;
     int top = row / c->side - 1, left = row % c->side - 1;
     for (int t = 0; t < KERNEL; t++)
         for (int y = top; y < top + KERNEL; y++)
-            for (int x = left; x < left + KERNEL; x++, where += stride) {
+            for (int x = left; x < left + KERNEL; x++, where++) {
                 bool inside = x >= 0 && x < c->side && y >= 0 && y < c->side;
                 *where = inside ? c->frames + ((size_t)(t * c->side + y) * c->side + x) * c->pixel : c->zeros;
             }

@@ -249,10 +249,8 @@ Text normalize_whole(const Normalizer *normalizer, const Index *symbols, Bytes t
 
 /* -------------------------------------------------------------- weights.c: the flat weight file (GGUF v3) */
 
-/* Numbers as in ggml.h. Files hold more types, which --info knows by name; these are the ones that can be bound. */
+/* Numbers as in ggml.h; types.c has the table of what they mean. */
 typedef enum { TYPE_F32 = 0, TYPE_F16 = 1, TYPE_Q8_0 = 8, TYPE_BF16 = 30 } Type;
-const char *type_name(Type type);       /* "f32", "q4_k"; NULL if it is unknown */
-size_t type_bytes(Type type, size_t n); /* of n elements, whole blocks of a known type */
 
 /* A matrix (rows, cols) where it lies in the mapped file, row-major; a vector has one row. */
 typedef struct {
@@ -317,8 +315,18 @@ typedef enum { F32, BF16, INT8, PRECISIONS, AUTOMATIC } Precision;
 bool precision_parse(const char *name, Precision *out); /* "f32", "bf16" or "int8"; false for any other */
 const char *precision_name(Precision precision);
 
-/* Narrow weights to floats, exactly; n is a multiple of 32 for q8_0. */
-void convert_to_floats(float *out, const void *in, Type type, size_t n);
+/* What a type of weight is. */
+typedef struct {
+    const char *name;
+    int block, bytes;     /* a block's elements, and its bytes */
+    void (*widen)(float *out, const uint8_t *in, size_t n); /* exactly, whole blocks; NULL: no product reads it */
+    Precision suits;      /* the arithmetic that AUTOMATIC takes, where the processor is fast at it */
+} WeightType;
+enum { MAX_BLOCK = 256 };
+const WeightType *weight_type(Type type); /* NULL if it is unknown */
+size_t type_bytes(Type type, size_t n);   /* of n elements, whole blocks of a known type */
+void convert_to_floats(float *out, const void *in, Type type, size_t n); /* whole blocks */
+void weight_part(const Weight *w, size_t at, int n, float *out); /* elements [at, at+n), row after row */
 
 /* The bits of a float32 and back. */
 static inline uint32_t bits_of(float x) {
@@ -341,26 +349,30 @@ static inline float float_of_bf16(uint16_t x) { return float_from_bits((uint32_t
 
 /* ---------------------------------------------------------------- panel.c: what the tiles multiply */
 
-enum { INT8_CHUNK = 256 }; /* elements under one scale */
+enum { INT8_CHUNK = 256, K_PART = 1536 }; /* elements under one scale; k that a tile is given at once, at most */
 
-/* A row operand of n elements: floats; bfloat16, an even number; or chunks of a scale and bytes. */
+/* A row operand of n elements, as it lies in memory: floats; bfloat16; or chunks of a scale and bytes. */
+enum { SCALE_BYTES = 64 }; /* a scale has a cache line of its own, so that bytes begin with one */
 size_t row_bytes(Precision precision, int n);
 size_t row_offset(Precision precision, int k); /* of element k; for INT8 where a chunk starts */
 void narrow_row(Precision precision, void *row, const float *x, int n);
 /* L rows, `stride` floats apart, to row operands side by side. */
 void narrow_rows(Precision precision, void *rows, const float *x, size_t stride, int L, int n);
 
-/* What tiles take for a precision: F32 where BF16 is not fast.
- * And a row of it, rounded to bfloat16 all the same. */
-Precision tile_type(Precision precision);
-void tile_row(Precision precision, void *row, const float *x, int n);
+/* A packed row, which a tile reads: at most K_PART elements side by side. Its bytes are also the stride from one
+ * packed row to the next. */
+size_t packed_bytes(Precision precision, int n);
+bool tiles_take_floats(Precision precision);   /* in BF16, too, where pairs of it are not multiplied */
+bool tiles_take_operands(Precision precision); /* a row operand is a packed row already */
+/* From elements [from, from+n) of a row operand in segments of `each` elements; or from n floats, not INT8. */
+void pack_row(Precision precision, void *packed, const void *const *segments, int each, int from, int n);
+void pack_floats(Precision precision, void *packed, const float *x, int n);
 
-/* A panel: `cols` columns of n elements,
- * the elements of one k (bfloat16: pair of k; INT8: four k) side by side. */
+/* A panel: C columns of n elements, the elements of one k (pairs: of two; INT8: of four) side by side. */
 size_t panel_bytes(Precision precision, int n);
-/* From elements [from, from+n) of rows [first, first+C) of w; or from the first `cols`
- * columns of w (n, stride). */
-void pack_rows(Precision precision, void *panel, const Weight *w, int first, int from, int n);
+/* From elements [from, from+n) of rows [first, first+C) of w; or from the first `cols` columns of w (n, stride),
+ * not INT8. */
+void pack_panel(Precision precision, void *panel, const Weight *w, int first, int from, int n);
 void pack_columns(Precision precision, void *panel, const float *w, size_t stride, int cols, int n);
 
 /* ---------------------------------------------------------------- product.c: the large products */
@@ -384,21 +396,21 @@ void linear(float *y, const float *x, int L, const Linear *layer);
 size_t linear_memory(const Linear *layer, int L); /* bytes of scratch that it takes */
 
 /* Row operands that a product reads where they lie: row r of x is `segments` runs of n elements, narrowed to
- * the layer's precision; locate() writes where run s starts to where[s*stride]. A linear layer has one
- * segment; a convolution has one per tap (Dukhan, The Indirect Convolution Algorithm, 2019).
- * INT8 takes one segment. */
+ * the layer's precision; locate() writes where each starts. A convolution has a segment for each tap (Dukhan, The
+ * Indirect Convolution Algorithm, 2019). A linear layer has one, and no locate(): its rows lie side by side at
+ * `of`. INT8 takes one segment. */
 enum { MAX_SEGMENTS = 27 }; /* taps of a 3x3x3 convolution */
 typedef struct {
     int rows, segments, n;
     /* Runs before these that are zeros: their weights are left out, which changes no bit of a sum. */
     int skip;
-    void (*locate)(const void *of, int row, const void **where, int stride);
+    void (*locate)(const void *of, int row, const void **where);
     const void *of;
 } Rows;
 enum { REPLACE, ACCUMULATE };
 /* y = or += x @ weight (O, segments*n) + bias */
 void product(float *y, Rows x, const Linear *layer, int mode);
-size_t product_memory(const Linear *layer, int rows, int segments); /* bytes of scratch that it takes */
+size_t product_memory(const Linear *layer, int rows); /* bytes of scratch that it takes */
 
 /* ---------------------------------------------------------------- attention.c */
 
@@ -484,12 +496,11 @@ typedef struct {
      * else 0. */
     int byte_offset;
     int tile_rows, tile_cols; /* R and C below; C divides MAX_TILE_COLS */
-    /* acc (R, C), rows ld apart, += the sum over segments s and k < n of row operands times a panel
-     * (panel.c). Row i of segment s starts at a[s*R + i] + from (bytes). An element of F32 is one chain of
-     * fused multiply-adds in the order of s, then k. INT8 takes one segment. Meanwhile a TILES_AHEADth of a
+    /* acc (R, C), rows ld floats apart, += R packed rows, `stride` bytes apart, times a panel, over n of k. An
+     * element of F32 is one chain of fused multiply-adds in the order of k. Meanwhile a TILES_AHEADth of a
      * panel as long as this one is fetched from `ahead` into the cache. */
-    void (*tile[PRECISIONS])(float *acc, int ld, const void *const *a, size_t from, const void *panel,
-                             int segments, int n, const char *ahead);
+    void (*tile[PRECISIONS])(float *acc, int ld, const void *rows, size_t stride, const void *panel, int n,
+                             const char *ahead);
     void (*transpose)(Word *out, size_t stride_out, const Word *in, size_t stride_in, int rows, int n);
     /* One row of one tile of an online softmax: scores [n], room for n rounded up to LANES, become
      * exp(scale*scores + bias - m), m the new running maximum, which is returned; sums [LANES] and *rescale

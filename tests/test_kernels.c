@@ -119,7 +119,7 @@ static void check_narrow(Type type) {
     p.layer.weight = (Weight){w, TYPE_F32, O, I};
     compute_linear(&p, expected);
     CHECK(!memcmp(y, expected, sizeof y), "a product with %s weights differs from that with widened ones",
-          type_name(type));
+          weight_type(type)->name);
     free(bytes), free(w), free(x);
 }
 
@@ -209,11 +209,11 @@ typedef struct {
     char *frames, *zeros;
 } Convolution;
 
-static void locate(const void *of, int row, const void **where, int stride) {
+static void locate(const void *of, int row, const void **where) {
     const Convolution *c = of;
     for (int t = 1; t < 3; t++)
         for (int y = row / WIDTH - 1; y <= row / WIDTH + 1; y++)
-            for (int x = row % WIDTH - 1; x <= row % WIDTH + 1; x++, where += stride) {
+            for (int x = row % WIDTH - 1; x <= row % WIDTH + 1; x++, where++) {
                 bool inside = x >= 0 && x < WIDTH && y >= 0 && y < HEIGHT;
                 size_t pixel = (size_t)(t * PIXELS + y * WIDTH + x);
                 *where = inside ? c->frames + pixel * row_bytes(c->precision, c->channels) : c->zeros;

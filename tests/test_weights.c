@@ -91,7 +91,7 @@ static void test_tensor(const WeightFile *file, const char *name, Type type) {
     Weight weight = weights_bind(file, rows, cols, "%s", name);
     float *values = npy_floats(&expected);
     const float *all = weights_floats(file, rows * cols, "%s", name);
-    CHECK(weight.type == type, "%s is of type %s", name, type_name(weight.type));
+    CHECK(weight.type == type, "%s is of type %s", name, weight_type(weight.type)->name);
     CHECK(!memcmp(all, values, (size_t)(rows * cols) * sizeof *all), "%s as floats differs", name);
     for (int r = 0; r < rows; r++) {
         weight_row(&weight, r, row);

@@ -4,7 +4,8 @@
  * for each query, the largest score so far, the sum of the exponentials, and the weighted sum of values, and
  * rescales them when the maximum rises. Both products are the same tile as in product.c: keys and values are
  * packed once per call into its panels, per head. In BF16, queries, keys, values and the exponentials are
- * narrowed; scores, sums and the softmax stay in float32.
+ * narrowed; scores, sums and the softmax stay in float32. Queries and exponentials are the rows of a product,
+ * so they are packed as rows are; where tiles take floats, the exponentials already lie so.
  *
  *   scores (queries, TILE_KEYS) = q @ k^T        panels of k: C keys, over d
  *   out (queries, d)           += p @ v          panels of v: C of d, over the keys
@@ -21,7 +22,8 @@ typedef struct {
     Precision precision;
     char *packed;
     int C, width; /* columns of a panel; d rounded up to panels */
-    size_t query_row, weight_row, key_panel, value_panel, keys_size, head_size, packed_size, block_size;
+    size_t query_row, weight_row; /* from one packed row to the next */
+    size_t key_panel, value_panel, keys_size, head_size, packed_size, block_size;
 } Plan;
 
 static const float *head_of(const float *x, size_t stride, int row, int head, int d) {
@@ -33,21 +35,23 @@ static void pack_head(const Plan *plan, int head) {
     char *out = plan->packed + head * plan->head_size;
     Weight keys = {head_of(a->k, a->kv_stride, 0, head, a->d), TYPE_F32, a->keys, (int)a->kv_stride};
     for (int first = 0; first < a->keys; first += plan->C, out += plan->key_panel)
-        pack_rows(plan->precision, out, &keys, first, 0, a->d);
+        pack_panel(plan->precision, out, &keys, first, 0, a->d);
     out = plan->packed + head * plan->head_size + plan->keys_size;
     for (int first = 0; first < plan->width; first += plan->C, out += plan->value_panel)
         pack_columns(plan->precision, out, head_of(a->v, a->kv_stride, 0, head, a->d) + first, a->kv_stride,
                      smaller(plan->C, a->d - first), a->keys);
 }
 
-/* What a block of queries remembers from tile to tile. */
+/* What a block of queries remembers from tile to tile. Rows past the last query are computed, too, from what is
+ * left over, and not written. */
 typedef struct {
-    char *queries, *weights;   /* row operands: [rows] of d; [rows] of TILE_KEYS */
-    float *out;                /* [rows][width] */
-    float *scores;             /* [rows][TILE_KEYS] */
+    const char *queries;           /* packed rows: [padded] of d; whole tiles of floats where they lie */
+    size_t query_row;          /* from one to the next */
+    char *weights;             /* packed rows: [padded] of TILE_KEYS; the scores themselves if tiles take floats */
+    float *out;                /* [padded][width] */
+    float *scores;             /* [padded][TILE_KEYS] */
     float *sums;               /* [rows][LANES] */
     float maximum[BLOCK_ROWS * MAX_TILE_ROWS];
-    const void *q[BLOCK_ROWS * MAX_TILE_ROWS], *p[BLOCK_ROWS * MAX_TILE_ROWS]; /* past the end the last row */
     int rows, padded;          /* queries; rounded up to row tiles */
 } Block;
 
@@ -61,9 +65,9 @@ static void multiply_keys(const Plan *plan, const Block *block, int head, int fi
     memset(block->scores, 0, sizeof(float) * (size_t)block->padded * TILE_KEYS);
     for (int j = 0; j < keys; j += plan->C, panel += plan->key_panel)
         for (int i = 0; i < block->padded; i += kernels->tile_rows)
-            kernels->tile[plan->precision](block->scores + (size_t)i * TILE_KEYS + j, TILE_KEYS, block->q + i,
-                                           0, panel, 1, plan->a->d,
-                                           ahead(panel + plan->key_panel, plan->key_panel, i));
+            kernels->tile[plan->precision](block->scores + (size_t)i * TILE_KEYS + j, TILE_KEYS,
+                                           block->queries + i * block->query_row, block->query_row, panel,
+                                           plan->a->d, ahead(panel + plan->key_panel, plan->key_panel, i));
 }
 
 static void softmax_rows(const Plan *plan, Block *block, int head, int query, int first, int keys) {
@@ -76,7 +80,7 @@ static void softmax_rows(const Plan *plan, Block *block, int head, int query, in
         block->maximum[i] = kernels->softmax_tile(scores, keys, a->scale, bias, block->maximum[i],
                                                   block->sums + i * LANES, &rescale);
         if (plan->precision != F32)
-            tile_row(plan->precision, block->weights + i * plan->weight_row, scores, keys);
+            pack_floats(plan->precision, block->weights + i * plan->weight_row, scores, keys);
         if (rescale != 1.0f)
             for (int j = 0; j < plan->width; j++) out[j] *= rescale;
     }
@@ -88,33 +92,30 @@ static void add_values(const Plan *plan, const Block *block, int head, int first
     for (int j = 0; j < plan->width; j += plan->C, panel += plan->value_panel)
         for (int i = 0; i < block->padded; i += kernels->tile_rows)
             kernels->tile[plan->precision](block->out + (size_t)i * plan->width + j, plan->width,
-                                           block->p + i, 0, panel, 1, keys,
+                                           block->weights + i * plan->weight_row, plan->weight_row, panel, keys,
                                            ahead(panel + plan->value_panel,
                                                  panel_bytes(plan->precision, keys), i));
 }
 
-/* Lays a block out in a thread's memory. In float32, queries and weights are read where they lie. */
+/* Lays a block out in a thread's memory. */
 static void begin_block(const Plan *plan, Block *block, int head, int query, char *memory) {
     const Attention *a = plan->a;
-    block->scores = (float *)memory;
+    block->queries = memory, block->query_row = plan->query_row;
+    block->scores = (float *)(void *)(memory + (size_t)block->padded * plan->query_row);
     block->out = block->scores + (size_t)block->padded * TILE_KEYS;
     block->sums = block->out + (size_t)block->padded * plan->width;
-    block->queries = (char *)(block->sums + (size_t)block->padded * LANES);
-    block->weights = block->queries + (size_t)block->padded * plan->query_row;
+    block->weights = (char *)(block->sums + (size_t)block->padded * LANES);
+    if (tiles_take_floats(plan->precision)) block->weights = (char *)block->scores;
     memset(block->out, 0, sizeof(float) * (size_t)block->padded * (size_t)(plan->width + LANES));
-    for (int i = 0; i < block->padded; i++) {
-        int row = smaller(i, block->rows - 1);
-        const float *q = head_of(a->q, a->q_stride, query + row, head, a->d);
-        block->maximum[i] = -FLT_MAX;
-        if (plan->precision == F32) {
-            block->q[i] = q;
-            block->p[i] = block->scores + (size_t)row * TILE_KEYS;
-        } else {
-            block->q[i] = block->queries + row * plan->query_row;
-            block->p[i] = block->weights + row * plan->weight_row;
-            if (i == row) tile_row(plan->precision, block->queries + row * plan->query_row, q, a->d);
-        }
+    for (int i = 0; i < block->rows; i++) block->maximum[i] = -FLT_MAX;
+    if (plan->precision == F32 && block->rows == block->padded) {
+        block->queries = (const char *)head_of(a->q, a->q_stride, query, head, a->d);
+        block->query_row = sizeof(float) * a->q_stride;
+        return;
     }
+    for (int i = 0; i < block->rows; i++)
+        pack_floats(plan->precision, memory + i * plan->query_row,
+                    head_of(a->q, a->q_stride, query + i, head, a->d), a->d);
 }
 
 static void attend(const Plan *plan, int head, int query, int rows, char *memory) {
@@ -139,15 +140,16 @@ static Plan make_plan(const Attention *a) {
     Plan plan = {.a = a, .precision = a->precision == BF16 ? BF16 : F32, .C = kernels->tile_cols};
     int rows = BLOCK_ROWS * kernels->tile_rows;
     plan.width = round_up(a->d, plan.C);
-    plan.query_row = row_bytes(tile_type(plan.precision), a->d);
-    plan.weight_row = row_bytes(tile_type(plan.precision), TILE_KEYS);
+    bool floats = tiles_take_floats(plan.precision);
+    plan.query_row = packed_bytes(plan.precision, a->d);
+    plan.weight_row = floats ? sizeof(float) * TILE_KEYS : packed_bytes(plan.precision, TILE_KEYS);
     plan.key_panel = panel_bytes(plan.precision, a->d);
     plan.value_panel = panel_bytes(plan.precision, a->keys);
     plan.keys_size = (size_t)(round_up(a->keys, plan.C) / plan.C) * plan.key_panel;
     plan.head_size = plan.keys_size + (size_t)(plan.width / plan.C) * plan.value_panel;
     plan.packed_size = (plan.head_size * (size_t)a->heads + 63) / 64 * 64;
     plan.block_size = (size_t)rows * (sizeof(float) * (size_t)(TILE_KEYS + plan.width + LANES) +
-                                      plan.query_row + plan.weight_row);
+                                      plan.query_row + (floats ? 0 : plan.weight_row));
     plan.block_size = (plan.block_size + 63) / 64 * 64;
     return plan;
 }

@@ -34,29 +34,36 @@ static inline TARGET V NAME(v_exp)(V x) {
     return V_MUL(p, V_POW2(n));
 }
 
-/* A tile lives in registers while k runs: TILE_ROWS x TILE_VECTORS accumulators. Meanwhile it fetches what
- * will be multiplied next, so much in each round that TILES_AHEAD tiles fetch a panel as large
- * as their own. */
+/* A tile: TILE_ROWS x TILE_VECTORS registers of sums, which stay where they are while k runs.
+ *
+ *                      k ->      +----------------+   panel: one line of TILE_VECTORS registers for each k
+ *                                |                |
+ *        k ->                    +----------------+
+ *   row  +-----------------+     +----------------+
+ *   ...  |  rows, `stride` |     |  acc           |   TILE_ROWS
+ *        |  bytes apart    |     |                |
+ *        +-----------------+     +----------------+
+ *
+ * Each round also fetches a little of what will be multiplied next: TILES_AHEAD tiles together fetch a panel
+ * as large as their own. */
 #define FOR_ROWS UNROLL for (int i = 0; i < TILE_ROWS; i++)
 #define FOR_VECTORS UNROLL for (int j = 0; j < TILE_VECTORS; j++)
 #define FETCH_AHEAD PREFETCH(ahead), ahead += TILE_VECTORS * VLEN * sizeof(float) / TILES_AHEAD
+#define ROW(i) ((const char *)rows + (size_t)(i) * stride)
 
-static TARGET void NAME(tile_f32)(float *acc, int ld, const void *const *a, size_t from, const void *panel,
-                                  int segments, int n, const char *ahead) {
-    const float *b = panel;
+static TARGET void NAME(tile_f32)(float *acc, int ld, const void *rows, size_t stride, const void *panel, int n,
+                                  const char *ahead) {
+    const float *b = panel, *row[TILE_ROWS];
     V sum[TILE_ROWS][TILE_VECTORS];
+    FOR_ROWS row[i] = (const float *)(const void *)ROW(i);
     FOR_ROWS FOR_VECTORS sum[i][j] = V_LOAD(acc + (size_t)i * ld + j * VLEN);
-    for (int s = 0; s < segments; s++, a += TILE_ROWS) {
-        const float *row[TILE_ROWS];
-        FOR_ROWS row[i] = (const float *)((const char *)a[i] + from);
-        for (int k = 0; k < n; k++, b += TILE_VECTORS * VLEN) {
-            V column[TILE_VECTORS];
-            FOR_VECTORS column[j] = V_LOAD(b + j * VLEN);
-            FETCH_AHEAD;
-            FOR_ROWS {
-                V x = V_SET(row[i][k]);
-                FOR_VECTORS sum[i][j] = V_FMA(x, column[j], sum[i][j]);
-            }
+    for (int k = 0; k < n; k++, b += TILE_VECTORS * VLEN) {
+        V column[TILE_VECTORS];
+        FOR_VECTORS column[j] = V_LOAD(b + j * VLEN);
+        FETCH_AHEAD;
+        FOR_ROWS {
+            V x = V_SET(row[i][k]);
+            FOR_VECTORS sum[i][j] = V_FMA(x, column[j], sum[i][j]);
         }
     }
     FOR_ROWS FOR_VECTORS V_STORE(acc + (size_t)i * ld + j * VLEN, sum[i][j]);
@@ -64,22 +71,19 @@ static TARGET void NAME(tile_f32)(float *acc, int ld, const void *const *a, size
 
 #ifdef DOT_BF16
 /* The same, a pair of k at a time. */
-static TARGET void NAME(tile_bf16)(float *acc, int ld, const void *const *a, size_t from, const void *panel,
-                                   int segments, int n, const char *ahead) {
-    const Word *b = panel;
+static TARGET void NAME(tile_bf16)(float *acc, int ld, const void *rows, size_t stride, const void *panel,
+                                   int n, const char *ahead) {
+    const Word *b = panel, *row[TILE_ROWS];
     V sum[TILE_ROWS][TILE_VECTORS];
+    FOR_ROWS row[i] = (const Word *)(const void *)ROW(i);
     FOR_ROWS FOR_VECTORS sum[i][j] = V_LOAD(acc + (size_t)i * ld + j * VLEN);
-    for (int s = 0; s < segments; s++, a += TILE_ROWS) {
-        const Word *row[TILE_ROWS];
-        FOR_ROWS row[i] = (const Word *)((const char *)a[i] + from);
-        for (int k = 0; k < (n + 1) / 2; k++, b += TILE_VECTORS * VLEN) {
-            W column[TILE_VECTORS];
-            FOR_VECTORS column[j] = W_LOAD(b + j * VLEN);
-            FETCH_AHEAD;
-            FOR_ROWS {
-                W x = W_SET(row[i][k]);
-                FOR_VECTORS sum[i][j] = DOT_BF16(sum[i][j], x, column[j]);
-            }
+    for (int k = 0; k < (n + 1) / 2; k++, b += TILE_VECTORS * VLEN) {
+        W column[TILE_VECTORS];
+        FOR_VECTORS column[j] = W_LOAD(b + j * VLEN);
+        FETCH_AHEAD;
+        FOR_ROWS {
+            W x = W_SET(row[i][k]);
+            FOR_VECTORS sum[i][j] = DOT_BF16(sum[i][j], x, column[j]);
         }
     }
     FOR_ROWS FOR_VECTORS V_STORE(acc + (size_t)i * ld + j * VLEN, sum[i][j]);
@@ -91,18 +95,18 @@ static TARGET void NAME(tile_bf16)(float *acc, int ld, const void *const *a, siz
 #define PAIRS false
 #endif
 
-/* Exact integers over a chunk, then one step in float32: acc += sum * (scale of the row * scale of the
- * column). The chunk's second line, minus byte_offset times the sum of each column, takes the rows' offset
- * out again. */
-static TARGET void NAME(tile_int8)(float *acc, int ld, const void *const *a, size_t from, const void *panel,
-                                   int segments, int n, const char *ahead) {
+/* A chunk's sums are exact integers. Then each takes one step in float32:
+ *   acc += sum * (scale of the row * scale of the column)
+ * The panel's correction of a column, minus byte_offset times the sum of its bytes, takes the offset of the
+ * rows' bytes out again. */
+static TARGET void NAME(tile_int8)(float *acc, int ld, const void *rows, size_t stride, const void *panel,
+                                   int n, const char *ahead) {
     const Word *b = panel;
-    (void)segments;
-    for (; n > 0; n -= INT8_CHUNK, from += 4 + INT8_CHUNK) {
+    for (; n > 0; n -= INT8_CHUNK, rows = ROW(0) + SCALE_BYTES + INT8_CHUNK) {
         const float *scales = (const float *)b;
         const Word *row[TILE_ROWS];
         W sum[TILE_ROWS][TILE_VECTORS], correction[TILE_VECTORS];
-        FOR_ROWS row[i] = (const Word *)((const char *)a[i] + from) + 1;
+        FOR_ROWS row[i] = (const Word *)(const void *)(ROW(i) + SCALE_BYTES);
         FOR_VECTORS correction[j] = W_LOAD(b + (TILE_VECTORS + j) * VLEN);
         FOR_ROWS FOR_VECTORS sum[i][j] = correction[j];
         b += 2 * TILE_VECTORS * VLEN;
@@ -117,7 +121,7 @@ static TARGET void NAME(tile_int8)(float *acc, int ld, const void *const *a, siz
             FOR_ROWS FOR_VECTORS W_KEEP(sum[i][j]);
         }
 #define OUT (acc + (size_t)i * ld + j * VLEN)
-#define SCALE V_MUL(V_SET(*(const float *)(row[i] - 1)), V_LOAD(scales + j * VLEN))
+#define SCALE V_MUL(V_SET(*(const float *)(row[i] - SCALE_BYTES / 4)), V_LOAD(scales + j * VLEN))
         FOR_ROWS FOR_VECTORS V_STORE(OUT, V_FMA(W_FLOAT(sum[i][j]), SCALE, V_LOAD(OUT)));
 #undef OUT
 #undef SCALE
@@ -366,3 +370,4 @@ static const Kernels NAME(table) = {
 #undef FOR_ROWS
 #undef FOR_VECTORS
 #undef FETCH_AHEAD
+#undef ROW

@@ -308,8 +308,11 @@ const char *kernels_choose(const char *isa) {
         return NULL;
     }
     if (built) return reason("this processor cannot run the %s kernels", isa);
-    for (int i = 0; kernels_known(i); i++)
+    char known[256] = "auto";
+    for (int i = 0; kernels_known(i); i++) {
         if (!strcmp(isa, kernels_known(i))) return reason("this build has no %s kernels", isa);
-    return reason("'%s' is no instruction set; expected auto, naive, generic, avx2, avx512, avx512vnni, "
-                  "avx512bf16, neon or neondotprod", isa);
+        snprintf(known + strlen(known), sizeof known - strlen(known), kernels_known(i + 1) ? ", %s" : " or %s",
+                 kernels_known(i));
+    }
+    return reason("'%s' is no instruction set; expected %s", isa, known);
 }

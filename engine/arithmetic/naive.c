@@ -20,6 +20,7 @@
 /* INT8 rows consist of these; the last may be shorter. */
 typedef struct {
     float scale;
+    char unused[SCALE_BYTES - sizeof(float)];
     int8_t bytes[INT8_CHUNK];
 } Chunk;
 
@@ -56,7 +57,8 @@ static void naive_product(float *y, const Rows *x, const Linear *layer, int mode
         for (int r = 0; r < x->rows; r++) {
             const void *where[MAX_SEGMENTS];
             float sum = 0, *out = y + (size_t)r * O + o;
-            x->locate(x->of, r, where, 1);
+            if (x->locate) x->locate(x->of, r, where);
+            else where[0] = (const char *)x->of + (size_t)r * bytes;
             for (int s = 0; s < x->segments; s++)
                 sum = dot(layer->precision, sum, where[s], w + s * bytes, n);
             if (layer->bias) sum += layer->bias[o];

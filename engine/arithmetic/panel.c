@@ -1,40 +1,47 @@
-/* panel.c - what the tiles multiply: row operands and panels, in the layout of each precision.
+/* panel.c - what the tiles multiply: packed rows and panels, in the layout of each precision.
  *
- * A tile multiplies R rows by the C columns of a panel (kernels.c). Rows are read one element at a time and
- * spread over a register, columns a register at a time, so a panel holds the C elements of one k
- * side by side:
+ * A tile multiplies R packed rows by the C columns of a panel (kernel_body.h). It reads a row one element at a
+ * time and spreads that over a register; columns it reads a register at a time. So a panel holds the C elements
+ * of one k side by side:
  *
- *   F32    row: floats                       panel: [k][C] floats
- *   BF16   row: bfloat16, in pairs of k      panel: [k/2][C] pairs
- *   INT8   row: chunks of a scale and bytes  panel: chunks of [C] scales, [C] corrections, and
- *                                                   [k/4][C] four bytes
+ *           packed row                        panel
+ *   F32     floats                            [k][C] floats
+ *   BF16    floats, or pairs of bfloat16      [k][C] floats, or [k/2][C] pairs
+ *   INT8    chunks: scale, bytes              chunks: [C] scales, [C] corrections, [k/4][C] four bytes
  *
- * The last pair or four is filled with zeros. A chunk of 256 has a scale of its own in every row and every
- * column: largest magnitude / 127. One scale a row would be cheaper still, but then one outlier takes the
- * resolution of all.
+ * The last pair or four is filled with zeros. An INT8 chunk of 256 elements has a scale of its own in every row
+ * and every column: its largest magnitude / 127. One scale for a whole row would be cheaper, but one outlier
+ * would take the resolution of all.
  *
- * Few processors multiply pairs of bfloat16 faster than two floats. On all others BF16 is float32's
- * arithmetic on rounded numbers: rows are kept as bfloat16, which takes half the memory, but panels and the
- * rows that a tile reads are floats. The dot product of a pair adds its second product first; there pairs are
- * kept the other way round, so that a sum runs over k in rising order everywhere. */
+ * Rows are narrowed once, to row operands in memory, and packed by each task that multiplies them. A row operand
+ * is the same for every table of kernels; a packed row is what the chosen table's tiles read. Where both are the
+ * same, tiles read whole rows in memory.
+ *
+ * Few processors multiply pairs of bfloat16 faster than two floats. On all others, tiles take BF16 as floats
+ * that were rounded to bfloat16. The dot product of a pair adds its second product first. So the two of a pair
+ * are packed in reverse, and a sum runs over k in rising order everywhere. */
 #include "engine/engine.h"
 
 #include <math.h>
 #include <string.h>
 
+bool tiles_take_floats(Precision precision) {
+    return precision == F32 || (precision == BF16 && !kernels->pairs);
+}
+
+bool tiles_take_operands(Precision precision) { return precision != BF16; }
+
+/* ---------------------------------------------------------------- row operands */
+
 size_t row_offset(Precision precision, int k) {
-    switch (precision) {
-    case F32: return 4 * (size_t)k;
-    case BF16: return 2 * (size_t)k;
-    default: return (size_t)k / INT8_CHUNK * (4 + INT8_CHUNK);
-    }
+    if (precision == INT8) return (size_t)k / INT8_CHUNK * (SCALE_BYTES + INT8_CHUNK);
+    return (size_t)k * (precision == F32 ? 4 : 2);
 }
 
 size_t row_bytes(Precision precision, int n) {
     int rest = n % INT8_CHUNK;
-    if (precision == F32) return 4 * (size_t)n;
-    if (precision == BF16) return 2 * (size_t)round_up(n, 2);
-    return row_offset(INT8, n) + (rest ? 4 + (size_t)round_up(rest, 4) : 0);
+    if (precision != INT8) return row_offset(precision, n);
+    return row_offset(INT8, n) + (rest ? SCALE_BYTES + (size_t)round_up(rest, 64) : 0);
 }
 
 /* A chunk of at most INT8_CHUNK elements: its bytes, filled up to fours, and their sum. Returns its scale. */
@@ -43,31 +50,17 @@ static float quantize(uint8_t *bytes, const float *x, int n, int *sum) {
     return kernels->quantize(bytes, x, n, sum);
 }
 
-static void narrow_chunk(uint8_t *row, const float *x, int n) {
+static void narrow_chunk(uint8_t *chunk, const float *x, int n) {
     int sum;
-    float scale = quantize(row + sizeof scale, x, n, &sum);
-    memcpy(row, &scale, sizeof scale);
-}
-
-static void trade_places(uint16_t *pairs, int n) {
-    for (int k = 0; k < n; k += 2) {
-        uint16_t first = pairs[k];
-        pairs[k] = pairs[k + 1];
-        pairs[k + 1] = first;
-    }
+    float scale = quantize(chunk + SCALE_BYTES, x, n, &sum);
+    memcpy(chunk, &scale, sizeof scale);
 }
 
 void narrow_row(Precision precision, void *row, const float *x, int n) {
-    if (precision == F32) {
-        memcpy(row, x, sizeof(float) * (size_t)n);
-    } else if (precision == BF16) {
-        kernels->to_bf16(row, x, (size_t)n);
-        if (n % 2) ((uint16_t *)row)[n] = 0;
-        if (kernels->pairs) trade_places(row, n);
-    } else {
-        for (int k = 0; k < n; k += INT8_CHUNK)
-            narrow_chunk((uint8_t *)row + row_offset(INT8, k), x + k, smaller(INT8_CHUNK, n - k));
-    }
+    if (precision == F32) memcpy(row, x, sizeof(float) * (size_t)n);
+    if (precision == BF16) kernels->to_bf16(row, x, (size_t)n);
+    for (int k = 0; precision == INT8 && k < n; k += INT8_CHUNK)
+        narrow_chunk((uint8_t *)row + row_offset(INT8, k), x + k, smaller(INT8_CHUNK, n - k));
 }
 
 void narrow_rows(Precision precision, void *rows, const float *x, size_t stride, int L, int n) {
@@ -76,8 +69,39 @@ void narrow_rows(Precision precision, void *rows, const float *x, size_t stride,
         narrow_row(precision, (char *)rows + l * bytes, x + l * stride, n);
 }
 
-Precision tile_type(Precision precision) {
-    return precision == BF16 && !kernels->pairs ? F32 : precision;
+/* ---------------------------------------------------------------- packed rows */
+
+/* Whole cache lines, and one more: rows that lie a power of two apart would share a few sets of the cache. */
+size_t packed_bytes(Precision precision, int n) {
+    size_t bytes = tiles_take_floats(precision) ? sizeof(float) * (size_t)n : row_bytes(precision, n);
+    return 64 + (bytes + 63) / 64 * 64;
+}
+
+/* Elements [at, at+n) of a segment to element `done` of a packed row. */
+static void pack_piece(Precision precision, void *packed, int done, const void *segment, int at, int n) {
+    if (precision == F32) memcpy((float *)packed + done, (const float *)segment + at, sizeof(float) * (size_t)n);
+    else if (kernels->pairs) memcpy((uint16_t *)packed + done, (const uint16_t *)segment + at, 2 * (size_t)n);
+    else kernels->from_bf16((float *)packed + done, (const uint16_t *)segment + at, (size_t)n);
+}
+
+/* The two of each pair in reverse; the last alone is paired with 0. */
+static void reverse_pairs(uint16_t *packed, int n) {
+    Word *pairs = (Word *)(void *)packed;
+    if (n % 2) packed[n] = 0;
+    for (int k = 0; k < (n + 1) / 2; k++) pairs[k] = pairs[k] << 16 | pairs[k] >> 16;
+}
+
+void pack_row(Precision precision, void *packed, const void *const *segments, int each, int from, int n) {
+    if (precision == INT8) {
+        memcpy(packed, (const char *)segments[0] + row_offset(INT8, from), row_bytes(INT8, n));
+        return;
+    }
+    segments += from / each;
+    for (int done = 0, at = from % each, piece; done < n; done += piece, at = 0) {
+        piece = smaller(each - at, n - done);
+        pack_piece(precision, packed, done, *segments++, at, piece);
+    }
+    if (precision == BF16 && kernels->pairs) reverse_pairs(packed, n);
 }
 
 /* y = x as bfloat16 and back; y may be x. */
@@ -90,14 +114,22 @@ static void round_row(float *y, const float *x, int n) {
     }
 }
 
-void tile_row(Precision precision, void *row, const float *x, int n) {
-    if (tile_type(precision) == precision) narrow_row(precision, row, x, n);
-    else round_row(row, x, n);
+void pack_floats(Precision precision, void *packed, const float *x, int n) {
+    if (precision == F32) {
+        memcpy(packed, x, sizeof(float) * (size_t)n);
+    } else if (kernels->pairs) {
+        kernels->to_bf16(packed, x, (size_t)n);
+        reverse_pairs(packed, n);
+    } else {
+        round_row(packed, x, n);
+    }
 }
+
+/* ---------------------------------------------------------------- panels */
 
 size_t panel_bytes(Precision precision, int n) {
     size_t C = (size_t)kernels->tile_cols, rest = (size_t)(n % INT8_CHUNK);
-    if (tile_type(precision) == F32) return 4 * C * (size_t)n;
+    if (tiles_take_floats(precision)) return 4 * C * (size_t)n;
     if (precision == BF16) return 2 * C * (size_t)round_up(n, 2);
     return (size_t)(n / INT8_CHUNK) * C * (8 + INT8_CHUNK) +
            (rest ? C * (8 + (size_t)round_up((int)rest, 4)) : 0);
@@ -114,16 +146,12 @@ static void pack_bytes(Word *bytes, const float *column, int n, float *scale, in
 /* At most INT8_CHUNK of a column, from element `at` of w, as words.
  * `line` is its place in the panel's first line. */
 static void pack_column(Precision precision, Word *words, const Weight *w, size_t at, int n, Word *line) {
-    const char *data = (const char *)w->data + type_bytes(w->type, at);
     float column[INT8_CHUNK];
-    if (tile_type(precision) == F32) {
-        convert_to_floats((float *)words, data, w->type, n);
-        if (precision == BF16 && w->type != TYPE_BF16) round_row((float *)words, (float *)words, n);
-        return;
-    }
-    convert_to_floats(column, data, w->type, n);
-    if (precision == BF16) narrow_row(BF16, words, column, n);
-    else pack_bytes(words, column, n, (float *)line, (int32_t *)line + kernels->tile_cols);
+    bool floats = tiles_take_floats(precision);
+    weight_part(w, at, n, floats ? (float *)words : column);
+    if (precision == INT8) pack_bytes(words, column, n, (float *)line, (int32_t *)line + kernels->tile_cols);
+    else if (!floats) pack_floats(precision, words, column, n);
+    else if (precision == BF16 && w->type != TYPE_BF16) round_row((float *)words, (float *)words, n);
 }
 
 /* At most INT8_CHUNK of k: columns as rows of words, which are then transposed.
@@ -144,7 +172,7 @@ static void pack_slice(Precision precision, Word *panel, const Weight *w, int fi
     kernels->transpose(precision == INT8 ? panel + 2 * C : panel, (size_t)C, words, WORDS, C, (int)length);
 }
 
-void pack_rows(Precision precision, void *panel, const Weight *w, int first, int from, int n) {
+void pack_panel(Precision precision, void *panel, const Weight *w, int first, int from, int n) {
     for (int k = 0; k < n; k += INT8_CHUNK) {
         int count = smaller(INT8_CHUNK, n - k);
         pack_slice(precision, panel, w, first, from + k, count);
@@ -161,14 +189,13 @@ static void pair_up(uint16_t *panel, const float *first, const float *second) {
     for (size_t j = 0; j < C; j++) panel[2 * j] = narrow[1][j], panel[2 * j + 1] = narrow[0][j];
 }
 
-/* The same from w (n, stride) as it lies: its first `cols` columns. F32 and BF16 only. */
 void pack_columns(Precision precision, void *panel, const float *w, size_t stride, int cols, int n) {
     size_t C = (size_t)kernels->tile_cols;
     float row[2][MAX_TILE_COLS] = {{0}};
     for (int k = 0; k < n; k++) {
         memcpy(row[k % 2], w + k * stride, sizeof(float) * (size_t)cols);
-        if (tile_type(precision) == F32) {
-            tile_row(precision, (float *)panel + (size_t)k * C, row[k % 2], (int)C);
+        if (tiles_take_floats(precision)) {
+            pack_floats(precision, (float *)panel + (size_t)k * C, row[k % 2], (int)C);
         } else if (k % 2 || k + 1 == n) {
             if (k % 2 == 0) memset(row[1], 0, sizeof row[1]);
             pair_up((uint16_t *)panel + (size_t)(k / 2) * 2 * C, row[0], row[1]);

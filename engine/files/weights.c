@@ -56,34 +56,6 @@ struct WeightFile {
     size_t copy_count;
 };
 
-/* ---------------------------------------------------------------- types */
-
-/* The types of ggml.h by number: how many elements a block has, and how many bytes. */
-static const struct {
-    const char *name;
-    int elements, bytes;
-} types[] = {
-    [TYPE_F32] = {"f32", 1, 4}, [TYPE_F16] = {"f16", 1, 2}, [2] = {"q4_0", 32, 18}, [3] = {"q4_1", 32, 20},
-    [6] = {"q5_0", 32, 22}, [7] = {"q5_1", 32, 24}, [TYPE_Q8_0] = {"q8_0", 32, 34}, [9] = {"q8_1", 32, 36},
-    [10] = {"q2_k", 256, 84}, [11] = {"q3_k", 256, 110}, [12] = {"q4_k", 256, 144},
-    [13] = {"q5_k", 256, 176}, [14] = {"q6_k", 256, 210}, [15] = {"q8_k", 256, 292},
-    [16] = {"iq2_xxs", 256, 66}, [17] = {"iq2_xs", 256, 74}, [18] = {"iq3_xxs", 256, 98},
-    [19] = {"iq1_s", 256, 50}, [20] = {"iq4_nl", 32, 18}, [21] = {"iq3_s", 256, 110},
-    [22] = {"iq2_s", 256, 82}, [23] = {"iq4_xs", 256, 136}, [24] = {"i8", 1, 1}, [25] = {"i16", 1, 2},
-    [26] = {"i32", 1, 4}, [27] = {"i64", 1, 8}, [28] = {"f64", 1, 8}, [29] = {"iq1_m", 256, 56},
-    [TYPE_BF16] = {"bf16", 1, 2}, [34] = {"tq1_0", 256, 54}, [35] = {"tq2_0", 256, 66},
-    [39] = {"mxfp4", 32, 17}, [40] = {"nvfp4", 64, 36}, [41] = {"q1_0", 128, 18},
-};
-enum { TYPES = sizeof types / sizeof *types };
-
-const char *type_name(Type type) { return (size_t)type < TYPES ? types[type].name : NULL; }
-
-size_t type_bytes(Type type, size_t n) { return n / (size_t)types[type].elements * (size_t)types[type].bytes; }
-
-static bool is_read_here(Type type) {
-    return type == TYPE_F32 || type == TYPE_F16 || type == TYPE_BF16 || type == TYPE_Q8_0;
-}
-
 /* ---------------------------------------------------------------- names */
 
 static const Key *find_key(const WeightFile *file, const char *name) {
@@ -209,10 +181,10 @@ static const char *check_sizes(Tensor *tensor, const uint64_t *sizes) {
         count *= sizes[d];
         shape->d[shape->n - 1 - d] = (int)sizes[d];
     }
-    const char *name = type_name(tensor->type);
-    if (!name) return NULL;
-    int block = types[tensor->type].elements;
-    if (sizes[0] % (uint64_t)block) return reason("is %s with rows of no multiple of %d", name, block);
+    const WeightType *type = weight_type(tensor->type);
+    if (!type) return NULL;
+    if (sizes[0] % (uint64_t)type->block)
+        return reason("is %s with rows of no multiple of %d", type->name, type->block);
     tensor->bytes = type_bytes(tensor->type, (size_t)count);
     return NULL;
 }
@@ -264,7 +236,7 @@ static const char *place_tensors(WeightFile *file, Reader *reader, const uint8_t
             return reason("tensor \"%.*s\" is at offset %" PRIu64 ", expected at %" PRIu64,
                           NAMED(tensor->name), offsets[i], expected);
         bool last = i + 1 == file->tensor_count;
-        if (!type_name(tensor->type)) tensor->bytes = last ? reader->left : (size_t)(offsets[i + 1] - offsets[i]);
+        if (!weight_type(tensor->type)) tensor->bytes = last ? reader->left : (size_t)(offsets[i + 1] - offsets[i]);
         if (!take(reader, tensor->bytes, &tensor->data))
             return reason("tensor \"%.*s\" needs %zu bytes, and %zu are left: the file is cut off or damaged",
                           NAMED(tensor->name), tensor->bytes, reader->left);
@@ -406,9 +378,10 @@ void weights_refuse(const WeightFile *file, const char *format, ...) {
 static const Tensor *need_tensor(const WeightFile *file, const char *name) {
     const Tensor *tensor = find_tensor(file, name);
     if (!tensor) weights_refuse(file, "tensor \"%s\" is missing", name);
-    const char *type = type_name(tensor->type);
-    if (!is_read_here(tensor->type))
-        weights_refuse(file, "tensor \"%s\" is %s, expected f32, f16, bf16 or q8_0", name, type ? type : "of an unknown type");
+    const WeightType *type = weight_type(tensor->type);
+    if (!type || !type->widen)
+        weights_refuse(file, "tensor \"%s\" is %s, expected f32, f16, bf16 or q8_0", name,
+                       type ? type->name : "of an unknown type");
     return tensor;
 }
 
@@ -443,9 +416,7 @@ const float *weights_floats(const WeightFile *file, int count, const char *forma
 }
 
 void weight_row(const Weight *weight, int row, float *out) {
-    size_t n = (size_t)weight->cols;
-    const uint8_t *data = (const uint8_t *)weight->data + (size_t)row * type_bytes(weight->type, n);
-    convert_to_floats(out, data, weight->type, n);
+    weight_part(weight, (size_t)row * (size_t)weight->cols, weight->cols, out);
 }
 
 /* ---------------------------------------------------------------- keys */
@@ -617,9 +588,9 @@ void weights_print(const WeightFile *file, FILE *out) {
     for (size_t i = 0; i < file->key_count; i++) print_key(&file->keys[i], out);
     for (size_t i = 0; i < file->tensor_count; i++) {
         const Tensor *tensor = &file->tensors[i];
-        const char *type = type_name(tensor->type);
-        if (!type) type = reason("type %d", (int)tensor->type);
-        fprintf(out, "%-60.*s %-7s %s\n", NAMED(tensor->name), type, shape_string(&tensor->shape, shape));
+        const WeightType *type = weight_type(tensor->type);
+        fprintf(out, "%-60.*s %-7s %s\n", NAMED(tensor->name),
+                type ? type->name : reason("type %d", (int)tensor->type), shape_string(&tensor->shape, shape));
         elements += (double)shape_count(&tensor->shape);
         bytes += (double)tensor->bytes;
     }
