@@ -8,8 +8,8 @@
  *     for each step: v = transformer(x, timestep, prompt)
  *                    v = u + guidance * (v - u), u = transformer(x, timestep, negative prompt)
  *                    x = sampler_step(x, v)
- *     one more pass of x fills the KV cache, if another chunk follows
  *     the decoder turns x into frames; each frame is written at once
+ *     one more pass of x fills the KV cache, if another chunk follows
  *
  * Stages free their buffers as early as possible. The text encoder's are freed before the transformer's are allocated,
  * and the transformer's are freed after the last chunk's last step, before that chunk is decoded:
@@ -282,6 +282,8 @@ typedef struct {
     Sha256 sha;              /* of the bytes written so far */
     Drift *drift;            /* NULL without --drift */
     int index;               /* of the next frame */
+    int chunk;               /* chunks that are decoded */
+    double started;          /* when the first step began, in seconds() */
 } Video;
 
 static VideoFormat format_of(const Settings *s) {
@@ -291,6 +293,20 @@ static VideoFormat format_of(const Settings *s) {
 static void write_bytes(Video *video, const void *data, size_t bytes) {
     output_write(&video->file, data, bytes);
     sha256_add(&video->sha, data, bytes);
+}
+
+/* One line on a terminal: "step 3/20", or in models that generate in chunks
+ * "chunk 1/7, step 3/4, 0.6 s of video, speed 0.05x"; 1x is real time. */
+static void show_progress(const Video *video, const char *stage, int done, int total) {
+    const Run *run = video->run;
+    if (!run->recipe->chunk_frames) {
+        progress(stage, done, total);
+        return;
+    }
+    double made = (double)video->index * run->settings->fps_den / run->settings->fps_num,
+           taken = seconds() - video->started;
+    progress_detail("%s %d/%d, %.1f s of video, speed %.2fx", stage, done, total, made, taken > 0 ? made / taken : 0);
+    progress("chunk", video->chunk, run->chunks);
 }
 
 /* The decoder's FrameSink: converts, writes and flushes one frame. */
@@ -312,7 +328,7 @@ static void write_frame(void *to, float *frame) {
     if (s->drift) drift_frame(video->drift, frame);
     preview_frame(&video->preview, &video->format, frame, video->index); /* may sleep: timed in no stage */
     video->index++;
-    if (!video->run->recipe->chunk_frames) progress("frame", video->index, s->frames);
+    show_progress(video, "frame", video->index, s->frames);
     profile_resume(VAE_DECODE);
 }
 
@@ -341,7 +357,7 @@ static VaeStream *decoder_open(const Run *run, Video *video) {
     char header[80];
     write_bytes(video, header, y4m_header(&video->format, header));
     if (run->settings->mark) video->mark = mark_make(record_bits(run->model, run->settings, run->noise_sha256));
-    if (!run->recipe->chunk_frames) progress("frame", 0, run->settings->frames);
+    show_progress(video, "frame", 0, run->settings->frames);
     return vae_decoder_open(&run->model->vae, run->H, run->W, write_frame, video);
 }
 
@@ -500,16 +516,6 @@ static void change_prompt(const Run *run, Sampling *s, int index) {
     if (prompt_change(run) == FLUSH) flush_cache(run, s);
 }
 
-static void show_progress(const Run *run, int chunk, int step, int steps, double started) {
-    if (!run->recipe->chunk_frames) {
-        progress("step", step, steps);
-        return;
-    }
-    double made = chunk_time(run, chunk_at(run, chunk)), taken = seconds() - started;
-    progress_detail("step %d/%d, %.1f s of video, speed %.2fx", step + 1, steps, made, taken > 0 ? made / taken : 0);
-    progress("chunk", chunk, run->chunks);
-}
-
 /* Decodes and writes the chunk's frames, except those past the clip's end. */
 static void decode(const Run *run, VaeStream *decoder, Chunk chunk, const float *latents) {
     for (int f = 0; f < chunk.frames && chunk.first + f < run->decoded; f++) {
@@ -559,7 +565,7 @@ static void tap_schedules(Run *run) {
 static void make_clip(Run *run, Noise *noise, Video *video) {
     Sampling s = sampling_open(run);
     VaeStream *decoder = NULL;
-    double started = seconds();
+    video->started = seconds();
     for (int index = 0; index < run->chunks; index++) {
         Chunk chunk = chunk_at(run, index);
         int steps = (index ? &run->schedule : &run->first)->steps;
@@ -568,7 +574,7 @@ static void make_clip(Run *run, Noise *noise, Video *video) {
         initial_noise(run, noise, chunk, s.latents);
         if (index == 0) tap_schedules(run);
         for (int step = 0; step < steps; step++) {
-            show_progress(run, index, step, steps, started);
+            show_progress(video, "step", step, steps);
             denoise_step(run, &s, noise, index, step);
         }
         if (run->recipe->chunk_frames) {
@@ -577,12 +583,15 @@ static void make_clip(Run *run, Noise *noise, Video *video) {
         }
         tap_clip(run, chunk, s.latents, "latents");
         keep_recent_latents(run, &s, chunk);
-        if (index + 1 < run->chunks) fill_cache(run, &s, index, "cache", chunk, s.latents);
-        else sampling_close(&s);
-        tap_scope("%s", "");
+        bool last = index + 1 == run->chunks;
+        if (last) sampling_close(&s);
         if (!decoder) decoder = decoder_open(run, video);
         decode(run, decoder, chunk, s.latents);
+        video->chunk++;
         if (video->drift) drift_chunk(video->drift);
+        if (last) break;
+        show_progress(video, "cache", 0, 1);
+        fill_cache(run, &s, index, "cache", chunk, s.latents); /* last: the chunk's frames do not wait for it */
     }
     free(s.latents);
     vae_stream_close(decoder);
