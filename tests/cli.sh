@@ -410,11 +410,6 @@ chunks() {
     claim "--drift: columns" [ "$(awk -F '\t' 'NF != 14' "$work/err" | wc -l)" -eq 0 ]
     run $short -f 5 -o "$work/clip.y4m" x
     claim "a clip that ends within a chunk" [ "$(frames 48 32)" -eq 5 ]
-    for seconds in 8 80; do
-        run -m $causal/model.gguf --fps 3 --seconds $seconds --window 6 --seed 1 -o /dev/null --profile x
-        tail -n 1 "$work/err" >"$work/memory.$seconds"
-    done
-    claim "memory of 8 and of 80 seconds" cmp "$work/memory.8" "$work/memory.80"
     refused 2 "--at: needs a model that generates in chunks" $small --at "1 a dog" x
     refused 2 "--window: needs a model that generates in chunks" $small --window 3 x
     refused 2 "--window: the window is 2 frames, expected at least a chunk of 3, or 0 for all frames" $short --window 2 x

@@ -62,6 +62,26 @@ static void encode(void *precision) {
             before);
 }
 
+/* Prints the peak of so many seconds of video, a frame a second. */
+static void generate_long(void *of) {
+    Settings s = settings_new();
+    s.prompt = "a red star", s.output = "/dev/null", s.width = 16, s.height = 16, s.fps_num = 1, s.fps_den = 1;
+    s.seconds = *(double *)of, s.window = 6, s.sink = 1, s.quiet = true;
+    kernels_choose("auto");
+    Model model = model_load(causal, F32);
+    settings_complete(&s, &model);
+    generate(&model, &s);
+    fprintf(stderr, "%zu", memory_peak());
+    model_free(&model);
+}
+
+static double peak_of(double seconds_of_video) {
+    char said[4096];
+    int status = run_apart(generate_long, &seconds_of_video, said);
+    CHECK(status == STATUS_OK, "%g seconds: status %d: %s", seconds_of_video, status, said);
+    return strtod(said, NULL);
+}
+
 static void expect(void (*what)(void *), void *argument) {
     char said[4096];
     int status = run_apart(what, argument, said);
@@ -80,5 +100,8 @@ void test_memory(void) {
     };
     for (size_t i = 0; i < sizeof variants / sizeof *variants; i++) expect(run, &variants[i]);
     for (Precision p = F32; p < PRECISIONS; p++) expect(encode, &p);
+    double minute = peak_of(60), ten_minutes = peak_of(600);
+    CHECK(minute > 0 && ten_minutes <= 1.01 * minute && minute <= 1.01 * ten_minutes,
+          "60 seconds take %.0f bytes, 600 seconds %.0f", minute, ten_minutes);
 #endif
 }
