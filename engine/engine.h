@@ -189,62 +189,62 @@ void progress(const char *stage, int done, int total);
 void progress_detail(const char *format, ...) PRINTF_LIKE(1, 2); /* added to the next progress line */
 void progress_note(const char *format, ...) PRINTF_LIKE(1, 2); /* prints a permanent line above it */
 
-/* ---------------------------------------------------------------- utf8.c: bytes that grow, UTF-8 */
+/* ---------------------------------------------------------------- utf8.c: growable strings, UTF-8 */
 
-/* Begin with {0}, free() the data; a 0 that does not count follows what was appended. */
+/* A growable string. Initialize with {0}, free() the data. After each append, data[size] is 0. */
 typedef struct {
     uint8_t *data;
     size_t size, room;
 } Text;
 void text_append(Text *text, const void *bytes, size_t size);
-void text_append_utf8(Text *text, Bytes bytes);           /* bytes that are not UTF-8 become U+FFFD */
+void text_append_utf8(Text *text, Bytes bytes);           /* invalid UTF-8 becomes U+FFFD */
 void text_append_character(Text *text, uint32_t code);
-/* UTF-16 that begins with its byte order mark, without it. Any other bytes: false, and nothing is appended. */
+/* Appends UTF-16 that begins with a byte order mark, but not the mark. No mark: returns false, appends nothing. */
 bool text_append_utf16(Text *text, Bytes bytes);
 bool starts_with(Bytes text, const char *prefix);
 static inline Bytes text_bytes(const Text *text) { return (Bytes){text->data, text->size}; }
-size_t utf8_decode(Bytes text, uint32_t *code); /* of valid UTF-8; returns its bytes */
-size_t character_bytes(Bytes text); /* of the first character, by its first byte alone */
-/* Whether a terminal shows what text, not empty, begins with, and does not obey it; *bytes: of that. */
+size_t utf8_decode(Bytes text, uint32_t *code); /* decodes the first character of valid UTF-8; returns its bytes */
+size_t character_bytes(Bytes text); /* of the first character, judged by its first byte, at most text.size */
+/* Whether a text, not empty, begins with a valid character that is no control character. *bytes: its bytes. */
 bool is_printable(Bytes text, size_t *bytes);
 
-/* A rule looks at what a text, not empty and valid UTF-8, begins with. Where it applies, it appends to `out`
- * what takes the place of that, and returns how many bytes it took; elsewhere it returns 0. */
+/* A rule may replace the start of a text (valid UTF-8, not empty). If it applies, it appends the replacement to `out`
+ * and returns how many bytes of `text` it replaces. Otherwise it returns 0. */
 typedef size_t Rule(Bytes text, Text *out);
-void text_rewrite(Text *text, Rule *rule); /* from left to right; what no rule takes stays */
+void text_rewrite(Text *text, Rule *rule); /* applies it from left to right, copying characters that it leaves alone */
 
-/* ---------------------------------------------------------------- html.c: references to characters */
+/* ---------------------------------------------------------------- html.c: HTML character references */
 
-Rule html_reference; /* "&amp;", "&#38;", "&lt" as html.unescape of Python reads them */
-Rule ftfy_reference; /* what ftfy takes of them: none without its semicolon, but "&NTILDE;" too */
-uint32_t windows_1252(uint32_t code); /* of 0x80 to 0x9F; itself where that has none */
+Rule html_reference; /* decodes "&amp;", "&#38;", "&lt" as Python's html.unescape does */
+Rule ftfy_reference; /* as ftfy does: "&NTILDE;" too, but nothing without a semicolon */
+uint32_t windows_1252(uint32_t code); /* the character of byte 0x80 to 0x9F; `code` itself if there is none */
 
-/* ---------------------------------------------------------------- unicode.c: one way to write a character */
+/* ---------------------------------------------------------------- unicode.c: normalization form C */
 
-void text_compose(Text *text); /* Unicode's normal form C */
-Rule usual_form; /* of ligatures of Latin letters, full-width and half-width characters, as ftfy has it */
-bool is_digit(uint32_t code); /* 0 to 9 in any script */
-bool is_space(uint32_t code); /* what Python's \s matches and str.strip() strips */
+void text_compose(Text *text); /* to Unicode Normalization Form C */
+Rule usual_form; /* replaces Latin ligatures, full-width and half-width characters, as ftfy does */
+bool is_digit(uint32_t code); /* a decimal digit of any script */
+bool is_space(uint32_t code); /* white space as Python's str.strip() and \s define it */
 
-/* ------------------------------------------------------------- normalizer.c: text as a vocabulary has it */
+/* ------------------------------------------------------------- normalizer.c: text -> form of a vocabulary */
 
-#define SPACE_SYMBOL "\342\226\201" /* U+2581, a space in a vocabulary */
+#define SPACE_SYMBOL "\342\226\201" /* U+2581, which stands for a space in a vocabulary */
 enum { SPACE_BYTES = 3 };
 
 typedef struct WeightFile WeightFile; /* weights.c */
 
-/* The rules of a vocabulary's library, as the weight file has them. */
+/* The normalization options of a vocabulary, from the weight file. */
 typedef struct {
-    enum { NEVER, FIRST, ALWAYS } prepend; /* a space goes in front: FIRST, of the whole text only */
-    bool squeeze_spaces;                   /* tokenizers: a run of spaces is one */
-    bool split_words; /* tokenizers: words lose their spaces, and each gets one in front: a cleaned text has no other */
+    enum { NEVER, FIRST, ALWAYS } prepend; /* whether each part gets a space in front; FIRST: only the first part */
+    bool squeeze_spaces;                   /* tokenizers: a run of spaces becomes one */
+    bool split_words; /* tokenizers: splits at spaces, drops them, and treats each word as a part */
     bool remove_extra_whitespaces, escape_whitespaces; /* sentencepiece */
-    Bytes trie, replacements; /* sentencepiece's map: u32 units, 0-terminated strings */
+    Bytes trie, replacements; /* sentencepiece's map: u32 units; 0-terminated strings */
 } Normalizer;
 const char *normalizer_load(const WeightFile *file, Normalizer *out);
-/* tokenizers: one part of the text, between added tokens; `first`, if it begins the text. */
+/* tokenizers: normalizes a part of the text between added tokens. `first`: it begins the text. */
 Text normalize_part(const Normalizer *normalizer, Bytes part, bool first);
-/* sentencepiece: the whole text; `symbols` stay as they are. */
+/* sentencepiece: normalizes the whole text. `symbols` are not changed. */
 Text normalize_whole(const Normalizer *normalizer, const Index *symbols, Bytes text);
 
 /* -------------------------------------------------------------- weights.c: the flat weight file (GGUF v3) */
@@ -634,8 +634,8 @@ void json_unsigned(Json *json, const char *key, uint64_t value);
 void json_bool(Json *json, const char *key, bool value);
 void json_double(Json *json, const char *key, double value);
 void json_free(Json *json);
-/* The string (without its quotes), number or word of a key of the outermost object, as it is written; {NULL, 0} if there
- * is none. The text may be anything. */
+/* The value of a key of the outermost object as written in the text, a string without its quotes; {NULL, 0} if the key
+ * is missing. The text is untrusted. */
 Bytes json_find(Bytes text, const char *key);
 
 #endif

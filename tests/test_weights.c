@@ -300,7 +300,7 @@ static void array_refused(uint32_t type, uint64_t count, const char *what) {
 }
 
 static void test_bad_keys(void) {
-    key_refused(7, 2, 1, "boolean other than 0 and 1");
+    key_refused(7, 2, 1, "boolean that is neither 0 nor 1");
     key_refused(13, 0, 8, "\"key\" is of an unknown type");
     key_refused(8, UINT64_MAX, 8, "longer than the file");
     key_refused(8, 1000, 8, "longer than the file");
@@ -316,7 +316,7 @@ static void test_bad_keys(void) {
     expect_refused(&b, "key \"twice\" appears twice");
     put_header(&b, 0, 1);
     put_key(&b, "", 4, 1, 4);
-    expect_refused(&b, "no usable name");
+    expect_refused(&b, "has a name that is");
     put_header(&b, 0, 1);
     put_key(&b, "general.alignment", 4, 24, 4);
     expect_refused(&b, "power of two");
@@ -333,7 +333,7 @@ static void tensor_refused(uint64_t cols, uint64_t rows, uint32_t type, uint64_t
 
 static void test_bad_tensors(void) {
     tensor_refused(0, 1, TYPE_F32, 0, "size of 0");
-    tensor_refused(1, (uint64_t)1 << 31, TYPE_F32, 0, "beyond 2147483647");
+    tensor_refused(1, (uint64_t)1 << 31, TYPE_F32, 0, "above 2147483647");
     tensor_refused(INT32_MAX, INT32_MAX, TYPE_F32, 0, "more elements than a file can hold");
     tensor_refused(17, 1, TYPE_F32, 0, "needs 68 bytes, and 64 are left");
     tensor_refused(16, 2, TYPE_Q8_0, 0, "is q8_0 with rows of no multiple of 32");

@@ -1,29 +1,30 @@
-/* noise.c - the numbers that torch draws for a seed: torch.randn(n,
- * generator=torch.Generator().manual_seed(seed)) on a CPU, float32.
+/* noise.c - draws the same normal numbers as torch.randn(n, generator=torch.Generator().manual_seed(seed)) on a CPU in
+ * float32.
  *
- * The integers come from the Mersenne Twister (Matsumoto and Nishimura 1998, mt19937ar.c), seeded with the
- * low 32 bits of the seed. The first two of seed 5489 are 3499211612 and 581869302.
+ * Integers: the Mersenne Twister MT19937 (Matsumoto and Nishimura 1998, mt19937ar.c), seeded with the low 32 bits of
+ * the seed. Seed 5489 gives 3499211612, then 581869302.
  *
- * From integers to normal numbers there are two ways (ATen/native/cpu/DistributionTemplates.h), both
- * Box-Muller, and the length decides between them:
+ * Normal numbers: the Box-Muller transform. torch has two variants and chooses by n
+ * (ATen/native/cpu/DistributionTemplates.h):
  *
- *   n >= 16   Uniform floats fill the array; then each 16 of them become normal, the first 8 with the last 8:
- *             radius sqrt(-2 log(1 - u[j])), angle 2 pi u[j+8]; cosines go to [j], sines to [j+8]. If n is no
- *             multiple of 16, the last 16 places are drawn anew, so values that were already there change.
- *   n < 16    One number after the other in double, from two 53-bit uniforms; the sine is kept for the next
- *             call, of which it may be the first number.
+ *   n >= 16   Fill the array with uniform floats u. Transform it in blocks of 16, for j = 0 to 7:
+ *                 radius = sqrt(-2 log(1 - u[j])), angle = 2 pi u[j+8]
+ *                 x[j] = radius cos(angle), x[j+8] = radius sin(angle)
+ *             If n is not a multiple of 16, draw the last 16 elements anew and transform them. They overwrite
+ *             elements of the block before.
+ *   n < 16    Compute one number at a time in double from two 53-bit uniforms. Each pair of uniforms gives two numbers;
+ *             the second is kept for the next number, which may belong to a later call.
  *
- * So torch.randn(20) does not begin with torch.randn(4), and a draw of 16 or more leaves a kept sine alone.
- * A tensor of any shape is drawn flat, in C order.
+ * So torch.randn(20) does not begin with torch.randn(4), and a call with n >= 16 does not use a kept number. A tensor
+ * of any shape is drawn as a flat array in C order.
  *
- * torch computes logarithm, sine and cosine with vector functions of its own in float. Here each is computed
- * in double and rounded to float at once. Five numbers of six are then torch's to the last bit, and the rest
- * differ by its functions' own error. (Where torch finds no AVX2 it takes the C library's functions, and
- * differs from itself by 2e-6.)
+ * torch computes log, sin and cos with its own float vector functions. This file computes them in double and rounds to
+ * float. Five of six numbers then equal torch's bit for bit; the others differ by the error of torch's functions.
+ * (Without AVX2 torch uses the C library, and differs from its own AVX2 results by 2e-6.)
  *
- * A draw of 16 or more numbers is the same with every C library: for none of the 2^24 uniform floats does the
- * exact logarithm, cosine or sine lie within 9 units in the last place of a double of the middle between two
- * floats (tests/test_libm.c). A shorter draw, which no clip needs, takes 2^53 others, and has no such proof. */
+ * For n >= 16 the result is the same with every C library whose log, sin and cos are within 9 ulp of a double: for none
+ * of the 2^24 uniform floats is the exact value that close to the midpoint of two floats (tests/test_libm.c). For
+ * n < 16 there are 2^53 uniforms and no such proof; no clip draws so few. */
 #include "engine/engine.h"
 
 #include <math.h>
@@ -61,18 +62,18 @@ uint32_t generator_next(Generator *generator) {
     return y ^ y >> 18;
 }
 
-/* [0, 1) in steps of 2^-24. */
+/* Uniform in [0, 1), a multiple of 2^-24. */
 static float uniform_float(Generator *generator) {
     return (float)(generator_next(generator) & 0xffffff) * 0x1p-24f;
 }
 
-/* [0, 1) in steps of 2^-53. */
+/* Uniform in [0, 1), a multiple of 2^-53. */
 static double uniform_double(Generator *generator) {
     uint64_t high = generator_next(generator), low = generator_next(generator);
     return (double)((high << 32 | low) & 0x1fffffffffffffu) * 0x1p-53;
 }
 
-/* normal_fill_16 */
+/* torch's normal_fill_16() */
 void normal_16(float x[16]) {
     for (int j = 0; j < 8; j++) {
         float radius = sqrtf(-2 * (float)log(1 - (double)x[j]));
@@ -95,7 +96,7 @@ static void normal_fill(Generator *generator, float *out, size_t n) {
     }
 }
 
-/* at::normal_distribution<double>: the first uniform is the angle, the second the radius. */
+/* torch's at::normal_distribution<double>: the first uniform gives the angle, the second the radius. */
 static double normal_one(Generator *generator) {
     if (generator->has_spare) {
         generator->has_spare = false;
@@ -113,7 +114,7 @@ void generator_randn(Generator *generator, float *out, size_t n) {
     else for (size_t i = 0; i < n; i++) out[i] = (float)normal_one(generator);
 }
 
-/* ---------------------------------------------------------------- in parts, behind others */
+/* ---------------------------------------------------------------- skipping, drawing in parts */
 
 void generator_skip(Generator *generator, size_t n) {
     float unused[16];
@@ -130,8 +131,8 @@ Draw draw_start(uint64_t seed, size_t n) {
     return draw;
 }
 
-/* The next 16 of n >= 16. The last 16 come from uniform numbers behind those of all n; in front of them a block may
- * break off. */
+/* Draws the next block. If n is not a multiple of 16, the last block is x[n-16..n-1]: it overlaps the block before, and
+ * its uniforms are numbers n to n+15 of the sequence. */
 static void next_block(Draw *draw) {
     draw->place = 0;
     if (draw->n < 16) {

@@ -123,7 +123,7 @@ static double group_limit(const char *controller, Limit *version_1, Limit *versi
         group[strcspn(group, "\n")] = 0;
         if (!*++controllers) {
             least = fmin(least, least_limit("/sys/fs/cgroup", group, version_2));
-            least = fmin(least, least_limit("/sys/fs/cgroup/unified", group, version_2)); /* if version 1 is mounted too */
+            least = fmin(least, least_limit("/sys/fs/cgroup/unified", group, version_2)); /* beside version 1 */
         } else if (lists(controllers, controller)) {
             least = fmin(least, least_limit(tree, group, version_1));
         }

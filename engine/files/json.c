@@ -1,8 +1,10 @@
-/* json.c - writes JSON (RFC 8259) into text that grows, and finds one value in a text of it.
+/* json.c - writes JSON (RFC 8259) into a growable string, and finds the value of a key in a JSON text.
  *
- * Strings may hold anything: JSON is UTF-8, so what is not becomes U+FFFD, the replacement character, and
- * control characters are escaped. Numbers are written with as many digits as it takes to read the same
- * number back; JSON has no infinities, they become null. */
+ * A string may hold any bytes. Invalid UTF-8 becomes U+FFFD, and control characters are escaped. A double is written
+ * with the fewest digits that read back as the same double. Infinity and NaN become null, since JSON has neither.
+ *
+ * json_find() scans the text for a key of the outermost object. It does not validate the text, and reads no byte beyond
+ * its end. */
 #include "engine/engine.h"
 
 #include <inttypes.h>
@@ -36,7 +38,7 @@ static void append_string(Json *json, const char *string) {
     free(valid.data);
 }
 
-/* What comes before a value: a comma after an earlier one, a line of its own, and its key, if it has one. */
+/* Writes what precedes a value: a comma if it is not the first, a new line, the indentation, the key. */
 static void begin_value(Json *json, const char *key) {
     if (json->text.size && !json->first) append(json, ",");
     if (json->text.size) append(json, "\n");
@@ -105,7 +107,7 @@ void json_free(Json *json) {
 
 /* ---------------------------------------------------------------- finding */
 
-/* The end of the string whose opening quote stands at `at`: its closing quote, or the text's end. */
+/* The index of the closing quote of the string whose opening quote is at `at`; text.size if there is none. */
 static size_t string_end(Bytes text, size_t at) {
     for (at++; at < text.size && text.data[at] != '"'; at++)
         if (text.data[at] == '\\') at++;
@@ -117,7 +119,7 @@ static size_t skip_space(Bytes text, size_t at) {
     return at;
 }
 
-/* The value that begins at `at`: a string without its quotes, or a number or word. */
+/* The value that begins at `at`: a string without its quotes, a number, true, false or null. */
 static Bytes value_at(Bytes text, size_t at) {
     size_t end = at;
     if (at < text.size && text.data[at] == '"') end = string_end(text, at++);
@@ -125,7 +127,7 @@ static Bytes value_at(Bytes text, size_t at) {
     return (Bytes){text.data + at, end > at ? end - at : 0};
 }
 
-/* A string in the outermost object is a key if a colon follows it. */
+/* At depth 1, a string followed by a colon is a key. */
 Bytes json_find(Bytes text, const char *key) {
     int depth = 0;
     for (size_t at = 0; at < text.size; at++) {

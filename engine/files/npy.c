@@ -1,17 +1,18 @@
-/* npy.c - arrays in files, in numpy's format (numpy/lib/format.py).
+/* npy.c - reads and writes arrays in numpy's .npy format (numpy/lib/format.py).
  *
  *   "\x93NUMPY"  u8 major  u8 minor  u16 (u32 from version 2 on) length of the header
  *   header:  {'descr': '<f4', 'fortran_order': False, 'shape': (16, 2, 4, 6), }  spaces, "\n"
  *   the values
  *
- * Read are the numbers that numpy writes without pickling: floats of 2, 4 and 8 bytes, integers of 1 to 8 bytes
- * with and without a sign, booleans; in either byte order; in C order (the last index runs fastest) or Fortran
- * order (the first does). The values stay where they lie in the mapped file, so that a clip longer than memory
- * can be compared; npy_get() turns some of them at a time into doubles, which hold each of these types but for
- * integers beyond 2^53.
+ * It reads every type that numpy writes as plain numbers: floats of 2, 4 and 8 bytes, signed and unsigned integers of
+ * 1 to 8 bytes, booleans; little or big endian; in C order (the last index varies fastest) or Fortran order (the first
+ * does). The values stay in the mapped file, so a clip larger than memory can be compared. npy_get() converts some of
+ * them at a time to doubles; this is exact except for integers beyond 2^53.
  *
- * The header is Python source text; what is accepted of it is the dictionary above, with its keys in any order
- * and either kind of quotes, which is all that numpy and the writers of other languages write. */
+ * The header is a Python dictionary literal. The parser accepts the one above, its keys in any order, with single or
+ * double quotes. numpy and the libraries of other languages write nothing else.
+ *
+ * It writes little-endian f4 and i4 in C order. */
 #include "engine/engine.h"
 
 #include <inttypes.h>
@@ -45,7 +46,7 @@ typedef struct {
     const char *at, *end;
 } Cursor;
 
-enum { MAX_WORD = 24 }; /* of the strings that mean something here, with its end */
+enum { MAX_WORD = 24 }; /* bytes of the longest string that can be valid, with its 0 */
 
 typedef struct {
     char descr[MAX_WORD];
@@ -57,7 +58,7 @@ static void skip_spaces(Cursor *text) {
     while (text->at < text->end && memchr(" \t\r\n", *text->at, 4)) text->at++;
 }
 
-/* Takes a word or sign if it comes next, after spaces. */
+/* Skips spaces, then `word` if it comes next; false if it does not. */
 static bool accept(Cursor *text, const char *word) {
     size_t length = strlen(word);
     skip_spaces(text);
@@ -66,7 +67,7 @@ static bool accept(Cursor *text, const char *word) {
     return true;
 }
 
-/* A string between two quotes of either kind; false if there is none, or a longer one. */
+/* Reads a string in single or double quotes; false if there is none or it is too long. */
 static bool accept_string(Cursor *text, char out[MAX_WORD]) {
     const char *quote = accept(text, "'") ? "'" : "\"";
     if (*quote == '"' && !accept(text, quote)) return false;
@@ -78,7 +79,7 @@ static bool accept_string(Cursor *text, char out[MAX_WORD]) {
     return true;
 }
 
-/* Digits, behind which Python 2 may have put an L. */
+/* Reads a size: digits, and an L that Python 2 may have added. */
 static bool accept_size(Cursor *text, int *out) {
     int64_t value = 0;
     skip_spaces(text);
@@ -94,17 +95,17 @@ static bool accept_size(Cursor *text, int *out) {
 static const char *parse_descr(Cursor *text, Header *header) {
     header->seen_descr = true;
     if (accept_string(text, header->descr)) return NULL;
-    return accept(text, "[") ? "values of a structured type, expected plain numbers"
-                             : "the header's descr is no string that is known here";
+    return accept(text, "[") ? "the values are of a structured type, expected plain numbers"
+                             : "the header's descr is not a string such as '<f4'";
 }
 
 static const char *parse_order(Cursor *text, Header *header) {
     header->seen_order = true;
     header->fortran_order = accept(text, "True");
-    return header->fortran_order || accept(text, "False") ? NULL : "the header's fortran_order is no boolean";
+    return header->fortran_order || accept(text, "False") ? NULL : "the header's fortran_order is not True or False";
 }
 
-/* A leading size of 1 makes room for one size more: it is a batch axis, which npy_fit() would take off. */
+/* A shape of more than MAX_DIMS sizes loses a leading 1, a batch axis that npy_fit() would remove. */
 static bool add_size(Shape *shape, int size) {
     if (shape->n == MAX_DIMS && shape->d[0] == 1) {
         memmove(shape->d, shape->d + 1, (MAX_DIMS - 1) * sizeof *shape->d);
@@ -119,20 +120,20 @@ static const char *parse_shape(Cursor *text, Header *header) {
     int size;
     header->seen_shape = true;
     header->shape.n = 0;
-    if (!accept(text, "(")) return "the header's shape is no tuple";
+    if (!accept(text, "(")) return "the header's shape is not a tuple";
     while (!accept(text, ")")) {
-        if (!accept_size(text, &size)) return "the header's shape is no tuple of sizes";
-        if (!add_size(&header->shape, size)) return "more than 5 dimensions";
+        if (!accept_size(text, &size)) return "the header's shape is not a tuple of sizes";
+        if (!add_size(&header->shape, size)) return "the array has more than 5 dimensions";
         if (!accept(text, ",") && (text->at == text->end || *text->at != ')'))
-            return "the header's shape is no tuple of sizes";
+            return "the header's shape is not a tuple of sizes";
     }
     return NULL;
 }
 
-/* "key: value" of the dictionary. */
+/* Parses one "key: value" of the dictionary. */
 static const char *parse_item(Cursor *text, Header *header) {
     char key[MAX_WORD];
-    if (!accept_string(text, key) || !accept(text, ":")) return "the header is no dictionary";
+    if (!accept_string(text, key) || !accept(text, ":")) return "the header is not a dictionary";
     if (!strcmp(key, "descr")) return parse_descr(text, header);
     if (!strcmp(key, "fortran_order")) return parse_order(text, header);
     if (!strcmp(key, "shape")) return parse_shape(text, header);
@@ -141,14 +142,14 @@ static const char *parse_item(Cursor *text, Header *header) {
 
 static const char *parse_header(Cursor text, Header *header) {
     const char *why = NULL;
-    if (!accept(&text, "{")) return "the header is no dictionary";
+    if (!accept(&text, "{")) return "the header is not a dictionary";
     while (!why && !accept(&text, "}")) {
         why = parse_item(&text, header);
         if (!why && !accept(&text, ",") && (text.at == text.end || *text.at != '}'))
-            why = "the header is no dictionary";
+            why = "the header is not a dictionary";
     }
     skip_spaces(&text);
-    if (!why && text.at != text.end) why = "the header goes on after its dictionary";
+    if (!why && text.at != text.end) why = "the header has text after its dictionary";
     if (!why && !(header->seen_descr && header->seen_order && header->seen_shape))
         why = "the header lacks descr, fortran_order or shape";
     return why;
@@ -156,7 +157,7 @@ static const char *parse_header(Cursor text, Header *header) {
 
 /* ---------------------------------------------------------------- values */
 
-/* "<f4": byte order, kind, bytes. */
+/* Parses "<f4": byte order, kind, bytes. */
 static const char *parse_type(const char *descr, Npy *out) {
     static const char *const known[] = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"};
     bool ordered = *descr && strchr("<>=|", *descr);
@@ -170,7 +171,8 @@ static const char *parse_type(const char *descr, Npy *out) {
                        : descr[1] == 'O' ? " (pickled objects)"
                        : descr[1] == 'c' ? " (complex numbers)"
                                          : "";
-    return reason("values of type '%s'%s, expected floats of 2, 4 or 8 bytes, integers or booleans", descr, what);
+    return reason("the values are of type '%s'%s, expected floats of 2, 4 or 8 bytes, integers or booleans", descr,
+                  what);
 }
 
 static const char *check_values(const Header *header, Bytes data, Npy *out) {
@@ -179,11 +181,11 @@ static const char *check_values(const Header *header, Bytes data, Npy *out) {
     uint64_t expected = (uint64_t)out->width;
     for (int i = 0; i < header->shape.n; i++) {
         uint64_t size = (uint64_t)header->shape.d[i];
-        if (size && expected > SIZE_MAX / size) return "the shape is larger than memory";
+        if (size && expected > SIZE_MAX / size) return "the shape has more bytes than 64 bits can count";
         expected *= size;
     }
     if (data.size != expected)
-        return reason("%zu bytes of values, expected %" PRIu64 " for the shape", data.size, expected);
+        return reason("the file holds %zu bytes of values, expected %" PRIu64 " for its shape", data.size, expected);
     out->shape = header->shape;
     out->fortran_order = header->fortran_order;
     out->data = data.data;
@@ -199,7 +201,7 @@ const char *npy_parse(Bytes bytes, Npy *out) {
     if (major < 1 || major > 3) return reason(".npy version %d.%d, expected 1.0 to 3.0", major, p[7]);
     size_t start = major == 1 ? 10 : 12, length = p[8] | p[9] << 8;
     if (major > 1) length |= (size_t)p[10] << 16 | (size_t)p[11] << 24;
-    if (length > bytes.size - start) return "the header is cut off";
+    if (length > bytes.size - start) return "the file ends inside its header";
     Header header = {0};
     const char *text = (const char *)p + start;
     const char *why = parse_header((Cursor){text, text + length}, &header);
@@ -222,12 +224,12 @@ void npy_free(Npy *array) {
     *array = (Npy){0};
 }
 
-/* Where the element lies whose number in C order is `flat`. */
+/* The index in the file of the element with index `flat` in C order. */
 static size_t place_of(const Npy *array, size_t flat) {
     size_t place = 0, size = shape_count(&array->shape);
     if (!array->fortran_order) return flat;
     for (int i = array->shape.n; i-- > 0; flat /= (size_t)array->shape.d[i]) {
-        size /= (size_t)array->shape.d[i]; /* of the indices that run faster in Fortran order */
+        size /= (size_t)array->shape.d[i]; /* stride of index i in Fortran order */
         place += flat % (size_t)array->shape.d[i] * size;
     }
     return place;
@@ -262,7 +264,7 @@ float *npy_floats(const Npy *array) {
     return values;
 }
 
-/* ---------------------------------------------------------------- shapes that do not fit */
+/* ---------------------------------------------------------------- shapes that differ */
 
 static int compare_sizes(const void *a, const void *b) { return *(const int *)a - *(const int *)b; }
 
@@ -279,13 +281,14 @@ static Shape inner_shape(const Shape *shape) {
     return inner;
 }
 
-/* What most likely happened to an array that should have another shape; "" if that cannot be told. */
+/* The likely cause of a wrong shape, as text to append to a message; "" if there is no guess. */
 static const char *misfit(const Shape *found, const Shape *expected) {
     if (found->n == 0 || expected->n == 0) return "";
     Shape inner = inner_shape(found), rows = inner_shape(expected);
-    if (shape_equal(&inner, expected)) return ": a batch, of which one is expected";
+    if (shape_equal(&inner, expected)) return ": a batch, expected a single element of it";
     if (found->n == expected->n + 1 && found->d[0] == 1) return misfit(&inner, expected);
-    if (shape_equal(&inner, &rows) && found->d[0] > expected->d[0]) return ": padded? Only the first rows are expected";
+    if (shape_equal(&inner, &rows) && found->d[0] > expected->d[0])
+        return ": it has more rows, perhaps padding; expected only the first";
     return same_sizes_in_another_order(*found, *expected) ? ": its axes are in another order" : "";
 }
 
@@ -302,18 +305,19 @@ const char *npy_fit(Npy *array, const Shape *expected) {
 
 /* ---------------------------------------------------------------- writing */
 
-/* numpy leaves room for the first size to grow to 21 digits in place, and then pads to a multiple of 64. */
+/* As numpy does, it pads the first size to 21 digits, so that the size can be changed in place, then the header to a
+ * multiple of 64 bytes. */
 size_t npy_header(char *out, size_t size, const Shape *shape, char kind) {
     char sizes[64] = "", first[16] = "";
     shape_string(shape, sizes);
-    sizes[strlen(sizes) - 1] = 0; /* the brackets go */
+    sizes[strlen(sizes) - 1] = 0; /* removes "]"; `sizes + 1` below skips "[" */
     if (shape->n) snprintf(first, sizeof first, "%d", shape->d[0]);
     int growth = shape->n ? 21 - (int)strlen(first) : 0;
     int length = snprintf(out, size,
                           "%cNUMPY%c%c__{'descr': '<%c4', 'fortran_order': False, 'shape': (%s%s), }%*s",
                           0x93, 1, 0, kind, sizes + 1, shape->n == 1 ? "," : "", growth, "");
     size_t total = ((size_t)length + 1 + 63) / 64 * 64;
-    if (total > size) die(STATUS_RESOURCE, "an .npy header of %zu bytes in %zu (a bug)", total, size);
+    if (total > size) die(STATUS_RESOURCE, "an .npy header needs %zu bytes, there are %zu (a bug)", total, size);
     memset(out + length, ' ', total - (size_t)length - 1);
     out[total - 1] = '\n';
     out[8] = (char)((total - 10) & 255);

@@ -1,4 +1,4 @@
-/* sha256.c - the digest that names a file's content (FIPS 180-4, section 6.2).
+/* sha256.c - SHA-256 (FIPS 180-4, section 6.2), with the names of the standard.
  *
  * SHA-256 of "abc" is ba7816bf 8f01cfea 414140de 5dae2223 b00361a3 96177a9c b410ff61 f20015ad. */
 #include "engine/engine.h"

@@ -1,22 +1,24 @@
-/* tap.c - named tensors out of the running program, and back into it: --dump writes them, --check compares them,
- * --feed replaces them.
+/* tap.c - taps: named tensors of the running program. --dump writes them to files, --check compares them with reference
+ * files, --feed replaces them by the reference.
  *
- * The stages hand over whatever the interface names; this file alone knows whether anybody listens. A name
- * is the scope ("step003.cond.") and what the stage adds ("block07"). A tensor is checked if the folder
- * holds a file of its name. What only the folder has, and what only the run has, is listed at the end.
+ * Each stage calls tap() with the tensors that it computes. A name is the scope ("step003.cond.") plus the stage's own
+ * name ("block07"). A tensor is compared if the folder of --check holds NAME.npy. The report lists the files that no
+ * tensor matched and the tensors that have no file.
  *
- * The measure is the largest difference over the largest magnitude of the reference: one small entry among
- * large ones may be off by much of itself, and that is rounding. The cosine beside it tells a wrong scale
- * from a wrong direction. Token ids have to be equal. A float16 reference stands for all numbers that round to it:
- * what its rounding explains is no difference.
+ *   relative = max |run - reference| / max |reference|      must not exceed the tolerance
+ *   cosine   = run . reference / (|run| |reference|)        1 with a large `relative`: only the scale is wrong
  *
- * With --feed the run goes on with the reference's numbers once they are compared, so that a stage is judged on
- * the inputs that the reference's stage had, and what one stage adds does not reach the next one's difference.
- * A stage must therefore read a tensor from where it was tapped, after it was tapped. What a sampler remembers
- * of earlier steps has no name: it is the run's own, made from what was fed.
+ * The difference is relative to the whole tensor, not to each element: a small element among large ones may have a
+ * large relative rounding error. For a float16 reference, the rounding to float16 (2^-11 of an element) is subtracted
+ * from each difference. Token ids must be equal.
  *
- * The decoded video may be larger than memory, so tap_frame() takes it frame by frame: into its places in
- * the dump, and against its places in the mapped reference. */
+ * With --feed, a tensor is overwritten by its reference after the comparison. So each stage gets the inputs that the
+ * reference's stage had, and the error of one stage does not add to the next one's. A stage must therefore read a
+ * tensor from the memory that it tapped, after the tap. A sampler's history of earlier steps has no name and is not
+ * replaced; the run computes it from replaced tensors.
+ *
+ * The decoded video may be larger than memory. tap_frame() takes one frame at a time, and writes or compares it at its
+ * place in the file. */
 #include "engine/engine.h"
 
 #include <ctype.h>
@@ -33,36 +35,36 @@ bool taps_on;
 
 enum { MAX_NAME = 128, PART = 1024 /* elements compared at a time */ };
 
-/* A line of the table; `why` is NULL if the tensor agrees. */
+/* A line of --check's table. `why` is the reason for a failure, or NULL. */
 typedef struct {
     char *name, *why;
     Shape shape;
-    bool measured; /* the numbers below are known */
+    bool measured; /* whether the numbers below are set */
     double absolute, relative, cosine;
     size_t worst; /* flat index */
 } Row;
 
 /* A comparison in progress. */
 typedef struct {
-    double rounding; /* of the reference's type, relative; 0 where it is too small to matter */
+    double rounding; /* relative rounding error of a float16 reference; 0 for other types */
     double absolute, magnitude, dot, actual_squares, expected_squares, actual_sum, expected_sum;
     size_t count, worst;
-    const char *bad; /* whose number at `worst` is not finite; NULL if all are */
+    const char *bad; /* "this run's" or "the reference's": whose value at `worst` is not finite; NULL: none */
 } Difference;
 
-/* Tensors of the run that have no reference and whose names differ in their numbers alone. */
+/* A group of tensors without a reference whose names differ only in digits: block00 to block29. */
 typedef struct {
     char *first, *last;
     int count;
 } Lack;
 
-/* A tensor that arrives in frames; a few do at a time. */
+/* A tensor that arrives frame by frame. */
 typedef struct {
     char *name; /* NULL: free */
     OutputFile file;
     Npy reference;
     Difference difference;
-    int row; /* its place in the table, -1 if it is not checked */
+    int row; /* index in taps.rows; -1 if it is not compared */
 } Stream;
 
 static struct {
@@ -71,7 +73,7 @@ static struct {
     bool feed;
     char scope[MAX_NAME];
     int dumped;
-    char **files; /* of check_dir, without .npy */
+    char **files; /* names of the .npy files in check_dir, without .npy */
     bool *compared;
     int file_count;
     Row *rows;
@@ -87,7 +89,7 @@ static int compare_strings(const void *a, const void *b) {
     return strcmp(*(char *const *)a, *(char *const *)b);
 }
 
-/* The names of the .npy files in the folder, sorted. */
+/* Sets taps.files, sorted. */
 static void list_files(const char *dir) {
     DIR *folder = opendir(dir);
     if (!folder) die(STATUS_USAGE, "--check %s: %s", dir, strerror(errno));
@@ -98,7 +100,7 @@ static void list_files(const char *dir) {
         taps.files[taps.file_count++] = format_string("%.*s", (int)length - 4, entry->d_name);
     }
     closedir(folder);
-    if (!taps.file_count) die(STATUS_USAGE, "--check %s: the folder holds no .npy file", dir);
+    if (!taps.file_count) die(STATUS_USAGE, "--check %s: the folder contains no .npy file", dir);
     qsort(taps.files, (size_t)taps.file_count, sizeof *taps.files, compare_strings);
     taps.compared = allocate((size_t)taps.file_count * sizeof *taps.compared);
 }
@@ -177,8 +179,8 @@ static void note_lack(const char *name) {
     taps.lacks[i].count++;
 }
 
-/* Opens the reference of a tensor and begins its row; NULL if there is none. The row says why if the two cannot be
- * compared. The reference is the caller's to free. */
+/* Opens the reference of a tensor and adds its row; returns NULL if there is no reference. If the two cannot be
+ * compared, row->why is set. The caller frees *reference. */
 static Row *check_open(const char *name, const Shape *shape, Npy *reference) {
     int i = 0;
     while (i < taps.file_count && strcmp(taps.files[i], name)) i++;
@@ -197,7 +199,7 @@ static Row *check_open(const char *name, const Shape *shape, Npy *reference) {
     return row;
 }
 
-/* Adds n elements, the first of which has flat index `first`. */
+/* Adds n elements to the comparison; the first has flat index `first`. */
 static void compare(Difference *d, const float *actual, const double *expected, size_t n, size_t first) {
     for (size_t i = 0; i < n && !d->bad; i++) {
         double a = actual[i], e = expected[i], absolute = fmax(fabs(a - e) - d->rounding * fabs(e), 0);
@@ -216,13 +218,13 @@ static void compare(Difference *d, const float *actual, const double *expected, 
     d->count += n;
 }
 
-/* Where the reference is not finite, the run's own number stays. */
+/* --feed. A value of the reference that is not finite is not copied. */
 static void feed(float *values, const double *expected, size_t n) {
     for (size_t i = 0; i < n; i++)
         if (isfinite((float)expected[i])) values[i] = (float)expected[i];
 }
 
-/* n elements of a tensor, the first of which has flat index `first`, against their reference. */
+/* Compares n elements of a tensor with their reference; the first has flat index `first`. */
 static void check_part(Difference *d, float *values, const Npy *reference, size_t n, size_t first) {
     double expected[PART];
     for (size_t done = 0, part; done < n; done += part) {
@@ -233,7 +235,7 @@ static void check_part(Difference *d, float *values, const Npy *reference, size_
     }
 }
 
-/* "[3, 0, 17]": the place of a flat index. */
+/* The indices of a flat index: "[3, 0, 17]". */
 static char *place_string(const Shape *shape, size_t flat, char buffer[64]) {
     Shape place = *shape;
     for (int i = shape->n; i-- > 0;) {
@@ -248,8 +250,8 @@ static Difference difference_from(const Npy *reference) {
     return (Difference){.rounding = reference->kind == 'f' && reference->width == 2 ? 0x1p-11 : 0};
 }
 
-/* What a tensor has become that is off as a whole: another scale or another zero, as of pixels in [0,1]. A new
- * string, "" if it is nothing so simple. */
+/* Fits reference = slope * run + offset by least squares. If it fits well, as for pixels in [0,1] instead of [-1,1],
+ * returns a text for the message; else "". A new string. */
 static char *linear_relation(const Difference *d) {
     double n = (double)d->count, covariance = d->dot - d->actual_sum * d->expected_sum / n;
     double actual = d->actual_squares - d->actual_sum * d->actual_sum / n;
@@ -269,7 +271,7 @@ static void conclude(const Difference *d, Row *row) {
     row->worst = d->worst;
     row->measured = !d->bad;
     row->absolute = d->absolute;
-    row->relative = d->absolute == 0 ? 0 : d->absolute / d->magnitude; /* infinite if all of it should be 0 */
+    row->relative = d->absolute == 0 ? 0 : d->absolute / d->magnitude; /* infinite if the reference is all 0 */
     row->cosine = norms > 0 ? d->dot / norms : d->absolute == 0;
     if (!d->bad && row->relative <= taps.tolerance) return;
     char *relation = linear_relation(d);
@@ -277,7 +279,7 @@ static void conclude(const Difference *d, Row *row) {
         row->why = format_string("%s value at %s is not finite", d->bad,
                                  place_string(&row->shape, row->worst, place));
     else if (isinf(row->relative)) row->why = format_string("the reference is 0 everywhere");
-    else row->why = format_string("%.2e is beyond %g%s", row->relative, taps.tolerance, relation);
+    else row->why = format_string("relative difference %.2e exceeds %g%s", row->relative, taps.tolerance, relation);
     free(relation);
 }
 
@@ -292,12 +294,12 @@ static void check_floats(const char *name, float *values, const Shape *shape) {
     npy_free(&reference);
 }
 
-/* Whether ids of another number are a text of their own, and no padded one: they end as the run's do, with </s>. */
+/* Whether the reference ends with </s> as the run's ids do. If not, its ids are padded. */
 static bool ends_alike(const int32_t *ids, int n, const double *expected, size_t count) {
     return count > 0 && expected[count - 1] == ids[n - 1];
 }
 
-/* The reference's ids take the place of the run's, and so does their number. Returns how many they are now. */
+/* --feed: replaces the run's n ids by the reference's, if they are valid ids. Returns the new number of ids. */
 static int feed_ids(int32_t *ids, int n, int room, int vocabulary, const double *expected, size_t count) {
     bool fits = count <= (size_t)room && (count == (size_t)n || ends_alike(ids, n, expected, count));
     for (size_t i = 0; i < count && fits; i++)
@@ -345,7 +347,7 @@ void tap_floats(float *values, Shape shape, const char *format, ...) {
     if (taps.check_dir) check_floats(name, values, &shape);
 }
 
-/* Values (F,C,P) into clip (C,F,P), or back. */
+/* Copies values (F,C,P) to clip (C,F,P); with `back`, clip to values. P is a plane, height * width. */
 static void transpose_frames(float *clip, float *values, const Shape *shape, bool back) {
     size_t C = (size_t)shape->d[0], F = (size_t)shape->d[1], plane = (size_t)shape->d[2] * (size_t)shape->d[3];
     for (size_t c = 0; c < C; c++)
@@ -365,7 +367,7 @@ void tap_transposed(float *values, Shape shape, const char *format, ...) {
     float *clip = allocate(sizeof(float) * shape_count(&shape));
     transpose_frames(clip, values, &shape, false);
     tap_floats(clip, shape, "%s", name);
-    transpose_frames(clip, values, &shape, true); /* --feed may have put others there */
+    transpose_frames(clip, values, &shape, true); /* --feed may have changed clip */
     free(clip);
 }
 
@@ -391,7 +393,7 @@ static void stream_open(Stream *stream, const char *name, const Shape *shape) {
     }
 }
 
-/* A tensor that is complete stands behind what it was made from. */
+/* Moves the row to the end of the table: a tensor follows those that it was computed from. */
 static void row_to_end(Stream *stream) {
     Row row = taps.rows[stream->row];
     int last = taps.row_count - 1;
@@ -416,7 +418,7 @@ static void stream_close(Stream *stream) {
     *stream = (Stream){0};
 }
 
-/* That of the name, or a free one. */
+/* The stream of that name, or a free one. */
 static Stream *find_stream(const char *name) {
     Stream *found = NULL;
     for (size_t i = 0; i < sizeof taps.streams / sizeof *taps.streams; i++) {
@@ -424,11 +426,11 @@ static Stream *find_stream(const char *name) {
         if (stream->name && !strcmp(stream->name, name)) return stream;
         if (!stream->name) found = stream;
     }
-    if (!found) die(STATUS_RESOURCE, "no room for the tensor %s (a bug)", name);
+    if (!found) die(STATUS_RESOURCE, "more than 4 tensors arrive frame by frame; no room for %s (a bug)", name);
     return found;
 }
 
-/* A frame's plane of channel c starts at element (c*F + index)*H*W of the whole. */
+/* The plane of channel c in frame `index` starts at element (c*F + index)*H*W of the tensor. */
 void tap_frame(float *frame, Shape shape, int index, const char *name) {
     if (!taps_on) return;
     Stream *stream = find_stream(name);
@@ -462,7 +464,7 @@ static void print_rows(void) {
     for (int i = 0; i < taps.row_count; i++) print_row(&taps.rows[i]);
 }
 
-/* What stands on one side alone. */
+/* Files without a tensor, and tensors without a file. */
 static void print_unmatched(void) {
     for (int i = 0; i < taps.file_count; i++)
         if (!taps.compared[i])
@@ -486,7 +488,7 @@ static int count_failures(const Row **first) {
 }
 
 bool taps_report(void) {
-    if (taps.only && !taps.dumped) warn("--dump-only %s: no tensor has such a name", taps.only);
+    if (taps.only && !taps.dumped) warn("--dump-only %s: no tensor's name matches", taps.only);
     if (!taps.check_dir) return true;
     print_rows();
     print_unmatched();
@@ -498,9 +500,9 @@ bool taps_report(void) {
                 failed, taps.row_count, first->name, first->why);
     else if (taps.row_count)
         fprintf(stderr, "check passed: %d tensors within %g", taps.row_count, taps.tolerance);
-    else fprintf(stderr, "check failed: no file in %s has the name of a tensor of this run", taps.check_dir);
-    if (taps.row_count && left) fprintf(stderr, "; %d more in %s were not compared", left, taps.check_dir);
-    if (lacking > 0) fprintf(stderr, "; %d of this run had no reference", lacking);
+    else fprintf(stderr, "check failed: no file in %s is named after a tensor of this run", taps.check_dir);
+    if (taps.row_count && left) fprintf(stderr, "; %d more files in %s were not compared", left, taps.check_dir);
+    if (lacking > 0) fprintf(stderr, "; %d tensors of this run had no reference", lacking);
     fputc('\n', stderr);
     return taps.row_count && !first;
 }

@@ -1,4 +1,4 @@
-/* weights.c - the flat weight file: GGUF, mapped into memory, read where it lies.
+/* weights.c - reads weight files in the GGUF format. The file is mapped, and tensors are used in place.
  *
  *   "GGUF"  u32 version  u64 tensors  u64 keys
  *   keys:     string name, u32 type, value
@@ -6,18 +6,16 @@
  *   padding to `general.alignment`, then the data of each tensor, each padded likewise
  *   (string: u64 length, bytes; a value that is an array: u32 type, u64 count, elements)
  *
- * (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.) All numbers are little endian. Version 2 has the
- * layout of version 3.
+ * Specification: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. All numbers are little endian. Versions 2
+ * and 3 are read; they have the same layout.
  *
- * Parsing is the border: a file that has passed weights_parse() can be used without further checks. Every
- * count is held against the bytes that are left before anything is allocated or skipped, so a file of n
- * bytes costs O(n) whatever its sizes and counts say. Tensors have to follow one another without gaps, as
- * every writer of the format lays them out; a wrong size or offset is caught there. Any program's file is parsed, for
- * --info; what has a type that no product here reads is refused when it is bound.
+ * The file is untrusted. weights_parse() checks everything; a file that has passed needs no further checks. Each count
+ * is compared with the bytes that are left before memory is allocated, so a file of n bytes takes O(n) time and
+ * memory. Tensors must follow each other without gaps, as every writer places them; this finds wrong sizes and offsets.
+ * For --info, tensors of any type are accepted. weights_bind() refuses types that the kernels cannot read.
  *
- * A tensor is used as a matrix (rows, cols). Any split of its sizes into an outer and an inner part will do:
- * the kernel of a convolution (O, I, t, h, w) is bound as the matrix (O, I*t*h*w), and folded sizes bind the
- * same. */
+ * A tensor is bound as a matrix (rows, cols). Its sizes are split at any point: the outer ones multiply to rows, the
+ * inner ones to cols. A convolution kernel (O, I, t, h, w) is bound as (O, I*t*h*w). */
 #include "engine/engine.h"
 
 #include <inttypes.h>
@@ -34,7 +32,7 @@ static const uint8_t value_bytes[VALUE_TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8
 typedef struct {
     Bytes name;
     uint32_t type;
-    WeightArray value; /* a plain value is an array of one */
+    WeightArray value; /* a single value is an array of 1 element */
 } Key;
 
 typedef struct {
@@ -47,12 +45,12 @@ typedef struct {
 
 struct WeightFile {
     char *path;
-    Bytes mapping; /* {NULL, 0} if the bytes are the caller's */
+    Bytes mapping; /* {NULL, 0} if the caller owns the bytes */
     Key *keys;
     Tensor *tensors;
     size_t key_count, tensor_count, alignment;
     Index key_index, tensor_index;
-    void **copies; /* what weights_floats() and weights_string_or() had to copy */
+    void **copies; /* made by weights_floats() and weights_string_or() */
     size_t copy_count;
 };
 
@@ -72,7 +70,8 @@ static const Tensor *find_tensor(const WeightFile *file, const char *name) {
 
 /* ---------------------------------------------------------------- parsing */
 
-/* What is left to read. Each take_ returns false, and takes nothing, if the bytes do not suffice. */
+/* The bytes that are left to read. Each take_ function reads a value from the front; if too few bytes are left, it
+ * returns false and reads nothing. */
 typedef struct {
     const uint8_t *at;
     size_t left;
@@ -117,10 +116,11 @@ static bool take_string(Reader *reader, Bytes *out) {
     return false;
 }
 
-/* A name for a message: "%.*s" takes these two. */
+/* The two arguments of "%.*s" that print a name, cut to MAX_NAME bytes. */
 #define NAMED(bytes) (int)((bytes).size < MAX_NAME ? (bytes).size : MAX_NAME), (const char *)(bytes).data
 
-/* On one line, and harmless to a terminal. */
+/* A name has 1 to MAX_NAME - 1 bytes, all printable: it stays on one line and sends no escape sequence. */
+#define BAD_NAME "empty, longer than 255 bytes or not printable"
 static bool good_name(Bytes name) {
     if (name.size == 0 || name.size >= MAX_NAME) return false;
     for (size_t n; name.size; name.data += n, name.size -= n)
@@ -139,7 +139,7 @@ static const char *take_elements(Reader *reader, WeightArray *out) {
     }
     out->data = start;
     for (size_t i = 0; out->type == VALUE_BOOL && i < out->count; i++)
-        if (start[i] > 1) return "is a boolean other than 0 and 1";
+        if (start[i] > 1) return "is a boolean that is neither 0 nor 1";
     return NULL;
 }
 
@@ -159,7 +159,7 @@ static const char *parse_keys(WeightFile *file, Reader *reader) {
         Key *key = &file->keys[i];
         if (!take_string(reader, &key->name))
             return reason("key %zu of %zu is cut off", i + 1, file->key_count);
-        if (!good_name(key->name)) return reason("key %zu has no usable name", i + 1);
+        if (!good_name(key->name)) return reason("key %zu has a name that is " BAD_NAME, i + 1);
         const char *why = take_value(reader, key);
         if (why) return reason("key \"%.*s\" %s", NAMED(key->name), why);
         if (index_add(&file->key_index, (int32_t)i) >= 0)
@@ -170,13 +170,13 @@ static const char *parse_keys(WeightFile *file, Reader *reader) {
 
 #define MAX_ELEMENTS (SIZE_MAX / 65536) /* so that no later product with a few bytes overflows */
 
-/* The file's sizes are innermost first, a shape is outermost first as everywhere else. How many bytes a type takes
- * that is not known here shows only when the next tensor's place does. */
+/* Reverses the sizes: in the file the innermost is first, in a Shape the outermost. The bytes of an unknown type follow
+ * from the offset of the next tensor, so place_tensors() sets them. */
 static const char *check_sizes(Tensor *tensor, const uint64_t *sizes) {
     Shape *shape = &tensor->shape;
     uint64_t count = 1;
     for (int d = 0; d < shape->n; d++) {
-        if (sizes[d] == 0 || sizes[d] > INT_MAX) return "has a size of 0 or beyond 2147483647";
+        if (sizes[d] == 0 || sizes[d] > INT_MAX) return "has a size of 0 or above 2147483647";
         if (sizes[d] > MAX_ELEMENTS / count) return "has more elements than a file can hold";
         count *= sizes[d];
         shape->d[shape->n - 1 - d] = (int)sizes[d];
@@ -203,13 +203,13 @@ static const char *take_tensor(Reader *reader, Tensor *tensor, uint64_t *offset)
     return check_sizes(tensor, sizes);
 }
 
-/* Where the data begins is known only when the last name has been read, so the offsets are kept till then. */
+/* Offsets count from the start of the data, which is known after the last tensor's name. They are kept until then. */
 static const char *parse_tensors(WeightFile *file, Reader *reader, uint64_t *offsets) {
     for (size_t i = 0; i < file->tensor_count; i++) {
         Tensor *tensor = &file->tensors[i];
         if (!take_string(reader, &tensor->name))
             return reason("tensor %zu of %zu is cut off", i + 1, file->tensor_count);
-        if (!good_name(tensor->name)) return reason("tensor %zu has no usable name", i + 1);
+        if (!good_name(tensor->name)) return reason("tensor %zu has a name that is " BAD_NAME, i + 1);
         const char *why = take_tensor(reader, tensor, &offsets[i]);
         if (why) return reason("tensor \"%.*s\" %s", NAMED(tensor->name), why);
         if (index_add(&file->tensor_index, (int32_t)i) >= 0)
@@ -252,12 +252,12 @@ static const char *read_alignment(WeightFile *file) {
     if (!key) return NULL;
     uint64_t value = key->type == VALUE_U32 ? little_endian(key->value.data, 4) : 0;
     if (value < 8 || value > MAX_ALIGNMENT || value & (value - 1))
-        return "key \"general.alignment\" is no u32 that is a power of two from 8 to 65536";
+        return "key \"general.alignment\" is not a u32 that is a power of two from 8 to 65536";
     file->alignment = (size_t)value;
     return NULL;
 }
 
-/* The reason for a file that is not a GGUF. */
+/* The reason for refusing a file that is not GGUF: what it is instead. */
 static const char *what_it_is(Reader start) {
     static const char *const kinds[][2] = {
         {"PK\3\4", "a PyTorch file (.pth): convert it with export.py"},
@@ -276,7 +276,7 @@ static const char *what_it_is(Reader start) {
     return "this is not a GGUF file";
 }
 
-/* The smallest key takes 14 bytes, the smallest tensor 33; larger counts cannot be true. */
+/* A key has at least 14 bytes, a tensor at least 33. Counts that need more bytes than the file has are refused. */
 static const char *take_header(WeightFile *file, Reader *reader) {
     const uint8_t *magic;
     uint32_t version;
@@ -348,7 +348,7 @@ void weights_close(WeightFile *file) {
 
 /* ---------------------------------------------------------------- tensors */
 
-/* Whether some inner sizes multiply to cols, and the rest to rows. */
+/* Whether some of the inner sizes multiply to cols and the others to rows. */
 static bool splits_into(const Tensor *tensor, int rows, int cols) {
     const Shape *shape = &tensor->shape;
     int d = shape->n - 1;
@@ -385,7 +385,7 @@ static const Tensor *need_tensor(const WeightFile *file, const char *name) {
     return tensor;
 }
 
-/* The owner of the copies is the file's table; handing out a copy does not change what the file means. */
+/* Adds a copy to those that weights_close() frees. The cast removes const: the file's content does not change. */
 static void *keep_copy(const WeightFile *file, void *copy) {
     WeightFile *owner = (WeightFile *)file;
     owner->copies = reallocate(owner->copies, (owner->copy_count + 1) * sizeof(void *));
@@ -465,7 +465,7 @@ Bytes next_string(const uint8_t **cursor) {
     return string;
 }
 
-/* The key, or NULL if there is none; dies if it is of another type. */
+/* Returns the key, or NULL if it is missing. Dies if its type is wrong. */
 static const Key *typed_key(const WeightFile *file, const char *name, bool (*fits)(uint32_t type),
                             const char *what) {
     const Key *key = find_key(file, name);
@@ -481,7 +481,7 @@ static const Key *number_key(const WeightFile *file, const char *name) {
     return typed_key(file, name, is_number, "a number");
 }
 
-/* Hands on a key that must be there. */
+/* Returns the key. Dies if it is missing. */
 static const Key *needed(const WeightFile *file, const char *name, const Key *key) {
     if (!key) weights_refuse(file, "key \"%s\" is missing", name);
     return key;
@@ -551,7 +551,7 @@ bool weights_array(const WeightFile *file, const char *name, WeightArray *out) {
 
 /* ---------------------------------------------------------------- --info */
 
-/* Text from the file, on one line, shortened: it may hold a whole tokenizer. */
+/* Prints a string from the file in quotes, on one line, cut after 100 bytes: it may be a whole tokenizer. */
 static void print_text(Bytes text, FILE *out) {
     enum { SHOWN = 100 };
     size_t n, shown = 0;

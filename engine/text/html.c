@@ -1,8 +1,16 @@
-/* html.c - references to characters, as HTML writes them: "&amp;", "&#38;", "&#x26;".
+/* html.c - decodes one HTML character reference at the start of a text: "&amp;", "&#38;" or "&#x26;".
  *
- * Two readers differ. Python's html.unescape follows the HTML standard, where 106 old names count without
- * their semicolon: "&lt" is "<", "&ampere" is "&ere". ftfy wants the semicolon, and at most 24 letters and
- * digits before it; but it also reads "&EACUTE;", a name in capitals that the standard does not have. */
+ * Upstream decodes references with two libraries, and their rules differ:
+ *
+ *                        html_reference: html.unescape (Python)   ftfy_reference: ftfy 6.3.1
+ *   semicolon            optional after 106 old names and after   required
+ *                        numbers: "&lt" is "<", "&ampere" "&ere"
+ *   length               any                                      at most 24 letters and digits
+ *   names in capitals    those of the standard                    also others: "&EACUTE;" is U+00C9
+ *
+ * The names are those of the HTML5 standard. They are in tables.h and go into a hash table on the first use.
+ * A number from 0x80 to 0x9F is read as Windows-1252, a surrogate or a number above 0x10FFFF as U+FFFD, and control
+ * characters and noncharacters are dropped, all as in html.unescape. */
 #include "engine/engine.h"
 #include "engine/text/tables.h"
 
@@ -11,7 +19,7 @@
 
 /* ---------------------------------------------------------------- names */
 
-/* "Aacute", and "*=c1,..." or "=c1,..." where the table goes on. */
+/* A name, and the rest of its line in tables.h: "*=c1,...", or "=c1,..." if the name needs its semicolon. */
 typedef struct {
     Bytes name;
     const char *value;
@@ -31,10 +39,11 @@ static void load_names(void) {
         }
 }
 
-/* Whether a name counts without its semicolon. */
+/* Whether the name is valid without a semicolon. */
 static bool is_bare(int32_t entity) { return *entities[entity].value == '*'; }
 
-/* Appends what stands behind the '=', or, with `capital`, behind the '^' if there is one: "c1", "3d+20e5". */
+/* Appends the characters of a name: the code points after '=' ("c1", "3d+20e5"). With `capital`, those after '^' if the
+ * entry has a '^'. */
 static void append_entity(Text *out, int32_t entity, bool capital) {
     const char *at = strchr(entities[entity].value, '=');
     if (capital && at[strcspn(at, "^,")] == '^') at = strchr(at, '^');
@@ -64,17 +73,16 @@ uint32_t windows_1252(uint32_t code) {
     return table[code - 0x80];
 }
 
-/* The code points that Python drops (html._invalid_codepoints). */
+/* html._invalid_codepoints: html.unescape returns an empty string for these. */
 static bool is_dropped(uint32_t code) {
     return (code < 0x20 && !strchr("\t\n\f\r", (int)code)) || code == 0x7F ||
            (code >= 0xFDD0 && code <= 0xFDEF) || (code & 0xFFFE) == 0xFFFE;
 }
 
-/* The character that a number stands for: HTML reads 0x80 to 0x9F as Windows-1252. */
 static void append_numbered(Text *out, uint32_t code) {
-    bool none = code == 0 || (code >= 0xD800 && code <= 0xDFFF) || code > 0x10FFFF;
+    bool invalid = code == 0 || (code >= 0xD800 && code <= 0xDFFF) || code > 0x10FFFF;
     if (code >= 0x80 && code <= 0x9F) text_append_character(out, windows_1252(code));
-    else if (none) text_append_character(out, 0xFFFD);
+    else if (invalid) text_append_character(out, 0xFFFD);
     else if (!is_dropped(code)) text_append_character(out, code);
 }
 
@@ -89,9 +97,9 @@ static size_t numeric_reference(Bytes text, Text *out) {
     return at + (at < text.size && text.data[at] == ';');
 }
 
-/* ---------------------------------------------------------------- the two readers */
+/* ---------------------------------------------------------------- html.unescape and ftfy */
 
-/* Of the names that the text goes on with, the longest that counts: "&notin;" is no "&not" and "in;". */
+/* Takes the longest valid name: "&notin;" is U+2209, not "&not" and "in;". */
 size_t html_reference(Bytes text, Text *out) {
     if (text.data[0] != '&') return 0;
     if (text.size > 1 && text.data[1] == '#') return numeric_reference(text, out);
@@ -108,15 +116,15 @@ size_t html_reference(Bytes text, Text *out) {
     return taken;
 }
 
-/* "&NTILDE;" is "&ntilde;" in capitals, unless HTML reads it, or a part of it, some other way. */
+/* Finds the small-letter name of "&NTILDE;": "ntilde". -1 if html.unescape decodes the reference or a prefix of it. */
 static int32_t find_capitals(Bytes reference) {
     Text html = {0};
     char name[32] = {0};
-    bool read = html_reference(reference, &html) > 0;
+    bool decoded = html_reference(reference, &html) > 0;
     free(html.data);
     for (size_t i = 0; i < reference.size - 2; i++) {
         uint8_t c = reference.data[1 + i];
-        if (read || c >= 'a') return -1;
+        if (decoded || c >= 'a') return -1;
         name[i] = (char)(c >= 'A' ? c + 32 : c);
     }
     return index_find(&entity_index, (Bytes){(const uint8_t *)name, strlen(name)});

@@ -1,9 +1,14 @@
-/* normalizer.c - text as a vocabulary has it: U+2581 for spaces, one perhaps in front; the characters that it
- * knows. Each of the two libraries has its own rules, which the weight file names.
+/* normalizer.c - turns clean text into the form that the pieces of a vocabulary have: "a fox" -> "▁a▁fox".
  *
- * tokenizers does no more than that. sentencepiece also has a map from strings to strings (full-width letters
- * to plain ones, tabs to spaces), a double-array trie whose longest key at a place is replaced. It comes from
- * the file as it is: every step is held against its end. */
+ * U+2581 (▁) replaces each space, and one may be added in front. The options are those of the library that made the
+ * vocabulary; the weight file stores them.
+ *
+ *   tokenizers (Hugging Face)  normalize_part():   the pre-tokenizer Metaspace and the normalizer Replace " {2,}"
+ *   sentencepiece              normalize_whole():  Normalizer::Normalize() of normalizer.cc
+ *
+ * sentencepiece also replaces strings (full-width letters by ASCII, tabs by spaces). At each position it replaces the
+ * longest key of a map. The map is a double-array trie (darts-clone) in the weight file. It is not trusted: each lookup
+ * checks its index. */
 #include "engine/engine.h"
 
 #include <string.h>
@@ -31,11 +36,14 @@ static uint32_t trie_unit(Bytes trie, size_t index) {
     return p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24;
 }
 
-/* Bits of a unit (darts-clone): 31 "is a value", 30..0 the value; else 31..10 the offset of the children, 9
- * "offset in steps of 256", 8 "has a value", 7..0 the byte that leads here. */
+/* A unit of the trie has 32 bits (darts-clone):
+ *
+ *   leaf: bit 31 is 1    30..0 value
+ *   node: bit 31 is 0    30..10 offset of the children   9: offset * 256   8: has a leaf   7..0 label byte */
 static size_t trie_offset(uint32_t unit) { return (size_t)(unit >> 10) << ((unit & 1u << 9) >> 6); }
 
-/* The longest key of the map at the start of the text: its bytes (0: none) and what takes its place. */
+/* Finds the longest key of the map that the text begins with. Returns its bytes, 0 if there is none, and sets
+ * *replacement. */
 static size_t find_rule(const Normalizer *n, Bytes text, Bytes *replacement) {
     size_t units = n->trie.size / 4, longest = 0;
     size_t at = units ? trie_offset(trie_unit(n->trie, 0)) : 0;
@@ -51,12 +59,12 @@ static size_t find_rule(const Normalizer *n, Bytes text, Bytes *replacement) {
         *replacement = tail(n->replacements, value);
         longest = i + 1;
     }
-    if (longest) replacement->size = strlen((const char *)replacement->data); /* one was seen at the end */
+    if (longest) replacement->size = strlen((const char *)replacement->data); /* load_map() checked the last 0 */
     return longest;
 }
 
-/* What the start of the text becomes, and how many bytes that takes: a symbol stays as it is, a rule of the
- * map is applied, else it is one character. */
+/* Normalizes the start of the text: a symbol, which stays, else a key of the map, else one character.
+ * Returns how many bytes it took, and the result in *becomes. */
 static size_t normalize_prefix(const Normalizer *n, const Index *symbols, Bytes text, Bytes *becomes) {
     size_t size;
     index_longest(symbols, text, &size);
@@ -98,14 +106,16 @@ Text normalize_whole(const Normalizer *n, const Index *symbols, Bytes text) {
 
 /* ---------------------------------------------------------------- loading */
 
-/* The map: u32 bytes of the trie, the trie, the strings. The checks are sentencepiece's. */
+/* The map is u32 size, `size` bytes of trie, then 0-terminated replacements. The checks are those of sentencepiece. */
 static const char *load_map(const WeightFile *file, Normalizer *n) {
     WeightArray map;
     if (!weights_array(file, "tokenizer.ggml.precompiled_charsmap", &map) || map.count == 0) return NULL;
-    if (map.type != VALUE_U8 || map.count < 5) return "\"tokenizer.ggml.precompiled_charsmap\" is broken";
+    if (map.type != VALUE_U8 || map.count < 5)
+        return "\"tokenizer.ggml.precompiled_charsmap\" is not an array of at least 5 u8";
     size_t bytes = trie_unit((Bytes){map.data, 4}, 0), left = map.count - 4;
     if (bytes < 1024 || bytes % 1024 || bytes >= left || map.data[map.count - 1] != 0)
-        return "\"tokenizer.ggml.precompiled_charsmap\" is broken";
+        return reason("\"tokenizer.ggml.precompiled_charsmap\" is damaged: %zu bytes, of them %zu of trie, expected a "
+                      "multiple of 1024 and a final 0", map.count, bytes);
     n->trie = (Bytes){map.data + 4, bytes};
     n->replacements = (Bytes){map.data + 4 + bytes, left - bytes};
     return NULL;

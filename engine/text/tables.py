@@ -1,17 +1,18 @@
-"""Writes tables.h, what html.c and unicode.c know about characters, as Python and ftfy have it.
+"""Writes tables.h, the data of html.c and unicode.c, from Python's html and unicodedata modules and from ftfy.
 
     python engine/text/tables.py > engine/text/tables.h
 
-The committed file is from Python 3.11 (Unicode 14) and ftfy 6.3.1. Later versions of Unicode add characters, and never
-change how older ones decompose and compose. All numbers are hexadecimal.
+The committed file is from Python 3.11 (Unicode 14) and ftfy 6.3.1. Later versions of Unicode add characters and never
+change the decomposition or composition of existing ones. All numbers are hexadecimal.
 
-    names           "Aacute*=c1,": HTML5's names of characters. "*": it counts without its semicolon. "3d+20e5": two
-                    characters. "^c1": what the name in capitals gives, which ftfy reads, too; else that is the same
-    decompositions  "c0=41+300,41+301,": the parts of U+00C0, then those of the code after it. "!": they are not
-                    composed again
-    forms           the same for what ftfy writes otherwise: ligatures of Latin letters, full-width and half-width forms
-    classes         "300-314=e6,": canonical combining classes that are not 0
-    zeros           "30,660,": the digits 0; 1 to 9 follow each
+    names           "aacute*=e1^c1,": a character name of HTML5 and its code point. "*": valid without a semicolon.
+                    "3d+20e5": two code points. "^c1": the value of the name in capitals, which only ftfy accepts;
+                    without "^" it is the same value
+    decompositions  "c0=41+300,41+301,": U+00C0 has the parts U+0041 U+0300; the next item is for U+00C1.
+                    "!": form C does not compose the parts again
+    forms           the same format: the Latin ligatures and the full-width and half-width forms that ftfy replaces
+    classes         "300-314=e6,": canonical combining classes other than 0
+    zeros           "30,660,": the digit 0 of each script; the digits 1 to 9 follow it
 """
 
 import html
@@ -32,14 +33,14 @@ def joined(codes):
 
 
 def name_item(name):
-    """One of HTML's names, as html.unescape and ftfy.chardata._build_html_entities read it."""
+    """The item of a name, as html.unescape and ftfy.chardata._build_html_entities decode it."""
     text, capitals = html5[name + ";"], html5[name + ";"].upper()
     caps = name == name.lower() and html.unescape(f"&{name.upper()};") == f"&{name.upper()};" and capitals != text
     return f"{name}{'*' * (name in html5)}={joined(map(ord, text))}{'^' * caps}{joined(map(ord, capitals)) * caps}"
 
 
 def decomposition(code):
-    """Canonical decomposition by one step, marked where it is not composed again."""
+    """The item of one step of canonical decomposition, with "!" if form C does not compose the parts."""
     parts = unicodedata.decomposition(chr(code))
     if not parts or parts.startswith("<"):
         return None
@@ -49,7 +50,7 @@ def decomposition(code):
 
 
 def coded(values):
-    """[(code, value)] as items, without the code where it is one more than the last."""
+    """[(code, value)] as items; the code is left out where it is one more than the previous one."""
     last = None
     for code, value in values:
         yield value if code - 1 == last else f"{code:x}={value}"
@@ -57,7 +58,7 @@ def coded(values):
 
 
 def ranges(values):
-    """[(code, value)] as items of equal values of consecutive codes."""
+    """[(code, value)] as items; consecutive codes of equal value are one item."""
     for _, group in itertools.groupby(enumerate(values), lambda item: (item[1][0] - item[0], item[1][1])):
         group = [item for _, item in group]
         first, last = group[0][0], group[-1][0]
@@ -65,7 +66,7 @@ def ranges(values):
 
 
 def table(name, items):
-    """A C array of lines of items."""
+    """A C array of strings, each several items long."""
     lines = [""]
     for item in items:
         if lines[-1] and len(lines[-1]) + len(item) >= WIDTH:

@@ -1,15 +1,15 @@
-/* unicode.c - one way to write a character: Unicode's normal form C (annex 15); its digits and spaces.
+/* unicode.c - Unicode Normalization Form C (Unicode Standard Annex 15), and tests for digits and white space.
  *
- * "ộ" can be typed as one character, or as "o" and two marks in either order. Three steps make one of all:
+ * "ộ" can be typed as one character, or as "o" and two combining marks in either order. Form C makes them equal:
  *
- *   typed         o, circumflex U+0302 (class 230), dot below U+0323 (class 220)
- *   decompose     each character into what it is composed of, and that again: here nothing
- *   order         marks by their class, which tells the place of a mark: o, dot below, circumflex
- *   compose       o + dot below is U+1ECD, U+1ECD + circumflex is U+1ED9
+ *   input         o, circumflex U+0302 (combining class 230), dot below U+0323 (class 220)
+ *   decompose     replace each character by its parts, recursively; here nothing changes
+ *   order         sort each run of marks by combining class, stably: o, dot below, circumflex
+ *   compose       o + dot below -> U+1ECD, U+1ECD + circumflex -> U+1ED9 "ộ"
  *
- * A mark joins the last character of class 0, unless a mark of its own class stands between. The syllables of
- * Hangul are computed; the rest is in tables.h, read when it is first needed. That is part of the program, not
- * of weight files: a prompt is the same text with each of them, older ones too, and no file can get it wrong. */
+ * A mark composes with the last starter (a character of class 0) unless a mark of the same class stands between them.
+ * Hangul syllables are computed. All other data is in tables.h, which is parsed on the first use. The tables are part
+ * of the program, not of the weight files, so every weight file sees the same text for a prompt. */
 #include "engine/engine.h"
 #include "engine/text/tables.h"
 
@@ -18,14 +18,14 @@
 
 /* ---------------------------------------------------------------- tables */
 
-/* What a character becomes, 0 after the last part. */
+/* A character and its parts. */
 typedef struct {
-    uint32_t code, becomes[PARTS];
-    bool again; /* its parts are composed to it again */
+    uint32_t code, parts[PARTS]; /* 0 after the last part */
+    bool composes; /* form C composes the parts to the character again */
 } Form;
 
-static Form canonical[DECOMPOSITIONS], usual[FORMS]; /* by code */
-static const Form *composed[DECOMPOSITIONS];         /* by parts */
+static Form canonical[DECOMPOSITIONS], usual[FORMS]; /* sorted by code */
+static const Form *composed[DECOMPOSITIONS];         /* those that compose, sorted by parts */
 static size_t num_composed;
 static uint8_t classes_of[MARKS_END];
 
@@ -36,7 +36,7 @@ static uint32_t take_number(const char **at) {
     return number;
 }
 
-/* Items "c0=41+300," and "41+301,", whose code is one more than the last. */
+/* Parses "c0=41+300,41+301,": U+00C0 has the parts U+0041 and U+0300. An item without a code has the next one. */
 static void load_forms(const char *const *row, Form *form) {
     uint32_t code = 0;
     for (; *row; row++)
@@ -45,12 +45,12 @@ static void load_forms(const char *const *row, Form *form) {
             code = *at == '=' ? number : code + 1;
             if (*at == '=') at++, number = take_number(&at);
             *form = (Form){code, {number}, *at == '+'};
-            for (int i = 1; *at == '+'; i++) at++, form->becomes[i] = take_number(&at);
-            if (*at == '!') at++, form->again = false;
+            for (int i = 1; *at == '+'; i++) at++, form->parts[i] = take_number(&at);
+            if (*at == '!') at++, form->composes = false;
         }
 }
 
-/* Items "300-314=e6," and "315=e8,". */
+/* Parses "300-314=e6,315=e8,": the combining class of a range or of one character. */
 static void load_classes(void) {
     for (const char *const *row = classes; *row; row++)
         for (const char *at = *row; *at; at++) {
@@ -68,8 +68,8 @@ static int compare_code(const void *key, const void *form) {
 
 static int compare_parts(const void *a, const void *b) {
     const Form *x = *(const Form *const *)a, *y = *(const Form *const *)b;
-    int part = x->becomes[0] == y->becomes[0];
-    return (x->becomes[part] > y->becomes[part]) - (x->becomes[part] < y->becomes[part]);
+    int part = x->parts[0] == y->parts[0];
+    return (x->parts[part] > y->parts[part]) - (x->parts[part] < y->parts[part]);
 }
 
 static void load_tables(void) {
@@ -78,7 +78,7 @@ static void load_tables(void) {
     load_forms(decompositions, canonical);
     load_classes();
     for (int i = 0; i < DECOMPOSITIONS; i++)
-        if (canonical[i].again) composed[num_composed++] = &canonical[i];
+        if (canonical[i].composes) composed[num_composed++] = &canonical[i];
     qsort(composed, num_composed, sizeof *composed, compare_parts);
 }
 
@@ -88,12 +88,13 @@ static const Form *find_form(uint32_t code, const Form *table, size_t count) {
 
 /* ---------------------------------------------------------------- Hangul (Unicode, section 3.12) */
 
-/* A syllable is a leading consonant, a vowel and perhaps a trailing consonant, which T_BASE stands before. */
+/* A syllable is a leading consonant L, a vowel V and perhaps a trailing consonant T:
+ * S_BASE + (l*VS + v)*TS + t, where t = 0 means no trailing consonant. */
 enum { S_BASE = 0xAC00, L_BASE = 0x1100, V_BASE = 0x1161, T_BASE = 0x11A7, LS = 19, VS = 21, TS = 28 };
 
 static bool is_among(uint32_t code, uint32_t first, uint32_t count) { return code - first < count; }
 
-/* The two parts of a syllable: the one without its trailing consonant, and that; or consonant and vowel. */
+/* The two parts of a syllable: LV and T, or L and V if it has no T. */
 static Form hangul_parts(uint32_t code) {
     uint32_t s = code - S_BASE;
     if (s % TS) return (Form){code, {code - s % TS, T_BASE + s % TS}, true};
@@ -103,14 +104,14 @@ static Form hangul_parts(uint32_t code) {
 static uint32_t hangul_composed(uint32_t a, uint32_t b) {
     if (is_among(a, L_BASE, LS) && is_among(b, V_BASE, VS))
         return S_BASE + ((a - L_BASE) * VS + b - V_BASE) * TS;
-    bool open = is_among(a, S_BASE, LS * VS * TS) && (a - S_BASE) % TS == 0;
-    return open && is_among(b, T_BASE + 1, TS - 1) ? a + b - T_BASE : 0;
+    bool without_t = is_among(a, S_BASE, LS * VS * TS) && (a - S_BASE) % TS == 0;
+    return without_t && is_among(b, T_BASE + 1, TS - 1) ? a + b - T_BASE : 0;
 }
 
 /* ---------------------------------------------------------------- normal form C */
 
 typedef struct {
-    uint32_t code, at; /* at: its place before they were ordered */
+    uint32_t code, at; /* at: index before sorting, which makes qsort() stable */
     uint8_t class;
 } Character;
 
@@ -119,7 +120,7 @@ static void append_decomposed(Text *out, uint32_t code) {
     Form hangul;
     if (is_among(code, S_BASE, LS * VS * TS)) hangul = hangul_parts(code), form = &hangul;
     if (!form) text_append_character(out, code);
-    for (int i = 0; form && i < 2 && form->becomes[i]; i++) append_decomposed(out, form->becomes[i]);
+    for (int i = 0; form && i < 2 && form->parts[i]; i++) append_decomposed(out, form->parts[i]);
 }
 
 static size_t decompose(Bytes text, Text *out) {
@@ -134,7 +135,7 @@ static int compare_class(const void *a, const void *b) {
     return x->class != y->class ? x->class - y->class : x->at < y->at ? -1 : 1;
 }
 
-/* Orders every run of marks. */
+/* Sorts every run of marks by combining class. */
 static void order(Character *c, size_t n) {
     for (size_t i = 0, end; i < n; i = end) {
         for (end = i + 1; c[i].class && end < n && c[end].class; end++) continue;
@@ -142,7 +143,7 @@ static void order(Character *c, size_t n) {
     }
 }
 
-/* The character that two make; 0: none. */
+/* The character that a and b compose to; 0 if they do not. */
 static uint32_t compose_pair(uint32_t a, uint32_t b) {
     const Form pair = {0, {a, b}, true}, *key = &pair;
     const Form **found = bsearch(&key, composed, num_composed, sizeof *composed, compare_parts);
@@ -170,7 +171,7 @@ static size_t compose(Character *c, size_t n) {
 void text_compose(Text *text) {
     size_t n = 0, at = 0;
     while (at < text->size && text->data[at] < 0xCC) at++;
-    if (at == text->size) return; /* nothing from U+0300 on: it is composed */
+    if (at == text->size) return; /* all characters are below U+0300: already in form C */
     load_tables();
     text_rewrite(text, decompose);
     Character *c = allocate(text->size * sizeof *c);
@@ -194,7 +195,7 @@ size_t usual_form(Bytes text, Text *out) {
     if (code < 0x80) return 0;
     load_tables();
     const Form *form = find_form(code, usual, FORMS);
-    for (int i = 0; form && i < PARTS && form->becomes[i]; i++) text_append_character(out, form->becomes[i]);
+    for (int i = 0; form && i < PARTS && form->parts[i]; i++) text_append_character(out, form->parts[i]);
     return form ? bytes : 0;
 }
 

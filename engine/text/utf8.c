@@ -1,8 +1,8 @@
-/* utf8.c - bytes that grow, and UTF-8 in them.
+/* utf8.c - a growable string (Text), and conversion to and from UTF-8 and UTF-16.
  *
- * What is read here may be anything that somebody typed. A character is what RFC 3629 allows: the shortest
- * form, no surrogates, nothing beyond U+10FFFF. Bytes that are not UTF-8 become U+FFFD, one for each maximal
- * part of a character (Unicode, table 3-7), as in Python's bytes.decode(errors="replace"). */
+ * The input is untrusted. Valid UTF-8 is what RFC 3629 allows: shortest forms, no surrogates, nothing above U+10FFFF.
+ * Invalid bytes are replaced by U+FFFD, one for each maximal subpart of a character (Unicode Standard, section 3.9 and
+ * table 3-7), as Python's bytes.decode(errors="replace") does. */
 #include "engine/engine.h"
 
 #include <stdlib.h>
@@ -18,8 +18,8 @@ void text_append(Text *text, const void *bytes, size_t size) {
     text->data[text->size] = 0;
 }
 
-/* Bytes of the character that text, not empty, begins with; if there is none, of what one U+FFFD stands
- * for. */
+/* Returns the bytes of the first character of a text that is not empty. If it is invalid, the bytes that one U+FFFD
+ * replaces. */
 static size_t utf8_bytes(Bytes text, bool *valid) {
     uint8_t lead = text.data[0];
     size_t bytes = lead < 0x80 ? 1 : lead < 0xC2 || lead > 0xF4 ? 0 : lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
@@ -68,7 +68,7 @@ static uint32_t utf16_unit(Bytes text, size_t at, bool big_endian) {
     return at + 1 < text.size ? (uint32_t)text.data[at + !big_endian] << 8 | text.data[at + big_endian] : 0;
 }
 
-/* A surrogate without its other half, and a byte without its other one, become U+FFFD. */
+/* An unpaired surrogate becomes U+FFFD, and so does an odd byte at the end. */
 bool text_append_utf16(Text *text, Bytes bytes) {
     uint32_t mark = utf16_unit(bytes, 0, true);
     bool big_endian = mark == 0xFEFF;
@@ -80,8 +80,8 @@ bool text_append_utf16(Text *text, Bytes bytes) {
             code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
             at += 2;
         }
-        bool alone = (code >= 0xD800 && code < 0xE000) || at + 1 == bytes.size;
-        text_append_character(text, alone ? 0xFFFD : code);
+        bool invalid = (code >= 0xD800 && code < 0xE000) || at + 1 == bytes.size;
+        text_append_character(text, invalid ? 0xFFFD : code);
     }
     return true;
 }
@@ -104,7 +104,7 @@ void text_rewrite(Text *text, Rule *rule) {
         if (!taken) text_append(&out, rest.data, taken = utf8_bytes(rest, &valid));
         rest = tail(rest, taken);
     }
-    text_append(&out, "", 0); /* never NULL, even if nothing is left */
+    text_append(&out, "", 0); /* data is never NULL */
     free(text->data);
     *text = out;
 }
