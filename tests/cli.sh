@@ -106,7 +106,7 @@ input() {
     refused 2 "prompt.raw: byte 1 is 0, expected text in UTF-8, or UTF-16 with a byte order mark" \
         $small --prompt-file "$work/prompt.raw"
     refused 2 "--check nowhere: No such file" $small --check nowhere x
-    refused 2 "--check tests: the folder holds no .npy" $small --check tests x
+    refused 2 "--check tests: the folder contains no .npy" $small --check tests x
     refused 2 "--dump-only: needs --dump DIR" $small --dump-only 'step*' x
     refused 2 "--tolerance: needs --check DIR" $small --tolerance 1 x
     refused 2 "--feed: needs --check DIR" $small --feed x
