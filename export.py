@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""From a released Wan 2.1 text-to-video checkpoint to the one GGUF file that sora maps into memory.
+"""Converts a Wan 2.1 text-to-video checkpoint to one GGUF file, which sora maps into memory.
 
     export/command.py   the command line
     export/sources.py   CHECKPOINT and options  -> which file holds which part
@@ -12,14 +12,15 @@
     export/tables.py      sizes                 -> every tensor: name, shape, type rule
     export/tokenizer.py tokenizer               -> pieces and rules
     export/lora.py      LoRA files              -> changes of the transformer's tensors
-    export/defaults.py  whatever states them    -> what sora does when no option says otherwise
+    export/recipes.py   a recipe's name         -> schedule and chunks of distilled and causal weights
+    export/defaults.py  options and settings    -> the default settings of a run
     export/keys.py      sizes                   <-> keys of the weight file
     export/writer.py    all of it               -> model.gguf, a slice of rows at a time
 
-Nothing is skipped silently: a tensor, key or setting that is missing, misshapen or unknown ends the export with one
-line that names it, exit status 2, and no file.
+Nothing is skipped silently. A tensor, key or setting that is missing, has the wrong shape, or is unknown ends the
+export: one line names it, the exit status is 2, and no file is written.
 """
-# This file must be read by every Python, so that the line below reaches whoever has an old one.
+# Keep to the syntax of old Pythons in this file, so that they print the line below and not a SyntaxError.
 import sys
 
 if sys.version_info < (3, 11):

@@ -1,1 +1,1 @@
-"""The parts of export.py, in the order of its docstring."""
+"""The modules of export.py. Its docstring lists them in reading order."""

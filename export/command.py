@@ -1,4 +1,4 @@
-"""The command: from its arguments to the finished file."""
+"""The command line of export.py: parses the arguments, opens the parts, writes the file."""
 
 import argparse
 import errno
@@ -23,23 +23,26 @@ from export.sources import find_sources
 from export.tokenizer import find_tokenizer, tokenizer_keys
 from export.writer import DIGEST_KEY, NO_DIGEST, TYPES, check_output, plan, spare_sources, write
 
+METAVARS = {int: "N", float: "X", str: "TEXT"}
 FILE_TYPES = {Type.F32: 0, Type.F16: 1, Type.Q8_0: 7, Type.BF16: 32}  # llama.cpp's LLAMA_FTYPE
 
 
-def check_parts_fit(transformer, text, vae, tokenizer):
-    """The parts must have been made for each other."""
-    if transformer["text_dim"] != text["dim"]:
-        raise ExportError(f"the transformer takes text of width {transformer['text_dim']}, the text encoder gives "
-                          f"{text['dim']}")
-    if transformer["in_dim"] != vae["z_dim"]:
-        raise ExportError(f"the transformer has {transformer['in_dim']} latent channels, the VAE {vae['z_dim']}")
-    if len(tokenizer["tokenizer.ggml.tokens"]) > text["vocab_size"]:
-        raise ExportError(f"the tokenizer has {len(tokenizer['tokenizer.ggml.tokens'])} pieces, the text encoder's "
-                          f"embedding {text['vocab_size']} rows: give the text encoder's own with --tokenizer")
+def check_parts_fit(text, transformer, vae, pieces, tokenizer_path):
+    """Raises ExportError unless text width, latent channels and vocabulary agree. pieces: of the tokenizer."""
+    if transformer.sizes["text_dim"] != text.sizes["dim"]:
+        raise ExportError(f"{text.path}: the text encoder has width {text.sizes['dim']}, expected "
+                          f"{transformer.sizes['text_dim']} for the transformer {transformer.path}")
+    if transformer.sizes["in_dim"] != vae.sizes["z_dim"]:
+        raise ExportError(f"{vae.path}: the VAE has {vae.sizes['z_dim']} latent channels, expected "
+                          f"{transformer.sizes['in_dim']} for the transformer {transformer.path}")
+    if pieces > text.sizes["vocab_size"]:
+        raise ExportError(f"{tokenizer_path}: the tokenizer has {pieces} pieces, expected at most "
+                          f"{text.sizes['vocab_size']}, the rows of the text encoder's embedding: give the text "
+                          "encoder's own tokenizer with --tokenizer")
 
 
 def sha256_of(path, bar):
-    """The hex digest of a file."""
+    """The SHA-256 of a file as hex digits. bar: a progress bar in bytes."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         while chunk := f.read(1 << 24):
@@ -49,7 +52,8 @@ def sha256_of(path, bar):
 
 
 def source_keys(root, files):
-    """Names, relative to the checkpoint where they lie in it, and SHA-256 of all files that were read."""
+    """Two keys: the names of all files that were read, and their SHA-256. A name is relative to `root`, the checkpoint,
+    if the file lies there."""
     files = list(dict.fromkeys(files))
     names = [f.relative_to(root).as_posix() if root in f.parents else f.name for f in files]
     names = [os.fsencode(name).decode(errors="replace") for name in names]  # a name may be any bytes
@@ -59,24 +63,24 @@ def source_keys(root, files):
 
 
 def carried_keys(own, keys):
-    """What a weight file that is converted again says of its past: the keys that grow. One that is not known is an
-    error, since it would be lost."""
+    """The history keys of a weight file that is converted again: its entries, then the new ones. own: the weight file's
+    reader; keys: the new file's. Raises ExportError for an unknown key, since it would be lost."""
     known = keys.keys() | {row.key for row in DEFAULTS.values()} | {"general.architecture", "general.alignment"}
     if unknown := [key for key in own.keys if key not in known and not key.startswith("GGUF.")]:
-        raise ExportError(f"{own.path}: {unknown[0]} is no key that this export.py knows")
+        raise ExportError(f"{own.path}: unknown key {unknown[0]}, expected a file of this version of export.py")
     return {key: [*own.keys.get(key, []), *keys[key]] for key in ("sora.lora", "sora.source.names",
                                                                   "sora.source.sha256")}
 
 
 def check_space(output, planned):
-    """The file must find room beside what it replaces."""
+    """Raises OSError unless the disk has room for the new file beside the one it replaces."""
     needed, free = sum(t.bytes() for t in planned), shutil.disk_usage(output.parent).free
     if needed > free:
         raise OSError(errno.ENOSPC, f"needs {needed:,} bytes, the disk has {free:,} left", str(output))
 
 
 def export(args):
-    """From the arguments to the finished file."""
+    """Converts a checkpoint. args: of arguments(). Raises ExportError or OSError; then no file is written."""
     opened, output = {}, check_output(Path(args.output))
     sources, wanted = find_sources(args, opened), TYPES.get(args.type)
     recipe, note = find_recipe(args, sources)
@@ -85,7 +89,7 @@ def export(args):
     text, transformer, vae = parts
     tokenizer_path = find_tokenizer(sources.tokenizer)
     tokenizer = tokenizer_keys(tokenizer_path, opened)
-    check_parts_fit(transformer.sizes, text.sizes, vae.sizes, tokenizer)
+    check_parts_fit(text, transformer, vae, len(tokenizer["tokenizer.ggml.tokens"]), tokenizer_path)
 
     shapes = {name: shape for name, shape, _ in transformer.rows()}
     loras = [open_lora(option, shapes, args.lora_skip_unmatched, recipe and recipe.lora_alpha) for option in args.lora]
@@ -113,34 +117,47 @@ def export(args):
     print(f"{output}: {len(planned)} tensors, {output.stat().st_size:,} bytes", file=sys.stderr)
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, whose errors are one line."""
+
+    def error(self, message):
+        self.exit(2, f"export.py: {message} (--help lists the options)\n")
+
+
 def arguments(argv):
-    """The command line; each default of a run is an option of its type."""
-    parser = argparse.ArgumentParser(description="Converts a Wan 2.1 text-to-video checkpoint to one GGUF file.")
+    """The parsed command line. Every row of DEFAULTS that has a help text is an option. argv: None is sys.argv."""
+    parser = Parser(prog="export.py", description="Converts a Wan 2.1 text-to-video checkpoint to one GGUF file.")
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT",
-                        help="a diffusers folder, an original release folder, or the transformer's file")
-    parser.add_argument("-o", "--output", required=True, help="the GGUF file to write")
+                        help="a diffusers folder, an original release folder, the transformer's file, or a weight file "
+                             "that export.py wrote")
+    parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the GGUF file to write")
     parser.add_argument("--type", choices=TYPES,
-                        help="type of the matrices (default: as they are stored; quantised ones but for q8_0 as bf16)")
-    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]", help="merge a LoRA; repeatable")
+                        help="type of the matrices (default: as stored; quantised ones become bf16, q8_0 stays)")
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]",
+                        help="merge a LoRA; can be given several times")
     parser.add_argument("--lora-skip-unmatched", action="store_true",
-                        help="leave out the keys of a LoRA that match no tensor, and say how many")
+                        help="leave out LoRA keys that match no tensor, and print their number")
     for part in ("transformer", "text-encoder", "vae", "tokenizer"):
-        parser.add_argument(f"--{part}", metavar="PATH", help="file or folder to take this part from")
-    schedule = parser.add_argument_group("the schedule that distilled and causal weights were trained for")
-    schedule.add_argument("--recipe", choices=RECIPES, help="the released model whose schedule and chunks these are")
-    schedule.add_argument("--timesteps", metavar="LIST", help="times such as 1000,750,500,250, before the shift")
-    schedule.add_argument("--first-timesteps", metavar="LIST", help="those of the first chunk")
-    schedule.add_argument("--no-warp", action="store_true", help="the times are what the transformer is told")
-    defaults = parser.add_argument_group("defaults that the file gives to sora")
+        parser.add_argument(f"--{part}", metavar="PATH",
+                            help=f"take the {part.replace('-', ' ')} from this file or folder")
+    schedule = parser.add_argument_group("the schedule for which distilled and causal weights were trained")
+    schedule.add_argument("--recipe", choices=RECIPES, metavar="NAME",
+                          help=f"the released model whose schedule and chunks the weights have: {', '.join(RECIPES)}")
+    schedule.add_argument("--timesteps", metavar="LIST", help="time steps before the shift, such as 1000,750,500,250")
+    schedule.add_argument("--first-timesteps", metavar="LIST", help="time steps of the first chunk")
+    schedule.add_argument("--no-warp", action="store_true",
+                          help="give the transformer these time steps without the shift")
+    defaults = parser.add_argument_group("defaults of a run, stored in the file")
     for name, row in ((name, row) for name, row in DEFAULTS.items() if row.help):
         choices = f": {', '.join(row.allowed)}" if row.kind is str and row.allowed else ""
-        defaults.add_argument(option_of(name), dest=name, type=row.kind, metavar=row.kind.__name__.upper(),
+        defaults.add_argument(option_of(name), dest=name, type=row.kind, metavar=METAVARS[row.kind],
                               help=row.help + choices)
     return parser.parse_args(argv)
 
 
 def main(argv=None):
-    """Exit status: 0 done, 2 bad usage or bad input, 3 out of disk or memory, 130 interrupted."""
+    """Runs the command. Returns the exit status: 0 done, 2 bad usage or bad input, 3 out of disk or memory, 130
+    interrupted."""
     if argv is None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up as after control-C
     args = arguments(argv)
@@ -155,12 +172,12 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("export.py: interrupted", file=sys.stderr)
         return 130
-    except Exception as error:  # a fault of this program, or an input that nobody thought of: still one line
+    except Exception as error:  # a bug of this program, or an input that it does not foresee: still one line
         if is_out_of_memory(error):
             print("export.py: out of memory", file=sys.stderr)
             return 3
         at = traceback.extract_tb(error.__traceback__)[-1]
-        print(f"export.py: a fault of its own: {type(error).__name__}: {error} ({Path(at.filename).name}:{at.lineno})",
+        print(f"export.py: internal error: {type(error).__name__}: {error} ({Path(at.filename).name}:{at.lineno})",
               file=sys.stderr)
         return 2
     return 0

@@ -1,10 +1,10 @@
-"""Containers: safetensors, torch's pickles (unpickled as data only) and GGUF. Each gives every tensor's name, shape and
-type, and a way to its rows.
+"""Containers: readers of safetensors, torch's pickles (unpickled as data only) and GGUF. Each gives the name, shape and
+type of every tensor, and reads its rows.
 
-A reader maps or seeks and never holds more of a file than the rows that were asked for, so a 14B model passes through
-little memory.
+A reader holds no more of a file in memory than the rows that were asked for, so a 14B model needs little memory.
 
-Pitfall: pages of a mapping that lives on count as the process's memory until it is given up, so mappings are short.
+Pitfall: the pages that were read through a mapping count as the process's memory until the mapping ends. So a file is
+mapped again after every REMAP bytes.
 """
 
 import math
@@ -20,25 +20,27 @@ from safetensors import safe_open
 
 from export.files import SUFFIXES, ExportError, first_bytes, reading
 
-REMAP = 1 << 28  # bytes read from a mapped file before it is mapped anew
+REMAP = 1 << 28  # bytes read from a mapped file before it is mapped again
 
 
 @dataclass
 class Stored:
-    """A tensor of a source file. dtype is safetensors' or ggml's name of it, e.g. F32, BF16, F8_E4M3, Q8_0."""
+    """A tensor of a source file, with its shape in torch's order. dtype: its type by the name of safetensors or ggml,
+    such as F32, BF16, F8_E4M3, Q8_0."""
     key: str
     shape: tuple
     dtype: str
     file: "Safetensors | Pickle | Gguf"
-    folded: ClassVar[bool] = False  # whether it is a matrix already, as the writer folds convolutions
+    folded: ClassVar[bool] = False  # whether a convolution is a matrix already, as the writer makes it
 
     def rows(self, first=None, last=None):
-        """Rows [first, last) of the first dimension (or everything) as contiguous float32."""
+        """Rows [first, last) of the first dimension, or all, as contiguous float32 (rows, ...). Raises ExportError for
+        a damaged file."""
         with reading(self.file.path):
             return self.file.read(self.key, first, last).float().contiguous()
 
     def matrix(self, count, first, last):
-        """Rows [first, last) of the `count` that are left without the ones that torch pads with, as (rows, rest)."""
+        """Rows [first, last) as a matrix (rows, rest) float32. count: number of rows without torch's leading ones."""
         if self.shape[0] == count:
             return self.rows(first, last).reshape(last - first, -1)
         return self.rows().reshape(count, -1)[first:last]
@@ -50,7 +52,7 @@ class Folded(Stored):
 
 
 class Safetensors:
-    """A .safetensors file, mapped anew each time that much of it was read."""
+    """A .safetensors file, mapped again after every REMAP bytes."""
     own, keys, containers, note = False, {}, (), None
 
     def __init__(self, path):
@@ -69,10 +71,10 @@ class Safetensors:
 
 
 class Pickle:
-    """A torch checkpoint (.pth, .pt, .bin, .ckpt), unpickled as data only and mapped where its format allows it."""
+    """A torch checkpoint (.pth, .pt, .bin, .ckpt), unpickled as data only, and mapped if its format allows that."""
     own, keys = False, {}
     CONTAINERS = ("generator_ema", "generator", "generator_lora", "ema", "model_state_dict", "state_dict", "model",
-                  "module")  # the first that is there is taken
+                  "module")  # the first that the file has is taken
     DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
               torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int8: "I8", torch.uint8: "U8"}
 
@@ -81,11 +83,11 @@ class Pickle:
         self.open()
         other = [k for k, v in self.values.items() if not (isinstance(k, str) and torch.is_tensor(v))]
         if other:
-            raise ExportError(f"{path}: {other[0]!r} is not a tensor")
+            raise ExportError(f"{path}: {other[0]!r} is not a tensor, expected tensors with names only")
         self.tensors = {k: Stored(k, tuple(v.shape), self.dtype_of(v), self) for k, v in self.values.items()}
 
     def dtype_of(self, values):
-        """The name of a tensor's type; of one that holds no plain numbers, what it is."""
+        """The name of a tensor's type; for a tensor without plain numbers, a description."""
         if values.is_meta:
             return "a shape without values (of torch's meta device)"
         if values.layout != torch.strided:
@@ -93,7 +95,7 @@ class Pickle:
         return self.DTYPES.get(values.dtype, str(values.dtype))
 
     def open(self):
-        """Maps the file anew and goes down to the dictionary of tensors, whatever trainers wrapped it in."""
+        """Loads the file (again) and finds the dictionary of tensors inside the containers of trainers."""
         values, self.containers, self.note = self.load(), [], None
         names = [self.first] * bool(self.first) + [c for c in self.CONTAINERS if c != self.first]
         while isinstance(values, dict) and (found := [c for c in names if isinstance(values.get(c), dict)]):
@@ -106,20 +108,21 @@ class Pickle:
         self.values, self.bytes_read = values, 0
 
     def load(self):
-        """What was pickled."""
+        """The unpickled object. Raises ExportError for objects other than data."""
         try:
             return torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.remap != math.inf)
         except pickle.UnpicklingError as error:
             if found := re.search(r"GLOBAL ([\w.]+)", str(error)):
-                raise ExportError(f"{self.path}: holds {found[1]}, which is no tensor, and loading it could run code: "
-                                  "save the tensors alone, e.g. as safetensors") from error
+                raise ExportError(f"{self.path}: holds {found[1]}, whose loading could run code, expected tensors "
+                                  "only: save them, for example as safetensors") from error
             raise
         except RuntimeError as error:
-            if "mmap" in str(error):  # a format of before 2020: it is in memory as a whole, once
+            if "mmap" in str(error):  # a format from before 2020: the whole file is in memory, once
                 self.remap = math.inf
                 return self.load()
             if "TorchScript" in str(error):
-                raise ExportError(f"{self.path}: is a TorchScript program: save its state_dict()") from error
+                raise ExportError(f"{self.path}: is a TorchScript program, expected tensors: save its "
+                                  "state_dict()") from error
             raise
 
     def read(self, key, first, last):
@@ -132,13 +135,13 @@ class Pickle:
 
 
 class Gguf:
-    """A GGUF file, export.py's own or another's: read from the disk, not mapped. keys: what its header states."""
+    """A GGUF file, by export.py or another program. It is read, not mapped. keys: {key: value} of its header."""
     containers, note = (), None
-    SHAPE = "comfy.gguf.orig_shape."  # ComfyUI-GGUF's key of a tensor whose blocks run over the ends of its rows
+    SHAPE = "comfy.gguf.orig_shape."  # ComfyUI-GGUF's key of the shape, if blocks continue across rows
 
     def __init__(self, path):
         self.path, self.metadata = path, {}
-        reader = gguf.GGUFReader(path)  # makes several arrays for each piece of a vocabulary, so it is not kept
+        reader = gguf.GGUFReader(path)  # has several arrays for each piece of the vocabulary, so it is not kept
         self.keys = {name: field.contents() for name, field in reader.fields.items()}
         self.own = "sora.format_version" in self.keys
         self.places = {t.name: (t.tensor_type, int(t.data_offset)) for t in reader.tensors}
@@ -149,12 +152,12 @@ class Gguf:
         shape = tuple(int(n) for n in reversed(tensor.shape))
         stated = tuple(self.keys.get(self.SHAPE + tensor.name, shape))
         if math.prod(stated) != math.prod(shape):
-            raise ExportError(f"{self.path}: {self.SHAPE}{tensor.name} is {list(stated)}, but the tensor is "
-                              f"{list(shape)}")
+            raise ExportError(f"{self.path}: {self.SHAPE}{tensor.name} is {list(stated)}, expected as many "
+                              f"elements as the tensor's {list(shape)}")
         return stated
 
     def raw(self, key, first, last):
-        """The bytes of the blocks that hold the values [first, last) of a tensor."""
+        """The bytes of the blocks that hold elements [first, last) of a tensor, uint8."""
         kind, offset = self.places[key]
         block, size = gguf.constants.GGML_QUANT_SIZES[kind]
         count = (-(-last // block) - first // block) * size
@@ -169,23 +172,23 @@ class Gguf:
         return torch.from_numpy(values[begin:begin + end - start].reshape(last - first, *rest))
 
 
-# How a file begins says what it is.
+# (pattern of a file's first bytes, its reader)
 MAGIC = [(rb"GGUF", Gguf), (rb"PK\x03\x04|\x80[\x02-\x05]", Pickle), (rb"[\s\S]{8}\{", Safetensors)]
 
 
 def container_of(head):
-    """The class that reads a file that begins so, or None."""
+    """The class that reads a file with these first bytes, or None."""
     return next((container for magic, container in MAGIC if re.match(magic, head)), None)
 
 
 def open_file(path, opened=None, container=None):
-    """The reader of one file of weights. opened: {path: reader} of those that are open; container: of a pickle, the
-    one to take where it has several."""
+    """The reader of one weight file. opened: {path: reader} of the open files, added to; container: the one to take
+    from a pickle that has several. Raises ExportError for a file that is none of these formats."""
     opened = {} if opened is None else opened
     if path not in opened:
         with reading(path):
             reader = container_of(first_bytes(path))
             if reader is None:
-                raise ExportError(f"{path}: is none of {', '.join(SUFFIXES)}, by how it begins")
+                raise ExportError(f"{path}: unknown format by its first bytes, expected one of {', '.join(SUFFIXES)}")
             opened[path] = reader(path, container) if reader is Pickle else reader(path)
     return opened[path]

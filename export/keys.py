@@ -1,4 +1,5 @@
-"""Keys: what the weight file states of its three models. One table serves for writing a file and for reading it again.
+"""Keys: the weight file's keys for the sizes of its three models. One table serves to write a file and to read it
+again.
 
 The names are llama.cpp's for the text encoder, the original release's arguments for the transformer, and diffusers' for
 the VAE.
@@ -8,7 +9,7 @@ from export.files import ExportError
 
 FORMAT_VERSION = 1
 
-# key of the weight file: size, as sizes.py names it
+# {part: {key of the weight file: name of the size in sizes.py}}
 SIZES = {
     "transformer": {
         **{f"wan.{size}": size for size in ("dim", "ffn_dim", "freq_dim", "in_dim", "out_dim", "num_heads",
@@ -31,7 +32,7 @@ SIZES = {
                                              "latents_mean", "latents_std")},
 }
 
-# What every weight file states alike.
+# Keys with the same value in every weight file.
 FIXED = {
     "general.quantization_version": 2,
     "sora.format_version": FORMAT_VERSION,
@@ -47,12 +48,13 @@ FIXED = {
 
 
 def model_keys(parts):
-    """The keys of the parts' sizes."""
+    """{key: value} of all sizes. parts: the three models."""
     return {key: part.sizes[size] for part in parts for key, size in SIZES[part.name].items()}
 
 
 def stated_sizes(part, file):
-    """A part's sizes as the keys of a weight file state them."""
+    """{size: value} of a part, from the keys of a weight file. file: its reader. Raises ExportError for a missing key
+    or another format."""
     for key, value in FIXED.items():
         if file.keys.get(key, value) != value:
             raise ExportError(f"{file.path}: {key} is {file.keys[key]!r}, expected {value!r}")

@@ -1,21 +1,21 @@
-"""Names: the keys of every layout that users have on disk, renamed to the ones that sora knows.
+"""Names: renames the keys of every layout to the names of the weight file.
 
-Those are the original release's for the transformer and the VAE, and llama.cpp's t5encoder for the text encoder. Each
-part has a list of (pattern, replacement), the inverse of the converter that made the other layouts. What sora cannot
-run is recognised here, by the keys that give it away, and refused by name.
+The weight file has the original release's names for the transformer and the VAE, and llama.cpp's t5encoder names for
+the text encoder. RENAMES lists (pattern, replacement) for each part: the inverse of the converters that made the other
+layouts. UNSUPPORTED lists keys of models that sora cannot run.
 
-Pitfalls: diffusers swaps norm2 and norm3 of the transformer's blocks, and counts the decoder's blocks by level where
-the original counts them through.
+Pitfalls: diffusers swaps norm2 and norm3 of the transformer's blocks. It numbers the decoder's blocks within each
+level; the original release numbers them through all levels.
 """
 
 import re
 
 from export.files import ExportError
 
-# What stands before a name, in any order and number: ComfyUI's, trainers', PEFT's, DiffSynth's.
+# Prefixes of ComfyUI, trainers, PEFT and DiffSynth, in any order and number.
 PREFIX = re.compile(r"^((model|diffusion_model|transformer|module|net|generator|unet|dit|pipe|base_model)\.)+")
-WRAPPER = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")  # anywhere
-SHARED, TIED = "shared.weight", "encoder.embed_tokens.weight"  # two names that transformers has for one tensor
+WRAPPER = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")  # anywhere in a key
+SHARED, TIED = "shared.weight", "encoder.embed_tokens.weight"  # transformers' two names for one tensor
 
 RENAMES = {
     "transformer": [  # the inverse of diffusers' convert_wan_transformer_to_diffusers
@@ -63,7 +63,7 @@ RENAMES = {
     ],
 }
 
-# What sora cannot run yet, by the keys that give it away.
+# (pattern of a key, the model that has it): models that sora cannot run yet.
 UNSUPPORTED = [
     (r"\bimg_emb\.|\.[kv]_img\.|image_embedder|\.add_[kv]_proj\.", "an image-to-video model (CLIP image encoder)"),
     (r"^vace_", "a VACE model"),
@@ -72,27 +72,28 @@ UNSUPPORTED = [
      "Wan 2.2's residual VAE (TI2V-5B)"),
 ]
 
-# FastWan's gate of sparse attention, which dense attention leaves out.
+# FastWan's gate of sparse attention. Dense attention does not use it.
 GATE = re.compile(r"\.to_gate_compress\.")
 
-# One of Wan 2.2 A14B's two experts has the tensors of Wan 2.1's 14B: only what people call it tells them apart.
+# Names of Wan 2.2 A14B's two experts. Their tensors have the same names and shapes as Wan 2.1's 14B.
 EXPERT = re.compile(r"(high|low)[-_ ]?noise|transformer_2|wan2[._]2|a14b", re.IGNORECASE)
 
 
 def plain_name(key):
-    """A key without the prefixes and wrappers that trainers and repackagers put around it."""
+    """A key without the prefixes and wrappers of trainers and repackagers."""
     return PREFIX.sub("", WRAPPER.sub("", key))
 
 
 def our_name(part, name):
-    """Our name of a plain name in any layout."""
+    """The weight file's name for a plain name of any layout. part: a key of RENAMES."""
     for pattern, replacement in RENAMES[part]:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def count_upsamples(names):
-    """diffusers' decoder.up_blocks.LEVEL.{resnets.R,upsamplers.0} counted through, as the original release does."""
+    """Renames diffusers' decoder.up_blocks.LEVEL.{resnets.R,upsamplers.0} to decoder.upsamples.N, numbered through all
+    levels as in the original release. Other names stay."""
     pattern = re.compile(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.")
     found = [m for m in map(pattern.match, names) if m]
     resnets = 1 + max((int(m[3]) for m in found if m[2] == "resnets"), default=0)
@@ -105,7 +106,7 @@ def count_upsamples(names):
 
 
 def refuse_unsupported(path, key):
-    """An error that names the model, where the key is one that only a model has which sora cannot run."""
+    """Raises ExportError if a key belongs to a model that sora cannot run."""
     for pattern, what in UNSUPPORTED:
         if re.search(pattern, plain_name(key)):
             raise ExportError(f"{path}: {what} cannot be run yet ({key})")

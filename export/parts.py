@@ -1,6 +1,6 @@
-"""Parts: the three models, each opened from its files, renamed and measured.
+"""Parts: the three models, opened from its files, renamed and measured.
 
-The table KINDS says what each is and where the other modules' knowledge of it lies.
+The table KINDS says what belongs to each part, and which functions of other modules handle it.
 """
 
 import re
@@ -19,10 +19,10 @@ from export.tables import TEXT_ENCODER, TRANSFORMER, block_rows, vae_rows
 
 @dataclass(frozen=True)
 class Kind:
-    """What one of the three models is."""
-    prefix: str        # of its tensors in the weight file: the VAE has names in common with the transformer
+    """What belongs to one of the three models."""
+    prefix: str        # of its tensors in the weight file; the VAE shares names with the transformer
     names: str         # pattern of its tensors in the weight file
-    mark: str          # a key that its own config.json always has
+    mark: str          # a key that only its config.json has
     measure: Callable  # part -> sizes
     rows: Callable     # sizes -> (name, shape, type rule) of every tensor, in order of use
 
@@ -45,8 +45,8 @@ class Part:
     config: dict
     files: list
     sizes: dict = field(default_factory=dict)
-    signs: list = field(default_factory=list)  # that it was made for one schedule
-    notes: list = field(default_factory=list)  # for the user
+    signs: list = field(default_factory=list)  # texts: why it seems to be made for one schedule
+    notes: list = field(default_factory=list)  # lines for the user
 
     @property
     def title(self):
@@ -57,13 +57,14 @@ class Part:
         return KINDS[self.name].prefix
 
     def rows(self):
-        """(name, shape, type rule) of every tensor that it must have."""
+        """[(name, shape, type rule)] of every tensor that it must have, in order of use."""
         return list(KINDS[self.name].rows(self.sizes))
 
 
 def open_part(name, path, pattern="*", opened=None, container=None):
-    """Opens the files of one part, renames their tensors and measures them; refuses what sora cannot run, by name.
-    container: of a pickle, the one to take where it has several."""
+    """Opens one part: its files, its tensors under the weight file's names, its sizes. name: a key of KINDS; path: a
+    file or folder; pattern: of the files in a folder; opened: {path: reader}, added to; container: the one to take from
+    a pickle that has several. Raises ExportError for files that cannot be read and models that sora cannot run."""
     with reading(path):
         paths = weight_files(path, pattern)
         files = [open_file(p, opened, container) for p in paths]
@@ -83,7 +84,8 @@ def open_part(name, path, pattern="*", opened=None, container=None):
 
 
 def signs_of_a_schedule(files, config, gates):
-    """What shows that weights were distilled, or made to generate in chunks."""
+    """Texts that say why weights seem distilled, or made to generate in chunks. gates: number of FastWan's gate
+    tensors."""
     generators = [c for f in files for c in f.containers if c.startswith("generator")]
     kind = str(config.get("_class_name", ""))
     return [*(f"its weights are a {c}" for c in generators), *([f"is a {kind}"] if kind.startswith("Causal") else []),
@@ -91,28 +93,30 @@ def signs_of_a_schedule(files, config, gates):
 
 
 def gate_note(path, gates):
-    """A note where FastWan's gates were left out."""
+    """[a note] if FastWan's gate was left out, else []."""
     return [f"{path}: {gates} tensors of FastWan's gate left out: attention is dense here"] if gates else []
 
 
 def expert_note(part):
-    """A note where a transformer is called what an expert of Wan 2.2 A14B is. A name decides nothing, so no refusal."""
+    """[a note] if a transformer has the size and the name of an expert of Wan 2.2 A14B, else []. A name proves nothing,
+    so such a file is not refused."""
     called = EXPERT.search("/".join(part.path.absolute().parts[-2:]))
     if part.name != "transformer" or part.sizes["dim"] != 5120 or not called:
         return []
-    return [f"{part.path}: named like an expert of Wan 2.2 A14B ({called[0]}), which alone makes no clip; taken for "
-            "Wan 2.1's 14B, whose tensors are of the same shapes"]
+    return [f"{part.path}: named like an expert of Wan 2.2 A14B ({called[0]}), which alone makes no clip; used as "
+            "Wan 2.1's 14B, whose tensors have the same shapes"]
 
 
 def own_part(name, path, file):
-    """A part of a weight file that export.py wrote: its names are ours, and its keys state the sizes."""
+    """A part of a weight file that export.py wrote. Its tensors need no renaming, and its keys state the sizes."""
     kind = KINDS[name]
     tensors = {key.removeprefix(kind.prefix): t for key, t in file.tensors.items() if re.match(kind.names, key)}
     return Part(name, path, tensors, {}, [file.path], stated_sizes(name, file))
 
 
 def all_tensors(files):
-    """{key: tensor} of all files of a part; a key in two of them is an error."""
+    """{key: tensor} of all files of a part. Raises ExportError for a key in two files, or of a model that sora cannot
+    run."""
     stored = {}
     for file in files:
         for key, tensor in file.tensors.items():
@@ -124,7 +128,7 @@ def all_tensors(files):
 
 
 def rename(part, weights):
-    """Tensors by our names; two keys for one tensor are an error."""
+    """{name in the weight file: tensor}. weights: {key: tensor}. Raises ExportError for two keys with one name."""
     if SHARED in weights:
         weights.pop(TIED, None)
     plain = [plain_name(key) for key in weights]

@@ -1,12 +1,12 @@
-"""Recipes: the schedule and the way of generating that distilled and causal weights were trained for.
+"""Recipes: the schedules, and the chunks, for which distilled and causal weights were trained.
 
-Weights do not tell their schedule, and a wrong one gives garbage without an error. So it is asked for by a recipe's
-name or one by one, or known by the name of a released file; weights that look distilled and come without one are
-refused. A list of times means one of three things:
+Weights do not state their schedule, and a wrong one gives garbage without an error. So the user gives a recipe's name
+or the schedule's options; the names of released files are known, too. Weights that look distilled and come without a
+schedule are refused. A list of times means one of three things:
 
-    warped    times before the shift, whole numbers: upstream takes the entry of its 1000 steps that has that time
-    as_told   what the transformer is told; the noise level is that of the nearest of the 1000 steps
-    angles    rCM's: the noise level is sin / (sin + cos), the transformer is told 1000 of it, rounded to bf16
+    warped    time steps before the shift, whole numbers; upstream takes the entry of its 1000 steps with that time
+    as_told   the time steps that the transformer gets; the noise level is that of the nearest of the 1000 steps
+    angles    rCM's: the noise level is sin / (sin + cos); the transformer gets 1000 times that, rounded to bf16
 
 Sources: the inference code of Self-Forcing (33593df), Causal-Forcing (1fc7bbc), LongLive 1.0, rCM (5b41aa9), FastVideo
 and LightX2V.
@@ -26,24 +26,28 @@ STEPS = 1000  # of the schedule that models are trained with
 
 
 def levels(shift):
-    """The noise levels of the 1000 steps, largest first, in float32 as upstream has them."""
+    """The noise levels of the 1000 steps, [1000] float32 as upstream has them, largest first."""
     sigmas = torch.arange(STEPS, 0, -1, dtype=torch.float32) / STEPS
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 def warped(times, shift):
+    """([time step], [noise level]) of times before the shift. Raises ExportError for a fraction."""
     if any(t != int(t) for t in times):
-        raise ExportError(f"{listed(times)} is to be warped, expected whole numbers (--no-warp takes others)")
+        raise ExportError(f"time steps {listed(times)}: expected whole numbers before the shift (--no-warp takes "
+                          "others)")
     sigmas = levels(shift)[[STEPS - int(t) for t in times]]
     return (sigmas * STEPS).tolist(), sigmas.tolist()
 
 
 def as_told(times, shift):
+    """([time step], [noise level]) of the time steps that the transformer gets."""
     sigmas = levels(shift)
     return list(times), [sigmas[(sigmas * STEPS - t).abs().argmin()].item() for t in times]
 
 
 def angles(times, shift):
+    """([time step], [noise level]) of rCM's angles; the shift is not used."""
     t = torch.tensor(times, dtype=torch.float64)
     sigmas = torch.sin(t) / (torch.sin(t) + torch.cos(t))
     return (sigmas.float().double() * STEPS).bfloat16().tolist(), sigmas.tolist()
@@ -51,14 +55,14 @@ def angles(times, shift):
 
 @dataclass(frozen=True)
 class Recipe:
-    """A row of the table. defaults: of defaults.py, over what the checkpoint itself states."""
+    """A row of the table."""
     times: tuple
-    meaning: Callable
-    defaults: dict
-    first_times: tuple = ()             # of the first chunk, where they are others
-    container: str = "generator_ema"    # of a .pt, where it holds several
+    meaning: Callable                   # warped, as_told or angles
+    defaults: dict                      # names of defaults.py; they override the checkpoint's own
+    first_times: tuple = ()             # of the first chunk, if they differ
+    container: str = "generator_ema"    # the one to take from a .pt that holds several
     lora_alpha: float | None = None     # of its LoRA, which comes without adapter_config.json
-    fewer: bool = False                 # whether the first N of the times are a schedule, too (--steps N)
+    fewer: bool = False                 # whether the first N times are a schedule, too (--steps N)
 
 
 FOUR = (1000, 750, 500, 250)
@@ -78,8 +82,8 @@ RECIPES = {
     "lightx2v": Recipe(FOUR, warped, {"rule": "euler", "shift": 5.0}),
 }
 
-# Released files by their names, and classes of pipelines that FastVideo runs with one schedule only. Causal-Forcing's
-# causal_forcing.pt is two models: only its folder says which.
+# (pattern of a released file's name, recipe); and the pipeline classes that FastVideo runs with one schedule only. Two
+# models of Causal-Forcing are named causal_forcing.pt, in different folders, so that name is not in the list.
 KNOWN_FILES = [
     (r"self_forcing_(dmd|sid)", "self-forcing"),
     (r"framewise-2step", "causal-forcing-2step"),
@@ -92,8 +96,8 @@ KNOWN_PIPELINES = {"WanCausalDMDPipeline": "self-forcing", "WanDMDPipeline": "fa
 
 
 def find_recipe(args, sources):
-    """(The recipe that an option or a known name says, a note of the latter); None where none does, or options or a
-    weight file have their own."""
+    """(recipe, note for the user): by --recipe, or by the known name of a file or pipeline, which gives the note. Both
+    are None if there is no recipe, or if options or a weight file state the schedule."""
     if args.recipe or args.timesteps or args.rule or sources.own:
         return RECIPES.get(args.recipe), None
     for path in (sources.transformer, *args.lora):
@@ -106,17 +110,20 @@ def find_recipe(args, sources):
 
 
 def known(what, name):
+    """A recipe and the note that it was chosen by a file's name."""
     return RECIPES[name], f"{what}: known by its name, as --recipe {name}"
 
 
 def schedule(args, recipe, shift):
-    """The defaults that follow from a list of times, in an option or a recipe; {} where there is none."""
+    """{name of a default: value} of the lists in --timesteps or a recipe; {} if there is none. shift: of the schedule.
+    Raises ExportError for options that need another one."""
     times = numbers("--timesteps", args.timesteps) or (recipe.times if recipe else ())
     first = numbers("--first-timesteps", args.first_timesteps) or (
         recipe.first_times if recipe and not args.timesteps else ())
     if not times:
         if first or args.no_warp:
-            raise ExportError(f"--{'first-timesteps' if first else 'no-warp'} goes with --timesteps or --recipe")
+            raise ExportError(f"--{'first-timesteps' if first else 'no-warp'} is given, expected --timesteps or "
+                              "--recipe, too")
         return {}
     meaning = as_told if args.no_warp else warped if args.timesteps or not recipe else recipe.meaning
     if args.steps and recipe and recipe.fewer and not args.timesteps:
@@ -131,7 +138,8 @@ def schedule(args, recipe, shift):
 
 
 def numbers(option, text):
-    """The numbers of a list such as 1000,750,500,250: times that fall, none above 1000."""
+    """The numbers of a text such as "1000,750,500,250"; () for None. Raises ExportError unless they fall from at most
+    1000 and are above 0. option: the one that has the text."""
     if text is None:
         return ()
     try:
@@ -145,4 +153,5 @@ def numbers(option, text):
 
 
 def listed(times):
+    """Times as the text of an option."""
     return ",".join(f"{t:g}" for t in times)

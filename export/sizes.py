@@ -1,7 +1,7 @@
-"""Sizes: what a layout does not state is inferred from shapes, and what it states must agree with them.
+"""Sizes of the three models, from the shapes of their tensors.
 
-Only the head count of the transformer cannot be seen in a shape. Settings that change the computation, and that sora
-knows in one way only, are refused by name.
+Sizes that config.json states must agree with the shapes. Only the transformer's number of heads is in no shape. A
+setting that changes the computation to one that sora does not implement is refused by name.
 """
 
 import math
@@ -10,9 +10,9 @@ import re
 from export.files import ExportError
 
 
-# What config.json may say, besides names that begin with "_": arguments of WanModel (the original repository's) and of
-# WanTransformer3DModel and AutoencoderKLWan (diffusers'). The text encoder's has whatever transformers adds to every
-# model; what matters there is required below.
+# Keys that config.json may have, besides those that begin with "_": arguments of WanModel (original repository) and of
+# WanTransformer3DModel and AutoencoderKLWan (diffusers). The text encoder's config has many keys that transformers adds
+# to every model, so it is checked only by text_encoder_sizes().
 KNOWN = {
     "transformer": "model_type dim in_dim out_dim ffn_dim freq_dim text_dim text_len num_heads num_layers patch_size "
                    "eps window_size qk_norm cross_attn_norm num_attention_heads attention_head_dim in_channels "
@@ -25,7 +25,7 @@ KNOWN = {
 
 
 def shape_in(part, name, dims):
-    """The shape of a tensor from which sizes are inferred."""
+    """The shape of a tensor. Raises ExportError if it is missing or has another number of dimensions than dims."""
     if name not in part.tensors:
         raise ExportError(f"{part.path}: the {part.title}'s {name} is missing")
     shape = part.tensors[name].shape
@@ -35,36 +35,42 @@ def shape_in(part, name, dims):
 
 
 def blocks_in(part):
-    """How many blocks the names count."""
+    """The number of blocks: one more than the largest block number in the names."""
     found = map(re.compile(r"(?:blocks|enc\.blk)\.(\d+)\.").match, part.tensors)
     return 1 + max((int(m[1]) for m in found if m), default=-1)
 
 
 def check_stated(part, sizes, stated):
-    """Sizes that config.json states must be those of the tensors. stated: {key of a config: size}."""
+    """Raises ExportError unless config.json states the tensors' sizes. stated: {key of config.json: name of the
+    size}."""
     for key, size in stated.items():
         value = part.config.get(key)
         if value is not None and value != sizes[size]:
-            raise ExportError(f"{part.path}: config.json: {key} is {value}, but the tensors say {sizes[size]}")
+            raise ExportError(f"{part.path}: config.json: {key} is {value}, expected {sizes[size]} by the tensors' "
+                              "shapes")
 
 
 def check_required(part, required):
-    """Settings that sora computes in one way only. required: (key, the values that mean this way, what else)."""
+    """Raises ExportError for a setting that sora does not implement. required: (key, values it implements, what another
+    value means)."""
     for key, values, what in required:
         if key in part.config and part.config[key] not in values:
-            raise ExportError(f"{part.path}: config.json: {key} is {part.config[key]!r}: {what} cannot be run yet")
+            expected = " or ".join(repr(value) for value in values)
+            raise ExportError(f"{part.path}: config.json: {key} is {part.config[key]!r}, expected {expected}: {what} "
+                              "cannot be run yet")
 
 
 def check_known(part, known):
-    """A setting that nobody here has heard of may change what is computed. known: names, as one text."""
+    """Raises ExportError for an unknown setting, since it may change the computation. known: names, separated by
+    spaces."""
     for key in part.config.keys() - known.split():
         if not key.startswith("_"):
-            raise ExportError(f"{part.path}: config.json: {key} is {part.config[key]!r}: that setting is not known")
+            raise ExportError(f"{part.path}: config.json: {key} is {part.config[key]!r}: unknown setting")
 
 
 def stated(part, keys, default, low, high):
-    """A number that no shape shows: what config.json states under one of these keys, of the default's kind and from
-    low to high; else the default."""
+    """A number that is in no shape: config.json's value of the first of these keys that it has, else the default.
+    Raises ExportError unless it is of the default's type and from low to high. keys: separated by spaces."""
     key, value = next(((k, part.config[k]) for k in keys.split() if k in part.config), (keys, default))
     if type(value) not in (type(default), int) or not low <= value <= high:
         raise ExportError(f"{part.path}: config.json: {key} is {value!r}, expected a number from {low:g} to {high:g}")
@@ -72,8 +78,8 @@ def stated(part, keys, default, low, high):
 
 
 def patch_embedding_shape(part):
-    """[dim, in_dim, patch_t, patch_h, patch_w], however the layout has it: a GGUF folds the two outer dimensions into
-    one, rCM stores a linear over a patch's numbers, whose sizes only a config states where they are no 1, 2, 2."""
+    """(dim, in_dim, patch_t, patch_h, patch_w) in every layout. A GGUF folds the two outer dimensions into one. rCM
+    stores a linear layer over a patch's numbers; its patch is 1, 2, 2 unless config.json states another."""
     weight, (dim,) = part.tensors.get("patch_embedding.weight"), shape_in(part, "patch_embedding.bias", 1)
     if weight is not None and len(weight.shape) == 4:
         return (dim, weight.shape[0] // dim, *weight.shape[1:])
@@ -84,12 +90,13 @@ def patch_embedding_shape(part):
 
 
 def transformer_sizes(part):
-    """wan/modules/model.py's arguments. Without a config the head width is 128, as in every released Wan model."""
+    """The arguments of WanModel (wan/modules/model.py). Without config.json the head width is 128, as in every released
+    Wan model. Raises ExportError for sizes that do not fit and models that sora cannot run."""
     shape = patch_embedding_shape(part)
     heads = stated(part, "num_heads num_attention_heads", max(shape[0] // 128, 1), 1, 1024)
     if shape[0] % (2 * heads) or shape[0] < 128 and not part.config:
-        raise ExportError(f"{part.path}: a width of {shape[0]} is not {heads} heads of even width "
-                          "(without a config.json that states num_heads, heads are 128 wide)")
+        raise ExportError(f"{part.path}: the width is {shape[0]} with {heads} heads, expected heads of even width "
+                          "(128 unless a config.json beside the file states num_heads)")
     sizes = {
         "dim": shape[0],
         "in_dim": shape[1],
@@ -104,8 +111,8 @@ def transformer_sizes(part):
         "eps": stated(part, "eps", 1e-6, 0, 1),
     }
     if sizes["in_dim"] != sizes["out_dim"]:
-        raise ExportError(f"{part.path}: {sizes['in_dim']} latent channels in, {sizes['out_dim']} out: a model "
-                          "conditioned on images or other latents cannot be run yet")
+        raise ExportError(f"{part.path}: {sizes['in_dim']} input channels, expected {sizes['out_dim']} as output "
+                          "channels: a model conditioned on images or other latents cannot be run yet")
     check_known(part, KNOWN["transformer"])
     check_required(part, [
         ("_class_name", ("WanTransformer3DModel", "WanModel", "CausalWanTransformer3DModel", "CausalWanModel"),
@@ -127,7 +134,8 @@ def transformer_sizes(part):
 
 
 def text_encoder_sizes(part):
-    """wan/modules/t5.py's arguments. The position table tells the heads; bucket distance and eps are umT5's."""
+    """The arguments of T5Encoder (wan/modules/t5.py). The table of position biases gives the number of heads; without
+    config.json the largest bucket distance and eps are umT5's. Raises ExportError as transformer_sizes()."""
     vocab_size, dim = shape_in(part, "token_embd.weight", 2)
     num_buckets, num_heads = shape_in(part, "enc.blk.0.attn_rel_b.weight", 2)
     inner = shape_in(part, "enc.blk.0.attn_q.weight", 2)[0]
@@ -154,7 +162,7 @@ def text_encoder_sizes(part):
     return sizes
 
 
-# wan/modules/vae.py, class WanVAE: the statistics of the released VAE's 16 latent channels.
+# wan/modules/vae.py, class WanVAE: mean and standard deviation of the released VAE's 16 latent channels.
 LATENTS_MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
                 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]
 LATENTS_STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
@@ -162,7 +170,8 @@ LATENTS_STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
 
 
 def vae_sizes(part):
-    """AutoencoderKLWan's arguments. The decoder's levels end where it resamples, the last one where it ends."""
+    """The arguments of diffusers' AutoencoderKLWan. Each level of the decoder ends with a resampling layer; the last
+    ends with the decoder. Raises ExportError as transformer_sizes()."""
     numbers = {int(m[1]) for m in map(re.compile(r"decoder\.upsamples\.(\d+)\.").match, part.tensors) if m}
     resamplers = sorted(i for i in numbers if f"decoder.upsamples.{i}.resample.1.weight" in part.tensors)
     blocks = (resamplers[0] if resamplers else len(numbers)) - 1
@@ -192,12 +201,14 @@ def vae_sizes(part):
 
 
 def add_statistics(part, sizes):
-    """Mean and deviation of each latent channel: as stated, or the released VAE's where the channels are as many."""
+    """Adds mean and standard deviation of each latent channel to sizes: config.json's, else the released VAE's. Raises
+    ExportError unless there is one for each channel and deviations are positive."""
     for key, released in (("latents_mean", LATENTS_MEAN), ("latents_std", LATENTS_STD)):
         values = part.config.get(key, released)
         if len(values) != sizes["z_dim"]:
-            raise ExportError(f"{part.path}: {key} is not known for {sizes['z_dim']} latent channels: a config.json "
-                              "that states it must lie beside the VAE")
+            raise ExportError(f"{part.path}: {key} has {len(values)} numbers, expected {sizes['z_dim']}, one for each "
+                              "latent channel, in a config.json beside the VAE")
         sizes[key] = [float(v) for v in values]
         if not all(map(math.isfinite, sizes[key])) or key == "latents_std" and min(sizes[key]) <= 0:
-            raise ExportError(f"{part.path}: config.json: {key} is {values}, which is no mean or deviation")
+            raise ExportError(f"{part.path}: config.json: {key} is {values}, expected finite numbers"
+                              f"{' above 0' * (key == 'latents_std')}")

@@ -1,4 +1,4 @@
-"""Sources: which file holds which part, in every layout that a checkpoint may have."""
+"""Sources: finds the file of each part, in every layout of a checkpoint."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,20 +12,21 @@ PARTS = ("transformer", "text_encoder", "vae", "tokenizer")
 
 @dataclass
 class Sources:
-    """Paths of the parts. Named ones replace those that CHECKPOINT has."""
+    """Paths of the parts and their settings; None where there is none."""
     transformer: Path | None = None
     text_encoder: Path | None = None
     vae: Path | None = None
     tokenizer: Path | None = None
     scheduler: Path | None = None
     settings: Path | None = None
-    own: Gguf | None = None  # the weight file that is converted again
-    pipeline: str | None = None  # its class, as model_index.json says
-    patterns: dict = field(default_factory=dict)  # {part: its files' names, where a folder holds those of others}
+    own: Gguf | None = None  # the weight file, if one is converted again
+    pipeline: str | None = None  # its class in model_index.json
+    patterns: dict = field(default_factory=dict)  # {part: pattern of its files, in a folder that holds several parts}
 
 
 def find_sources(args, opened):
-    """Recognises CHECKPOINT's layout and lays the named parts over it. opened: {path: reader}, added to."""
+    """The sources of CHECKPOINT, in which options such as --vae replace parts. opened: {path: reader}, added to. Raises
+    ExportError for a missing part or a pipeline that sora cannot run."""
     sources = Sources()
     if args.checkpoint:
         root = Path(args.checkpoint)
@@ -46,10 +47,11 @@ def find_sources(args, opened):
             setattr(sources, part, Path(getattr(args, part)))
             sources.patterns.pop(part, None)
     if not sources.tokenizer and sources.text_encoder and sources.text_encoder.is_file():
-        sources.tokenizer = sources.text_encoder  # ComfyUI's and llama.cpp's text encoders carry it
+        sources.tokenizer = sources.text_encoder  # ComfyUI's and llama.cpp's text encoders contain it
     for part in PARTS:
         if getattr(sources, part) is None:
-            raise ExportError(f"no {part.replace('_', ' ')}: name it with --{part.replace('_', '-')}")
+            raise ExportError(f"no {part.replace('_', ' ')} is given, expected one in CHECKPOINT or "
+                              f"--{part.replace('_', '-')}")
     return sources
 
 
@@ -57,7 +59,8 @@ PIPELINES = ("WanPipeline", *KNOWN_PIPELINES)
 
 
 def diffusers_sources(root, replaced):
-    """The parts of a diffusers pipeline folder; of any pipeline's if its transformer is replaced."""
+    """The sources in a diffusers pipeline folder. replaced: the transformer comes from an option, so any pipeline will
+    do."""
     path = root / "model_index.json"
     with reading(path):
         index = read_json(path)
@@ -69,7 +72,7 @@ def diffusers_sources(root, replaced):
 
 
 def refuse_pipeline(root, index):
-    """An error that names the model, where diffusers would do something else with it than sora does."""
+    """Raises ExportError for a pipeline that sora cannot run. index: model_index.json."""
     for key, what in (("transformer_2", "Wan 2.2 A14B (two experts)"), ("image_encoder", "an image-to-video model")):
         if any(index.get(key) or []):
             raise ExportError(f"{root}: {what} cannot be run yet ({key} in model_index.json)")
@@ -80,11 +83,13 @@ def refuse_pipeline(root, index):
 
 
 def original_sources(root, args):
-    """The parts of a folder as the original repository's generate.py expects it (wan/configs)."""
+    """The sources in a folder that the original repository's generate.py takes (wan/configs). args: of the command
+    line."""
     def only(part, pattern):
         found = sorted(root.glob(pattern))
         if len(found) > 1 and not getattr(args, part):
-            raise ExportError(f"{root}: {found[0].name} and {found[1].name}: name one with --{part.replace('_', '-')}")
+            raise ExportError(f"{root}: {found[0].name} and {found[1].name}, expected one: give it with "
+                              f"--{part.replace('_', '-')}")
         return found[0] if found else None
 
     for pattern, what in (("*_noise_model", "Wan 2.2 A14B (two experts)"), ("Wan2.2_VAE.*", "Wan 2.2 TI2V-5B"),

@@ -1,14 +1,17 @@
-"""Tables: what each of the three models consists of, tensor by tensor, and how each tensor is stored.
+"""Tables: the tensors of each model, and the rule for the type in which each is stored.
 
-A row is (name, shape, type rule). Shapes are written in the sizes of the model, as upstream's configurations name
-them; # stands for a block's number. Rows come in order of use, which is the order of the file.
+A row is (name, shape, type rule). A shape is written with the names of sizes in upstream's configurations, such as
+"ffn_dim dim". # stands for a block's number. Rows are in order of use, which is their order in the file.
 """
 
 import math
 
-# Type rules. EXACT is f32: vectors, modulation, position biases. KEPT loses nothing (f32, or the 16 bits that are
-# stored): the time embedding, as in diffusers, and CONV, the VAE's convolutions. WIDE is the way in and out of the
-# transformer: never below 16 bits. MATRIX follows --type.
+# Type rules:
+#   EXACT   always f32: vectors, modulation, position biases
+#   KEPT    f32, or the 16-bit type of the checkpoint: the time embedding, as in diffusers
+#   CONV    as KEPT: the VAE's convolutions
+#   WIDE    --type, but at least 16 bits: the transformer's first and last layers
+#   MATRIX  --type
 EXACT, KEPT, CONV, WIDE, MATRIX = "exact", "kept", "conv", "wide", "matrix"
 
 TRANSFORMER = [
@@ -63,7 +66,7 @@ TEXT_ENCODER = [
     ("enc.output_norm.weight", "dim", EXACT),
 ]
 
-# The VAE's tables are its modules; vae_rows() lays them out level by level.
+# The VAE's tables describe modules; vae_rows() puts them together level by level. i, o: input and output channels.
 RESIDUAL = [
     ("residual.0.gamma", "i"),
     ("residual.2.weight", "o i 3 3 3"),
@@ -88,7 +91,8 @@ CONV_1 = [("weight", "o i 1 1 1"), ("bias", "o")]
 
 
 def shape_of(text, sizes):
-    """A shape of the tables, e.g. "6*dim dim", as numbers. patch_size stands for its three, in a product for theirs."""
+    """The tuple of numbers for a shape of the tables such as "6*dim dim". patch_size is three numbers; in a product it
+    is their product. sizes: {name: number or list}."""
     shape = []
     for term in text.split():
         factors = [int(f) if f.isdigit() else sizes[f] for f in term.split("*")]
@@ -98,12 +102,12 @@ def shape_of(text, sizes):
 
 
 def squeezed(shape):
-    """A shape without its ones, with which torch pads norms and modulation."""
+    """A shape without its ones. torch pads norms and modulation with ones."""
     return tuple(n for n in shape if n != 1)
 
 
 def block_rows(table, sizes):
-    """(name, shape, rule) of every tensor of a transformer or text encoder, in order of use."""
+    """Yields (name, shape, rule) of every tensor of a transformer or text encoder, in order of use."""
     split = [i for i, row in enumerate(table) if "#" in row[0]]
     for name, shape, rule in table[:split[0]]:
         yield name, shape_of(shape, sizes), rule
@@ -115,7 +119,8 @@ def block_rows(table, sizes):
 
 
 def vae_rows(sizes):
-    """(name, shape, rule) of every tensor of the VAE: its levels as Encoder3d and Decoder3d of wan/modules/vae.py."""
+    """Yields (name, shape, rule) of every tensor of the VAE, in order of use: Encoder3d and Decoder3d of
+    wan/modules/vae.py."""
     z, blocks, temporal = sizes["z_dim"], sizes["num_res_blocks"], sizes["temperal_downsample"]
     encoder_dims = [sizes["base_dim"] * m for m in sizes["dim_mult"]]
     decoder_dims = [sizes["decoder_base_dim"] * m for m in sizes["dim_mult"]]

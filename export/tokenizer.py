@@ -1,9 +1,9 @@
-"""Tokenizer: pieces, scores and types, and whose rules hold.
+"""Tokenizer: reads pieces, scores, types and rules from a tokenizer file.
 
-Upstream loads umT5's tokenizer.json with the tokenizers library; a folder with spiece.model alone is read by the
-sentencepiece library. Though from one release, the two do not tokenize alike (normaliser, byte fallback, tokens that
-are cut out of the text first), so the file says whose rules hold. A feature that tokenizer.c does not have is refused
-by name, never dropped. Keys are llama.cpp's tokenizer.ggml.*, and sora.tokenizer.* where those have no word.
+Upstream loads umT5's tokenizer.json with the tokenizers library, and a spiece.model alone with the sentencepiece
+library. The two give different ids for some texts (normaliser, byte fallback, added tokens), so the weight file states
+whose rules hold. A feature that tokenizer.c does not implement is refused by name. The keys are llama.cpp's
+tokenizer.ggml.*, and sora.tokenizer.* for what llama.cpp has no key.
 """
 
 import json
@@ -15,13 +15,14 @@ from sentencepiece import sentencepiece_model_pb2
 from export.containers import container_of, open_file
 from export.files import ExportError, first_bytes, read_json, reading
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # as sentencepiece numbers them
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # sentencepiece's numbers
 MAP = "tokenizer.ggml.precompiled_charsmap"
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>$")
 
 
 def find_tokenizer(path):
-    """tokenizer.json where there is one, since upstream loads that; else spiece.model."""
+    """The tokenizer file of a path: the file itself, or in a folder tokenizer.json, as upstream, else spiece.model.
+    Raises ExportError if there is neither."""
     if path.is_file():
         return path
     for name in ("tokenizer.json", "spiece.model"):
@@ -35,7 +36,8 @@ def find_tokenizer(path):
 
 
 def tokenizer_keys(path, opened=None):
-    """The keys of one tokenizer file, chosen by how it begins. opened: files of weights, which may be the same one."""
+    """{key: value} of a tokenizer file, whose first bytes tell its format. opened: {path: reader} of open weight files.
+    Raises ExportError for a file or feature that tokenizer.c cannot use."""
     with reading(path):
         head = first_bytes(path)
         if re.match(rb"\x1f\x8b|(\xef\xbb\xbf)?\s*[{\[]", head):
@@ -47,32 +49,33 @@ def tokenizer_keys(path, opened=None):
 
 
 def from_own(file):
-    """Keys of a weight file that export.py wrote, as they are."""
+    """The keys of a weight file that export.py wrote, unchanged."""
     keys = {key: value for key, value in file.keys.items() if key.startswith(("tokenizer.", "sora.tokenizer."))}
     return keys | {MAP: bytes(keys.get(MAP, b""))}
 
 
 def from_embedded(file):
-    """Keys of what a text encoder carries: llama.cpp's conversion in its GGUF, or spiece.model as ComfyUI's tensor of
-    bytes."""
+    """The keys of the tokenizer inside a text encoder's file: llama.cpp's keys in a GGUF, or ComfyUI's tensor of the
+    bytes of a spiece.model."""
     if file.keys.get("tokenizer.ggml.model") == "t5":
         return from_gguf(file.keys)
     if "spiece_model" in file.tensors:
         return from_sentencepiece(file.path, file.read("spiece_model", None, None).numpy().tobytes())
-    raise ExportError(f"{file.path}: holds no unigram tokenizer (tokenizer.ggml.model t5, or a tensor spiece_model): "
-                      "name one with --tokenizer")
+    raise ExportError(f"{file.path}: holds no unigram tokenizer, expected tokenizer.ggml.model t5 or a tensor "
+                      "spiece_model: give a tokenizer with --tokenizer")
 
 
 def from_sentencepiece(path, data):
-    """Keys of a spiece.model, which is used as the sentencepiece library uses it."""
+    """The keys of a spiece.model, with the sentencepiece library's rules. data: the file's bytes."""
     model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(data)
     except DecodeError as error:
-        raise ExportError(f"{path}: not a sentencepiece model") from error
+        raise ExportError(f"{path}: not a sentencepiece model, expected spiece.model or tokenizer.json") from error
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     if not model.pieces or trainer.model_type != trainer.UNIGRAM:
-        raise ExportError(f"{path}: not a unigram model")
+        raise ExportError(f"{path}: a sentencepiece model of type {trainer.model_type}, {len(model.pieces)} "
+                          f"pieces, expected a unigram model (type {trainer.UNIGRAM})")
     if trainer.treat_whitespace_as_suffix:
         raise ExportError(f"{path}: treat_whitespace_as_suffix is not supported")
     ids = {piece.piece: i for i, piece in enumerate(model.pieces)}
@@ -97,13 +100,14 @@ def from_sentencepiece(path, data):
 
 
 def piece_id(path, ids, piece):
+    """The id of a piece. Raises ExportError if there is none."""
     if piece not in ids:
-        raise ExportError(f"{path}: no piece {piece}")
+        raise ExportError(f"{path}: the vocabulary has no piece {piece}, expected one")
     return ids[piece]
 
 
 def from_gguf(keys):
-    """Keys of llama.cpp's conversion of a spiece.model; byte pieces exist only where byte fallback is on."""
+    """The keys of a spiece.model that llama.cpp converted. It has byte pieces only if byte fallback is on."""
     types, prefix = keys["tokenizer.ggml.token_type"], bool(keys.get("tokenizer.ggml.add_space_prefix", True))
     return {
         "tokenizer.ggml.tokens": keys["tokenizer.ggml.tokens"],
@@ -126,14 +130,14 @@ def from_gguf(keys):
 
 
 def from_tokenizer_json(path, config):
-    """Keys of a tokenizer.json, which is used as the tokenizers library uses it."""
+    """The keys of a tokenizer.json, with the tokenizers library's rules. config: its JSON object."""
     def refuse(what, found, help=""):
         raise ExportError(f"{path}: {what} {json.dumps(found, ensure_ascii=False)[:80]} is not supported{help}")
 
     model, meta = config.get("model") or {}, config.get("pre_tokenizer") or {}
     steps = meta.get("pretokenizers") or []
     split_words = meta.get("type") == "Sequence" and len(steps) == 2 and steps[0] == {"type": "WhitespaceSplit"}
-    if split_words:  # as transformers 5 saves every T5 tokenizer
+    if split_words:  # transformers 5 saves every T5 tokenizer so
         meta = steps[1]
     if model.get("type") != "Unigram" or not model.get("vocab"):
         refuse("model", model.get("type"))
@@ -170,7 +174,8 @@ def from_tokenizer_json(path, config):
 
 
 def add_tokens(pieces, scores, types, tokens, refuse):
-    """Ids of the added tokens. Those beyond the vocabulary are appended to it, as pieces that no search finds."""
+    """The sorted ids of the added tokens. A token beyond the vocabulary is appended to pieces, scores and types, as an
+    unused piece, which the search does not find."""
     for token in sorted(tokens, key=lambda t: t["id"]):
         if any(token.get(flag) for flag in ("single_word", "lstrip", "rstrip", "normalized")):
             refuse("added token", token)
@@ -186,13 +191,13 @@ def add_tokens(pieces, scores, types, tokens, refuse):
 
 
 def squeezes(normalizer, refuse):
-    """Whether runs of spaces become one; any other normaliser is refused."""
+    """Whether the normaliser turns several spaces into one. Refuses any other normaliser."""
     steps = [normalizer] if normalizer else []
     if steps and normalizer.get("type") == "Sequence":
         steps = normalizer["normalizers"]
     for step in steps:
         if step.get("type") == "Precompiled":
-            refuse("normalizer", "Precompiled", "; transformers 5 writes it where it saves a folder that had "
+            refuse("normalizer", "Precompiled", "; transformers 5 writes it when it saves a folder that had "
                    "spiece.model alone: give that file with --tokenizer")
         if step != {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}:
             refuse("normalizer", step)
@@ -200,7 +205,7 @@ def squeezes(normalizer, refuse):
 
 
 def closing_token(processor, refuse):
-    """The id that a post-processor of the form "text, then one token" appends."""
+    """The id of the token that the post-processor appends to the text. Refuses any other post-processor."""
     single = processor.get("single") or []
     kinds = [kind for step in single for kind in step]
     if processor.get("type") != "TemplateProcessing" or kinds != ["Sequence", "SpecialToken"]:

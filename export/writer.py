@@ -1,7 +1,8 @@
-"""Writer: every tensor's place and type is planned from the tables before any is read; then one pass reads, merges,
-converts and writes, some rows at a time. The file gets its name only when it is complete.
+"""Writer: plans the type of every tensor from the tables, then reads, merges, converts and writes them in one pass,
+some rows at a time. The file gets its name only when it is complete.
 
-Convolutions are folded to matrices, since ggml knows four dimensions: the VAE's with the input channel innermost.
+ggml has at most four dimensions, so convolutions become matrices (rows, columns). The VAE's have the input channel
+innermost.
 """
 
 import hashlib
@@ -19,9 +20,9 @@ from export.containers import Stored
 from export.files import ExportError
 from export.tables import CONV, EXACT, KEPT, MATRIX, WIDE, squeezed
 
-ALIGNMENT = 64  # bytes; a cache line, so that rows of a mapped tensor load aligned
+ALIGNMENT = 64  # bytes: a cache line, so that a mapped tensor's rows are aligned
 SLICE = 1 << 24  # elements converted at a time
-F16_MAX = 65504  # also of q8_0's scales: the largest of a block over 127
+F16_MAX = 65504  # largest f16; also the limit of q8_0's scale, which is a block's largest value over 127
 TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
 DIGEST_KEY, NO_DIGEST = "sora.tensors_sha256", "0" * 64
 
@@ -29,11 +30,11 @@ DIGEST_KEY, NO_DIGEST = "sora.tensors_sha256", "0" * 64
 
 @dataclass
 class Planned:
-    """A tensor of the weight file."""
+    """A tensor to write into the weight file."""
     name: str
     shape: tuple        # as written: (n) or (rows, columns)
-    torch_shape: tuple  # as the tables say
-    folded: bool        # a convolution whose input channels become the innermost
+    torch_shape: tuple  # in the tables
+    folded: bool        # a VAE convolution, whose input channels become the innermost
     type: Type
     source: Stored
     changes: list = field(default_factory=list)
@@ -43,7 +44,8 @@ class Planned:
         return math.prod(self.shape) // block * size
 
     def slices(self):
-        """The tensor's bytes, some rows at a time: read, merged with LoRAs in f32, folded, converted."""
+        """Yields the tensor's bytes as arrays of some rows: read, merged with LoRAs in f32, folded, converted. Raises
+        ExportError for NaN and infinity."""
         rows, step = self.torch_shape[0], max(1, SLICE // math.prod(self.torch_shape[1:]))
         for first in range(0, rows, step):
             last = min(first + step, rows)
@@ -51,47 +53,49 @@ class Planned:
             for change in self.changes:
                 values = values + change(first, last)
             if not torch.isfinite(values).all():
-                raise ExportError(f"{self.source.file.path}: {self.source.key} holds a number that is not finite"
-                                  f"{', with its LoRAs' if self.changes else ''}")
+                raise ExportError(f"{self.source.file.path}: {self.source.key} holds NaN or infinity"
+                                  f"{' after merging its LoRAs' if self.changes else ''}, expected finite numbers")
             if self.folded and not self.source.folded:
                 values = values.reshape(last - first, self.torch_shape[1], -1).transpose(1, 2)
             values = values.reshape(last - first, *self.shape[1:])
             yield self.kept(first, last) if self.is_kept() else self.convert(values)
 
     def is_kept(self):
-        """Whether the source's blocks are written as they are, which quantising anew would not promise."""
+        """Whether the source's q8_0 blocks are copied. Quantising again could change them."""
         return self.type == Type.Q8_0 and self.source.dtype == "Q8_0" and not self.changes
 
     def kept(self, first, last):
-        """The source's own bytes of some rows."""
+        """The source's bytes of rows [first, last), uint8."""
         columns = math.prod(self.torch_shape[1:])
         return self.source.file.raw(self.source.key, first * columns, last * columns)
 
     def convert(self, values):
-        """f32 (rows, columns) as an array of the stored type; q8_0 by the gguf package, which is ggml's bit for bit."""
+        """Converts f32 (rows, columns) to an array of the stored type; q8_0 by the gguf package, whose bits are ggml's.
+        Raises ExportError for numbers above the type's range."""
         if self.type == Type.F32:
             return values.numpy()
         if self.type == Type.BF16:
             return values.bfloat16().view(torch.uint16).numpy()
         largest, limit = values.abs().max(), F16_MAX * (127 if self.type == Type.Q8_0 else 1)
         if largest > limit:
-            raise ExportError(f"{self.source.file.path}: {self.source.key} holds {largest:g}, which "
-                              f"{self.type.name.lower()} cannot: take --type bf16")
+            raise ExportError(f"{self.source.file.path}: {self.source.key} holds {largest:g}, expected at most "
+                              f"{limit:g} for {self.type.name.lower()}: use --type bf16")
         return gguf.quants.quantize(values.numpy(), Type.Q8_0) if self.type == Type.Q8_0 else values.half().numpy()
 
 
 def four_dimensions(shape):
-    """How ggml, which knows no more than four, holds five: the two outer ones folded."""
+    """A shape of five dimensions as GGUF files by others have it: the two outer ones folded."""
     return (shape[0] * shape[1], *shape[2:]) if len(shape) == 5 else shape
 
 
 def folded_shape(shape):
-    """A vector stays one; a matrix or convolution becomes (rows, columns)."""
+    """The shape in the file: (n) for a vector, (rows, columns) for a matrix or convolution."""
     return shape if len(shape) == 1 else (shape[0], math.prod(shape[1:]))
 
 
 def stored_type(rule, source, columns, wanted):
-    """The type of a tensor in the file: as --type wants it and its rule allows, without --type as it was stored."""
+    """The type of a tensor in the file: that of --type if its rule allows it; without --type the source's. wanted: the
+    type of --type, or None; columns: of the tensor as a matrix."""
     if rule == EXACT or (rule in (KEPT, CONV) and source.dtype not in ("F16", "BF16")):
         return Type.F32
     fits = columns % gguf.constants.GGML_QUANT_SIZES[Type.Q8_0][0] == 0
@@ -106,8 +110,8 @@ def stored_type(rule, source, columns, wanted):
 
 
 def has_shape(source, shape, rule):
-    """Whether a tensor of a checkpoint has the shape that its row says, but for how its layout folds it. A convolution
-    of the VAE may not be a matrix there, which would not say what its columns are."""
+    """Whether a tensor of a checkpoint has the shape of its row, or one of the foldings of its layout. A convolution of
+    the VAE must not be a matrix, since the order of its columns would be unknown."""
     if source.folded:
         return source.shape == folded_shape(shape)
     folds = [squeezed(shape), squeezed(four_dimensions(shape))] + [folded_shape(shape)] * (rule != CONV)
@@ -115,7 +119,8 @@ def has_shape(source, shape, rule):
 
 
 def plan(part, wanted, loras=()):
-    """Matches a part's tensors with its table: one that is missing, misshapen or left over is an error."""
+    """[Planned] for every tensor of a part. wanted: the type of --type, or None. Raises ExportError for a tensor that
+    is missing, has the wrong shape, or is not in the tables."""
     left, planned = dict(part.tensors), []
     for name, shape, rule in part.rows():
         source = left.pop(name, None)
@@ -137,7 +142,7 @@ def plan(part, wanted, loras=()):
 # ---------------------------------------------------------------- writing
 
 def add_key(writer, key, value):
-    """One key, typed by its Python value; f32 for the keys that llama.cpp and the original release have as such."""
+    """Adds one key, with the type of its Python value; f32 for the keys that llama.cpp has in f32."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
@@ -151,22 +156,23 @@ def add_key(writer, key, value):
 
 
 def check_output(path):
-    """What will be replaced at the end must be nothing, or a file."""
+    """The path of the output. Raises ExportError unless it is a regular file or does not exist."""
     if path.exists() and not path.is_file():
-        raise ExportError(f"{path}: not a regular file")
+        raise ExportError(f"--output {path}: expected a regular file or a new name")
     if not path.parent.is_dir():
-        raise ExportError(f"{path.parent}: no such folder")
+        raise ExportError(f"--output {path}: no such folder as {path.parent}")
     return path
 
 
 def spare_sources(path, sources):
-    """What is converted must not be what is replaced."""
+    """Raises ExportError if the output is one of the input files."""
     if path.exists() and any(map(path.samefile, sources)):
-        raise ExportError(f"{path}: is being converted, and would be overwritten")
+        raise ExportError(f"--output {path}: is an input file and would be overwritten, expected another name")
 
 
 def write(path, keys, planned):
-    """Writes the file under a temporary name and renames it when complete."""
+    """Writes the file under a temporary name and renames it when it is complete. keys: {key: value}; planned:
+    [Planned]."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         write_header(temporary, keys, planned)
@@ -178,7 +184,7 @@ def write(path, keys, planned):
 
 
 def write_header(path, keys, planned):
-    """Everything before the tensors' bytes, by the gguf package."""
+    """Writes everything before the tensors' bytes, with the gguf package."""
     writer = gguf.GGUFWriter(path, "wan")
     writer.add_custom_alignment(ALIGNMENT)
     for key, value in keys.items():
@@ -192,7 +198,7 @@ def write_header(path, keys, planned):
 
 
 def write_tensors(path, planned):
-    """Appends every tensor, aligned; returns the SHA-256 of their bytes."""
+    """Appends every tensor, aligned. Returns the SHA-256 of their bytes as hex digits."""
     digest = hashlib.sha256()
     with open(path, "ab") as f, tqdm(total=sum(t.bytes() for t in planned), desc="export", unit="B", unit_scale=True,
                                      disable=None) as bar:
@@ -207,7 +213,7 @@ def write_tensors(path, planned):
 
 
 def fill_digest(path, digest):
-    """Puts the tensors' digest, known only now, where the header keeps room for it."""
+    """Writes the tensors' digest into its place in the header, where write_header() put zeros."""
     with open(path, "r+b") as f:
         head = f.read(1 << 16)
         at = head.index(NO_DIGEST.encode(), head.index(DIGEST_KEY.encode()))

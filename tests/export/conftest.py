@@ -1,4 +1,4 @@
-"""Checkpoints that all tests of export.py share: random ones of make_checkpoint.py."""
+"""Fixtures of all tests of export.py: random checkpoints by make_checkpoint.py."""
 
 import shutil
 import sys
@@ -15,9 +15,9 @@ from helpers import export  # noqa: E402
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory):
-    """One random checkpoint in both layouts; also sharded."""
+    """A folder with one random checkpoint as diffusers/, original/ and sharded/."""
     root = tmp_path_factory.mktemp("checkpoints")
-    text_encoder = {"d_ff": 96}  # rows that q8_0 can hold, beside others that it cannot
+    text_encoder = {"d_ff": 96}  # rows of a multiple of 32 for q8_0; others are not
     make_checkpoint.make(root / "diffusers", seed=1, text_encoder=text_encoder)
     make_checkpoint.make(root / "original", seed=1, text_encoder=text_encoder, layout="original")
     make_checkpoint.make(root / "sharded", seed=1, text_encoder=text_encoder, shard="200KB")
@@ -26,13 +26,13 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def baseline(folders):
-    """The file of the diffusers folder in f32, each tensor in one slice."""
+    """A reader of the diffusers folder's export in f32, with each tensor written in one slice."""
     return export(folders / "diffusers", folders / "baseline.gguf", "--type", "f32")
 
 
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch):
-    """Every tensor of some size is read and written in several slices here, but for the baseline, which is whole."""
+    """Makes slices small, so that most tensors are read and written in several. The baseline is written in one slice."""
     monkeypatch.setattr("export.writer.SLICE", 3000)
     monkeypatch.setattr("export.containers.REMAP", 100000)
 
@@ -45,7 +45,7 @@ def weights(folders):
 
 @pytest.fixture
 def place(tmp_path, folders):
-    """A folder for a transformer in one file or several, with the config.json that says its heads."""
+    """A folder for a transformer's files, with a config.json that states the number of heads."""
     folder = tmp_path / "place"
     folder.mkdir()
     shutil.copy(folders / "original/config.json", folder)

@@ -1,4 +1,4 @@
-"""The containers of weights, in the shapes in which trainers, downloads and converters leave them."""
+"""Containers of weights, as trainers, downloads and converters leave them."""
 
 import argparse
 import json
@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 
 def refusal(capsys, path, folders):
-    """The line about a file in the transformer's place."""
+    """The error line for a file that is given as the transformer."""
     options = parts(folders) | {"--transformer": path}
     return refused(capsys, path.parent / "out.gguf", *(x for pair in options.items() for x in pair))
 
@@ -29,7 +29,7 @@ STAND_INS = {
     "html": (b"<!DOCTYPE html><html>Access to model is restricted</html>" * 40, "is a web page"),
     "xml": (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "is a web page"),
     "empty": (b"", "is empty"),
-    "text": (b"not found", "is none of .safetensors, .pth, .pt, .bin, .ckpt, .gguf, by how it begins"),
+    "text": (b"not found", "unknown format by its first bytes, expected one of .safetensors, .pth, .pt, .bin, .ckpt, .gguf"),
 }
 
 
@@ -63,7 +63,7 @@ def test_a_file_that_is_cut_off_is_named(place, folders, weights, capsys, name):
     write(place / name, weights)
     (place / name).write_bytes((place / name).read_bytes()[:-5000])
     line = refusal(capsys, place / name, folders)
-    assert f"{name}: cannot be read: it is not complete or damaged, copy or download it again" in line
+    assert f"{name}: cannot be read: the file is incomplete or damaged, copy or download it again" in line
 
 
 @pytest.mark.parametrize("name, really", [("wan.bin", "wan.safetensors"), ("wan.ckpt", "wan.gguf"),
@@ -87,7 +87,7 @@ def test_files_that_disappear_meanwhile(tmp_path, folders, capsys, monkeypatch, 
 
     monkeypatch.setattr(command, step, lose)
     if step == "write" and name.endswith("config.json"):
-        export(copy, tmp_path / "out.gguf")  # all that it says is known by then
+        export(copy, tmp_path / "out.gguf")  # all its values are known by then
     else:
         assert f"{copy / name}: No such file or directory" in refused(capsys, tmp_path / "out.gguf", copy)
 
@@ -130,7 +130,7 @@ def test_safetensors_whose_tensors_overlap(place, folders, weights, capsys):
 # ---------------------------------------------------------------- pickles
 
 def transposed(values):
-    """The same tensor, stored with its rows as columns."""
+    """The same tensor with column-major strides."""
     return values.transpose(0, -1).contiguous().transpose(0, -1)
 
 
@@ -138,7 +138,7 @@ def channels_last(values):
     return values.contiguous(memory_format=torch.channels_last_3d) if values.dim() == 5 else values
 
 
-PICKLES = {  # as trainers leave them: a function of the tensors, all of which give the same file
+PICKLES = {  # what trainers save, as a function of the tensors; all give the same file
     "ordinary": lambda w: w,
     "in a dictionary beside other things": lambda w: {"state_dict": w, "epoch": 3, "optimizer": {}},
     "lightning": lambda w: {"state_dict": {f"model.{k}": v for k, v in w.items()}, "pytorch-lightning_version": "2"},
@@ -195,18 +195,18 @@ class Code:
 
 Q = "blocks.0.self_attn.q.weight"
 WRONG_PICKLES = {
-    "arguments": (lambda w: {"model": w, "args": argparse.Namespace(lr=1)}, "holds argparse.Namespace, which is no "
-                  "tensor, and loading it could run code: save the tensors alone"),
+    "arguments": (lambda w: {"model": w, "args": argparse.Namespace(lr=1)}, "holds argparse.Namespace, whose "
+                  "loading could run code, expected tensors only: save them"),
     "numpy arrays": (lambda w: {k: v.numpy() for k, v in w.items()}, "holds numpy"),
-    "a module": (lambda w: torch.nn.Linear(2, 2), "holds torch.nn.modules.linear.Linear, which is no tensor"),
-    "code": (lambda w: {"conv1.weight": Code()}, "holds getattr, which is no tensor, and loading it could"),
+    "a module": (lambda w: torch.nn.Linear(2, 2), "holds torch.nn.modules.linear.Linear, whose loading"),
+    "code": (lambda w: {"conv1.weight": Code()}, "holds getattr, whose loading could run code"),
     "a list": (lambda w: [w], "holds a list, expected a dictionary of tensors"),
     "a tensor": (lambda w: torch.zeros(3), "holds a Tensor, expected a dictionary of tensors"),
     "a key that is no text": (lambda w: {3: torch.zeros(2)}, "3 is not a tensor"),
     "a value that is no tensor": (lambda w: w | {"x": {"y": 3}}, "'x' is not a tensor"),
-    "a sparse tensor": (lambda w: w | {Q: w[Q].to_sparse()}, f"{Q} is a sparse_coo tensor, which is no known way"),
+    "a sparse tensor": (lambda w: w | {Q: w[Q].to_sparse()}, f"{Q} is a sparse_coo tensor, expected F64, F32"),
     "tensors without values": (lambda w: {k: v.to("meta") for k, v in w.items()},
-                               "is a shape without values (of torch's meta device), which is no known way"),
+                               "is a shape without values (of torch's meta device), expected F64, F32"),
     "a count": (lambda w: w | {"num_batches_tracked": torch.tensor(3)}, "num_batches_tracked is torch.int64"),
 }
 
@@ -224,7 +224,7 @@ def test_pickles_that_do_not_convert(place, folders, weights, capsys, monkeypatc
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 def test_a_program_or_quantised_tensors_do_not_convert(place, folders, weights, capsys):
     torch.jit.script(torch.nn.Linear(2, 2)).save(place / "wan.pt")
-    assert "wan.pt: is a TorchScript program: save its state_dict()" in refusal(capsys, place / "wan.pt", folders)
+    assert "wan.pt: is a TorchScript program, expected tensors: save its state_dict()" in refusal(capsys, place / "wan.pt", folders)
     torch.save(weights | {Q: torch.quantize_per_tensor(weights[Q], 0.1, 0, torch.qint8)}, place / "wan.pt")
     assert f"{Q} is torch.qint8, which is no known way" in refusal(capsys, place / "wan.pt", folders)
 
@@ -268,7 +268,7 @@ def test_a_gguf_without_an_architecture(place, folders, weights, baseline):
 
 
 def test_blocks_that_run_over_the_ends_of_rows(place, folders, weights):
-    """ComfyUI-GGUF stores such a tensor in rows of 256, and its shape in a key."""
+    """ComfyUI-GGUF stores such a tensor in other rows, and its shape in a key."""
     name = "blocks.0.ffn.2.weight"  # (48, 104)
     stored = {k: (v, Type.F32) for k, v in weights.items()} | {name: (weights[name].reshape(-1, 96), Type.Q8_0)}
     write_gguf(place / "wan.gguf", "wan", stored, [("add_array", f"comfy.gguf.orig_shape.{name}", [48, 104])])
@@ -280,7 +280,7 @@ def test_blocks_that_run_over_the_ends_of_rows(place, folders, weights):
 def test_an_original_shape_that_does_not_fit(place, folders, weights, capsys):
     write_gguf(place / "wan.gguf", "wan", {k: (v, Type.F32) for k, v in weights.items()},
                [("add_array", f"comfy.gguf.orig_shape.{Q}", [48, 47])])
-    assert f"{Q} is [48, 47], but the tensor is [48, 48]" in refusal(capsys, place / "wan.gguf", folders)
+    assert f"{Q} is [48, 47], expected as many elements as the tensor's [48, 48]" in refusal(capsys, place / "wan.gguf", folders)
 
 
 KINDS = ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL",
@@ -289,7 +289,7 @@ KINDS = ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_quantised_tensors_of_others_are_read_as_gguf_reads_them(place, folders, weights, kind):
-    """Random blocks: the numbers are gguf's own, whatever lies in a block."""
+    """Random blocks give the numbers of the gguf package, for every type."""
     name, kind = "blocks.0.self_attn.q.weight", Type[kind]
     block, size = gguf.constants.GGML_QUANT_SIZES[kind]
     rng = np.random.default_rng(0)
@@ -297,7 +297,7 @@ def test_quantised_tensors_of_others_are_read_as_gguf_reads_them(place, folders,
     if kind not in (Type.F16, Type.BF16):
         raw[:] = finite(raw, kind)
     else:
-        raw[:, 1] &= 0x3F  # no infinities
+        raw[:, 1] &= 0x3F  # no infinity, no NaN
     writer = gguf.GGUFWriter(place / "wan.gguf", "wan")
     writer.add_array(f"comfy.gguf.orig_shape.{name}", [48, 48])
     for key, values in weights.items():
@@ -314,7 +314,7 @@ def test_quantised_tensors_of_others_are_read_as_gguf_reads_them(place, folders,
 
 
 def finite(raw, kind):
-    """Blocks whose values are finite: those that are not are made of zeros."""
+    """The blocks, with zeros in place of those that have NaN or infinity."""
     with np.errstate(all="ignore"):
         values = gguf.quants.dequantize(raw, kind).reshape(len(raw), -1)
     return np.where(np.isfinite(values).all(1)[:, None], raw, 0)
@@ -337,14 +337,14 @@ def test_versions_of_gguf(place, folders, weights, baseline, capsys, version, sa
 # ---------------------------------------------------------------- GGUF of the text encoder
 
 def tokenizer_fields(keys, **changes):
-    """What llama.cpp writes of a spiece.model, of the keys of a weight file."""
+    """The keys that llama.cpp writes for a spiece.model, from those of a weight file."""
     values = {key: keys[f"tokenizer.ggml.{key}"] for key in ("tokens", "scores", "token_type")} | changes
     return [("add_string", "tokenizer.ggml.model", "t5"),
             *(("add_array", f"tokenizer.ggml.{key}", value) for key, value in values.items())]
 
 
 def text_encoder(folders):
-    """Its tensors by llama.cpp's names, some in q8_0."""
+    """The text encoder's tensors under llama.cpp's names, some in q8_0."""
     text, _, _ = original(folders)
     return {llama_cpp_name(k): (v, Type.Q8_0 if v.shape[-1] % 32 == 0 else Type.F32) for k, v in text.items()}
 
@@ -370,12 +370,12 @@ def test_q8_0_stays_what_it_is_bit_for_bit(tmp_path, folders):
     file = export(folders / "diffusers", tmp_path / "kept.gguf", "--text-encoder", path)
     theirs, ours = ({t.name: t for t in r.tensors} for r in (gguf.GGUFReader(path), file))
     kept = [name for name, tensor in theirs.items() if tensor.tensor_type == Type.Q8_0 and "rel_b" not in name]
-    assert len(kept) == 2 and all(theirs[name].n_elements > 3000 for name in kept)  # of several slices
+    assert len(kept) == 2 and all(theirs[name].n_elements > 3000 for name in kept)  # read in several slices
     assert all(np.array_equal(theirs[name].data, ours[name].data) for name in kept)
 
 
 def test_a_vocabulary_padded_to_the_embedding(tmp_path, folders, baseline):
-    """llama.cpp fills the vocabulary with unused pieces; they are kept, and found by no search."""
+    """llama.cpp fills the vocabulary with unused pieces. They are kept, and the search does not find them."""
     theirs, path, count = keys(baseline), tmp_path / "t5.gguf", 20
     tokens = theirs["tokenizer.ggml.tokens"] + [f"[PAD{i}]" for i in range(count)]
     write_gguf(path, "t5encoder", text_encoder(folders), tokenizer_fields(
@@ -395,7 +395,7 @@ def test_a_text_encoder_without_a_tokenizer(tmp_path, folders, capsys):
 
 
 def test_the_wrong_text_encoder(tmp_path, folders, capsys):
-    """T5 has one table of positions, umT5 one a block."""
+    """T5 has one table of position biases, umT5 one in each block."""
     weights = load_file(folders / "diffusers/text_encoder/model.safetensors")
     del weights["encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"]
     save_file(weights, tmp_path / "t5.safetensors")

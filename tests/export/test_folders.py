@@ -1,4 +1,4 @@
-"""Which files of a folder are the weights: shards, indices, variants, and what does not belong there."""
+"""Which files of a folder are the weights: shards, indices, variants, leftovers."""
 
 import json
 import os
@@ -13,7 +13,7 @@ STEM = "diffusion_pytorch_model"
 
 
 def shards(folder, weights, variant="", index=True, factor=1):
-    """Two shards with their index, as diffusers names them."""
+    """A folder with two shards and their index, under diffusers' names."""
     names, half = list(weights), len(weights) // 2
     files = [f"{STEM}{variant}-0000{i}-of-00002.safetensors" for i in (1, 2)]
     for file, part in zip(files, (names[:half], names[half:])):
@@ -29,7 +29,7 @@ def write_index(path, weight_map):
 
 
 def converted(folders, path):
-    """The digest of the file that a transformer's path gives."""
+    """The digest of an export with this path as the transformer."""
     output = (path if path.is_dir() else path.parent) / "out.gguf"
     return digest(export_parts(folders, output, transformer=path))
 
@@ -52,7 +52,7 @@ def test_a_shard_that_is_missing(place, folders, weights, capsys, index, lost):
     (place / shards(place, weights, index=index)[lost]).unlink()
     line = refusal(capsys, folders, place)
     assert (f"{STEM}-0000{lost + 1}-of-00002.safetensors: named by" if index else
-            f"{STEM}-*.safetensors: shard {lost + 1} of 2 is not there") in line
+            f"{STEM}-*.safetensors: shard {lost + 1} of 2 is missing") in line
 
 
 AMBIGUOUS = {  # what lies beside the shards, or instead of them
@@ -70,7 +70,7 @@ def test_of_several_sets_of_weights_one_must_be_named(place, folders, weights, b
         shards(place, weights)
     add(place, weights)
     line = refusal(capsys, folders, place)
-    assert "several sets of weights (" in line and line.endswith("): name one")
+    assert "several sets of weights (" in line and line.endswith("), expected one: give its file's path")
     name = f"{STEM}.safetensors" + (".index.json" if sharded else "")
     assert name in line
     assert converted(folders, place / name) == digest(baseline)
@@ -117,7 +117,7 @@ def test_two_files_for_one_part(tmp_path, folders, baseline, capsys, layout, nam
     if first.name not in names:
         first.unlink()
     line = refused(capsys, tmp_path / "out.gguf", copy)
-    assert f"{names[0]} and {names[1]}: name one with --{part}" in line
+    assert f"{names[0]} and {names[1]}, expected one: give it with --{part}" in line
     file = export(copy, tmp_path / "out.gguf", "--type", "f32", f"--{part}", files[0])
     assert digest(file) == digest(baseline)
 
@@ -132,7 +132,7 @@ def test_a_folders_name_decides_nothing(tmp_path, folders, baseline, layout, nam
 
 
 def test_the_cache_of_the_hub(tmp_path, folders, baseline):
-    """Its snapshots are links to blobs whose names say nothing."""
+    """Snapshots of the hub's cache are links to files named by their hash."""
     for number, file in enumerate(f for f in (folders / "diffusers").rglob("*") if f.is_file()):
         blob, link = tmp_path / f"blobs/{number:040x}", tmp_path / "snapshot" / file.relative_to(folders / "diffusers")
         blob.parent.mkdir(exist_ok=True)
@@ -154,7 +154,7 @@ def test_ways_to_name_a_folder(tmp_path, folders, baseline, monkeypatch, layout,
 
 def test_a_transformer_alone_is_no_checkpoint(tmp_path, folders, capsys):
     line = refused(capsys, tmp_path / "out.gguf", folders / "original/diffusion_pytorch_model.safetensors")
-    assert "no text encoder: name it with --text-encoder" in line
+    assert "no text encoder is given, expected one in CHECKPOINT or --text-encoder" in line
 
 
 def test_a_name_of_the_hub_is_no_path(tmp_path, capsys):

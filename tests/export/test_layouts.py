@@ -1,4 +1,4 @@
-"""Layouts that users have on disk, parts named one by one, and what sora cannot run."""
+"""Layouts of checkpoints, parts given one by one, and models that sora cannot run."""
 
 import hashlib
 import json
@@ -67,7 +67,7 @@ def test_prefixes(place, folders, weights, baseline, prefix):
 
 
 def test_wrappers_inside_names(place, folders, weights, baseline):
-    """Blocks that were compiled or wrapped one by one."""
+    """Keys of a model whose blocks were compiled or wrapped one by one."""
     wrapped = {k.replace("blocks.1.", "blocks.1._orig_mod.").replace(".ffn.", ".ffn._fsdp_wrapped_module."): v
                for k, v in weights.items()}
     assert wrapped.keys() != weights.keys()
@@ -101,7 +101,7 @@ def test_sizes_that_no_layout_states_come_from_shapes(tmp_path):
         "in_channels": 8, "out_channels": 8, "num_attention_heads": 3, "attention_head_dim": 10, "ffn_dim": 77,
         "patch_size": [1, 2, 1], "freq_dim": 62})
     stated = json.loads((tmp_path / "odd/vae/config.json").read_text())
-    (tmp_path / "odd/vae/config.json").write_text(json.dumps({  # the statistics cannot be inferred
+    (tmp_path / "odd/vae/config.json").write_text(json.dumps({  # mean and deviation are in no shape
         k: stated[k] for k in ("z_dim", "latents_mean", "latents_std")}))
     values = keys(export(tmp_path / "odd", tmp_path / "out.gguf"))
     for key in ("base_dim", "z_dim", "dim_mult", "num_res_blocks", "patch_size", "in_channels", "out_channels"):
@@ -113,7 +113,7 @@ def test_sizes_that_no_layout_states_come_from_shapes(tmp_path):
     assert [values[f"t5encoder.attention.{k}"] for k in ("head_count", "key_length")] == [3, 16]
 
 
-WRONG = [  # (what is done to a diffusers folder, what the line says)
+WRONG = [  # (change of a diffusers folder, part of the error line)
     (lambda f: change_transformer(f, lambda w: w.pop("blocks.1.attn2.norm_k.weight")),
      "transformer's blocks.1.cross_attn.norm_k.weight is missing"),
     (lambda f: change_transformer(f, lambda w: w.update(extra=torch.zeros(3))),
@@ -129,19 +129,19 @@ WRONG = [  # (what is done to a diffusers folder, what the line says)
     (lambda f: change_transformer(f, lambda w: w.update({"blocks.0.attn2.add_k_proj.weight": torch.zeros(2)})),
      "image-to-video"),
     (lambda f: change_transformer(f, lambda w: w.update({"vace_blocks.0.proj_in.weight": torch.zeros(2)})), "VACE"),
-    (lambda f: change_json(f / "transformer/config.json", num_layers=3), "num_layers is 3, but the tensors say 2"),
+    (lambda f: change_json(f / "transformer/config.json", num_layers=3), "num_layers is 3, expected 2 by the tensors' shapes"),
     (lambda f: change_json(f / "transformer/config.json", qk_norm="rms_norm"), "qk_norm is 'rms_norm'"),
     (lambda f: change_json(f / "transformer/config.json", num_attention_heads="two"),
      "num_attention_heads is 'two', expected a number from 1 to 1024"),
     (lambda f: change_json(f / "transformer/config.json", eps="x"), "eps is 'x', expected a number"),
     (lambda f: change_json(f / "transformer/config.json", local_attention=12),
-     "local_attention is 12: that setting is not known"),
+     "local_attention is 12: unknown setting"),
     (lambda f: change_json(f / "transformer/config.json", _class_name="WanAnimateModel"),
      "_class_name is 'WanAnimateModel'"),
     (lambda f: change_json(f / "text_encoder/config.json", relative_attention_max_distance=0),
      "relative_attention_max_distance is 0, expected a number from 1"),
     (lambda f: change_json(f / "text_encoder/config.json", layer_norm_epsilon=None), "layer_norm_epsilon is None"),
-    (lambda f: change_json(f / "vae/config.json", latents_std=[0.0] * 16), "which is no mean or deviation"),
+    (lambda f: change_json(f / "vae/config.json", latents_std=[0.0] * 16), "expected finite numbers above 0"),
     (lambda f: change_json(f / "model_index.json", _class_name="WanVACEPipeline"), "a WanVACEPipeline cannot be run"),
     (lambda f: change_json(f / "model_index.json", transformer_2=True), "model_index.json: cannot be read"),
     (lambda f: change_json(f / "scheduler/scheduler_config.json", flow_shift=None),
@@ -150,11 +150,11 @@ WRONG = [  # (what is done to a diffusers folder, what the line says)
      "prediction_type is None, expected 'flow_prediction'"),
     (lambda f: change_json(f / "vae/config.json", is_residual=True), "residual VAE"),
     (lambda f: change_json(f / "vae/config.json", dim_mult=[1, 2, 4, 8]), "dim_mult is [1, 2, 4, 8]"),
-    (lambda f: change_json(f / "vae/config.json", latents_mean=[0.0]), "latents_mean is not known"),
+    (lambda f: change_json(f / "vae/config.json", latents_mean=[0.0]), "latents_mean has 1 numbers, expected 16"),
     (lambda f: change_json(f / "text_encoder/config.json", feed_forward_proj="relu"), "feed_forward_proj is 'relu'"),
     (lambda f: change_json(f / "scheduler/scheduler_config.json", solver_order=3), "solver_order is 3, expected 2"),
     (lambda f: change_json(f / "scheduler/scheduler_config.json", _class_name="DDIMScheduler"),
-     "DDIMScheduler is none of"),
+     "_class_name is DDIMScheduler, expected one of"),
     (lambda f: change_json(f / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"]),
      "two experts"),
     (lambda f: change_json(f / "model_index.json", expand_timesteps=True), "TI2V-5B"),
@@ -197,7 +197,7 @@ def test_a_name_decides_nothing(tmp_path, folders, baseline, capsys, name):
     expert = shutil.copytree(folders / "diffusers/transformer", tmp_path / name)
     assert digest(export_parts(folders, tmp_path / "out.gguf", transformer=expert)) == digest(baseline)
     assert "expert of" not in capsys.readouterr().err
-    note, = expert_note(Part("transformer", expert, {}, {}, [], {"dim": 5120}))  # of the experts' size
+    note, = expert_note(Part("transformer", expert, {}, {}, [], {"dim": 5120}))  # the size of an expert
     assert "named like an expert of Wan 2.2 A14B" in note
 
 

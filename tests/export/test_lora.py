@@ -1,4 +1,4 @@
-"""LoRAs: merged as diffusers and PEFT merge them, in every style of keys, and what cannot be merged named."""
+"""LoRAs: merged as by diffusers and PEFT, in every style of keys; errors for those that cannot be merged."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 
 def lora(style, with_alpha):
-    """Random LoRA tensors for some modules of the small transformer, in one style's keys. Rank 4."""
+    """{key: tensor} of a random LoRA of rank 4 for some modules of the small transformer, with the keys of one style."""
     generator = torch.Generator().manual_seed(5)
     dim, ffn = 48, 104
     modules = {f"blocks.{i}.{a}.{m}": (dim, dim) for i in (0, 1) for a in ("self_attn", "cross_attn") for m in "qkvo"}
@@ -38,7 +38,7 @@ def lora(style, with_alpha):
 
 
 def fused(folders, path, scale):
-    """The transformer's weights after diffusers' own load_lora_weights and fuse_lora, by diffusers' names."""
+    """The transformer's weights after diffusers' load_lora_weights and fuse_lora, under diffusers' names."""
     from diffusers import WanPipeline
     transformer = WanTransformer3DModel.from_pretrained(folders / "diffusers/transformer")
     pipe = WanPipeline(None, None, None, None, transformer)
@@ -86,7 +86,7 @@ def test_alpha_of_the_adapter_metadata(tmp_path, folders):
 
 
 def adapter(folders, folder, config):
-    """The transformer with an adapter of PEFT's, which saved it in a folder."""
+    """The transformer with a PEFT adapter, which is saved in a folder."""
     from peft import get_peft_model
     transformer = WanTransformer3DModel.from_pretrained(folders / "diffusers/transformer")
     model = get_peft_model(transformer, config)
@@ -94,7 +94,7 @@ def adapter(folders, folder, config):
     return model
 
 
-@pytest.mark.filterwarnings("ignore")  # PEFT warns of its own biases
+@pytest.mark.filterwarnings("ignore")  # PEFT warns about biases
 @pytest.mark.parametrize("options", [
     {"lora_alpha": 16}, {"lora_alpha": 16, "lora_bias": True}, {"lora_alpha": 3.5, "use_rslora": True},
     {"lora_alpha": 2, "alpha_pattern": {"ffn.net.2": 7, r"blocks\.1\.attn1\.to_q": 5}, "rank_pattern": {"to_q": 2}}])
@@ -114,9 +114,9 @@ def test_an_adapter_as_peft_saves_it(tmp_path, folders, capsys, options):
 
 @pytest.mark.parametrize("down, alpha, says", [
     (torch.ones(4, 48, dtype=torch.int8), torch.tensor(4.0), "lora_A.weight is I8"),
-    (torch.full((4, 48), math.nan), torch.tensor(4.0), "is not finite, with its LoRAs"),
-    (torch.ones(4, 48), torch.ones(2), "cannot be read"), (torch.ones(0, 48), torch.tensor(4.0), "of rank 0"),
-    (torch.ones(3, 48), torch.tensor(4.0), "has rank 4"), (torch.tensor(1.0), torch.tensor(4.0), "of rank 0")])
+    (torch.full((4, 48), math.nan), torch.tensor(4.0), "NaN or infinity after merging its LoRAs"),
+    (torch.ones(4, 48), torch.ones(2), "cannot be read"), (torch.ones(0, 48), torch.tensor(4.0), "expected a rank above 0"),
+    (torch.ones(3, 48), torch.tensor(4.0), "has rank 4"), (torch.tensor(1.0), torch.tensor(4.0), "expected a rank above 0")])
 def test_lora_values_that_are_none_are_refused(tmp_path, folders, capsys, down, alpha, says):
     base, path = "diffusion_model.blocks.0.self_attn.q", tmp_path / "lora.safetensors"
     save_file({f"{base}.lora_A.weight": down, f"{base}.lora_B.weight": torch.ones(48, 4), f"{base}.alpha": alpha}, path)
@@ -144,9 +144,9 @@ def test_loras_add_up_and_differences_apply(tmp_path, folders):
 @pytest.mark.parametrize("key, shape, says", [
     ("diffusion_model.blocks.7.self_attn.q.lora_A.weight", (4, 48), "matches no tensor"),
     ("lora_te_blocks_0_attn_q.lora_down.weight", (4, 48), "matches no tensor"),
-    ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", (4, 48), "has no counterpart"),
+    ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", (4, 48), "is alone, expected both matrices"),
     ("diffusion_model.blocks.0.self_attn.q.diff", (48, 47), "has shape [48, 47]"),
-    ("diffusion_model.blocks.0.self_attn.q.alpha", (), "has no counterpart")])
+    ("diffusion_model.blocks.0.self_attn.q.alpha", (), "is alone, expected both matrices")])
 def test_lora_keys_that_do_not_apply_are_named(tmp_path, folders, capsys, key, shape, says):
     save_file({key: torch.ones(shape)}, tmp_path / "lora.safetensors")
     line = refused(capsys, tmp_path / "out.gguf", folders / "diffusers", "--lora", tmp_path / "lora.safetensors")
@@ -154,16 +154,16 @@ def test_lora_keys_that_do_not_apply_are_named(tmp_path, folders, capsys, key, s
 
 
 def test_a_lora_of_another_shape_is_refused(tmp_path, folders, capsys):
-    base = "diffusion_model.blocks.0.ffn.0"  # its shape transposed: as many numbers
+    base = "diffusion_model.blocks.0.ffn.0"  # transposed shape, same number of elements
     save_file({f"{base}.lora_A.weight": torch.ones(4, 104), f"{base}.lora_B.weight": torch.ones(48, 4)},
               tmp_path / "lora.safetensors")
     line = refused(capsys, tmp_path / "out.gguf", folders / "diffusers", "--lora", tmp_path / "lora.safetensors")
-    assert f"{base}.lora_B.weight has shape [48, 104], but blocks.0.ffn.0.weight has [104, 48]" in line
+    assert f"{base}.lora_B.weight has shape [48, 104], expected [104, 48] as blocks.0.ffn.0.weight" in line
 
 
 @pytest.mark.parametrize("option, says", [
-    ("nowhere.safetensors", "nowhere.safetensors: "), ("a.safetensors:nan", "'nan' is not a scale"),
-    ("a.safetensors:half", "'half' is not a scale")])
+    ("nowhere.safetensors", "nowhere.safetensors: "), ("a.safetensors:nan", "'nan' is not a number, expected FILE or FILE:SCALE"),
+    ("a.safetensors:half", "'half' is not a number, expected FILE or FILE:SCALE")])
 def test_a_lora_that_cannot_be_applied_is_named(tmp_path, folders, capsys, option, says):
     line = refused(capsys, tmp_path / "out.gguf", folders / "diffusers", "--lora", tmp_path / option)
     assert says in line and "None" not in line
@@ -222,24 +222,24 @@ def test_keys_that_match_nothing_can_be_left_out(tmp_path, folders, capsys):
         capsys.readouterr().err
     save_file(others, path)
     (tmp_path / "out.gguf").unlink()
-    assert "changes nothing" in refused(capsys, tmp_path / "out.gguf", folders / "diffusers", "--lora", path,
+    assert "no key changes a tensor" in refused(capsys, tmp_path / "out.gguf", folders / "diffusers", "--lora", path,
                                         "--lora-skip-unmatched")
 
 
-# ---------------------------------------------------------------- relatives of LoRA
+# ---------------------------------------------------------------- methods other than LoRA
 
 def relatives():
-    """PEFT's adapters that compute something else, and what the line says."""
+    """{name: (settings of a PEFT adapter that is not plain LoRA, part of the error line)}."""
     from peft import LoHaConfig, LoKrConfig, LoraConfig
     modules = {"target_modules": ["attn1.to_q"]}
     return {
-        "DoRA": (LoraConfig(r=4, use_dora=True, **modules), "DoRA, which scales each row anew, cannot be merged"),
+        "DoRA": (LoraConfig(r=4, use_dora=True, **modules), "DoRA, which scales each row, cannot be merged"),
         "LoKr": (LoKrConfig(r=4, **modules), "LoKr, a Kronecker product, cannot be merged"),
         "LoHa": (LoHaConfig(r=4, **modules), "LoHa, a Hadamard product, cannot be merged"),
         "PiSSA": (LoraConfig(r=4, init_lora_weights="pissa", **modules),
-                  "PiSSA, which changed the weights that it was trained on, cannot be merged"),
-        "PiSSA, quickly": (LoraConfig(r=4, init_lora_weights="pissa_niter_4", **modules), "PiSSA, which changed"),
-        "OLoRA": (LoraConfig(r=4, init_lora_weights="olora", **modules), "LoRA that changed the weights"),
+                  "PiSSA, which changes the base weights before training, cannot be merged"),
+        "PiSSA, quickly": (LoraConfig(r=4, init_lora_weights="pissa_niter_4", **modules), "PiSSA, which changes"),
+        "OLoRA": (LoraConfig(r=4, init_lora_weights="olora", **modules), "LoRA that changes the base weights"),
     }
 
 
@@ -266,7 +266,7 @@ def test_relatives_in_kohyas_keys_are_named(tmp_path, folders, capsys, key, says
 @pytest.mark.parametrize("values, says", [
     ({"lora_alpha": None}, "lora_alpha is null, expected a number"),
     ({"lora_alpha": "4"}, 'lora_alpha is "4", expected a number'),
-    ({"peft_type": "LOHA"}, 'no LoRA, cannot be merged (peft_type is "LOHA")'),
+    ({"peft_type": "LOHA"}, 'another method than LoRA, cannot be merged (peft_type is "LOHA")'),
     ({"fan_in_fan_out": True}, "LoRA of transposed weights, cannot be merged (fan_in_fan_out is true)"),
     ({"alpha_pattern": 3}, "cannot be read"), ({"alpha_pattern": {"(": 3}}, "cannot be read")])
 def test_settings_of_peft_that_cannot_be_followed(tmp_path, folders, capsys, values, says):

@@ -1,4 +1,4 @@
-"""Quantised weights, as ComfyUI, LightX2V and others store them."""
+"""Quantised weights in the formats of ComfyUI, LightX2V and others."""
 
 import json
 
@@ -15,7 +15,8 @@ NAMES = [f"blocks.{i}.{m}" for i in (0, 1) for m in ("self_attn.q", "cross_attn.
 
 
 def quantise(weights, suffix="weight_scale", shape=(), dtype=torch.float8_e4m3fn, names=NAMES):
-    """Some weights scaled to the range of a narrow type, with their scales. shape: of a scale; -1 stands for rows."""
+    """The weights with those of NAMES scaled to the range of a narrow type, and their scales. shape: of a scale, -1 for
+    the number of rows."""
     largest, out = 127 if dtype == torch.int8 else torch.finfo(dtype).max, dict(weights)
     for name in names:
         values = weights[f"{name}.weight"]
@@ -27,7 +28,7 @@ def quantise(weights, suffix="weight_scale", shape=(), dtype=torch.float8_e4m3fn
 
 
 def numbers(stored, name):
-    """What the weight is by its definition: value times scale."""
+    """The weight by definition: value times scale."""
     scale = stored[f"{name}.weight_scale" if f"{name}.weight_scale" in stored else f"{name}.scale_weight"]
     return stored[f"{name}.weight"].float() * (scale if scale.dim() != 1 or len(scale) == 1 else scale[:, None])
 
@@ -38,7 +39,7 @@ def says(settings):
 
 
 def exported(place, folders, stored, metadata=None):
-    """The tensors of a file with these weights in the transformer's place."""
+    """The tensors of an export with these weights as the transformer."""
     save_file(stored, place / "wan.safetensors", metadata=metadata)
     return tensors(export_parts(folders, place / "out.gguf", transformer=place / "wan.safetensors"))
 
@@ -102,11 +103,11 @@ def test_plain_fp8_is_the_weights(place, folders, weights, dtype):
 
 
 @pytest.mark.parametrize("lost, says", [
-    ({}, "blocks.0.self_attn.q.weight is fp8 without its scale (blocks.0.self_attn.q.weight_scale)"),
-    ({"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, "is fp8 without its scale")])
+    ({}, "blocks.0.self_attn.q.weight is fp8 without a scale, expected blocks.0.self_attn.q.weight_scale"),
+    ({"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, "is fp8 without a scale")])
 def test_fp8_without_its_scale_is_refused_where_it_should_have_one(place, folders, weights, capsys, lost, says):
     stored = quantise(weights) | lost
-    for name in NAMES if lost else NAMES[:1]:  # with the marker, even where no scale is left
+    for name in NAMES if lost else NAMES[:1]:  # with the marker, even if no scale is left
         del stored[f"{name}.weight_scale"]
     assert says in refusal(capsys, place, folders, stored)
 
@@ -114,7 +115,7 @@ def test_fp8_without_its_scale_is_refused_where_it_should_have_one(place, folder
 # ---------------------------------------------------------------- formats that ComfyUI names
 
 def blocks_of(values, size):
-    """An int8 matrix, and its scales, one a block."""
+    """An int8 matrix with a scale for each block."""
     rows, columns = values.shape[0] // size, values.shape[1] // size
     scale = values.reshape(rows, size, columns, size).abs().amax((1, 3)) / 127
     return (values / scale.repeat_interleave(size, 0).repeat_interleave(size, 1)).round().to(torch.int8), scale
@@ -152,7 +153,8 @@ def test_fp8_in_a_tensor_of_bytes(place, folders, weights):
 
 
 def test_comfy_kitchens_own_tensors():
-    """int8, a scale a row, rotated in groups of 256, 64 and 16; fp8: values as comfy-kitchen makes them again."""
+    """int8 with a scale for each row, rotated in groups of 256, 64 and 16; fp8. comfy-kitchen dequantised the expected
+    values."""
     file = open_file(ROOT / "tests/goldens/quantised/comfy.safetensors")
     want = load_file(ROOT / "tests/goldens/quantised/dequantised.safetensors")
     weights = weights_in(file.tensors)
@@ -164,7 +166,7 @@ def test_comfy_kitchens_own_tensors():
 
 
 @pytest.mark.parametrize("settings, scale, what", [
-    ({"format": "nvfp4"}, (48, 1), "blocks.0.self_attn.q.weight is quantised as nvfp4, which is not read"),
+    ({"format": "nvfp4"}, (48, 1), "blocks.0.self_attn.q.weight is quantised as nvfp4, expected one of float8_e4m3fn"),
     ({"format": "int8_tensorwise"}, (2, 2), "weight_scale has shape [2, 2], expected one value, or one for each of 48"),
     ({"format": "int8_blockwise"}, (5, 3), "or of blocks of [48, 48]"),
     ({"format": "float8_e4m3fn"}, (), "is I8 with a scale of F32, expected F8_E4M3 or U8"),
@@ -180,8 +182,8 @@ def test_formats_that_are_not_read_are_named(place, folders, weights, capsys, se
 
 
 @pytest.mark.parametrize("helper, what", [
-    ("weight_scale_2", "two levels of scales"), ("pre_quant_scale", "a scale of each input"),
-    ("weight_scale_inv", "scales of blocks as DeepSeek stores them")])
+    ("weight_scale_2", "two levels of scales"), ("pre_quant_scale", "a scale for each input"),
+    ("weight_scale_inv", "DeepSeek's scales of blocks")])
 def test_scales_that_are_not_read_are_named(place, folders, weights, capsys, helper, what):
     stored = quantise(weights) | {f"{NAMES[0]}.{helper}": torch.ones(1)}
     line = refusal(capsys, place, folders, stored)
@@ -189,9 +191,10 @@ def test_scales_that_are_not_read_are_named(place, folders, weights, capsys, hel
 
 
 @pytest.mark.parametrize("change, what", [
-    ({"blocks.0.self_attn.q.weight": torch.zeros(48, 48, dtype=torch.int8)}, "q.weight is I8, which is no known way"),
-    ({"blocks.9.self_attn.q.weight_scale": torch.ones(1)}, "blocks.9.self_attn.q.weight_scale scales no tensor"),
-    ({"blocks.9.self_attn.q.comfy_quant": says({"format": "int8_tensorwise"})}, "blocks.9.self_attn.q is said to be"),
+    ({"blocks.0.self_attn.q.weight": torch.zeros(48, 48, dtype=torch.int8)}, "q.weight is I8, expected F64, F32"),
+    ({"blocks.9.self_attn.q.weight_scale": torch.ones(1)}, "blocks.9.self_attn.q.weight_scale is the scale of no tensor"),
+    ({"blocks.9.self_attn.q.comfy_quant": says({"format": "int8_tensorwise"})},
+     "the metadata names blocks.9.self_attn.q, expected a weight"),
     ({"blocks.0.self_attn.q.weight_scale": torch.ones(1, dtype=torch.int32)}, "is F32 with a scale of I32")])
 def test_what_does_not_belong_together(place, folders, weights, capsys, change, what):
     assert what in refusal(capsys, place, folders, weights | change)

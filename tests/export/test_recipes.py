@@ -1,4 +1,4 @@
-"""Recipes: the schedules of distilled and causal weights, the layouts in which they come, and what needs one."""
+"""Recipes: schedules of distilled and causal weights, layouts of such weights, errors for weights without a schedule."""
 
 import json
 import math
@@ -18,7 +18,7 @@ WARPED = [1000.0, 937.5, float.fromhex("0x1.a0aaaap+9"), 625.0]  # upstream's ow
 
 @pytest.fixture
 def generator(place, weights):
-    """A .pt as Self-Forcing and its descendants leave it: the last weights are zero, the averaged ones count."""
+    """A .pt of Self-Forcing and its descendants. The last weights are zeros; the averaged ones are to be taken."""
     names = {f"model._fsdp_wrapped_module.{k}": v for k, v in weights.items()}
     zeros = {k: v * 0 for k, v in names.items()}
     torch.save({"generator": zeros, "generator_ema": names, "step": 3}, place / "model.pt")
@@ -33,7 +33,7 @@ def approximately(values):
     return pytest.approx(values, rel=1e-7)
 
 
-EXPECTED = {  # what each recipe says, over shift 3, unipc and 1000 training steps
+EXPECTED = {  # keys of each recipe, besides shift 3, unipc and 1000 training steps
     "self-forcing": {"causal.chunk_frames": 3},
     "causal-forcing": {"causal.chunk_frames": 3},
     "causal-forcing-framewise": {"causal.chunk_frames": 1},
@@ -85,7 +85,7 @@ def test_the_container_of_a_recipe(folders, baseline, place, weights, capsys, re
     file = export_parts(folders, place / "out.gguf", transformer=place / "model.pt", recipe=recipe)
     assert digest(file) == digest(baseline)
     assert f"model.pt: takes {taken}, not {other}" in capsys.readouterr().err
-    torch.save({other: weights}, place / "model.pt")  # where it has one only, that one
+    torch.save({other: weights}, place / "model.pt")  # the only one is taken
     file = export_parts(folders, place / "out.gguf", transformer=place / "model.pt", recipe=recipe)
     assert digest(file) == digest(baseline)
 
@@ -112,12 +112,12 @@ def test_longlive_is_a_base_and_a_lora(folders, place, weights, capsys):
     want = weights[f"{base}.weight"] + up @ down
     assert np.abs(file[f"{base}.weight"][1] - want.numpy()).max() <= 1e-5 * want.abs().max()
     assert digest(export_parts(folders, place / "b.gguf", **options)) == digest(
-        export_parts(folders, place / "out.gguf", recipe="longlive", **options))  # known by its name, too
+        export_parts(folders, place / "out.gguf", recipe="longlive", **options))  # the recipe is also known by the file's name
     options = parts(folders) | {"--transformer": place / "longlive_base.pt", "--lora": place / "lora.pt",
                                 "--recipe": "self-forcing"}
     (place / "out.gguf").unlink()
     line = refused(capsys, place / "out.gguf", *(x for pair in options.items() for x in pair))
-    assert "PEFT keeps its strength in adapter_config.json" in line  # another recipe does not know it
+    assert "no adapter_config.json beside it" in line  # other recipes have no alpha
 
 
 def test_rcms_patch_embedding_is_a_linear(folders, place, weights, baseline):
@@ -135,7 +135,7 @@ def test_fastwans_gate_is_left_out(folders, place, weights, baseline, capsys):
 
 
 def causal_folder(tmp_path, folders, **config):
-    """A diffusers folder as FastVideo's causal models are laid out."""
+    """A diffusers folder in the layout of FastVideo's causal models."""
     copy = shutil.copytree(folders / "diffusers", tmp_path / "causal")
     change_json(copy / "model_index.json", _class_name="WanCausalDMDPipeline",
                 transformer=["diffusers", "CausalWanTransformer3DModel"])
@@ -157,11 +157,11 @@ def test_a_configuration_that_states_chunks(tmp_path, folders):
     values = schedule_of(export(copy, tmp_path / "out.gguf", "--timesteps", "1000,500", "--rule", "renoise"))
     assert {k: v for k, v in values.items() if k.startswith("causal.")} == {
         "causal.chunk_frames": 2, "causal.window": 9, "causal.sink": 1}
-    values = schedule_of(export(copy, tmp_path / "out.gguf"))  # a recipe goes before it, where it says something
+    values = schedule_of(export(copy, tmp_path / "out.gguf"))  # a recipe overrides it
     assert (values["causal.chunk_frames"], values["causal.window"]) == (3, 9)
 
 
-# ---------------------------------------------------------------- what needs one
+# ---------------------------------------------------------------- weights that need a schedule
 
 def gated(weights):
     return {"blocks.0.to_gate_compress.bias": torch.zeros(48)} | weights
@@ -174,18 +174,18 @@ def test_distilled_weights_without_a_schedule_are_refused(folders, place, weight
     torch.save(content(weights), place / "model.pt")
     options = parts(folders) | {"--transformer": place / "model.pt"}
     line = refused(capsys, place / "out.gguf", *(x for pair in options.items() for x in pair))
-    assert f"model.pt: {says}: such weights are made for one schedule, which they do not tell: say --recipe " \
+    assert f"model.pt: {says}: such weights were trained for one schedule and do not state it; expected --recipe " \
         "self-forcing|causal-forcing|causal-forcing-framewise|causal-forcing-2step|causal-forcing-1step|longlive|rcm|" \
         "fastwan|lightx2v, or --timesteps and --rule" in line
     file = export_parts(folders, place / "out.gguf", transformer=place / "model.pt", rule="multistep")
-    assert digest(file) == digest(baseline)  # who says so knows
+    assert digest(file) == digest(baseline)  # --rule multistep is the user's statement
 
 
 @pytest.mark.parametrize("name", ["CausalWanModel", "CausalWanTransformer3DModel"])
 def test_a_causal_configuration_without_a_schedule_is_refused(tmp_path, folders, capsys, name):
     copy = shutil.copytree(folders / "diffusers", tmp_path / "copy")
     change_json(copy / "transformer/config.json", _class_name=name, local_attn_size=12)
-    assert f"transformer: is a {name}: such weights are made" in refused(capsys, tmp_path / "out.gguf", copy)
+    assert f"transformer: is a {name}: such weights were trained" in refused(capsys, tmp_path / "out.gguf", copy)
 
 
 @pytest.mark.parametrize("name, recipe", [
@@ -213,7 +213,7 @@ def test_a_lora_is_known_by_its_name(folders, place):
     assert {recipe for _, recipe in KNOWN_FILES} <= RECIPES.keys()
 
 
-# ---------------------------------------------------------------- one by one
+# ---------------------------------------------------------------- options instead of a recipe
 
 def test_a_schedule_one_by_one(tmp_path, folders):
     file = export(folders / "diffusers", tmp_path / "out.gguf", "--timesteps", "1000,500", "--first-timesteps",
@@ -243,28 +243,28 @@ def test_times_that_are_not_warped(tmp_path, folders):
 
 
 WRONG = [
-    (["--timesteps", "1000,500"], "a list of time steps goes with --rule renoise or --rule euler"),
-    (["--rule", "renoise"], "a list of time steps goes with --rule renoise"),
-    (["--recipe", "self-forcing", "--rule", "multistep"], "a list of time steps goes with --rule"),
+    (["--timesteps", "1000,500"], "the rule is multistep, expected --rule renoise or --rule euler"),
+    (["--rule", "renoise"], "--rule is renoise, but there is no list of time steps"),
+    (["--recipe", "self-forcing", "--rule", "multistep"], "the rule is multistep, expected --rule renoise"),
     (["--timesteps", "500,1000", "--rule", "euler"], "--timesteps is '500,1000', expected numbers that fall"),
     (["--timesteps", "1000,1000", "--rule", "euler"], "expected numbers that fall from at most 1000"),
     (["--timesteps", "1001", "--rule", "euler"], "expected numbers that fall"),
     (["--timesteps", "", "--rule", "euler"], "--timesteps is '', expected numbers"),
     (["--timesteps", "1000,x", "--rule", "euler"], "--timesteps is '1000,x', expected numbers"),
     (["--timesteps", "nan", "--rule", "euler"], "--timesteps is 'nan', expected numbers"),
-    (["--timesteps", "937.5", "--rule", "euler"], "937.5 is to be warped, expected whole numbers (--no-warp takes"),
+    (["--timesteps", "937.5", "--rule", "euler"], "time steps 937.5: expected whole numbers before the shift (--no-warp takes"),
     (["--timesteps", "900,899.9", "--no-warp", "--rule", "euler"], "sigmas is [0.89"),
-    (["--first-timesteps", "1000"], "--first-timesteps goes with --timesteps or --recipe"),
-    (["--no-warp"], "--no-warp goes with --timesteps or --recipe"),
-    (["--recipe", "lightx2v", "--first-timesteps", "1000"], "first_timesteps goes with chunk_frames"),
-    (["--recipe", "self-forcing", "--steps", "3"], "--steps is 3, but the schedule is a list of 4"),
-    (["--recipe", "rcm", "--steps", "5"], "--steps is 5, but the schedule is a list of 4"),
-    (["--window", "12"], "window goes with chunk_frames (--chunk-frames)"),
+    (["--first-timesteps", "1000"], "--first-timesteps is given, expected --timesteps or --recipe"),
+    (["--no-warp"], "--no-warp is given, expected --timesteps or --recipe"),
+    (["--recipe", "lightx2v", "--first-timesteps", "1000"], "--first-timesteps is given, expected --chunk-frames"),
+    (["--recipe", "self-forcing", "--steps", "3"], "--steps is 3, expected 4, the length of the schedule"),
+    (["--recipe", "rcm", "--steps", "5"], "--steps is 5, expected 4, the length of the schedule"),
+    (["--window", "12"], "--window is given, expected --chunk-frames, too"),
     (["--chunk-frames", "3", "--window", "2"], "window is 2, expected 0 or at least 3"),
     (["--chunk-frames", "3", "--window", "5", "--sink", "3"], "window is 5, expected 0 or at least 6: the sink of 3"),
-    (["--chunk-frames", "3", "--sink", "3"], "sink is 3, but there is no window"),
-    (["--chunk-frames", "0"], "chunk_frames is 0, expected 1 to 4096"),
-    (["--chunk-frames", "3", "--context-noise", "-1"], "context_noise is -1.0, expected 0 to 1000"),
+    (["--chunk-frames", "3", "--sink", "3"], "--sink is 3, but there is no window"),
+    (["--chunk-frames", "0"], "--chunk-frames is 0, expected 1 to 4096"),
+    (["--chunk-frames", "3", "--context-noise", "-1"], "--context-noise is -1.0, expected 0 to 1000"),
     (["--chunk-frames", "3", "--positions", "other"], "positions is 'other', expected one of absolute, relative"),
 ]
 
@@ -278,7 +278,7 @@ def test_schedules_that_cannot_be(tmp_path, folders, capsys, options, says):
     ({"rule": "renoise", "timesteps": []}, "timesteps is [], expected numbers that fall"),
     ({"rule": "renoise", "timesteps": [1000, True]}, "timesteps is [1000, True], expected numbers"),
     ({"rule": "renoise", "timesteps": 1000}, "timesteps is 1000, expected a list of numbers"),
-    ({"rule": "renoise", "timesteps": [1000], "sigmas": [1, 0.5]}, "sigmas are 2, but timesteps 1"),
+    ({"rule": "renoise", "timesteps": [1000], "sigmas": [1, 0.5]}, "sigmas has 2 numbers, expected 1 as timesteps"),
     ({"chunk_frames": 3, "recache_sink": 1}, "recache_sink is 1, expected true or false")])
 def test_schedules_of_sora_json_that_cannot_be(tmp_path, folders, capsys, values, says):
     copy = shutil.copytree(folders / "diffusers", tmp_path / "copy")

@@ -1,4 +1,4 @@
-"""Tokenizers: the files that carry one, and the rules of each."""
+"""Tokenizers: the files that contain one, and the rules of each."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def with_tokenizer(tmp_path, folders, config):
     from tokenizers import Tokenizer
     copy = shutil.copytree(folders / "diffusers", tmp_path / "copy")
     (copy / "tokenizer/tokenizer.json").write_text(json.dumps(config))
-    Tokenizer.from_file(str(copy / "tokenizer/tokenizer.json"))  # the library takes it
+    Tokenizer.from_file(str(copy / "tokenizer/tokenizer.json"))  # the library accepts it
     return copy
 
 
@@ -103,13 +103,13 @@ def test_normaliser_map_is_written_as_bytes(tmp_path, folders):
 
 
 def split_first(**changes):
-    """The pre-tokenizer that transformers 5 gives to every T5."""
+    """The pre-tokenizer that transformers 5 writes for every T5 tokenizer."""
     return {"type": "Sequence", "pretokenizers": [{"type": "WhitespaceSplit"}, {
         "type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": True} | changes]}
 
 
 def resaved(folder, source):
-    """A tokenizer's folder as transformers saves it anew."""
+    """The folder of a tokenizer after transformers loaded and saved it."""
     from transformers import AutoTokenizer
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
     assert sorted(f.name for f in folder.iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
@@ -137,7 +137,7 @@ def test_a_spiece_model_that_transformers_saved_anew(tmp_path, folders, capsys):
     folder = resaved(tmp_path / "resaved", source)
     line = refused(capsys, tmp_path / "out.gguf", folders / "diffusers", "--tokenizer", folder)
     assert "tokenizer.json: normalizer \"Precompiled\" is not supported" in line and "--tokenizer" in line
-    assert "where it saves a folder that had spiece.model alone" in line
+    assert "when it saves a folder that had spiece.model alone" in line
 
 
 @pytest.mark.parametrize("changes", [

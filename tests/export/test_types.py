@@ -1,4 +1,4 @@
-"""What type each tensor gets, and that its numbers are the source's within it."""
+"""The type of each tensor, and that its numbers are the source's within that type's rounding."""
 
 import hashlib
 import math
@@ -46,7 +46,7 @@ def test_tensors_are_the_sources_within_their_type(folders, name):
             reference = gguf.quants.dequantize(gguf.quants.quantize(source[key], Type.Q8_0), Type.Q8_0)
             assert np.array_equal(values, reference), key
             continue
-        half_step = {Type.F32: 0, Type.F16: 2**-11, Type.BF16: 2**-8}[kind]  # and f16's smallest step
+        half_step = {Type.F32: 0, Type.F16: 2**-11, Type.BF16: 2**-8}[kind]  # and f16's smallest number
         allowed = np.abs(source[key]) * half_step + (2**-25 if kind == Type.F16 else 0)
         assert np.all(np.abs(values - source[key]) <= allowed), key
     assert len(seen) == {"f32": 1, "f16": 2, "bf16": 2, "q8_0": 4}[name]
@@ -68,36 +68,36 @@ def test_without_a_type_tensors_stay_as_stored(tmp_path, folders):
              "vae.decoder.conv1.weight", "vae.decoder.conv1.bias")
     file = tensors(export(copy, tmp_path / "out.gguf"))
     assert [file[k][0] for k in names] == [Type.F32, Type.BF16, Type.F16, Type.F32, Type.F16, Type.F32]
-    file = tensors(export(copy, tmp_path / "out.gguf", "--type", "bf16"))  # the VAE loses nothing to --type
+    file = tensors(export(copy, tmp_path / "out.gguf", "--type", "bf16"))  # --type does not change the VAE
     assert [file[k][0] for k in names] == [Type.BF16, Type.BF16, Type.BF16, Type.F32, Type.F16, Type.F32]
     file = tensors(export(copy, tmp_path / "out.gguf", "--type", "f32"))
     assert {file[k][0] for k in names} == {Type.F32}
-    file = tensors(export(copy, tmp_path / "out.gguf", "--type", "q8_0"))  # the way out keeps its 16 bits
+    file = tensors(export(copy, tmp_path / "out.gguf", "--type", "q8_0"))  # the last layer keeps 16 bits
     assert file["head.head.weight"][0] == file["time_embedding.0.weight"][0] == Type.F16
 
 
 def test_a_number_that_is_none_is_refused(tmp_path, folders, capsys):
     copy = shutil.copytree(folders / "diffusers", tmp_path / "nan")
     change_transformer(copy, lambda w: w["blocks.1.ffn.net.2.weight"][47, 3].fill_(math.nan))
-    assert "blocks.1.ffn.net.2.weight holds a number that is not finite" in refused(capsys, tmp_path / "out.gguf", copy)
+    assert "blocks.1.ffn.net.2.weight holds NaN or infinity" in refused(capsys, tmp_path / "out.gguf", copy)
 
 
 @pytest.mark.parametrize("kind, name, value", [("f16", "ffn.net.2", 70000.0), ("q8_0", "attn1.to_q", 70000.0),
-                                               ("q8_0", "ffn.net.2", 1e7)])  # rows of 104: f16 in q8_0's stead
+                                               ("q8_0", "ffn.net.2", 1e7)])  # rows of 104 are f16 instead of q8_0
 def test_a_number_beyond_the_type_is_refused(tmp_path, folders, capsys, kind, name, value):
     copy = shutil.copytree(folders / "diffusers", tmp_path / "large")
     change_transformer(copy, lambda w: w[f"blocks.0.{name}.weight"][3].fill_(value))
     line = refused(capsys, tmp_path / "out.gguf", copy, "--type", kind)
-    assert f"blocks.0.{name}.weight holds {value:g}" in line and "take --type bf16" in line
+    assert f"blocks.0.{name}.weight holds {value:g}" in line and "use --type bf16" in line
 
 
 def test_a_number_beyond_the_scale_of_a_block_is_refused(tmp_path, folders, capsys):
     path = tmp_path / "umt5.safetensors"
     weights = load_file(folders / "diffusers/text_encoder/model.safetensors")
-    weights["encoder.block.0.layer.1.DenseReluDense.wo.weight"][3, 5] = 1e7  # a row of 96: 127 * 65504 is less
+    weights["encoder.block.0.layer.1.DenseReluDense.wo.weight"][3, 5] = 1e7  # in a row of 96; the limit is 127 * 65504
     save_file(weights, path)
     line = refused(capsys, tmp_path / "out.gguf", folders / "diffusers", "--text-encoder", path, "--type", "q8_0")
-    assert "wo.weight holds 1e+07, which q8_0 cannot" in line
+    assert "wo.weight holds 1e+07, expected at most 8.31901e+06 for q8_0" in line
 
 
 def test_numbers_below_the_smallest_of_f16_become_0(tmp_path, folders):
