@@ -4,8 +4,8 @@
     python tests/dump_reference.py CHECKPOINT DIR --prompt "A red fox" --size 832x480 --frames 17 --steps 4
     ./sora -m model.gguf --check DIR "A red fox" -s 832x480 -f 17 --steps 4 ...
 
-CHECKPOINT is a diffusers folder. Names and shapes are those of sora's --dump (README): no batch axis, float32 (ids
-int32); of the text encoder's 512 positions only the n that hold tokens.
+CHECKPOINT is a diffusers folder. Names and shapes are those of sora's --dump (docs/validating.md): no batch axis, float32
+(ids int32). Of the text encoder's 512 positions only the n with tokens are written.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import schedulers
 
 @dataclass
 class Settings:
-    """One generation; the fields are sora's options of the same names."""
+    """The settings of one clip. The fields are sora's options of the same names."""
 
     prompt: str = ""
     negative: str = ""
@@ -39,7 +39,7 @@ class Settings:
 
 
 class Recorder:
-    """Hooks on a pipeline's modules that write what passes through them into `folder`."""
+    """Hooks on a pipeline's modules that write their inputs and outputs into `folder`."""
 
     def __init__(self, pipe: WanPipeline, folder: Path, guided: bool):
         self.folder = folder
@@ -59,7 +59,7 @@ class Recorder:
 
     @staticmethod
     def wrap(function, after):
-        """`function`, with after(result, *its arguments) called on each result."""
+        """A function that calls `function`, then after(result, *arguments), and returns the result."""
 
         def wrapped(*args, **kwargs):
             result = function(*args, **kwargs)
@@ -99,8 +99,8 @@ class Recorder:
 
 @contextlib.contextmanager
 def float64_arithmetic():
-    """Keeps in float64 what is so already, where upstream says .float(). What is float32 stays so, above all the
-    sinusoids of the time step, whose float32 rounding belongs to the function that the model was trained with."""
+    """Makes upstream's .float() leave float64 tensors alone. float32 tensors stay float32, above all the sinusoids of the
+    time step: the model was trained with their float32 rounding."""
     to_float = torch.Tensor.float
     torch.Tensor.float = lambda tensor: tensor if tensor.dtype == torch.float64 else to_float(tensor)
     try:
@@ -110,8 +110,8 @@ def float64_arithmetic():
 
 
 def load(checkpoint: Path) -> WanPipeline:
-    """The pipeline in float32. A tokenizer.json is taken as it is, which from transformers 5 on the class T5Tokenizer
-    does not: it keeps the pieces but builds rules of its own, and calls piece 2 the unknown one; umT5's is 3."""
+    """The pipeline in float32. A tokenizer.json is used as it is. (From transformers 5 on, T5Tokenizer would keep the pieces,
+    build its own rules, and take piece 2 as the unknown one; umT5's is 3.)"""
     rules = checkpoint / "tokenizer" / "tokenizer.json"
     given = {}
     if rules.exists():
@@ -128,7 +128,7 @@ def load(checkpoint: Path) -> WanPipeline:
 def dump(checkpoint: Path, folder: Path, settings: Settings, double: bool = False) -> None:
     """Generates one clip with WanPipeline and writes its tensors into `folder`.
 
-    checkpoint: a diffusers folder. double: computes in float64 and writes float64; from the same noise.
+    checkpoint: a diffusers folder; double: compute and write float64, from the same noise.
     """
     pipe = load(checkpoint)
     pipe.scheduler = schedulers.configure(settings.sampler, settings.shift)

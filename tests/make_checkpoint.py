@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Makes a Wan checkpoint with random weights, in the layouts of the released ones.
+"""Makes a Wan checkpoint with random weights, in the layout of a released one.
 
     python tests/make_checkpoint.py small FOLDER [--layout diffusers|original] [--dtype f32|f16|bf16] [--seed N]
     python tests/make_checkpoint.py wan2.1-t2v-1.3b FOLDER --dtype bf16
 
-Shapes are those of diffusers' and transformers' own classes, built without memory (on the meta device). Weights are
-scaled so that activations neither vanish nor explode; they are drawn and written some rows at a time, in little memory.
-The tokenizer is a small sentencepiece model trained here, unless --tokenizer names one.
+The shapes come from the classes of diffusers and transformers, on the meta device, which needs no memory. Weights are
+scaled so that activations neither vanish nor explode. They are drawn and written some rows at a time, so little memory is
+needed. The tokenizer is a small sentencepiece model that is trained here, unless --tokenizer gives one.
 """
 
 import argparse
@@ -33,7 +33,7 @@ SLICE = 1 << 25  # elements drawn at a time
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
-# What differs from the defaults of UMT5Config, WanTransformer3DModel and AutoencoderKLWan.
+# Differences from the defaults of UMT5Config, WanTransformer3DModel and AutoencoderKLWan.
 PRESETS = {
     "small": {
         "text_encoder": {"d_model": 40, "d_kv": 16, "num_heads": 3, "d_ff": 72, "num_layers": 2},
@@ -48,7 +48,7 @@ PRESETS = {
     },
 }
 
-# transformers' UMT5EncoderModel to the names of models_t5_umt5-xxl-enc-bf16.pth (wan/modules/t5.py).
+# From the names of transformers' UMT5EncoderModel to those of models_t5_umt5-xxl-enc-bf16.pth (wan/modules/t5.py).
 ORIGINAL_T5 = [
     (r"^shared\.", "token_embedding."),
     (r"^encoder\.block\.", "blocks."),
@@ -70,7 +70,7 @@ CORPUS = ("a red fox jumps over the lazy dog", "a cat walks on the grass, realis
 # ---------------------------------------------------------------- models: names and shapes, without memory
 
 def meta_models(text_encoder, transformer, vae, seed, rows):
-    """The three models on the meta device. rows: of the embedding, where nothing is said."""
+    """(text encoder, transformer, VAE) on the meta device. rows: of the embedding, unless text_encoder has vocab_size."""
     text = UMT5Config(**{"vocab_size": rows, "feed_forward_proj": "gated-gelu", **text_encoder})
     vae = dict(vae)
     channels = vae.get("z_dim", 16)
@@ -84,12 +84,12 @@ def meta_models(text_encoder, transformer, vae, seed, rows):
 
 
 def shapes(model):
-    """{name: shape} of a model's tensors, in order, a tied one once."""
+    """{name: shape} of a model's tensors, in order. A tied tensor counts once."""
     return {name: tuple(p.shape) for name, p in model.named_parameters()}
 
 
 def draw(name, shape, rows, config, generator):
-    """Some rows of a tensor: scales around 1, biases small, matrices such that the variance of what passes stays."""
+    """Random rows of a tensor, (rows, ...): scales near 1, small biases, matrices that keep the variance of their input."""
     values = torch.randn(rows, *shape[1:], generator=generator)
     if re.search(r"(norm\w*\.weight|norm\.weight|gamma)$", name):
         return 1 + 0.1 * values
@@ -107,7 +107,7 @@ def draw(name, shape, rows, config, generator):
 # ---------------------------------------------------------------- files, written tensor by tensor
 
 def write_safetensors(path, tensors, dtype, values):
-    """A .safetensors file: length of the header, header as JSON, bytes. values(name) yields a tensor's rows in slices."""
+    """Writes a .safetensors file: length of the header, header as JSON, bytes. values(name) yields a tensor's rows."""
     header, offset = {"__metadata__": {"format": "pt"}}, 0
     for name, shape in tensors.items():
         size = math.prod(shape) * dtype.itemsize
@@ -122,7 +122,7 @@ def write_safetensors(path, tensors, dtype, values):
 
 
 def write_pth(path, tensors, dtype, values):
-    """A .pth file: torch lays it out with the tensors' bytes left empty, which are then filled in."""
+    """Writes a .pth file: torch writes it with empty tensors, then their bytes are filled in."""
     with FakeTensorMode():
         empty = {name: torch.empty(shape, dtype=dtype) for name, shape in tensors.items()}
     with skip_data(materialize_fake_tensors=True):
@@ -141,7 +141,7 @@ def write_slices(file, slices, dtype):
 
 
 def write_shards(folder, stem, tensors, dtype, values, limit):
-    """One .safetensors file, or shards of at most limit bytes with their index, named as the hub names them."""
+    """Writes one .safetensors file, or shards of at most limit bytes and their index, with the hub's names."""
     shards, size = [{}], 0
     for name, shape in tensors.items():
         size += math.prod(shape) * dtype.itemsize
@@ -168,7 +168,7 @@ def write_json(path, value):
 # ---------------------------------------------------------------- tokenizer
 
 def train_tokenizer(normalization="identity"):
-    """The bytes of a small spiece.model, laid out as umT5's: <pad>, </s>, <unk>, bytes, pieces; no normaliser map."""
+    """The bytes of a small spiece.model in umT5's order: <pad>, </s>, <unk>, bytes, pieces; without a normaliser map."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS * 20), model_writer=model, vocab_size=380, model_type="unigram",
@@ -178,7 +178,7 @@ def train_tokenizer(normalization="identity"):
 
 
 def write_tokenizer(folder, source):
-    """Copies a tokenizer file, or trains one; returns how many pieces it has (0 where a tokenizer.json says)."""
+    """Copies a tokenizer file, or trains one. Returns its number of pieces; 0 for a copied file."""
     folder.mkdir(parents=True)
     write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "T5Tokenizer", "model_max_length": 512, "pad_token": "<pad>", "eos_token": "</s>",
@@ -195,8 +195,8 @@ def write_tokenizer(folder, source):
 
 def make(folder, seed=0, layout="diffusers", dtype="f32", text_encoder=None, transformer=None, vae=None, shard="2GB",
          tokenizer=None):
-    """Makes FOLDER. text_encoder, transformer, vae: arguments of the models' classes, over those of the preset small.
-    shard: largest file of a sharded part, e.g. "500KB"."""
+    """Makes FOLDER. text_encoder, transformer, vae: arguments of the models' classes, over those of the preset small;
+    shard: largest file of a sharded part, such as "500KB"; tokenizer: a file to copy."""
     folder, small = Path(folder), PRESETS["small"]
     folder.mkdir(parents=True)
     pieces = write_tokenizer(folder / ("tokenizer" if layout == "diffusers" else "google/umt5-xxl"),
@@ -214,7 +214,8 @@ def parse_size(text):
 
 
 def drawer(model, seed, part):
-    """name -> slices of a tensor. Each has its own seed, whatever file and order it is written in."""
+    """A function from a name to the tensor's slices. Each tensor has its own seed, so file and order do not matter. part: 0
+    text encoder, 1 transformer, 2 VAE."""
     config, tensors = dict(model.config.to_dict() if part == 0 else model.config), shapes(model)
     order = {name: i for i, name in enumerate(tensors)}
 
@@ -229,7 +230,7 @@ def drawer(model, seed, part):
 
 
 def write_diffusers(folder, models, dtype, limit, seed):
-    """A folder per model, a scheduler, and model_index.json, as WanPipeline.save_pretrained leaves them."""
+    """Writes a folder for each model, a scheduler, and model_index.json, like WanPipeline.save_pretrained."""
     stems = ("model", "diffusion_pytorch_model", "diffusion_pytorch_model")
     for part, (name, stem, model) in enumerate(zip(("text_encoder", "transformer", "vae"), stems, models)):
         (folder / name).mkdir()
@@ -246,8 +247,8 @@ def write_diffusers(folder, models, dtype, limit, seed):
 
 
 def original_names(models):
-    """For each model {original name: diffusers' or transformers' name}. Those of transformer and VAE come from the
-    exporter's tables; tests/export holds them against diffusers' own converters."""
+    """{original name: diffusers' or transformers' name} for each model. Those of transformer and VAE come from export.py's
+    tables; tests/export compares them with diffusers' converters."""
     def t5(name):
         for pattern, replacement in ORIGINAL_T5:
             name = re.sub(pattern, replacement, name)
@@ -259,7 +260,7 @@ def original_names(models):
 
 
 def write_original(folder, models, dtype, limit, seed):
-    """config.json, the transformer as safetensors, text encoder and VAE as .pth."""
+    """Writes config.json, the transformer as safetensors, text encoder and VAE as .pth."""
     names = original_names(models)
 
     def part(index):

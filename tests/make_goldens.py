@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Writes tests/goldens/ from the reference packages: what `make test` compares with.
+"""Writes tests/goldens/: numbers of the reference packages, with which `make test` compares.
 
-    python tests/make_goldens.py            (all parts but those below; name some to make only those)
-    python tests/make_goldens.py demo       (from models/demo.gguf, with what train/requirements.txt names)
-    python tests/make_goldens.py quantised  (with comfy-kitchen==0.2.40)
+    python tests/make_goldens.py            (all parts except those below; or give names of parts)
+    python tests/make_goldens.py demo       (from models/demo.gguf; needs the packages of train/requirements.txt)
+    python tests/make_goldens.py quantised  (needs comfy-kitchen==0.2.40)
 
-Each part leaves a VERSIONS beside its files: this command, the packages' versions and the seed.
+Each part has a file VERSIONS: this command, the packages' versions, the seed.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SEED = 20250707
 
 
 def write_versions(folder: Path, part: str) -> None:
-    """VERSIONS: how the files beside it were made."""
+    """Writes VERSIONS: how the files beside it were made."""
     packages = ["torch", "diffusers", "transformers", "numpy", "gguf"]
     packages += ["comfy-kitchen"] if part == "quantised" else []
     lines = [f"python tests/make_goldens.py {part}", f"seed {SEED}"]
@@ -65,8 +65,8 @@ def make_sampler(folder: Path) -> None:
 
 
 def make_weights(folder: Path) -> None:
-    """tiny.gguf, keys and tensors of every type that the reader knows, as the gguf package writes them, and
-    NAME.npy [rows, cols]: the tensors as that package dequantises them."""
+    """tiny.gguf: keys and tensors of every type that the reader knows, written by the gguf package. NAME.npy [rows, cols]:
+    the tensors, dequantised by that package."""
     writer = gguf.GGUFWriter(folder / "tiny.gguf", "wan")
     writer.add_uint8("test.u8", 200)
     writer.add_int8("test.i8", -100)
@@ -102,12 +102,12 @@ def make_weights(folder: Path) -> None:
 
 
 def make_foreign(path: Path) -> None:
-    """A file such as other programs write: another architecture, a tensor of every type that ggml stores (zeros, a row
-    of 256), five dimensions, none, and a name of 127 bytes."""
+    """A GGUF file as other programs write it: another architecture, a row of 256 zeros of every type that ggml stores,
+    tensors of five dimensions and of none, a name of 127 bytes."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("foreign")
     for kind, (block, size) in gguf.constants.GGML_QUANT_SIZES.items():
-        if kind.name not in ("Q8_1", "Q8_K"):  # ggml computes with them, and stores none
+        if kind.name not in ("Q8_1", "Q8_K"):  # ggml does not store these types
             writer.add_tensor(f"of.{kind.name.lower()}", np.zeros((1, 256 // block * size), np.uint8), raw_dtype=kind)
     writer.add_tensor("conv3d.weight", np.zeros((2, 3, 1, 2, 2), np.float32))
     writer.add_tensor("scale", np.array(1, np.float32))
@@ -119,8 +119,9 @@ def make_foreign(path: Path) -> None:
 
 
 def make_noise(folder: Path) -> None:
-    """integers.npy, randn_N.npy, randn_mixed.npy, randn_clip.npy: a row a seed, [len(seeds), n]; the seeds, and
-    the sizes of the mixed draws, are those of test_noise.c. seeds/SEED/noise.npy: of the whole range. They hold for torch on a processor with AVX2."""
+    """integers.npy, randn_N.npy, randn_mixed.npy, randn_clip.npy: [len(seeds), n], a row for each seed. seeds/SEED/noise.npy:
+    seeds from the whole range. The seeds, and the sizes of the mixed draws, are those of test_noise.c. The numbers are
+    torch's on a processor with AVX2."""
     seeds = [0, 7, 2**32 + 7, 2**64 - 1]
 
     def save(name: str, draw: Callable[[torch.Generator], torch.Tensor]) -> None:
@@ -131,7 +132,7 @@ def make_noise(folder: Path) -> None:
     for n in (1, 2, 15, 16, 17, 31, 33, 4099):
         save(f"randn_{n}", lambda g: torch.randn(n, generator=g))
     save("randn_mixed", lambda g: torch.cat([torch.randn(n, generator=g) for n in (3, 5, 16, 1, 17, 2, 40)]))
-    for seed in (-2**63, -2, 2**63 + 5, 2**64 - 1):  # as `sora --seed`: what its --check reads
+    for seed in (-2**63, -2, 2**63 + 5, 2**64 - 1):  # for `sora --seed SEED --check`
         part = folder / "seeds" / str(seed)
         part.mkdir(parents=True, exist_ok=True)
         np.save(part / "noise.npy", torch.randn(4, 2, 4, 8, generator=torch.Generator().manual_seed(seed)))
@@ -139,17 +140,19 @@ def make_noise(folder: Path) -> None:
 
 
 def make_npy(folder: Path) -> None:
-    """What the reader takes as numpy writes it: TYPE_SIZES.npy, arrays of 0, 1, 2, ...; types/ORDER_TYPE.npy [2, 3, 4],
-    numbers that need a type's sign, fraction or highest bits, in either byte order, and the big-endian ones in Fortran
-    order too; v2.npy and v3.npy, of these
-    versions of the format; noise.npy, the model's in float64, big-endian, in Fortran order, with a batch axis. What it
-    refuses: bad_*.npy; noise_tchw.npy, with its axes in another order."""
+    """Files that the reader accepts, written by numpy:
+    TYPE_SIZES.npy         arrays of 0, 1, 2, ...
+    types/ORDER_TYPE.npy   [2, 3, 4]: numbers that need a type's sign, fraction or highest bits; both byte orders, and
+                           big-endian in Fortran order
+    v2.npy, v3.npy         versions 2 and 3 of the format
+    noise.npy              the model's noise in float64, big-endian, in Fortran order, with a batch axis
+    Files that it refuses: bad_*.npy; noise_tchw.npy, whose axes are in another order."""
     for kind in ("f4", "f8", "i4", "i8"):
         for shape in ((), (3,), (0, 2), (2, 1, 3), (1, 2, 3, 2, 1)):
             name = "x".join(map(str, shape)) or "scalar"
             values = np.arange(np.prod(shape, dtype=int), dtype=kind)
             np.save(folder / f"{kind}_{name}.npy", values.reshape(shape))
-    for kind in ("f4", "i4"):  # the room that numpy leaves for growth decides how long this header is
+    for kind in ("f4", "i4"):  # the space that numpy leaves for growth decides the length of this header
         fields = {"descr": "<" + kind, "fortran_order": False, "shape": (0, 1234567890, 1234567890, 1234567890, 1234)}
         with open(folder / f"{kind}_long.npy", "wb") as file:
             np.lib.format.write_array_header_1_0(file, fields)
@@ -181,8 +184,8 @@ def make_npy(folder: Path) -> None:
 
 
 def make_model(folder: Path) -> None:
-    """model.gguf: a whole model, as small as it gets, with random weights; *.npy: the tensors of one generation by
-    diffusers, whose settings cli.sh repeats."""
+    """model.gguf: a very small model with random weights. *.npy: the tensors of one clip by diffusers; cli.sh has the same
+    settings."""
     text_encoder = {"d_model": 24, "d_kv": 8, "num_heads": 2, "d_ff": 40, "num_layers": 2}
     transformer = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "num_layers": 2, "freq_dim": 32,
                    "in_channels": 4, "out_channels": 4}
@@ -199,10 +202,10 @@ def make_model(folder: Path) -> None:
 
 
 def make_demo(folder: Path) -> None:
-    """The tensors of one short clip by diffusers from the weights of the bundled model, whose settings cli.sh
-    repeats; of the blocks only the first and the last of one pass. The frames stand apart, in decoded/, and are those
-    of a float64 run: the trained decoder amplifies rounding, and float32 ones lie 3.4e-5 from them with PyTorch, 5.5e-5
-    with sora; medians of six seeds are 6.5e-5 and 5.1e-5."""
+    """The tensors of one short clip by diffusers with the bundled model's weights; cli.sh has the same settings. Of the
+    blocks only the first and the last of one pass are kept. The frames are in decoded/ and come from a float64 run, since
+    the trained decoder amplifies rounding: float32 frames differ from them by 3.4e-5 with PyTorch and by 5.5e-5 with sora
+    (medians of six seeds: 6.5e-5 and 5.1e-5)."""
     with TemporaryDirectory() as work:
         checkpoint, double = Path(work) / "checkpoint", Path(work) / "double"
         subprocess.run([sys.executable, ROOT / "train" / "base.py", ROOT / "models" / "demo.gguf", checkpoint],
@@ -221,8 +224,8 @@ def make_demo(folder: Path) -> None:
 
 
 def make_quantised(folder: Path) -> None:
-    """comfy.safetensors: small weights as ComfyUI stores them, and dequantised.safetensors, what its own library makes
-    of them again. Needs comfy-kitchen==0.2.40, which nothing else here does."""
+    """comfy.safetensors: small weights in ComfyUI's formats. dequantised.safetensors: the same, dequantised by ComfyUI's
+    library comfy-kitchen 0.2.40."""
     from comfy_kitchen.tensor import QuantizedTensor
     int8, fp8 = "TensorWiseINT8Layout", "TensorCoreFP8Layout"
     generator = torch.Generator().manual_seed(SEED)

@@ -1,16 +1,13 @@
 #!/usr/bin/env python3
 """Compares sora with diffusers, tensor by tensor, on random checkpoints of many shapes: `make test-reference`.
 
-For every model of MODELS a diffusers folder is made and exported to float32 GGUF; for every case of CASES diffusers'
-WanPipeline writes its tensors (dump_reference.py), and sora runs the same settings with --dump and --check. The
-comparison is made twice: by numpy on what sora dumped, and by sora itself, whose verdict has to be the same.
+1. Every model of MODELS becomes a diffusers folder and a float32 GGUF.
+2. For every case of CASES, diffusers' WanPipeline writes its tensors (dump_reference.py), and sora runs the same settings
+   with --dump and --check. numpy compares sora's dump with the reference, and sora's own verdict must agree.
+3. Single weights are changed. The check must fail and name the first tensor that depends on the weight.
 
-A tensor's error is its largest difference over the reference's largest magnitude. A float64 run of the reference in
-some cases shows how much of an error is the reference's own.
-
-Then single weights are changed: the check has to fail, and to name the tensor that the weight reaches first.
-
-Everything runs on one thread: the tensors are small, and threads that wait for each other cost more than they save.
+A tensor's error is its largest difference over the reference's largest magnitude. In some cases a float64 run of the
+reference shows how large the reference's own error is. Everything runs on one thread, since the tensors are small.
 
     python tests/reference.py [--sora ./sora] [--work build/reference] [--only NAME]
 """
@@ -36,11 +33,11 @@ ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-5
 
 FOX = "A red fox jumps over 12 lazy dogs."
-KNOWN = "a red fox jumps over the lazy dog"  # of the corpus from which make_checkpoint trains its spiece.model
+KNOWN = "a red fox jumps over the lazy dog"  # in the corpus of make_checkpoint's spiece.model
 WORDS = " ".join(f"{word} {n}" for n in range(60) for word in ("red", "über", "走る", "jumps,", "Ωmega"))
 
-# Arguments of make_checkpoint.make(): what differs from a small Wan 2.1. A model has umT5's kind of tokenizer.json,
-# or, where "spiece" is set, a spiece.model alone.
+# Arguments of make_checkpoint.make(): the differences from a small Wan 2.1. A model has a tokenizer.json of umT5's kind,
+# or with "spiece" only a spiece.model.
 MODELS = {
     "wan": {},
     "odd widths": {
@@ -112,7 +109,7 @@ CASES = [
     case("spiece.model", (48, 48), 5, "dpm++", prompt=KNOWN, negative=""),
 ]
 
-# A weight's tensor, and the tensor of the run that it reaches first.
+# (tensor whose weight is changed, first tensor of the run that depends on it)
 PERTURBED = [
     ("enc.blk.0.ffn_up.weight", "prompt.embeds"),
     ("enc.output_norm.weight", "prompt.embeds"),
@@ -130,7 +127,7 @@ PERTURBED = [
 
 @dataclass
 class Tally:
-    """Claims so far, and the worst error of every group of tensors."""
+    """Number of claims that hold and fail, and the worst error of every group of tensors."""
 
     passed: int = 0
     failed: int = 0
@@ -156,7 +153,8 @@ class Tally:
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference over largest magnitude; infinite if a shape or an integer differs, or if not finite."""
+    """Largest difference over the largest magnitude of `expected`. Infinite if a shape or an integer differs, or if `actual`
+    has NaN or infinity."""
     if actual.shape != expected.shape or not np.isfinite(actual).all():
         return np.inf
     if expected.dtype.kind == "i":
@@ -166,7 +164,7 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
 
 
 def worst_of(errors: dict[str, float]) -> str:
-    """The largest of errors by tensor, as words."""
+    """The largest error and its tensor, as a text. errors: {name: error}."""
     worst = max(errors, key=errors.get)
     return f"worst {errors[worst]:.1e} ({worst})"
 
@@ -176,7 +174,7 @@ def tensors(folder: Path) -> dict[str, np.ndarray]:
 
 
 def make_tokenizer(path: Path) -> int:
-    """Writes a tokenizer.json built as umT5's, with pieces of the cases' texts; returns how many."""
+    """Writes a tokenizer.json of umT5's kind with pieces of the cases' texts. Returns the number of pieces."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(" {2,}"), " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
@@ -189,8 +187,8 @@ def make_tokenizer(path: Path) -> int:
 
 
 def calm_decoder(folder: Path) -> None:
-    """Scales a random VAE's last convolution so that its pixels mostly lie inside [-1, 1], as a trained one's do. What
-    the clamp cuts off hides errors, and the rest is measured against 1 instead of against the largest."""
+    """Scales a random VAE's last convolution so that most pixels lie in [-1, 1], as a trained one's do. Clamped pixels
+    would hide errors."""
     for path in folder.glob("*.safetensors"):
         tensors = load_file(path)
         if "decoder.conv_out.weight" in tensors:
@@ -199,7 +197,7 @@ def calm_decoder(folder: Path) -> None:
 
 
 def make_model(folder: Path, seed: int, spiece: bool = False, text_encoder: dict | None = None, **sizes) -> None:
-    """A diffusers folder as MODELS describes it."""
+    """Makes a diffusers folder of MODELS."""
     tokenizer, text_encoder = None, text_encoder or {}
     if not spiece:
         tokenizer = folder.parent / "tokenizer.json"
@@ -209,7 +207,7 @@ def make_model(folder: Path, seed: int, spiece: bool = False, text_encoder: dict
 
 
 def export(model: str, work: Path) -> tuple[Path, Path]:
-    """The diffusers folder of a model and its GGUF; made once."""
+    """(diffusers folder, GGUF) of a model of MODELS. They are made once."""
     folder = work / model.replace(" ", "-")
     checkpoint, weights = folder / "checkpoint", folder / "model.gguf"
     if not weights.exists():
@@ -256,7 +254,7 @@ def compare_case(case: Case, sora: Path, work: Path, tally: Tally) -> None:
 
 
 def report_double(case: Case, checkpoint: Path, expected: dict, actual: dict, work: Path) -> None:
-    """How far both are from the reference computed in float64: a measurement, no claim."""
+    """Prints how far both are from the reference in float64. This is no claim."""
     folder = work / "double"
     shutil.rmtree(folder, ignore_errors=True)
     dump(checkpoint, folder, case.settings, double=True)
@@ -267,7 +265,7 @@ def report_double(case: Case, checkpoint: Path, expected: dict, actual: dict, wo
 
 
 def perturb(weights: Path, tensor: str, out: Path) -> None:
-    """A copy of a weight file in which one weight in the middle of `tensor` is another."""
+    """Copies a weight file to `out` and changes one weight in the middle of `tensor`."""
     shutil.copy(weights, out)
     found = next(t for t in gguf.GGUFReader(weights).tensors if t.name == tensor)
     values = np.memmap(out, np.float32, "r+", found.data_offset, int(found.n_elements))

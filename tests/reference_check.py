@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Plays the session of docs/validating.md, word by word, and again with a faulty reference: `make test-reference`.
+"""Runs the commands of docs/validating.md, and again with a faulty reference: part of `make test-reference`.
 
     python tests/reference_check.py [--sora ./sora]
 
-The page's commands run on a small random checkpoint: export, diffusers' tensors, --check, --check --feed. Then one layer
-of the reference is another than the checkpoint's: --feed has to fail that block in each pass, and nothing else. Both
-references are checked once more as other tools would write them: float16 in Fortran order, big-endian, with batch axes
-and integer time steps.
+1. The page's commands run on a small random checkpoint: export, diffusers' tensors, --check, --check --feed.
+2. One layer of the reference is changed. --feed must fail that block in each pass, and nothing else.
+3. Both references are written as other tools might write them, in float16, Fortran order and big-endian, with batch axes
+   and integer time steps, and checked again.
 """
 
 import argparse
@@ -30,25 +30,25 @@ BLOCK = {f"step{step:03}.{branch}.block01" for step in range(3) for branch in ("
 
 
 def commands(language: str) -> list[str]:
-    """The lines of the page's blocks in a language."""
+    """The lines of the page's code blocks in a language."""
     blocks = re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.M | re.S)
     return [line for block in blocks for line in block.splitlines()]
 
 
 def play(line: str, folder: Path, sora: Path, *more: str) -> subprocess.CompletedProcess:
-    """One command of the page, in a folder of its own."""
+    """Runs one command of the page in a folder."""
     places = {".venv/bin/python": sys.executable, "./sora": sora, "export.py": ROOT / "export.py"}
     words = [str(places.get(word, word)) for word in shlex.split(line)]
     return subprocess.run([*words, *more], cwd=folder, capture_output=True, text=True)
 
 
 def failures(result: subprocess.CompletedProcess) -> set[str]:
-    """The tensors that --check's table says failed."""
+    """The tensors that failed, from --check's table."""
     return set(re.findall(r"^(\S+) .*FAILED", result.stderr, re.M))
 
 
 def make_faulty(checkpoint: Path) -> None:
-    """One layer of a diffusers folder becomes half as large again."""
+    """Multiplies one layer of a diffusers folder by 1.5."""
     path = next(path for path in (checkpoint / "transformer").glob("*.safetensors") if FAULTY in load_file(path))
     weights = load_file(path)
     weights[FAULTY] *= 1.5
@@ -56,7 +56,7 @@ def make_faulty(checkpoint: Path) -> None:
 
 
 def rewrite(tensors: Path) -> None:
-    """Every array as another tool might write it. The schedule keeps its types: rounded, it would be another one."""
+    """Rewrites every array as another tool might. The schedule keeps its types, since rounding would change it."""
     for path in tensors.glob("*.npy"):
         array = np.load(path)
         if array.dtype == np.float32 and path.stem != "sigmas":

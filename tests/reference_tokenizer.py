@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Compares prompt.c and tokenizer.c with the libraries whose rules they follow, id by id: part of `make test-reference`.
+"""Compares prompt.c and tokenizer.c with their reference libraries, id by id: part of `make test-reference`.
 
-- tokenizers: a tokenizer.json (umT5's real one with --umt5 FILE), and small ones made here with the options that
-  umT5's does not use: prepend schemes, byte fallback, no squeezing, added tokens outside the vocabulary.
+- tokenizers: a tokenizer.json (umT5's own with --umt5 FILE), and small ones made here with options that umT5's does not
+  use: prepend schemes, byte fallback, no squeezing of spaces, added tokens outside the vocabulary.
 - sentencepiece: models trained here, with each normaliser and each option that changes how text is read.
-- transformers: what it does around that (closing `</s>`, padding to the limit, truncation).
-- ftfy and html: clean-up, as in diffusers' prompt_clean; what ftfy does by guessing at encodings is counted, not compared.
-- unicodedata: tables.h, and every character up to U+2FFFF among marks, where Python has the same version of Unicode.
+- transformers: closing `</s>`, padding to the limit, truncation.
+- ftfy and html: clean-up, as in diffusers' prompt_clean. Texts whose encoding ftfy guesses are counted, not compared.
+- unicodedata: tables.h, and every character up to U+2FFFF among marks, if Python has the same version of Unicode.
 
-The C code is built into a shared object and called through ctypes; the weight files come from export's own tables, so
-the exporter's reading of both formats is compared too. `--goldens` writes what `make test` reads.
+The C code is built into a shared object and called through ctypes. The weight files come from export.py, so its reading of
+both formats is compared, too. `--goldens` writes the files that `make test` reads.
 
     python tests/reference_tokenizer.py [--umt5 tokenizer.json[.gz]] [--count 2000] [--goldens tests/goldens/tokenizer]
 """
@@ -61,7 +61,7 @@ class RawBytes(ctypes.Structure):
 
 
 def build(folder):
-    """prompt.c, tokenizer.c and what they stand on, as a shared object."""
+    """prompt.c, tokenizer.c and the engine's files that they need, as a shared object."""
     library = folder / "libtokenizer.so"
     engine = sorted(str(f) for f in (ROOT / "engine").glob("*/*.c"))
     subprocess.run(["cc", "-std=c11", "-O2", "-D_POSIX_C_SOURCE=200809L", "-D_DEFAULT_SOURCE", "-ffp-contract=off",
@@ -78,7 +78,7 @@ def build(folder):
 
 
 class Tokenizer:
-    """One weight file's tokenizer in C."""
+    """The tokenizer of a weight file, in C."""
 
     def __init__(self, c, path):
         self.c, file, self.pointer = c, ctypes.c_void_p(), ctypes.c_void_p()
@@ -101,7 +101,7 @@ def clean_in_c(c, data):
 
 
 def write_weights(path, keys):
-    """A weight file that holds a tokenizer and nothing else."""
+    """Writes a weight file with a tokenizer and nothing else. Returns its path."""
     writer = gguf.GGUFWriter(str(path), "wan")
     kinds = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32}
     for key, value in keys.items():
@@ -166,13 +166,13 @@ def random_part(rng):
 
 
 def random_text(rng):
-    """Words, special tokens and characters of all scripts, with all kinds of white space around them."""
+    """A random text of words, special tokens and characters of all scripts, with all kinds of white space."""
     parts = [random_part(rng) + rng.choice(SPACES) for _ in range(rng.choice([1, 2, 3, 5, 8, 13, 30]))]
     return rng.choice(["", "", "", " ", "  ", SPACE]) + "".join(parts)
 
 
 def fixed_texts():
-    """What random text would miss: nothing, white space alone, very long words, texts beyond the limit."""
+    """Yields texts that random ones would miss: no text, only white space, very long words, texts beyond the limit."""
     yield from ["", " ", "  ", "\t", "\u3000", SPACE, SPACE * 3, "a", " a", "a ", "  a  b  ", "a\u0000b", "\u0000", "\uffff"]
     yield from SPECIALS + WORDS
     yield from [a + b + c for a in ("", " ", "x") for b in SPECIALS for c in ("", " ", "  y", "y")]
@@ -190,7 +190,7 @@ def texts(count, seed):
 
 
 def dense_texts(count, seed):
-    """Over a few letters, of which the dense vocabularies hold almost every string; c and d are unknown."""
+    """Random texts of a few letters. The dense vocabularies have almost every string of a, b and space; c and d are unknown."""
     rng = random.Random(seed)
     sizes = [rng.choice([1, 3, 10, 30, 100]) for _ in range(count)] + [2000] * 5
     return ["".join(rng.choice("aaabbb  cd") for _ in range(size)) for size in sizes]
@@ -199,7 +199,7 @@ def dense_texts(count, seed):
 # ---------------------------------------------------------------- comparisons
 
 def compare(name, expected, actual, inputs):
-    """Counts and shows differences; returns how many there were."""
+    """Compares expected(text) with actual(text) for all inputs. Prints the first differences and returns their number."""
     wrong = 0
     for text in inputs:
         e, a = expected(text), actual(text)
@@ -213,7 +213,8 @@ def compare(name, expected, actual, inputs):
 
 
 def library_of_transformers(path):
-    """What diffusers' WanPipeline calls, over a tokenizer.json that transformers takes as it is."""
+    """A function from text to ids: the call of diffusers' WanPipeline, with a tokenizer.json that transformers does not
+    rebuild."""
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(path), pad_token="<pad>", eos_token="</s>",
                                                      unk_token="<unk>")
 
@@ -224,7 +225,7 @@ def library_of_transformers(path):
 
 
 def library_of_json(path):
-    """Ids by tokenizers alone, with the truncation that transformers asks of it."""
+    """A function from text to ids by the tokenizers library, with transformers' truncation."""
     data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     library = tokenizers.Tokenizer.from_str(data.decode())
     library.enable_truncation(LIMIT)
@@ -251,13 +252,13 @@ JSON_VARIANTS = {
 
 
 def dense_vocabulary(score):
-    """[(piece, score)]: every string of up to four of a, b and space; the score is that of the nth piece."""
+    """[(piece, score)]: all strings of one to four of a, b and space. score(n): of the nth piece."""
     strings = ["".join(letters) for n in range(1, 5) for letters in itertools.product("ab" + SPACE, repeat=n)] + ["cd"]
     return [(string, score(n)) for n, string in enumerate(strings)]
 
 
-# Scores with which many sums are equal, or would be but for rounding; with which sums outgrow what float holds well;
-# and with which an unknown character is cheaper than a piece.
+# Scores for which many sums are equal, or differ by rounding only; for which sums exceed float32's precision; and for
+# which an unknown character costs less than a piece.
 DENSE_SCORES = {
     "all equal": lambda n: -10.0,
     "multiples of 0.1": lambda n: -0.1 * (n * 7 % 13 + 1),
@@ -269,7 +270,8 @@ DENSE_SCORES = {
 
 def json_variant(vocab, prepend="always", squeeze=True, byte_fallback=False, drop=(), noise=0.0, shift=0.0, flat=False,
                  twice=False):
-    """A tokenizer.json of umT5's form over [(piece, score)], with added tokens inside and outside the vocabulary."""
+    """A tokenizer.json of umT5's kind as a dictionary, with added tokens inside and outside the vocabulary. vocab:
+    [(piece, score)]."""
     pieces = [(p, -10.0 if flat and s else s + (shift if s else 0) + noise * i) for i, (p, s) in enumerate(vocab)
               if p not in drop]
     if twice:
@@ -312,7 +314,7 @@ TRAINING = {
 
 
 def train(options, corpus):
-    """A sentencepiece model as bytes, laid out like umT5's: pad, </s>, <s>, <unk>."""
+    """The bytes of a trained sentencepiece model, which begins with pad, </s>, <s>, <unk>, as umT5's."""
     out = io.BytesIO()
     settings = {"vocab_size": 640, "character_coverage": 0.98, "hard_vocab_limit": False} | options
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(corpus), model_writer=out, model_type="unigram",
@@ -339,14 +341,14 @@ def equal_scores(model):
 
 
 def keep_spaces_plain(model):
-    """No U+2581: pieces and text hold spaces."""
+    """Replaces U+2581 by spaces, in pieces and text."""
     model.normalizer_spec.escape_whitespaces = False
     for piece in model.pieces:
         piece.piece = piece.piece.replace(SPACE, " ")
 
 
 def dense_model(model, score, symbols=()):
-    """The dense vocabulary in place of what was trained."""
+    """Replaces the trained pieces by the dense vocabulary."""
     del model.pieces[4:]
     for string, value in dense_vocabulary(score):
         kind = model.pieces[0].USER_DEFINED if string in symbols else model.pieces[0].NORMAL
@@ -367,19 +369,19 @@ UNGUESSED = ftfy.TextFixerConfig(fix_encoding=False, explain=False)
 
 
 def clean(text, config=UNGUESSED):
-    """diffusers' prompt_clean (pipelines/wan/pipeline_wan.py), but for ftfy's guesses at encodings."""
+    """diffusers' prompt_clean (pipelines/wan/pipeline_wan.py), by default without ftfy's guesses at encodings."""
     text = html.unescape(html.unescape(ftfy.fix_text(text, config))).strip()
     return re.sub(r"\s+", " ", text).strip()
 
 
 def unguessed(name, inputs):
-    """Those that ftfy does not take for text that was decoded in a wrong encoding; says how many it does."""
+    """The inputs whose encoding ftfy does not guess. Prints the number of the others."""
     kept = [text for text in inputs if ftfy.fix_text(text) == ftfy.fix_text(text, UNGUESSED)]
     print(f"     ftfy guesses at the encoding of {len(inputs) - len(kept)} of {len(inputs)} {name}", flush=True)
     return kept
 
 
-# Characters of Unicode 3.2: later versions, of which each Python has another, treat them alike.
+# Characters of Unicode 3.2. Their properties are the same in the later versions, of which each Python has another.
 KNOWN = [c for c in map(chr, range(0x30000)) if unicodedata.ucd_3_2_0.category(c) not in ("Cn", "Cs")]
 ALPHABETS = {script: [c for c in KNOWN if unicodedata.name(c, "").startswith(script) and unicodedata.category(c)[0] in "LM"]
              for script in ("LATIN SMALL", "LATIN CAPITAL", "FULLWIDTH LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "HEBREW",
@@ -392,7 +394,7 @@ BETWEEN = [*" " * 12, ", ", ". ", "，", "。", "！", "（", "）", "　", " �
 
 
 def sentence(rng, script):
-    """Words of one script as people type them: composed or not, with the script's punctuation or another's."""
+    """A random sentence in one script: composed or decomposed, with punctuation of any script."""
     words = ("".join(rng.choices(ALPHABETS[script], k=rng.randint(1, 9))) for _ in range(rng.randint(1, 12)))
     text = "".join(word + rng.choice(BETWEEN) for word in words)
     return unicodedata.normalize(rng.choice(["NFC", "NFD"]), text)
@@ -402,7 +404,7 @@ EXAMPLE = "a cafe&amp;#769;,  “Ｏｐｅｎ”\r\n"  # of prompt.c
 
 
 def sentences(count, seed):
-    """The released models' own negative prompt, prompt.c's example, and sentences of all alphabets."""
+    """Yields the released models' negative prompt, prompt.c's example, and random sentences in all alphabets."""
     rng = random.Random(seed)
     yield from (NEGATIVE_PROMPT, EXAMPLE)
     for i in range(count):
@@ -410,7 +412,8 @@ def sentences(count, seed):
 
 
 def pools():
-    """What ftfy has repairs for: marks, compositions and their parts, Hangul, widths, controls, terminal escapes."""
+    """Lists of characters that ftfy repairs: marks, compositions and their parts, Hangul, widths, controls, terminal
+    escapes."""
     parts = [c for c in KNOWN if unicodedata.decomposition(c)]
     return [[c for c in KNOWN if unicodedata.combining(c)], parts, list(unicodedata.normalize("NFD", "".join(parts))),
             [chr(c) for c in (*range(0xAC00, 0xD7A4, 31), *range(0x1100, 0x1200))],
@@ -423,7 +426,7 @@ def pools():
 
 
 def disordered(count, seed):
-    """Random strings that need many repairs at once."""
+    """Yields random strings that need many repairs at once."""
     rng, every = random.Random(seed), pools()
     for _ in range(count):
         some = rng.choices(every, k=rng.choice([1, 2, 3, 9]))
@@ -431,14 +434,14 @@ def disordered(count, seed):
 
 
 def nested_reference(rng, character, depth):
-    """A reference to the character, some of whose own characters are references, in turn `depth` levels deep."""
+    """An HTML reference to a character, in which some characters are references, `depth` levels deep."""
     code = ord(character)
     text = rng.choice([f"&#{code};", f"&#x{code:x};"] + ["&amp;", "&AMP;"] * 2 * (character == "&") + ["&lt;"] * (character == "<"))
     return "".join(nested_reference(rng, c, depth - 1) if depth and rng.random() < 0.3 else c for c in text)
 
 
 def nested(count, seed):
-    """References in references, among what other repairs take: escapes, marks, widths, line breaks."""
+    """Yields nested references among escapes, marks, widths and line breaks."""
     rng = random.Random(seed)
     for _ in range(count):
         yield "".join(rng.choice([
@@ -449,7 +452,7 @@ def nested(count, seed):
 
 
 def blocks():
-    """Every character up to U+2FFFF by itself, and between a letter and two marks: 4096 of them in a string."""
+    """Yields (first, text) for every 4096 characters up to U+2FFFF: each alone, and between a letter and two marks."""
     for first in range(0, 0x30000, 0x1000):
         characters = [chr(c) for c in range(first, first + 0x1000) if not 0xD800 <= c < 0xE000]
         if characters:
@@ -495,7 +498,7 @@ def random_prompt(rng):
 
 
 def prompts(count, seed):
-    """Every entity in every form, every white space and control character, all short byte strings that are not UTF-8."""
+    """Yields bytes: every entity in every form, every white space and control character, short strings that are not UTF-8."""
     rng = random.Random(seed)
     for name in html.entities.html5:
         bare = name.rstrip(";")
@@ -522,12 +525,12 @@ GOLDENS = {
 
 
 def escape(data):
-    """Printable ASCII as it is, other bytes as \\xNN."""
+    """Bytes as a text: printable ASCII, other bytes as \\xNN."""
     return "".join(chr(b) if 0x20 <= b < 0x7F and b != 0x5C else f"\\x{b:02x}" for b in data)
 
 
 def write_goldens(folder, models):
-    """For each model a weight file, and lines `text TAB ids`; for the clean-up lines `prompt TAB text`."""
+    """Writes a weight file and lines `text TAB ids` for each model, and lines `prompt TAB text` for the clean-up."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(5)
     for name, keys, library, inputs in models:
@@ -553,7 +556,7 @@ def write_goldens(folder, models):
 # ---------------------------------------------------------------- all of it
 
 class Comparison:
-    """Holds the C code against the libraries, vocabulary by vocabulary; `wrong` counts the strings that differ."""
+    """Compares the C code with the libraries. strings, wrong: number of texts compared, and of those that differ."""
 
     def __init__(self, folder, count):
         self.c, self.folder, self.count, self.goldens = build(folder), folder, count, []
@@ -564,7 +567,7 @@ class Comparison:
         self.strings += len(inputs)
 
     def clean_up(self):
-        """Prompts as bytes, which may not be UTF-8; strings that need many repairs; every character."""
+        """Compares the clean-up of prompts as bytes, of strings that need many repairs, and of every character."""
         def in_c(text):
             return clean_in_c(self.c, text.encode())
         self.compare("clean-up of references, spaces and bytes", lambda p: clean(p.decode(errors="replace")),
@@ -578,7 +581,7 @@ class Comparison:
             self.compare("clean-up of every character", clean, in_c, [text for _, text in blocks()])
 
     def whole(self, name, path, library):
-        """From what is typed to ids, as upstream with ftfy's default: clean-up and tokenizer in one."""
+        """Compares clean-up and tokenizer together, with ftfy's default as upstream."""
         tokenizer = Tokenizer(self.c, write_weights(self.folder / "model.gguf", tokenizer_keys(path)))
         inputs = unguessed("sentences", list(sentences(3 * self.count, 4)))
         assert NEGATIVE_PROMPT in inputs
@@ -586,7 +589,7 @@ class Comparison:
                      lambda text: tokenizer.encode(clean_in_c(self.c, text.encode())), inputs)
 
     def tokenizer(self, name, path, library, inputs):
-        """`library` maps a text to its ids by the tokenizer file at `path`."""
+        """Compares the tokenizer file at `path`. library: a function from text to ids."""
         keys = tokenizer_keys(path)
         tokenizer = Tokenizer(self.c, write_weights(self.folder / "model.gguf", keys))
         self.compare(name, library, tokenizer.encode, inputs)
@@ -605,7 +608,7 @@ class Comparison:
 
 
 def compare_trained(comparison, learned):
-    """sentencepiece models with every option; two of them changed in ways that no option leads to."""
+    """Compares sentencepiece models with every option, two of them with changes that no option makes."""
     for seed, (name, options) in enumerate(TRAINING.items()):
         data = train(options, learned)
         comparison.model(name, data, texts(comparison.count, 10 + seed))
@@ -615,7 +618,7 @@ def compare_trained(comparison, learned):
 
 
 def compare_json(comparison, learned):
-    """tokenizer.json with every option that the exporter takes."""
+    """Compares tokenizer.json with every option that export.py accepts."""
     trained = sentencepiece_model_pb2.ModelProto.FromString(train(TRAINING["identity, byte fallback"], learned))
     vocab = [(p.piece, p.score) for p in trained.pieces] + [("[eod]", 0.0)]
     for seed, (name, options) in enumerate(JSON_VARIANTS.items()):
@@ -626,7 +629,7 @@ def compare_json(comparison, learned):
 
 
 def compare_dense(comparison, learned):
-    """Vocabularies in which many paths are equal or nearly so, by both libraries' rules."""
+    """Compares vocabularies in which many paths have equal or nearly equal scores, by both libraries' rules."""
     plain = train(TRAINING["identity"], learned)
     for seed, (name, score) in enumerate(DENSE_SCORES.items()):
         inputs = dense_texts(comparison.count, 200 + seed)
@@ -638,8 +641,8 @@ def compare_dense(comparison, learned):
 
 
 def compare_resaved(comparison, learned):
-    """What transformers leaves of a tokenizer.json when it saves its folder anew: words are split first, and another
-    id is the unknown one. The texts are cleaned, as prompts are: other white space than single spaces is gone."""
+    """Compares a tokenizer.json that transformers loaded and saved: it splits words first and has another unknown id. The
+    texts have single spaces only, like cleaned prompts."""
     trained = sentencepiece_model_pb2.ModelProto.FromString(train(TRAINING["identity, byte fallback"], learned))
     vocab = [(p.piece, p.score) for p in trained.pieces] + [("[eod]", 0.0)]
     before, after = comparison.folder / "before", comparison.folder / "after"

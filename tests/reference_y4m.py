@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Compares the Y4M that sora writes with the video tensor it came from: by the formula of its matrix, and by ffmpeg.
+"""Compares sora's Y4M with the video tensor: by the formula of the colour matrix, and by ffmpeg.
 
     python tests/reference_y4m.py [--sora ./sora] [--model tests/goldens/model/model.gguf]
 
-The formula in float64 says what every byte has to be: BT.601's, or BT.709's from 1280 columns or 577 lines on. ffmpeg's
-own conversion works in fixed point and may differ by one; it also has to read the file as limited range, centred
-chroma, the frame rate that was asked for, and as many frames. The lines of docs/options.md that make an MP4 have to tag
-it, and its colours have to be right by these tags. Without ffmpeg on the machine its part is left out, and said to be.
+1. Every byte must be that of the formula in float64: BT.601's, or BT.709's from 1280 columns or 577 lines on.
+2. ffmpeg's conversion, in fixed point, may differ by one. ffmpeg must read the file as limited range, with centred chroma,
+   the given frame rate and the number of frames.
+3. The commands of docs/options.md that make an MP4 must tag it, and its colours must be right by these tags.
+
+Without ffmpeg on the machine, 2 and 3 are left out, and a line says so.
 """
 
 import argparse
@@ -30,7 +32,7 @@ COLORSPACE = {"bt601": "smpte170m", "bt709": "bt709"}  # in ffmpeg's words
 
 @dataclass
 class Clip:
-    """A video of sora's, and what it ought to be."""
+    """A video by sora and its expected properties."""
 
     width: int
     height: int
@@ -49,7 +51,7 @@ CLIPS = [Clip(64, 48, "bt601", 420), Clip(64, 48, "bt601", 444), Clip(1272, 16, 
 
 
 def generate(sora: Path, model: Path, folder: Path, clip: Clip) -> dict:
-    """Fills in the clip's file and video; returns its record."""
+    """Makes the clip, and sets its path and video. Returns its record."""
     clip.path = folder / "clip.y4m"
     subprocess.run([sora, "-m", model, "-s", f"{clip.width}x{clip.height}", "-f", str(FRAMES), "--steps", "2",
                     "--seed", "1", "--fps", "30000:1001", "--chroma", str(clip.chroma), "-o", clip.path, "--dump",
@@ -59,7 +61,7 @@ def generate(sora: Path, model: Path, folder: Path, clip: Clip) -> dict:
 
 
 def planes(clip: Clip) -> np.ndarray:
-    """The bytes of all frames, [F, bytes of a frame]; the header and the FRAME lines are cut off."""
+    """The bytes of all frames without header and FRAME lines, [F, bytes of a frame]."""
     header, data = clip.path.read_bytes().split(b"\n", 1)
     frames = np.frombuffer(data, np.uint8).reshape(FRAMES, -1)
     assert all(frame[:6].tobytes() == b"FRAME\n" for frame in frames), header
@@ -67,7 +69,7 @@ def planes(clip: Clip) -> np.ndarray:
 
 
 def exact(clip: Clip) -> np.ndarray:
-    """What the planes have to be before rounding, in float64, [F, bytes of a frame]."""
+    """The planes before rounding, by the formula in float64, [F, bytes of a frame]."""
     weights = WEIGHTS[clip.matrix]
 
     def convert(rgb):
@@ -82,7 +84,7 @@ def exact(clip: Clip) -> np.ndarray:
 
 
 def by_ffmpeg(clip: Clip) -> np.ndarray:
-    """The planes as ffmpeg makes them of the same frames, by the same averaging, [F, bytes of a frame]."""
+    """The planes by ffmpeg from the same frames, with the same averaging of chroma, [F, bytes of a frame]."""
     scale = (f"scale=out_color_matrix={clip.matrix}:out_range=tv:"
              "flags=area+accurate_rnd+full_chroma_inp+full_chroma_int")
     green_blue_red = ((clip.video[[1, 2, 0]].swapaxes(0, 1) + 1) / 2).astype("<f4")
@@ -106,7 +108,7 @@ def conversion(matrix: str) -> list[str]:
 
 
 def mean_colours(path: Path) -> np.ndarray:
-    """The mean red, green and blue of a video, as ffmpeg reads it, in [-1, 1]."""
+    """The mean [red, green, blue] of a video in [-1, 1], read by ffmpeg."""
     result = subprocess.run(["ffmpeg", "-v", "error", "-i", path, "-vf", "scale=out_range=pc,format=gbrp",
                              "-f", "rawvideo", "-"], capture_output=True, check=True)
     green, blue, red = np.frombuffer(result.stdout, np.uint8).reshape(FRAMES, 3, -1).mean((0, 2)) / 127.5 - 1

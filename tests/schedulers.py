@@ -1,4 +1,4 @@
-"""The three schedulers of diffusers, configured for Wan, under the names that sora gives them."""
+"""diffusers' three schedulers, configured for Wan, under sora's names."""
 
 from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
@@ -6,7 +6,7 @@ NAMES = ("unipc", "euler", "dpm++")  # in the order of sora.h
 
 
 def configure(name: str, shift: float):
-    """A scheduler for WanPipeline."""
+    """A scheduler for WanPipeline. name: of NAMES."""
     if name == "euler":
         return FlowMatchEulerDiscreteScheduler(shift=shift)
     flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift, "solver_order": 2}
@@ -16,7 +16,7 @@ def configure(name: str, shift: float):
 
 
 def make(name: str, shift: float, steps: int):
-    """A scheduler that is ready for step()."""
+    """A scheduler whose step() can be called."""
     scheduler = configure(name, shift)
     scheduler.set_timesteps(steps)
     scheduler.set_begin_index(0)
