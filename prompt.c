@@ -1,28 +1,28 @@
-/* prompt.c - what was typed, cleaned as upstream cleans it before its tokenizer sees it.
+/* prompt.c - typed text -> clean text: what upstream does before its tokenizer.
  *
- * Upstream (wan/modules/tokenizers.py of Wan2.1; pipelines/wan/pipeline_wan.py of diffusers, if it has ftfy):
+ * Takes the bytes that a user typed, gives valid UTF-8. Follows wan/modules/tokenizers.py of Wan2.1 and
+ * pipelines/wan/pipeline_wan.py of diffusers (with ftfy installed):
  *
  *   text = ftfy.fix_text(text)
  *   text = html.unescape(html.unescape(text)).strip()
  *   text = re.sub(r"\s+", " ", text).strip()
  *
- * People paste prompts from web pages, word processors and phones. ftfy 6.3.1 writes in one way what comes in
- * many: a line passes through a list of repairs, again and again, until nothing changes. For example
+ * ftfy 6.3.1 normalises text from web pages, word processors and phones. It applies a list of repairs to each line, and
+ * repeats them until nothing changes. An example:
  *
  *   typed         a cafe&amp;#769;,  “Ｏｐｅｎ”<CR><LF>
- *   first round   a cafe&#769;,  "Open"<LF>      the outer reference, width, quotes, line break
- *   second        a café,  "Open"<LF>            the inner reference; then e and U+0301 are one character
+ *   first round   a cafe&#769;,  "Open"<LF>      outer reference, width, quotes, line break
+ *   second        a café,  "Open"<LF>            inner reference; e and U+0301 are composed
  *   third         a café,  "Open"<LF>            nothing changes
  *   white space   a café, "Open"
  *
- * The released models' own negative prompt is full of full-width commas: here they become plain ones.
+ * It matters in practice: the full-width commas of the released models' own negative prompt become ASCII commas.
  *
- * One repair is left out: ftfy guesses whether text was once decoded in a wrong encoding ("cafÃ©") and decodes
- * it anew (fix_encoding). The result equals upstream's for every text that this guess leaves alone.
+ * Left out: ftfy's fix_encoding, which guesses that text was decoded with a wrong encoding ("cafÃ©") and decodes it
+ * again. For all text that fix_encoding leaves unchanged, the result equals upstream's.
  *
- * Bytes that are no UTF-8 become U+FFFD (engine/text/utf8.c), so there are none of ftfy's surrogates, and all
- * that follows may rely on valid UTF-8. References to characters are read in engine/text/html.c; ligatures,
- * widths and composition are in engine/text/unicode.c. */
+ * Bytes that are not UTF-8 become U+FFFD first (engine/text/utf8.c), so the rules below read valid UTF-8. Character
+ * references are decoded in engine/text/html.c. Ligatures, widths and composition are in engine/text/unicode.c. */
 #include "sora.h"
 
 #include <stdlib.h>
@@ -30,7 +30,9 @@
 
 /* ---------------------------------------------------------------- ftfy's repairs of single characters */
 
-/* Control codes that nobody types: Windows-1252 has quotes, dashes and an ellipsis in their place. */
+/* Each of these is a Rule (engine.h): it returns the bytes that it replaces, or 0, and appends the replacement. */
+
+/* U+0080 to U+009F -> the characters that Windows-1252 has at these codes: quotes, dashes, an ellipsis. */
 static size_t c1_control(Bytes text, Text *out) {
     uint32_t code;
     size_t bytes = utf8_decode(text, &code);
@@ -56,7 +58,7 @@ static size_t line_break(Bytes text, Text *out) {
     return bytes + starts_with(text, "\r\n");
 }
 
-/* "ESC[1;31m" and its like: digits of any script, semicolons, a letter. */
+/* Removes "ESC[1;31m" and the like: digits of any script and semicolons, then a letter. */
 static size_t terminal_escape(Bytes text, Text *out) {
     (void)out;
     uint32_t code = ';';
@@ -69,7 +71,7 @@ static size_t terminal_escape(Bytes text, Text *out) {
     return at < text.size && (code | 32) >= 'a' && (code | 32) <= 'z' ? at + 1 : 0;
 }
 
-/* What neither shows nor spaces: ASCII's control codes, the byte order mark U+FEFF, marks of annotation. */
+/* Removes control codes other than white space, the byte order mark U+FEFF, and annotation marks. */
 static size_t control_character(Bytes text, Text *out) {
     (void)out;
     uint32_t code;
@@ -135,7 +137,7 @@ static void fix_line(Text *line, bool references) {
     } while (!same);
 }
 
-/* A line with a '<' is taken for markup, whose references mean something, and so is all that follows. (ftfy also
+/* ftfy takes a line with a '<' for markup, and keeps the character references of it and of all later lines. (ftfy also
  * begins a new line after a million characters.) */
 static void fix_text(Text *text) {
     Text out = {0};
@@ -155,9 +157,9 @@ static void fix_text(Text *text) {
     *text = out;
 }
 
-/* ---------------------------------------------------------------- all of it */
+/* ---------------------------------------------------------------- white space */
 
-/* One space for every run of white space, none at the ends. */
+/* A run of white space becomes one space; at the ends it is removed. */
 static size_t white_space(Bytes text, Text *out) {
     uint32_t code;
     size_t at = 0;

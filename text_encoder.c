@@ -1,18 +1,20 @@
 /* text_encoder.c - ids -> embeds: the encoder of umT5 (Chung et al., UniMax, 2023; T5: Raffel et al., 2020).
  *
- *   x = token_embedding[ids]
+ * Takes ids [n], gives embeds (n,E).
+ *
+ *   x = token_embedding[ids]                                            (n,E)
  *   in each block:  x += o(attention(norm1(x)))
  *                   x += fc2(gelu(gate(norm2(x))) * fc1(norm2(x)))
  *   embeds = norm(x)
  *
- * What sets it apart from other encoders: norms only scale (RMS), no layer has a bias, scores are not divided
- * by sqrt(d), and positions enter as a bias on the scores that depends on the distance key - query alone. T5
- * has one such table for all layers; umT5 has one in each.
+ * Follows UMT5EncoderModel of transformers and wan/modules/t5.py of Wan2.1. It differs from other encoders in four
+ * ways. Norms are RMS norms. No layer has a bias. Attention scores are not divided by sqrt(d). Positions enter as a
+ * bias on the scores that depends on key - query only: T5 has one table of it for all blocks, umT5 one in each.
  *
- * Without that division scores are large, and errors in them show. So attention stays in float32, and the products
- * are never narrower than bfloat16.
+ * Scores are large, because they are not divided, and rounding errors in them matter. So attention is always float32,
+ * and linear layers are bfloat16 at least, even with --precision int8.
  *
- * The reference pads prompts to 512 and masks the padding; computing the real tokens alone gives the same. */
+ * Upstream pads prompts to 512 tokens and masks the padding. Computing only the n tokens gives the same. */
 #include "sora.h"
 
 #include <math.h>
@@ -33,8 +35,8 @@ TextEncoder text_encoder_load(const WeightFile *file, Precision precision) {
     };
     int inner = e.num_heads * e.head_dim;
     if (e.num_buckets % 4 || e.max_distance <= e.num_buckets / 4)
-        weights_refuse(file, "%d buckets of relative positions do not reach to %d", e.num_buckets,
-                       e.max_distance);
+        weights_refuse(file, "relative positions have %d buckets up to distance %d, expected a multiple of 4 and a "
+                       "distance above a quarter of it", e.num_buckets, e.max_distance);
     e.token_embedding = weights_bind(file, e.vocab_size, e.dim, "token_embd.weight");
     e.blocks = allocate(sizeof *e.blocks * (size_t)e.num_layers);
     for (int i = 0; i < e.num_layers; i++)
@@ -59,9 +61,13 @@ void text_encoder_free(TextEncoder *encoder) {
     free(encoder->blocks);
 }
 
-/* Distances below a quarter of the buckets have one each, per direction; longer ones share, on a logarithmic
- * scale up to max_distance (transformers' UMT5Attention._relative_position_bucket, in its
- * float arithmetic). */
+/* Bucket of a distance, key - query. Half of the buckets are for each sign. With 32 buckets and max_distance 128:
+ *
+ *   |distance|   0 1 2 ... 7 | 8 ..... 11 | 12 .. 15 | 16 .. 22 | ... 127 and above
+ *   bucket       0 1 2 ... 7 | 8          | 9        | 10       | ... 15                plus 16 for distance > 0
+ *
+ * From 8 on the scale is logarithmic. Follows UMT5Attention._relative_position_bucket of transformers, in its float
+ * arithmetic. */
 static int bucket_of(const TextEncoder *e, int distance) {
     int half = e->num_buckets / 2, exact = half / 2, n = abs(distance), bucket = n;
     if (n >= exact) {
@@ -73,10 +79,10 @@ static int bucket_of(const TextEncoder *e, int distance) {
 }
 
 typedef struct {
-    float *x, *y;              /* (n,E): the residual stream; its norm, later what is added to it */
-    float *q, *k, *v, *mixed;  /* (n, heads*d) */
-    float *gate, *up;          /* (n, ffn_dim) */
-    float *bias;               /* (heads, 2n-1): by key - query + n-1 */
+    float *x, *y;             /* (n,E): residual stream; its norm, then a layer's output */
+    float *q, *k, *v, *mixed; /* (n, heads*d); mixed is attention's output */
+    float *gate, *up;         /* (n, ffn_dim) */
+    float *bias;              /* (heads, 2n-1): at key - query + n-1 */
 } Buffers;
 
 static Buffers lay_out(Arena *arena, const TextEncoder *e, int n) {
@@ -140,8 +146,8 @@ void text_encode(const TextEncoder *encoder, const int32_t *ids, int n, float *e
     Buffers b = lay_out(&arena, encoder, n);
     for (int i = 0; i < n; i++) {
         if (ids[i] < 0 || ids[i] >= encoder->vocab_size)
-            die(STATUS_USAGE, "token id %d is outside the text encoder's %d", (int)ids[i],
-                encoder->vocab_size);
+            die(STATUS_USAGE, "token id %d, expected 0 to %d, the text encoder's vocabulary", (int)ids[i],
+                encoder->vocab_size - 1);
         weight_row(&encoder->token_embedding, ids[i], b.x + (size_t)i * encoder->dim);
     }
     for (int i = 0; i < encoder->num_layers; i++) {

@@ -1,37 +1,37 @@
-/* tokenizer.c - text to ids: a unigram model (Kudo 2018), by the rules of the library that made it.
+/* tokenizer.c - clean text -> ids: a unigram model (Kudo, 2018).
  *
- * A vocabulary gives every piece a score, its log probability. Of all ways to write the text as a sequence of
- * pieces the one with the largest sum wins. One pass from left to right (Viterbi) keeps, for each position,
- * the best way to get there. "a red" has two words, ▁a and ▁red (U+2581 is a space); in umT5's pieces, ▁red:
+ * Takes UTF-8, gives ids [n], the last of which is </s>. The vocabulary gives every piece a score, its log probability.
+ * Of all ways to write the text as a sequence of pieces, the one with the largest sum of scores is taken. A Viterbi
+ * pass from left to right keeps the best way to reach each position. For example, "a red" has two words, ▁a and ▁red
+ * (U+2581 stands for a space). With umT5's pieces, ▁red goes:
  *
- *   position   ways to get there                                                              best
+ *   position   ways to reach it                                                               best
  *   ▁          ▁ -3.20                                                                        -3.20
  *   ▁r         ▁r -9.35       ▁ + r: -3.20 - 6.97 = -10.16                                    -9.35
  *   ▁re        ▁re -9.04      ▁ + re: -3.20 - 7.72 = -10.92     ▁r + e: -9.35 - 5.57 = -14.93  -9.04
  *   ▁red       ▁red -10.80    ▁ + red: -14.21   ▁r + ed: -17.50   ▁re + d: -16.32            -10.80
  *
- * From the end back, each position names the last piece of its best way: "a red" is 289 4062, and 1 for </s>.
- * Where no piece spans a character, the unknown piece does, at the smallest score less 10. Pieces have a
- * longest length, so the time is linear in the text.
+ * Then, from the end back, each position gives the last piece of its best way: "a red" is 289 4062, and 1 for </s>.
+ * A character that no piece covers is the unknown piece, with the smallest score less 10. The time is linear in the
+ * text, because pieces have a longest length.
  *
- * Released checkpoints carry their tokenizer twice, and the two do not agree. The file says whose rules hold:
+ * Released checkpoints have two tokenizer files that disagree in details. The weight file says which rules hold:
  *
- *   "tokenizers" (tokenizer.json, as Hugging Face's tokenizers 0.23.3 reads it): added tokens such as
- *     `<extra_id_0>` and `</s>` are cut out of the raw text, leftmost and longest first. In what lies
- *     between, each word, from one U+2581 to the next, is segmented by itself in double precision. Every
- *     piece can match, even `<0x41>`.
+ *   "tokenizers"      tokenizer.json, as Hugging Face's tokenizers 0.23.3 reads it. Added tokens such as
+ *                     `<extra_id_0>` and `</s>` are cut out of the raw text first, leftmost and longest. Each word
+ *                     (up to the next U+2581) is segmented by itself, in double precision. Any piece can match, even
+ *                     `<0x41>`.
+ *   "sentencepiece"   spiece.model, as sentencepiece 0.2.3 reads it. The whole text is segmented at once, in single
+ *                     precision. Control, byte and unused pieces never match. A user-defined symbol of n bytes has
+ *                     the score 0.1 (n - 1).
  *
- *   "sentencepiece" (spiece.model alone, as sentencepiece 0.2.3 reads it): the text is segmented whole, in
- *     single precision. Control, byte and unused pieces never match. A user-defined symbol of n bytes scores
- *     0.1 (n - 1).
+ * In both, the first of two equal sums wins: the path whose last piece starts further left. A run of unknown characters
+ * is one unknown id or, with byte fallback, one id for each byte. As in transformers, the ids end with </s>, and a text
+ * beyond the limit is cut before it. Text is normalised in engine/text/normalizer.c. docs/upstreams.md says what
+ * transformers makes of the two files.
  *
- * Both keep, of two equal sums, the path that was found first, which is the one whose last piece starts further
- * left; a run of unknown characters is one unknown id, or, with byte fallback, the ids of its bytes. As in
- * transformers, `</s>` closes the ids, and a text beyond the limit loses its end, not its `</s>`. How the text
- * is prepared: engine/text/normalizer.c; what transformers makes of either tokenizer: docs/upstreams.md.
- *
- * The vocabulary (256,300 pieces for umT5) has to be ready at once: pieces stay where they lie in the file,
- * and an index finds those that a position begins with, in one step for each byte (engine/base/index.c). */
+ * Loading is fast for 256,300 pieces (umT5): they are not copied, and an index (engine/base/index.c) finds all pieces
+ * that a position begins with, in one step for each byte. */
 #include "sora.h"
 
 #include <float.h>
@@ -44,40 +44,40 @@ enum { NORMAL = 1, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE };
 enum { MAX_PIECE = 8000, NONE = -1 };
 
 struct Tokenizer {
-    bool sentencepiece; /* whose rules */
+    bool sentencepiece; /* the rules: sentencepiece, or else tokenizers */
     bool byte_fallback;
     Normalizer normalizer;
     int count;
-    Bytes *pieces; /* [count], in the file */
+    Bytes *pieces; /* [count]; they point into the file */
     WeightArray scores, types, added;
     int32_t unknown, end; /* ids */
     int32_t byte_ids[256];
     double unknown_score;
-    Index vocabulary; /* what the segmentation may use */
-    Index symbols;    /* what is cut out or passed over first: added tokens, user-defined symbols */
+    Index vocabulary; /* pieces that can match */
+    Index symbols;    /* matched before normalisation: added tokens, or user-defined symbols */
 };
 
 /* ---------------------------------------------------------------- segmentation */
 
-/* Ids as they come; what does not fit is dropped. */
+/* The output. Ids that do not fit are dropped. */
 typedef struct {
     int32_t *ids;
-    int n, room;
+    int n, room; /* ids in it; ids that fit */
 } Ids;
 
 static void push(Ids *out, int32_t id) {
     if (out->n < out->room) out->ids[out->n++] = id;
 }
 
-/* The best way to the position that the node stands for: its last piece and where that starts. On the way
- * back, `next` becomes where the piece that starts here ends. */
+/* A position in the text, and the best way to reach it. */
 typedef struct {
-    double score;
-    size_t start, next;
-    int32_t id; /* NONE until some piece ends here */
+    double score; /* of that way */
+    size_t start; /* where its last piece starts */
+    size_t next;  /* set on the way back: where the piece that starts here ends */
+    int32_t id;   /* its last piece; NONE until a piece ends here */
 } Node;
 
-/* sentencepiece keeps its sums in float. (The float of the double sum of two floats is their float sum.) */
+/* sentencepiece adds in float. (The double sum of two floats, rounded to float, is their float sum.) */
 static double rounded(const Tokenizer *t, double score) { return t->sentencepiece ? (float)score : score; }
 
 static double piece_score(const Tokenizer *t, int32_t id, size_t size) {
@@ -85,12 +85,13 @@ static double piece_score(const Tokenizer *t, int32_t id, size_t size) {
     return symbol ? (float)(0.1 * ((int)size - 1)) : array_double(&t->scores, (size_t)id);
 }
 
+/* Reaches `end` from `start` by a piece, if that is the best way so far. */
 static void relax(const Tokenizer *t, Node *nodes, size_t start, size_t end, int32_t id, double score) {
     double sum = rounded(t, nodes[start].score + score);
     if (nodes[end].id == NONE || sum > nodes[end].score) nodes[end] = (Node){sum, start, 0, id};
 }
 
-/* sentencepiece keeps sums small on long texts, which changes how they round. */
+/* sentencepiece subtracts an offset from the scores in long texts, which changes their rounding. */
 static void rebase(const Tokenizer *t, Node *nodes, size_t start, size_t frontier) {
     double offset = nodes[start].score;
     if (!t->sentencepiece || fabs(offset) <= 100000) return;
@@ -98,8 +99,8 @@ static void rebase(const Tokenizer *t, Node *nodes, size_t start, size_t frontie
         if (i == start || nodes[i].id != NONE) nodes[i].score = rounded(t, nodes[i].score - offset);
 }
 
-/* Fills nodes[0..size], all of them blank before. (EncodeOptimized in sentencepiece's unigram_model.cc,
- * encode_optimized in tokenizers' unigram/model.rs.) */
+/* The Viterbi pass over nodes [size + 1], which begin empty. Follows EncodeOptimized in sentencepiece's
+ * unigram_model.cc and encode_optimized in tokenizers' unigram/model.rs. */
 static void find_best_path(const Tokenizer *t, Bytes text, Node *nodes) {
     size_t frontier = 0;
     for (size_t start = 0, bytes; start < text.size; start += bytes) {
@@ -117,7 +118,8 @@ static void find_best_path(const Tokenizer *t, Bytes text, Node *nodes) {
     }
 }
 
-/* A run of unknown characters. That it is a piece after all takes scores above 0, or the text "<unk>". */
+/* Ids of a run of unknown characters: bytes if byte fallback has all of them, else one unknown id. tokenizers looks the
+ * run up as a piece first; this can succeed with scores above 0 and for the text "<unk>". */
 static void push_unknown(const Tokenizer *t, Bytes run, Ids *out) {
     size_t size;
     int32_t id = t->sentencepiece ? NONE : index_longest(&t->vocabulary, run, &size);
@@ -131,7 +133,7 @@ static void push_unknown(const Tokenizer *t, Bytes run, Ids *out) {
     for (size_t i = 0; bytes && i < run.size; i++) push(out, t->byte_ids[run.data[i]]);
 }
 
-/* Appends the ids of one stretch of normalised text; `nodes` has room for one more than its bytes. */
+/* Appends the ids of a part of normalised text; nodes [size + 1] is work space. */
 static void segment(const Tokenizer *t, Bytes text, Node *nodes, Ids *out) {
     for (size_t i = 0; i <= text.size; i++) nodes[i] = (Node){0, 0, 0, NONE};
     find_best_path(t, text, nodes);
@@ -147,7 +149,7 @@ static void segment(const Tokenizer *t, Bytes text, Node *nodes, Ids *out) {
 
 /* ---------------------------------------------------------------- the rules of tokenizers */
 
-/* Bytes of the first word: up to the next U+2581 that is not at its start. */
+/* Length in bytes of the first word, which ends before the next U+2581. */
 static size_t word_bytes(Bytes text) {
     for (size_t i = 1; i < text.size; i++)
         if (starts_with(tail(text, i), SPACE_SYMBOL)) return i;
@@ -208,15 +210,15 @@ static const char *load_arrays(Tokenizer *t, const WeightFile *file, WeightArray
     if (!weights_array(file, "tokenizer.ggml.tokens", tokens) || tokens->type != VALUE_STRING)
         return "the file has no tokenizer (no array of strings \"tokenizer.ggml.tokens\")";
     if (tokens->count == 0 || tokens->count > INT32_MAX / 4)
-        return "the tokenizer has no pieces, or too many";
+        return reason("\"tokenizer.ggml.tokens\" has %zu pieces, expected 1 to %d", tokens->count, INT32_MAX / 4);
     if (!weights_array(file, "tokenizer.ggml.scores", &t->scores) || t->scores.count != tokens->count ||
         (t->scores.type != VALUE_F32 && t->scores.type != VALUE_F64))
-        return "\"tokenizer.ggml.scores\" is not one f32 or f64 for each piece";
+        return "\"tokenizer.ggml.scores\" is missing or wrong, expected an f32 or f64 for each piece";
     if (!weights_array(file, "tokenizer.ggml.token_type", &t->types) || t->types.count != tokens->count ||
         t->types.type != VALUE_I32)
-        return "\"tokenizer.ggml.token_type\" is not one i32 for each piece";
+        return "\"tokenizer.ggml.token_type\" is missing or wrong, expected an i32 for each piece";
     if (weights_array(file, "sora.tokenizer.added_ids", &t->added) && t->added.type != VALUE_I32)
-        return "\"sora.tokenizer.added_ids\" is not of type i32";
+        return "\"sora.tokenizer.added_ids\" has another type, expected i32";
     t->count = (int)tokens->count;
     return NULL;
 }
@@ -230,11 +232,11 @@ static const char *load_rules(Tokenizer *t, const WeightFile *file) {
     const char *why = normalizer_load(file, &t->normalizer);
     if (why) return why;
     if (t->normalizer.trie.size && !t->sentencepiece)
-        return "a precompiled_charsmap goes with the rules of sentencepiece only";
+        return "\"tokenizer.ggml.precompiled_charsmap\" needs \"sora.tokenizer.rules\" sentencepiece, found tokenizers";
     return NULL;
 }
 
-/* The byte that a piece `<0x41>` stands for, or NONE. */
+/* The byte of a piece such as `<0x41>`, or NONE. */
 static int piece_byte(Bytes piece) {
     static const char digits[] = "0123456789ABCDEF";
     if (piece.size != 6 || !starts_with(piece, "<0x") || piece.data[5] != '>') return NONE;
@@ -242,19 +244,24 @@ static int piece_byte(Bytes piece) {
     return high && low ? (int)(16 * (high - digits) + (low - digits)) : NONE;
 }
 
-/* Enters one piece where its type belongs, and lowers `smallest` to its score if that counts. */
+/* Checks one piece and adds it to the vocabulary, the symbols or the bytes. Lowers *smallest to its score if the piece
+ * counts towards the unknown score. */
 static const char *load_piece(Tokenizer *t, int32_t id, double *smallest) {
     Bytes piece = t->pieces[id];
     double score = array_double(&t->scores, (size_t)id);
     int64_t type = array_int(&t->types, (size_t)id);
     int byte = piece_byte(piece);
-    if (type < NORMAL || type > BYTE) return reason("piece %d of the tokenizer is of no known type", id);
-    if (!isfinite(score)) return reason("piece %d of the tokenizer has no finite score", id);
-    if (piece.size >= MAX_PIECE) return reason("piece %d of the tokenizer has %zu bytes", id, piece.size);
+    if (type < NORMAL || type > BYTE)
+        return reason("piece %d of the tokenizer has type %d, expected 1 to 6", id, (int)type);
+    if (!isfinite(score))
+        return reason("piece %d of the tokenizer has score %g, expected a finite number", id, score);
+    if (piece.size >= MAX_PIECE)
+        return reason("piece %d of the tokenizer has %zu bytes, expected less than %d", id, piece.size, MAX_PIECE);
     if (t->sentencepiece && !piece.size) return reason("piece %d of the tokenizer is empty", id);
     if (type == UNUSED) return NULL;
     if (t->sentencepiece && type != NORMAL && type != USER_DEFINED) {
-        if (type == BYTE && byte == NONE) return reason("piece %d of the tokenizer is no byte", id);
+        if (type == BYTE && byte == NONE)
+            return reason("piece %d of the tokenizer has type byte, expected a name like <0x41>", id);
         if (type == BYTE) t->byte_ids[byte] = id;
         return NULL;
     }
@@ -266,7 +273,7 @@ static const char *load_piece(Tokenizer *t, int32_t id, double *smallest) {
     return NULL;
 }
 
-/* How many pieces can be symbols. */
+/* An upper bound on the number of symbols. */
 static size_t count_symbols(const Tokenizer *t) {
     size_t count = 0;
     if (!t->sentencepiece) return t->added.count;
@@ -287,21 +294,25 @@ static const char *load_pieces(Tokenizer *t, const WeightArray *tokens) {
         if (why) return why;
     }
     t->unknown_score = rounded(t, smallest - 10);
-    return t->vocabulary.longest ? NULL : "the tokenizer has no piece that could match";
+    return t->vocabulary.longest ? NULL : "the tokenizer has no piece that can match";
 }
 
 static const char *load_ids(Tokenizer *t, const WeightFile *file) {
     int64_t unknown = weights_int_or(file, "tokenizer.ggml.unknown_token_id", NONE);
     int64_t end = weights_int_or(file, "tokenizer.ggml.eos_token_id", NONE);
-    if (end < 0 || end >= t->count) return "\"tokenizer.ggml.eos_token_id\" names no piece";
-    if (unknown < 0 || unknown >= t->count) return "\"tokenizer.ggml.unknown_token_id\" names no piece";
+    if (end < 0 || end >= t->count)
+        return reason("\"tokenizer.ggml.eos_token_id\" is missing or not below the number of pieces, %d", t->count);
+    if (unknown < 0 || unknown >= t->count)
+        return reason("\"tokenizer.ggml.unknown_token_id\" is missing or not below the number of pieces, %d", t->count);
     t->unknown = (int32_t)unknown;
     t->end = (int32_t)end;
     for (int byte = 0; t->sentencepiece && t->byte_fallback && byte < 256; byte++)
-        if (t->byte_ids[byte] == NONE) return reason("the tokenizer has no piece <0x%02X>", (unsigned)byte);
+        if (t->byte_ids[byte] == NONE)
+            return reason("the tokenizer has no piece <0x%02X>, which byte fallback needs", (unsigned)byte);
     for (size_t i = 0; !t->sentencepiece && i < t->added.count; i++) {
         int64_t id = array_int(&t->added, i);
-        if (id < 0 || id >= t->count) return "\"sora.tokenizer.added_ids\" names no piece";
+        if (id < 0 || id >= t->count)
+            return reason("\"sora.tokenizer.added_ids\" holds %d, expected 0 to %d", (int)id, t->count - 1);
         if (t->pieces[id].size) index_add(&t->symbols, (int32_t)id);
     }
     return NULL;

@@ -232,7 +232,7 @@ static void expect(TokenizerRecipe m, const char *reason_part) {
 static void test_refusals(void) {
     expect(good_recipe("sentencepiece"), NULL);
     expect(good_recipe("tokenizers"), NULL);
-    BAD("tokenizers", m.count = m.types_count = 0, "no pieces");
+    BAD("tokenizers", m.count = m.types_count = 0, "has 0 pieces");
     BAD("tokenizers", m.score_type = 5, "scores");
     BAD("tokenizers", m.types_count = 3, "token_type");
     BAD("bpe", (void)m, "rules");
@@ -247,9 +247,9 @@ static void test_refusals(void) {
     BAD("sentencepiece", m.pieces[3] = m.pieces[2], "twice");
     BAD("tokenizers", m.pieces[3] = m.pieces[2], NULL);
     BAD("sentencepiece", m.pieces[3] = "", "empty");
-    BAD("sentencepiece", m.types[3] = 6, "no byte");
+    BAD("sentencepiece", m.types[3] = 6, "expected a name like <0x41>");
     BAD("sentencepiece", m.fallback = 1, "<0x00>");
-    BAD("sentencepiece", m.types[2] = m.types[3] = 5, "no piece that could match");
+    BAD("sentencepiece", m.types[2] = m.types[3] = 5, "no piece that can match");
     BAD("sentencepiece", m.map_bytes = MAP_BYTES, NULL);
     BAD("tokenizers", m.map_bytes = MAP_BYTES, "precompiled_charsmap");
     BAD("sentencepiece", m.map_bytes = MAP_BYTES; m.trie_bytes = 1026, "precompiled_charsmap");
