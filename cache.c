@@ -1,29 +1,35 @@
-/* cache.c - what earlier chunks left to look back at: the keys and values of their frames in every block.
+/* cache.c - keys and values of earlier frames, which self attention reads (KV cache).
  *
- * A clip is made chunk by chunk. The frames of a chunk see each other and the frames before them, never one after;
- * so what a frame shows to later ones, its key and its value in each block, is computed once and kept. A window says
- * how many frames a chunk sees, itself counted in, and a sink how many of the clip's first are never dropped. With
- * window 9, sink 1 and chunks of 3 the fifth chunk (frames 12 to 14) sees
+ * A model that generates in chunks is causal: a frame attends to its own chunk and to earlier frames, never to later
+ * ones. So the keys and values of a finished frame do not change, and each block's are stored:
  *
- *   clip       0   1   2   3   4   5   6   7   8   9  10  11 [12  13  14]
- *   held       0                           7   8   9  10  11
- *   absolute   0                           7   8   9  10  11  12  13  14
- *   relative   0                           1   2   3   4   5   6   7   8
+ *   keys, values: (layers, capacity, tokens, D), oldest frame first
  *
- * The last two lines are the times that RoPE turns keys and queries by. Keys are held as they were before it and
- * turned when they are read: a held frame may then have another position in every pass, and where it has the same,
- * float32 gives the bits of turning it once.
+ * A Window limits how many frames a chunk sees. `size` counts them all, the chunk included; the first `sink` frames of
+ * the clip are never dropped. With size 9, sink 1 and chunks of 3, the fifth chunk (frames 12 to 14) sees
  *
- * A chunk passes the transformer several times, once for every step while it is noise, and a last time when it is
- * finished. Every pass writes its keys behind the frames that are held, over those of the pass before; only after
- * the last are they held, too (kv_cache_keep). */
+ *   frames of the clip    0   1   2   3   4   5   6   7   8   9  10  11 [12  13  14]
+ *   kept in the cache     0                           7   8   9  10  11
+ *   absolute positions    0                           7   8   9  10  11  12  13  14
+ *   relative positions    0                           1   2   3   4   5   6   7   8
+ *
+ * RoPE rotates keys and queries by these positions. Keys are stored before RoPE and rotated in every pass, because a
+ * frame's relative position changes. For absolute positions this gives the same bits as rotating once (in float32).
+ *
+ * A chunk passes through the transformer once for each step, and once more when its latents are finished. Each pass
+ * writes its keys and values behind the kept frames, over those of the pass before. Only after the last pass does
+ * kv_cache_keep() keep them:
+ *
+ *   [ kept frames | of the current pass | free ]
+ *
+ * Follows the caches of Self-Forcing (absolute positions), LongLive (sink) and Infinity-RoPE (relative positions). */
 #include "sora.h"
 
 #include <string.h>
 
 static size_t frame_size(const KvCache *c) { return (size_t)c->tokens * c->D; } /* elements in one block */
 
-/* Where frame j of a block lies in keys, or in values. */
+/* Address of frame j of a block in keys or values. */
 static char *frame_at(const KvCache *c, char *of, int block, int j) {
     return of + type_bytes(c->type, ((size_t)block * c->capacity + j) * frame_size(c));
 }

@@ -1,40 +1,41 @@
-/* sampler.c - from the transformer's velocity to the next latents.
+/* sampler.c - velocity -> the next latents.
  *
- * A flow model is trained on x = (1 - sigma) x0 + sigma noise and predicts v = noise - x0, so that sigma
- * falls from 1 (noise) to 0 (the clip) and every prediction carries a guess of the end: x0 = x - sigma v. A
- * schedule lists the sigmas, each with the time step that the transformer is told; a step moves from
- * sigmas[step] to sigmas[step + 1].
+ * A flow model is trained on x = (1 - sigma) x0 + sigma noise, and predicts v = noise - x0. So sigma 1 is noise, sigma
+ * 0 is the clip, and every velocity gives a prediction of the clip: x0 = x - sigma v. A schedule lists the sigmas and
+ * the timestep that the transformer reads for each. A step moves x from sigmas[step] to sigmas[step + 1].
  *
  * Three samplers make a schedule of any length. They follow diffusers 0.42.1 as it is configured for Wan:
- *   euler   FlowMatchEulerDiscreteScheduler: x + (sigma_next - sigma) v.
- *   dpm++   DPMSolverMultistepScheduler, dpmsolver++ of order 2 (arXiv:2211.01095): an exponential integrator
- *           in lambda = log((1 - sigma) / sigma) that extrapolates x0 from this step's guess and the last
- *           one's. Its first order is Euler: with alpha = 1 - sigma, -alpha_next expm1(-h) = 1 - sigma_next /
- *           sigma.
- *   unipc   UniPCMultistepScheduler, bh2 of order 2 (arXiv:2302.04867). Its predictor is the update of dpm++.
- *           Before predicting, the corrector takes the last step again, now that x0 at its end is known too.
  *
- * Models that were trained for a few given steps come with their list of them, and two ways to go along it:
- *   euler   as above.
- *   renoise The guess of the end, then noise of its own up to the next level: (1 - sigma_next) x0 + sigma_next noise.
- *           The last guess is the clip. Self-Forcing's list is 1000 750 500 250, warped by its shift of 5:
- *             t      1000      937.5    833.333  625        5s / (1 + 4s) of s = 1, 0.75, 0.5, 0.25, times 1000
- *             sigma  1         0.9375   0.83333  0.625  0
- *             x      noise  -> 0.0625 x0 + 0.9375 noise -> 0.16667 x0 + 0.83333 noise -> 0.375 x0 + 0.625 noise -> x0
+ *   euler    FlowMatchEulerDiscreteScheduler: x + (sigma_next - sigma) v.
+ *   dpm++    DPMSolverMultistepScheduler, dpmsolver++ of order 2 (arXiv:2211.01095): an exponential integrator in
+ *            lambda = log((1 - sigma) / sigma), which extrapolates x0 from this step's and the last step's prediction.
+ *            Order 1 is Euler: with alpha = 1 - sigma, -alpha_next expm1(-h) = 1 - sigma_next / sigma.
+ *   unipc    UniPCMultistepScheduler, bh2 of order 2 (arXiv:2302.04867). The predictor is the update of dpm++. Before
+ *            it, the corrector repeats the last step with the x0 that is now known at its end.
  *
- * Each update of the three is a weighted sum of one sample and up to three guesses of x0. The weights are computed in
- * double and rounded to float; sums are formed in double. diffusers computes the weights in float32, where
- * they lose digits when h is small: at 50 steps that is 1e-6 of the latents, at 1000 steps up to 1e-4.
+ * Distilled models come with a fixed list of timesteps, and one of two rules:
  *
- * A weight is the same float with every C library. The one function of libm in it is log1p, once a step; the
- * rest is arithmetic. For shifts of 1, 2, ... 12, log1p would have to be wrong by more than 600 units in the
- * last place to change a weight of a schedule of up to 100 steps, by more than 3 for up to 1000
- * (tests/test_libm.c). With lambda as the difference of two logarithms, and expm1 in the corrector, one unit
- * changed weights from 116 steps on: both lose digits where h is small.
+ *   euler    as above.
+ *   renoise  x = (1 - sigma_next) x0 + sigma_next noise, with fresh noise. After the last step x = x0. Self-Forcing's
+ *            list is 1000 750 500 250 with a shift s of 5: t = 1000 s u / (1 + (s - 1) u) for u = 1, 0.75, 0.5, 0.25
+ *              t      1000      937.5    833.333  625
+ *              sigma  1         0.9375   0.83333  0.625  0
+ *              x      noise -> 0.0625 x0 + 0.9375 noise -> 0.16667 x0 + 0.83333 noise -> 0.375 x0 + 0.625 noise -> x0
  *
- * Pitfalls, all upstream's: the three schedules differ although all are called flow sigmas; euler's smallest
- * sigma is shifted twice; unipc and dpm++ truncate time steps to integers but not the sigmas that belong to
- * them; unipc starts at 1 - 1e-6, since lambda is infinite at 1. */
+ * Rounding. A multistep update is a weighted sum of one sample and up to three predictions of x0. Weights are computed
+ * in double and rounded to float; the sum is formed in double. diffusers computes the weights in float32 and loses
+ * digits where h is small: the latents differ by 1e-6 at 50 steps, and by up to 1e-4 at 1000.
+ *
+ * Weights are the same float with every C library. Only log1p is called, once a step. For shifts 1, 2, ... 12, a weight
+ * would change only if log1p were wrong by more than 600 units in the last place (up to 100 steps) or 3 (up to 1000):
+ * tests/test_libm.c. With lambda as a difference of two logarithms, or expm1 in the corrector, one unit is enough from
+ * 116 steps on.
+ *
+ * Pitfalls, all upstream's:
+ *   - The three schedules differ, although all are called flow sigmas.
+ *   - euler shifts its smallest sigma twice.
+ *   - unipc and dpm++ truncate timesteps to integers, but not the sigmas that belong to them.
+ *   - unipc starts at sigma 1 - 1e-6, because lambda is infinite at 1. */
 #include "sora.h"
 
 #include <math.h>
@@ -56,7 +57,7 @@ const char *sampler_name(Sampler sampler) { return names[sampler]; }
 
 /* ---------------------------------------------------------------- schedules */
 
-/* Element i of numpy's linspace(start, stop, intervals + 1), with its roundings. */
+/* Element i of numpy's linspace(start, stop, intervals + 1), rounded as numpy rounds. */
 static double linspace(double start, double stop, int intervals, int i) {
     if (i == 0) return start;
     return i < intervals ? i * ((stop - start) / intervals) + start : stop;
@@ -64,7 +65,7 @@ static double linspace(double start, double stop, int intervals, int i) {
 
 static double warp(double sigma, double shift) { return shift * sigma / (1 + (shift - 1) * sigma); }
 
-/* The scheduler's constructor does this in float32, and the result enters the schedule. */
+/* In float32, as in the constructor of diffusers' FlowMatchEulerDiscreteScheduler. */
 static double warp_float(float sigma, double shift) {
     return (float)shift * sigma / (1 + (float)(shift - 1) * sigma);
 }
@@ -125,30 +126,29 @@ char *schedule_string(const Schedule *schedule) {
 
 /* ---------------------------------------------------------------- steps */
 
-enum { NOW, BEFORE, EARLIER, GUESSES }; /* x0 as guessed at this step, one and two steps ago */
+enum { NOW, BEFORE, EARLIER, PREDICTIONS }; /* x0 as predicted at this step, one and two steps ago */
 
-/* A multistep update: next = sample * x + sum of x0[i] * guess i. */
+/* Weights of a multistep update: next = sample * x + sum over i of x0[i] * prediction i */
 typedef struct {
-    float sample, x0[GUESSES];
+    float sample, x0[PREDICTIONS];
 } Weights;
 
-/* How far lambda moves in step `step`, from (1 - a) / a to (1 - b) / b; infinite in the last one. */
+/* h of a step: the change of lambda from sigma a to sigma b. Infinite in the last step, where b is 0. */
 static double lambda_change(const Schedule *schedule, int step) {
     double a = schedule->sigmas[step], b = schedule->sigmas[step + 1];
     return log1p((a - b) / (b * (1 - a)));
 }
 
-/* The third function of exponential integrators at -h: 1/3! - h/4! + h^2/5! - ..., which is exact to the last
- * place for 0 < h < log 4. That much lambda moves in a step between the first and the last, at most. */
+/* phi_3(-h) of exponential integrators, 1/3! - h/4! + h^2/5! - ... Accurate to the last place for 0 < h < log 4, which
+ * is the largest h of any step but the first and the last. */
 static double phi3_at(double h) {
     double sum = 1;
     for (int k = 18; k >= 1; k--) sum = 1 - h / (k + 3) * sum;
     return sum / 6;
 }
 
-/* multistep_dpm_solver_second_order_update and multistep_uni_p_bh_update: from the sample at `step` to the
- * next. The first step has no guess before it, and the last one moves lambda infinitely far: both are of
- * first order. */
+/* From the sample at `step` to the next, as multistep_dpm_solver_second_order_update and multistep_uni_p_bh_update do.
+ * The first and the last step are of order 1: the first has no earlier prediction, in the last h is infinite. */
 static Weights predictor(const Schedule *schedule, int step) {
     double ratio = (double)schedule->sigmas[step + 1] / schedule->sigmas[step];
     double slope = 0;
@@ -158,9 +158,11 @@ static Weights predictor(const Schedule *schedule, int step) {
     return (Weights){(float)ratio, {[NOW] = (float)(gain * (1 + slope)), [BEFORE] = (float)(gain * -slope)}};
 }
 
-/* multistep_uni_c_bh_update: from the sample at `step - 1` to a better one at `step`, given x0 at both. Of
- * second order from step 2 on: [1 1; rk 1] [rho rho_now] = [b1 b2], and rho belongs to the slope of x0 over
- * the step before. */
+/* From the sample at `step - 1` to a corrected one at `step`, given x0 at both, as multistep_uni_c_bh_update does. Of
+ * order 2 from step 2 on, where it solves
+ *
+ *   [ 1   1 ] [ rho     ]   [ b1 ]        rho weighs the difference of x0 over the step before,
+ *   [ rk  1 ] [ rho_now ] = [ b2 ]        rho_now the one over this step */
 static Weights corrector(const Schedule *schedule, int step) {
     double ratio = (double)schedule->sigmas[step] / schedule->sigmas[step - 1];
     double rho_now = 0.5, rho_earlier = 0;
@@ -179,18 +181,18 @@ static Weights corrector(const Schedule *schedule, int step) {
                       [EARLIER] = (float)(gain * rho_earlier)}};
 }
 
-static void combine(float *next, Weights w, const float *x, float *const x0[GUESSES], size_t n) {
+static void combine(float *next, Weights w, const float *x, float *const x0[PREDICTIONS], size_t n) {
     for (size_t i = 0; i < n; i++) {
         double sum = (double)w.sample * x[i];
-        for (int g = 0; g < GUESSES; g++)
-            if (w.x0[g] != 0) sum += (double)w.x0[g] * x0[g][i]; /* without weight, it may not exist yet */
+        for (int g = 0; g < PREDICTIONS; g++)
+            if (w.x0[g] != 0) sum += (double)w.x0[g] * x0[g][i]; /* with weight 0 it may not exist yet */
         next[i] = (float)sum;
     }
 }
 
 History history_take(Arena *arena, size_t n) {
     History history = {.n = n, .sample = arena_floats(arena, n)};
-    for (int g = 0; g < GUESSES; g++) history.x0[g] = arena_floats(arena, n);
+    for (int g = 0; g < PREDICTIONS; g++) history.x0[g] = arena_floats(arena, n);
     return history;
 }
 
@@ -214,7 +216,7 @@ static void euler(const Schedule *schedule, int step, const float *velocity, flo
     for (size_t i = 0; i < n; i++) latents[i] = (float)(latents[i] + change * velocity[i]);
 }
 
-/* x0 is rounded to float on the way, as upstream's models return it. */
+/* x0 is rounded to float, as it is upstream. */
 static void renoise(const Schedule *schedule, int step, const float *velocity, float *latents, size_t n,
                     const float *noise) {
     double sigma = schedule->sigmas[step], next = schedule->sigmas[step + 1];
