@@ -1,13 +1,19 @@
-/* drift.c - how a long clip changes, measured on its pixels: a line a chunk on standard error, tab-separated.
+/* drift.c - measures how a long clip changes (--drift): a tab-separated line for each chunk on standard error.
  *
- * What goes wrong in clips that are made chunk by chunk shows in a few numbers: colours burn out or fade (mean and
- * deviation of each channel, saturation, clipped pixels), pictures blur or crisp up (sharpness, the mean magnitude of
- * the Laplacian of luma), motion dies (mean change of luma from frame to frame) or comes round again with the
- * window's period (repetition). All but the last two columns are relative to the first chunk: 1 is as there, clipped
- * is a difference of shares. The repetition is the best correlation of the chunk's motion, on a thumbnail, with that
- * of some time more than a second and at most 16 seconds earlier; the lag is how many seconds earlier.
+ * Clips that are generated in chunks go wrong in a few ways, and each shows in a number:
  *
- * The last line, "drift", has in each column what lies furthest from the first chunk. */
+ *   red green blue, *_dev   mean and standard deviation of a channel    colours burn out or fade
+ *   saturation              mean of max(r,g,b) - min(r,g,b)             the same
+ *   sharpness               mean |Laplacian| of luma                    blur, or over-sharpening
+ *   motion                  mean |change| of luma from frame to frame   motion stops
+ *   clipped                 share of values at 0 or 1                   colours burn out
+ *   repetition, lag         best correlation with earlier motion; how many seconds earlier    the clip loops
+ *
+ * All but repetition and lag are relative to the first chunk: a quotient, so 1 means unchanged; for clipped, a
+ * difference, so 0 does. Repetition compares the changes of a 16x16 thumbnail in this chunk with those of more than 1
+ * and at most 16 seconds earlier.
+ *
+ * The last line, "drift", has in each column the value furthest from the first chunk's. */
 #include "sora.h"
 
 #include <math.h>
@@ -21,13 +27,13 @@ enum { SIDE = 16, THUMB = SIDE * SIDE, MEMORY_SECONDS = 16 };
 
 struct Drift {
     VideoFormat format;
-    int frames, chunk, chunk_frames; /* seen in all; number of the chunk; in the chunk */
+    int frames, chunk, chunk_frames; /* frames so far; index of the chunk; its frames so far */
     double sums[MEASURES];           /* over the chunk's frames */
     double first[MEASURES], worst[MEASURES], worst_repetition, worst_lag;
-    float *luma, *before;            /* (Y,X): this frame's and the last one's */
-    float thumb[THUMB];
-    int remembered;                  /* changes of thumbnails that are kept, a ring */
-    float *changes;                  /* (remembered, THUMB) */
+    float *luma, *before;            /* (Y,X): of this frame and of the last one */
+    float thumb[THUMB];              /* of the last frame */
+    int remembered;                  /* capacity of the ring buffer of thumbnail changes, in frames */
+    float *changes;                  /* (remembered, THUMB): frame f is at f % remembered */
 };
 
 static double rate(const Drift *d) { return (double)d->format.rate_num / d->format.rate_den; }
@@ -46,7 +52,7 @@ Drift *drift_open(const VideoFormat *format) {
     return d;
 }
 
-/* Colours, saturation, clipped values; luma on the way. */
+/* Adds the frame's colour measures to the sums, and sets d->luma. */
 static void measure_colours(Drift *d, const float *frame) {
     size_t pixels = (size_t)d->format.width * d->format.height;
     double sum[3] = {0}, squares[3] = {0}, saturation = 0, clipped = 0;
@@ -81,7 +87,7 @@ static void measure_sharpness(Drift *d) {
     if (X > 2 && Y > 2) d->sums[SHARPNESS] += sum / ((X - 2.0) * (Y - 2.0));
 }
 
-/* The change from the frame before: its mean magnitude, and that of the thumbnail into the ring. */
+/* Adds the frame's motion to the sums, and its change of the thumbnail to the ring buffer. */
 static void measure_motion(Drift *d) {
     int X = d->format.width, Y = d->format.height;
     float thumb[THUMB] = {0}, *change = d->changes + (size_t)(d->frames % d->remembered) * THUMB;
@@ -108,7 +114,7 @@ void drift_frame(Drift *d, const float *frame) {
     d->chunk_frames++;
 }
 
-/* How alike the chunk's motion is to that `lag` frames earlier: a correlation, 0 where nothing moves. */
+/* Correlation of the chunk's thumbnail changes with those `lag` frames earlier; 0 if nothing moves. */
 static double correlation(const Drift *d, int lag) {
     double product = 0, here = 0, there = 0;
     for (int f = d->frames - d->chunk_frames; f < d->frames; f++) {
@@ -119,6 +125,7 @@ static double correlation(const Drift *d, int lag) {
     return here > 0 && there > 0 ? product / sqrt(here * there) : 0;
 }
 
+/* The largest correlation of all lags, and its lag in seconds. */
 static double strongest_repetition(const Drift *d, double *seconds) {
     double best = 0;
     *seconds = 0;
@@ -129,7 +136,7 @@ static double strongest_repetition(const Drift *d, double *seconds) {
     return best;
 }
 
-/* `value` beside what the first chunk has. */
+/* A measure relative to the first chunk's. */
 static double relative(int measure, double value, double first) {
     if (measure == CLIPPED) return value - first;
     return first > 0 ? value / first : value > 0 ? INFINITY : 1;
@@ -143,7 +150,7 @@ static void print_measures(const double *values, double repetition, double lag) 
 void drift_chunk(Drift *d) {
     double lag, repetition = strongest_repetition(d, &lag), values[MEASURES];
     for (int i = 0; i < MEASURES; i++) {
-        int of = d->chunk_frames - (i == MOTION && d->chunk == 0); /* nothing comes before the clip's first frame */
+        int of = d->chunk_frames - (i == MOTION && d->chunk == 0); /* the clip's first frame has no motion */
         double value = of > 0 ? d->sums[i] / of : 0;
         if (d->chunk == 0) d->first[i] = value, d->worst[i] = i != CLIPPED;
         values[i] = relative(i, value, d->first[i]);

@@ -1,20 +1,20 @@
-/* label.c - frames -> frames that say for all to see that a machine made them: "AI生成 · AI GENERATED".
+/* label.c - frames -> frames with a visible label that says that they were generated: "AI生成 · AI GENERATED" (--label).
  *
- * GB 45438-2025 asks for "AI" and "生成" in the opening frames, for two seconds at least, in letters of at least 5 % of
- * the frame's short side; the EU's code of practice for "AI GENERATED". White on a black box, it is read on any picture.
+ * GB 45438-2025 asks for "AI" and "生成" in the opening frames, for at least two seconds, in letters of at least 5 % of
+ * the frame's shorter side. The EU's code of practice asks for "AI GENERATED". The text is white on a black box.
  *
  *   +---------------------------+        +---------------+
- *   |                           |        |               |    one line where it fits, else two
+ *   |                           |        |               |    one line if it fits, else two
  *   | AI生成 · AI GENERATED       |        | AI生成         |
  *   +---------------------------+        | AI GENERATED  |
  *                                        +---------------+
  *
- * It is drawn into the 8-bit planes: the floats of --dump and --check, and the preview, do not see it. */
+ * The label is drawn into the 8-bit planes. --dump, --check and --preview see the frame without it. */
 #include "sora.h"
 
 #include <string.h>
 
-enum { HEIGHT = 12, CAPITAL = 9, GAP = 3 }; /* of a line, of its Latin letters, around a line: in dots */
+enum { HEIGHT = 12, CAPITAL = 9, GAP = 3 }; /* in dots: height of a line, of its capitals; margin around a line */
 
 static const char *const made[HEIGHT] = {
     "..................#............#.#...",
@@ -55,7 +55,7 @@ typedef struct {
     int left, top, width, height; /* in pixels */
 } Box;
 
-/* Every sample that covers some of the box. */
+/* Sets all samples that cover a part of the box. */
 static void fill(const Plane *plane, Box box, uint8_t value) {
     int right = smaller(ceiling(box.left + box.width, plane->dx), plane->width);
     int bottom = smaller(ceiling(box.top + box.height, plane->dy), plane->height);
@@ -80,7 +80,7 @@ void label_draw(const VideoFormat *format, uint8_t *planes) {
     Plane blue = {planes + (size_t)W * (size_t)H, ceiling(W, chroma), ceiling(H, chroma), chroma, chroma}, red = blue;
     red.samples += (size_t)blue.width * (size_t)blue.height;
 
-    int dot = ceiling(smaller(W, H), 20 * CAPITAL); /* pixels a side, so that capitals have 5 % */
+    int dot = ceiling(smaller(W, H), 20 * CAPITAL); /* side of a dot in pixels: capitals have 5 % of the frame */
     int first = (int)strlen(made[0]), second = (int)strlen(generated[0]), between = 4 * GAP;
     bool one_line = (first + between + second + 4 * GAP) * dot <= W;
     int columns = one_line ? first + between + second : second, rows = one_line ? HEIGHT : 2 * HEIGHT + GAP;

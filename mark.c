@@ -1,21 +1,25 @@
-/* mark.c - frames -> frames that carry an invisible mark, and back: is it there, and what does it say?
+/* mark.c - frames -> frames with an invisible mark of 64 bits (--mark), and frames -> the mark (--verify).
  *
- * Spread spectrum (Cox et al., 1997) in the plane of an 8x8 DCT. A tile of 64x64 pixels is 64 blocks of 8x8; in each
- * block eight coefficients of middle-low frequency have a sign, + or -, that only the key decides: 512 chips.
+ * Spread spectrum (Cox et al., 1997) on 8x8 DCT coefficients. A tile of 64x64 pixels has 64 blocks of 8x8. In each
+ * block eight coefficients of low to middle frequency get a sign, + or -, from the key: 512 chips.
  *
  *   256 chips   presence: always the same
- *   256 chips   payload: 64 bits, four chips each, turned round where the bit is 0
+ *   256 chips   payload: 64 bits, four chips each, negated if the bit is 0
  *
- *      +------+------+------+-        The tile is repeated over the frame, and every frame of the clip is given the
- *      | tile | tile | tile |         same. It is added to the luma in 8 bits: less than one grey level on average,
- *      +------+------+------+-        more where a block is busy and hides it.
+ *      +------+------+------+-
+ *      | tile | tile | tile |         The tile is repeated across the frame, the same in every frame, and added to the
+ *      +------+------+------+-        8-bit luma with a root mean square of STRENGTH grey levels.
  *
- * The reader averages the frames, which leaves the mark and blurs what moves; takes away what is smooth; divides by the
- * local deviation, so that an edge counts no more than a flat patch; and adds all tiles into one ("folding"). The sum
- * is correlated with the presence pattern at each of its 64x64 shifts: a cropped clip has a peak elsewhere. A scaled
- * clip is scaled back by each factor in turn. The peak's height in deviations of the other shifts is the verdict.
+ * Reading:
+ *   1. average the frames: the mark stays, moving content blurs
+ *   2. subtract the local mean, divide by the local standard deviation: edges count no more than flat areas
+ *   3. add all tiles into one ("folding")
+ *   4. correlate with the presence pattern at all 64x64 shifts (a cropped clip is shifted)
+ *   5. if no peak is high enough, scale the clip back by each of 279 factors from 1/2 to 2, and repeat 2 to 4
+ * A mark is found if the peak is MARK_DEVIATIONS standard deviations above the mean of all shifts. The signs of the
+ * payload's correlations at that shift are its bits.
  *
- * The key stands below: the mark tells what is honest, it does not stop who wants to take it away. */
+ * The key is public (below), so whoever wants to remove the mark can. */
 #include "sora.h"
 
 #include <math.h>
@@ -28,26 +32,26 @@ enum { FREQUENCIES = 8, CHIPS = BLOCKS * BLOCKS * FREQUENCIES, PRESENCE = CHIPS 
 /* Zig-zag positions 3 to 10: (row, column) frequencies. */
 static const uint8_t frequencies[FREQUENCIES][2] = {{0, 1}, {1, 0}, {2, 0}, {1, 1}, {0, 2}, {0, 3}, {1, 2}, {2, 1}};
 
-/* cos(pi i / 16), written out: every libm then gives the same pixels. */
+/* cos(pi i / 16) as constants, so that the pixels do not depend on libm. */
 static const double cosines[17] = {
     1, 0.98078528040323043, 0.92387953251128674, 0.83146961230254524, 0.70710678118654752, 0.55557023301960218,
     0.38268343236508977, 0.19509032201612825, 0, -0.19509032201612825, -0.38268343236508977, -0.55557023301960218,
     -0.70710678118654752, -0.83146961230254524, -0.92387953251128674, -0.98078528040323043, -1};
 
-/* cos(pi i / 16) of any i >= 0. */
+/* cos(pi i / 16) for any i >= 0 */
 static double cosine(int i) {
     i %= 32;
     return cosines[i > 16 ? 32 - i : i];
 }
 
-/* Pixel (y,x) of the block in which coefficient (u,v) of the orthonormal DCT is 1. */
+/* Pixel (y,x) of the block whose orthonormal DCT is 1 at (u,v) and 0 elsewhere. */
 static double basis(int u, int v, int y, int x) {
     double scale = (u ? 0.5 : 0.35355339059327376) * (v ? 0.5 : 0.35355339059327376);
     return scale * cosine((2 * y + 1) * u) * cosine((2 * x + 1) * v);
 }
 
-/* The key: a permutation of the chips, and a sign for each. */
-static uint64_t next_random(uint64_t *state) { /* splitmix64 (Steele et al., 2014) */
+/* splitmix64 (Steele et al., 2014) */
+static uint64_t next_random(uint64_t *state) {
     uint64_t z = *state += 0x9e3779b97f4a7c15u;
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9u;
     z = (z ^ z >> 27) * 0x94d049bb133111ebu;
@@ -59,6 +63,7 @@ typedef struct {
     float bits[BITS][AREA];
 } MarkTiles;
 
+/* The key gives a permutation of the chips, and a sign for each. */
 static MarkTiles *tiles_make(uint64_t key) {
     MarkTiles *tiles = allocate(sizeof *tiles);
     int order[CHIPS];
@@ -84,7 +89,7 @@ static MarkTiles *tiles_make(uint64_t key) {
 enum { KEY = 0x534f5241 }; /* "SORA" */
 #define STRENGTH 1.25f /* grey levels, root mean square */
 
-/* Presence and payload share the energy; every pixel of the tile is a sum of the same 512 chips. */
+/* The sum of the presence tile and of all bits' tiles, scaled to STRENGTH. */
 Mark mark_make(uint64_t payload) {
     Mark mark;
     MarkTiles *tiles = tiles_make(KEY);
@@ -119,7 +124,7 @@ void mark_gather(MarkSum *sum, const VideoFormat *format, const float *frame) {
     sum->frames++;
 }
 
-/* out (H,W): the means of x over squares of 2*radius+1, cut off at the edges; `line` has room for larger(H,W)+1. */
+/* out (H,W) = means of x (H,W) over squares of side 2*radius+1, cut at the edges; line [max(H,W)+1] is work space */
 static void box_means(float *out, const float *x, int W, int H, int radius, double *line) {
     for (int pass = 0; pass < 2; pass++) { /* along rows, then along columns of the result */
         int lines = pass ? W : H, length = pass ? H : W;
@@ -136,7 +141,7 @@ static void box_means(float *out, const float *x, int W, int H, int radius, doub
     }
 }
 
-/* The average frame, scaled back: out (height,width), bilinear. */
+/* out (height,width) = the average frame, made smaller by the factor `scale`, bilinear */
 static void scale_back(float *out, int width, int height, const MarkSum *sum, double scale) {
     float gain = 109.5f / (float)sum->frames; /* to grey levels */
     for (int y = 0; y < height; y++)
@@ -151,7 +156,7 @@ static void scale_back(float *out, int width, int height, const MarkSum *sum, do
         }
 }
 
-/* What is left of the average frame beside the picture, all tiles in one: folded (SIDE,SIDE). */
+/* folded (SIDE,SIDE): steps 2 and 3 */
 static void fold(float folded[AREA], const MarkSum *sum, double scale) {
     int width = (int)(sum->width / scale + 0.5), height = (int)(sum->height / scale + 0.5);
     size_t pixels = (size_t)width * (size_t)height;
@@ -171,7 +176,8 @@ static void fold(float folded[AREA], const MarkSum *sum, double scale) {
     free(x);
 }
 
-/* sum over the tile of pattern times what was folded, shifted by (dy,dx); `twice` (SIDE,2*SIDE) is it beside itself. */
+/* Dot product of the pattern with the folded tile, shifted cyclically by (dy,dx); twice (SIDE,2*SIDE) is that tile next
+ * to itself. */
 static float correlate(const float pattern[AREA], const float twice[2 * AREA], int dy, int dx) {
     float lanes[LANES] = {0};
     for (int y = 0; y < SIDE; y++) {
@@ -182,7 +188,7 @@ static float correlate(const float pattern[AREA], const float twice[2 * AREA], i
     return lanes_sum(lanes);
 }
 
-/* The highest of all shifts, in deviations from their mean; what it says, if it stands out. */
+/* The best candidate at one scale; its payload, if it counts as a mark. */
 static MarkFound search_shifts(const MarkTiles *tiles, const MarkSum *sum, double scale) {
     float folded[AREA], twice[2 * AREA], highest = -INFINITY;
     double total = 0, squares = 0;
@@ -202,7 +208,7 @@ static MarkFound search_shifts(const MarkTiles *tiles, const MarkSum *sum, doubl
     return found;
 }
 
-enum { SCALES = 279 }; /* from 1/2 to 2 in steps of half a per cent */
+enum { SCALES = 279 }; /* from 1/2 to 2 in steps of 0.5 % */
 
 static MarkFound search_scales(const MarkTiles *tiles, const MarkSum *sum) {
     MarkFound found[SCALES], best = {0};
@@ -213,7 +219,7 @@ static MarkFound search_scales(const MarkTiles *tiles, const MarkSum *sum) {
     return best;
 }
 
-/* Most clips have the size that they were made in. */
+/* Tries scale 1 first, because most clips keep their size. */
 MarkFound mark_find(const MarkSum *sum) {
     MarkTiles *tiles = tiles_make(KEY);
     MarkFound found = search_shifts(tiles, sum, 1);

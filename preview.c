@@ -1,10 +1,14 @@
 /* preview.c - frames -> a colour terminal, as they are decoded (--preview).
  *
- * A character cell is about twice as high as wide, so the upper half block (U+2580) in one colour on a
- * background of another shows two square pixels. A frame is shrunk to the window by averaging, never enlarged
- * beyond it, and drawn over the one before; one that is decoded before its time waits for it. Colours are
- * 24 bits where COLORTERM says so, else the 6x6x6 cube of 256 colours. It goes to standard error, since
- * standard output may carry the video. */
+ * A character cell is about twice as high as wide. An upper half block (U+2580) in one colour on a background of
+ * another shows two square pixels:
+ *
+ *   row 2r      foreground colour      +---+
+ *   row 2r + 1  background colour      | ▀ |
+ *
+ * A frame is averaged down to the window, never enlarged, and drawn over the previous one. A frame that is decoded
+ * before it is due waits. Colours are 24 bits if COLORTERM says so, else the 6x6x6 cube of 256 colours. The preview
+ * goes to standard error, because standard output may carry the video. */
 #include "sora.h"
 
 #include <stdlib.h>
@@ -13,18 +17,19 @@
 #include <time.h>
 #include <unistd.h>
 
-/* The average of a box of one colour's plane, as a byte. */
+/* Average over columns [x0,x1) and rows [y0,y1) of one colour's plane, as a byte. */
 static int shade(const float *plane, int width, int x0, int x1, int y0, int y1) {
     float sum = 0;
     for (int y = y0; y < y1; y++)
         for (int x = x0; x < x1; x++) sum += plane[(size_t)y * width + x];
     float value = (sum / (float)((x1 - x0) * (y1 - y0)) + 1.0f) * 127.5f + 0.5f;
-    return value > 0 ? value < 255 ? (int)value : 255 : 0; /* NaN is black */
+    return value > 0 ? value < 255 ? (int)value : 255 : 0; /* NaN gives 0 */
 }
 
+/* A byte as a coordinate of the colour cube, 0 to 5. */
 static int cube(int byte) { return (byte * 5 + 127) / 255; }
 
-/* The escape sequence that sets the foreground (38) or background (48). */
+/* Writes the escape sequence that sets the foreground (38) or background (48). Returns its length. */
 static int set_colour(char *out, int ground, const int rgb[3], bool true_colour) {
     if (true_colour) return sprintf(out, "\033[%d;2;%d;%d;%dm", ground, rgb[0], rgb[1], rgb[2]);
     return sprintf(out, "\033[%d;5;%dm", ground, 16 + 36 * cube(rgb[0]) + 6 * cube(rgb[1]) + cube(rgb[2]));
@@ -40,7 +45,7 @@ PreviewSize preview_fit(int width, int height, int columns, int rows) {
     return size;
 }
 
-/* A cell needs two colours of at most 19 bytes and a block of 3; a row, a reset and a newline. */
+/* A cell has two colours of at most 19 bytes and a block of 3. A row adds a reset and a newline, 5 bytes. */
 size_t preview_room(PreviewSize size) { return (size_t)size.rows * ((size_t)size.columns * 41 + 5) + 1; }
 
 size_t preview_render(const float *frame, int width, int height, PreviewSize size, bool true_colour,
@@ -72,9 +77,10 @@ static const char *variable(const char *name) {
 Preview preview_open(void) {
     Preview preview = {0};
     const char *terminal = variable("TERM"), *colours = variable("COLORTERM");
-    if (!isatty(STDERR_FILENO)) warn("--preview: standard error is no terminal");
-    else if (!*terminal || !strcmp(terminal, "dumb")) warn("--preview: the terminal (TERM) has no colours");
-    else if (*variable("NO_COLOR")) warn("--preview: NO_COLOR is set");
+    if (!isatty(STDERR_FILENO)) warn("--preview: standard error is not a terminal");
+    else if (!*terminal || !strcmp(terminal, "dumb"))
+        warn("--preview: TERM is '%s', expected a colour terminal", terminal);
+    else if (*variable("NO_COLOR")) warn("--preview: the environment variable NO_COLOR is set");
     else preview.enabled = true;
     preview.true_colour = strstr(colours, "truecolor") || strstr(colours, "24bit");
     return preview;
@@ -88,7 +94,7 @@ static void wait_until(double when) {
     nanosleep(&time, NULL);
 }
 
-/* A window of another size may have moved what was drawn: from there on it is cleared. */
+/* Moves the cursor to the top of the last picture, and clears it if the new one has another size. */
 static void move_to_start(PreviewSize drawn, PreviewSize size) {
     fprintf(stderr, "\r\033[K");
     if (drawn.rows) fprintf(stderr, "\033[%dA", drawn.rows);

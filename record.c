@@ -1,10 +1,12 @@
-/* record.c - OUTPUT.json beside the video: that it was generated, by what,
- * and all that makes the same file again.
+/* record.c - OUTPUT.json beside the video: how it was made. And --verify: whether video, mark and record agree.
  *
- * A prompt can be private, so it stands there only on request; otherwise its SHA-256 does, by which whoever
- * knows the prompt can confirm it. The model is named by the hash that its file claims to have: export.py took it of
- * the tensors, and to take it again would mean to read them all. The other hashes are taken here. Threads
- * are left out, and so is the instruction set in float32: they change nothing. */
+ * The record says that the video was generated, by which program and model, and holds every setting that is needed to
+ * make the same file again. It is a C2PA manifest definition and holds the AIGC label of GB 45438-2025, too.
+ *
+ * A prompt may be private. Unless --record-prompt is given, its SHA-256 is written instead, with which somebody who
+ * knows the prompt can confirm it. The model is named by the hash that its weight file claims: export.py computed it
+ * from the tensors, and computing it again would read all weights. Two settings are left out because they change no
+ * bit: the number of threads, and in float32 the instruction set. */
 #include "sora.h"
 
 #include <errno.h>
@@ -12,7 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* "prompt": text, or "prompt_sha256": its hash. */
+/* KEY: text, or KEY_sha256: its hash */
 static void write_text(Json *json, const char *key, const char *text, bool in_full) {
     if (in_full) {
         json_string(json, key, text);
@@ -24,15 +26,15 @@ static void write_text(Json *json, const char *key, const char *text, bool in_fu
     free(name);
 }
 
-/* The model's own steps, since the hash of its tensors says nothing of them. */
-static void write_list(Json *json, const Recipe *recipe) {
+/* A distilled model's own timesteps, which the hash of its tensors does not cover. */
+static void write_timesteps(Json *json, const Recipe *recipe) {
     char *steps = schedule_string(&recipe->schedule), *first = schedule_string(&recipe->first);
     json_string(json, "timesteps", steps);
     if (strcmp(steps, first)) json_string(json, "first_timesteps", first);
     free(steps), free(first);
 }
 
-/* What only models that generate in chunks have. */
+/* Settings of models that generate in chunks. */
 static void write_chunks(Json *json, const Settings *s) {
     json_int(json, "window", s->window);
     json_int(json, "sink", s->sink);
@@ -54,7 +56,7 @@ static void write_settings(Json *json, const Model *model, const Settings *s, co
     json_int(json, "fps_den", s->fps_den);
     json_string(json, "sampler", sampler_name(s->sampler));
     json_int(json, "steps", s->steps);
-    if (model->recipe.schedule.steps) write_list(json, &model->recipe);
+    if (model->recipe.schedule.steps) write_timesteps(json, &model->recipe);
     if (model->recipe.chunk_frames) write_chunks(json, s);
     json_double(json, "guidance", s->guidance);
     json_double(json, "shift", s->shift);
@@ -63,8 +65,9 @@ static void write_settings(Json *json, const Model *model, const Settings *s, co
     json_string(json, "precision", precision_name(model->precision));
     if (model->precision != F32) json_string(json, "isa", kernels->name);
     json_int(json, "chroma", s->chroma);
-    json_string(json, "matrix", y4m_is_bt709(&(VideoFormat){.width = s->width, .height = s->height}) ? "BT.709" : "BT.601");
-    if (s->feed) json_bool(json, "fed_by_check", true); /* frames are the reference's, and no settings make them */
+    VideoFormat format = {.width = s->width, .height = s->height};
+    json_string(json, "matrix", y4m_is_bt709(&format) ? "BT.709" : "BT.601");
+    if (s->feed) json_bool(json, "fed_by_check", true); /* the settings alone do not make these frames */
     json_bool(json, "label", s->label);
     json_bool(json, "mark", s->mark);
     json_close(json);
@@ -74,7 +77,7 @@ char *record_path(const char *output) {
     return format_string("%s.json", output);
 }
 
-/* GB 45438-2025, the implicit label: "1" says that the content was made by a machine. */
+/* The implicit label of GB 45438-2025. Label "1": the content was made by a machine. */
 static void write_aigc(Json *json, const Settings *s) {
     json_open(json, "AIGC");
     json_string(json, "Label", "1");
@@ -94,7 +97,7 @@ static void write_software(Json *json, const char *key) {
     json_close(json);
 }
 
-/* The record is a C2PA manifest definition as well, which c2patool signs into the encoded video. */
+/* The keys of a C2PA manifest definition, which c2patool signs into the encoded video. */
 static void write_c2pa(Json *json) {
     json_open_array(json, "claim_generator_info");
     write_software(json, NULL);
@@ -115,12 +118,12 @@ static void write_c2pa(Json *json) {
     json_close_array(json);
 }
 
-/* All that is known before the video is made; the object stays open. */
+/* The part of the record that is known before the run. The outermost object is still open. */
 static Json describe(const Model *model, const Settings *s, const char *noise_sha256) {
     Json json = {0};
     json_open(&json, NULL);
     json_bool(&json, "generated", true);
-    json_string(&json, "digital_source_type", "trainedAlgorithmicMedia"); /* IPTC's word for it */
+    json_string(&json, "digital_source_type", "trainedAlgorithmicMedia"); /* IPTC's term */
     json_string(&json, "tool", "sora.c");
     json_string(&json, "version", SORA_VERSION);
     json_string(&json, "model", weights_string_or(model->file, "general.name", ""));
@@ -147,7 +150,7 @@ void record_write(OutputFile *file, const Model *model, const Settings *settings
     Json json = describe(model, settings, noise_sha256);
     char hex[65];
     sha256_of(json.text.data, json.text.size, hex);
-    json_string(&json, "record_sha256", hex); /* of all that stands before it */
+    json_string(&json, "record_sha256", hex); /* of the text before this key */
     json_string(&json, "y4m_sha256", y4m_sha256);
     json_close(&json);
     output_write(file, json.text.data, json.text.size);
@@ -155,13 +158,13 @@ void record_write(OutputFile *file, const Model *model, const Settings *settings
     json_free(&json);
 }
 
-/* ---------------------------------------------------------------- --verify: do file and record fit? */
+/* ---------------------------------------------------------------- --verify */
 
 static bool equals(Bytes text, const char *string) {
     return text.size == strlen(string) && !memcmp(text.data, string, text.size);
 }
 
-/* The hash that a record says it has, and whether it is that of the text before it; "" if it says none. */
+/* Whether record_sha256 is the hash of the text before it. Copies it to `claimed`, or "" if there is none. */
 static bool record_is_whole(Bytes record, char claimed[65]) {
     static const char key[] = ",\n  \"record_sha256\": \"";
     char hex[65];
@@ -179,7 +182,7 @@ static bool say(bool agrees, const char *what) {
     return agrees;
 }
 
-/* The video's frames, added up, and the SHA-256 of its bytes; returns how many frames there are. */
+/* Adds up the luma of the video's frames, and hashes its bytes. Returns the number of frames. */
 static int gather(const char *path, MarkSum *sum, char hex[65]) {
     VideoFormat format;
     Y4mReader *reader;
@@ -224,7 +227,8 @@ bool verify(const char *path) {
     MarkFound mark = mark_find(&sum);
     free(sum.luma);
     bool marked = mark.deviations >= MARK_DEVIATIONS, fits = marked;
-    printf("mark: %s, %.1f deviations where %.1f are asked", marked ? "found" : "none", mark.deviations, MARK_DEVIATIONS);
+    printf("mark: %s, correlation peak at %.1f standard deviations, threshold %.1f", marked ? "found" : "none",
+           mark.deviations, MARK_DEVIATIONS);
     if (marked) printf(", scale %.3f, bits %016" PRIx64, mark.scale, mark.payload);
     printf("\n");
     if (read_file(beside, 1 << 20, &record)) {

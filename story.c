@@ -1,11 +1,11 @@
-/* story.c - prompts with the times from which they hold: --at "TIME TEXT", and --story, a file of such lines.
+/* story.c - prompts with start times: --at "TIME TEXT", and --story, a file of such lines.
  *
- *   # A comment. Blank lines do not count.
+ *   # A comment. Blank lines are skipped.
  *   0      a red ball bounces on the grass
  *   12.5   the ball stops
  *   1:05   a green star walks in from the left
  *
- * A time is seconds, minutes:seconds or hours:minutes:seconds; from line to line times rise. */
+ * A time is seconds, minutes:seconds or hours:minutes:seconds. Each line's time must be later than the one before. */
 #include "sora.h"
 
 #include <math.h>
@@ -20,9 +20,9 @@ static Bytes trim(Bytes text) {
     return text;
 }
 
-/* Digits, and if `fraction` a point and more of them, as a number below 10^6; -1 for anything else. */
+/* Parses a number below 10^6; with `fraction`, it may have decimals. Returns -1 for anything else. */
 static double parse_part(Bytes text, bool fraction) {
-    double value = 0, unit = 0; /* unit of the last digit behind the point; 0 before it */
+    double value = 0, unit = 0; /* unit: value of the last decimal place read; 0 before the point */
     size_t digits = 0;
     for (size_t i = 0; i < text.size; i++) {
         uint8_t c = text.data[i];
@@ -38,7 +38,7 @@ static double parse_part(Bytes text, bool fraction) {
     return digits > 0 && value < 1e6 ? value : -1;
 }
 
-/* "12", "12.5", "1:05", "1:02:03"; -1 for anything else. */
+/* "12", "12.5", "1:05" or "1:02:03" in seconds; -1 for anything else. */
 static double parse_time(Bytes text) {
     double time = 0;
     for (int parts = 1; parts <= 3; parts++) {
@@ -62,10 +62,11 @@ const char *story_add(Story *story, Bytes line) {
     double from = parse_time(time);
     shown = (Bytes){line.data, line.size < 40 ? line.size : 40};
     if (from < 0)
-        return reason("'%.*s' does not begin with a time like 12, 12.5 or 1:05", (int)shown.size, shown.data);
+        return reason("'%.*s' does not begin with a time, expected one such as 12, 12.5 or 1:05", (int)shown.size,
+                      shown.data);
     if (!text.size) return reason("no prompt follows the time '%.*s'", (int)time.size, time.data);
     if (story->count && from <= story->lines[story->count - 1].time)
-        return reason("%g seconds does not come after %g of the prompt before it", from,
+        return reason("time %g s is not after %g s, the time of the prompt before it", from,
                       story->lines[story->count - 1].time);
     char *copy = allocate(text.size + 1);
     for (size_t i = 0; i < text.size; i++) copy[i] = text.data[i] ? (char)text.data[i] : ' ';

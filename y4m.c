@@ -1,23 +1,24 @@
-/* y4m.c - frames to an uncompressed video file, and back: YUV4MPEG2, read by ffmpeg, mpv and every encoder.
+/* y4m.c - frames <-> YUV4MPEG2, an uncompressed video file that ffmpeg, mpv and every encoder read.
  *
- *   "YUV4MPEG2 W832 H480 F16:1 Ip A1:1 C420jpeg\n", then for each frame "FRAME\n" and bytes: Y, Cb, Cr
+ *   "YUV4MPEG2 W832 H480 F16:1 Ip A1:1 C420jpeg\n", then for each frame "FRAME\n" and the planes Y, Cb, Cr
  *
- * The format carries no matrix. Players assume BT.709 for frames of 1280 or more columns or more than 576 lines, and
- * BT.601 for smaller ones, so that is what is written and read, in limited range:
+ * Frames are floats [3,Y,X] (red, green, blue) in [-1,1]. The file has 8 bits in limited range:
  *
  *   y  = 0.299 r + 0.587 g + 0.114 b         Y = 125.5 + 109.5 y    16..235 for y in [-1,1]
  *   cb = (b - y) / 1.772                     Cb = 128 + 112 cb      16..240
  *   cr = (r - y) / 1.402                     Cr = 128 + 112 cr      16..240
  *
- * (BT.709: 0.2126, 0.7152, 0.0722; 1.8556; 1.5748. Each divisor is twice what its colour's weight leaves of 1.)
+ * This is BT.601. For BT.709 the weights are 0.2126, 0.7152, 0.0722, and the divisors 1.8556 and 1.5748. (A divisor is
+ * 2 (1 - weight) of its colour.) The file does not name the matrix. Players assume BT.709 for frames of 1280 or more
+ * columns or more than 576 lines, and BT.601 for smaller ones; so does this file, in both directions.
  *
- * 4:2:0 is sited at the centre of four pixels ("jpeg", as in MPEG-1), so a chroma sample is the average of
- * its 2x2 pixels, or of those that exist at an odd right or lower edge.
+ * 4:2:0 chroma is sited at the centre of 2x2 pixels ("jpeg", as in MPEG-1). A chroma sample is the average of its four
+ * pixels, or of those that exist at an odd right or lower edge.
  *
- * The reader takes a stream, a pipe too, and holds one frame of it. It gives every pixel the chroma sample that covers it, which inverts the average: what was read
- * and is written again has the same bytes. Its floats therefore leave [-1,1] where a file's Y, Cb, Cr lie
- * outside the cube of colours. 420mpeg2, 420paldv and 422 have their samples sited up to half a pixel
- * elsewhere; they are read as if centred. */
+ * The reader takes a stream, which may be a pipe, and holds one frame of it. It gives each pixel the chroma sample that
+ * covers it, which inverts the average: reading and writing again gives the same bytes. Its floats may leave [-1,1],
+ * because some Y, Cb, Cr are outside of RGB. 420mpeg2, 420paldv and 422 are sited up to half a pixel elsewhere, and are
+ * read as if centred. */
 #include "sora.h"
 
 #include <errno.h>
@@ -26,7 +27,7 @@
 
 enum { MAX_HEADER = 79, MAX_SIDE = 32768, MAX_LINE = 1024 };
 
-/* Pixels per chroma sample, across and down; none in mono. */
+/* Pixels per chroma sample, across and down. */
 typedef struct {
     int dx, dy;
 } Sampling;
@@ -39,7 +40,7 @@ static size_t luma_bytes(const VideoFormat *format) {
     return (size_t)format->width * (size_t)format->height;
 }
 
-/* Of one of the two chroma planes. */
+/* Bytes of one chroma plane; 0 in mono. */
 static size_t chroma_bytes(const VideoFormat *format) {
     Sampling s = sampling(format->chroma);
     if (format->chroma == 400) return 0;
@@ -64,7 +65,7 @@ static Matrix matrix(const VideoFormat *format) {
 
 /* ---------------------------------------------------------------- writing */
 
-/* Several readers stop at 79 bytes, so what they can do without goes first; the rest has 74 at the most. */
+/* Drops the last tags if the header would be longer than 79 bytes. Without them it has at most 74. */
 size_t y4m_header(const VideoFormat *format, char out[80]) {
     static const char *const tags[] = {" XCOLORRANGE=LIMITED XAIGEN=sora.c", " XCOLORRANGE=LIMITED", ""};
     int length = MAX_HEADER + 1;
@@ -118,13 +119,13 @@ void y4m_convert(const VideoFormat *format, const float *frame, uint8_t *out) {
 
 struct Y4mReader {
     FILE *stream;
-    Sha256 *sha; /* of the bytes taken from it, or NULL */
-    size_t at;   /* how many these are */
+    Sha256 *sha;     /* of the bytes read so far, or NULL */
+    size_t at;       /* number of bytes read so far */
     VideoFormat format;
     bool full_range;
-    bool ahead;      /* planes hold the first frame, which y4m_next() has not given yet */
-    size_t room;     /* of planes: no more than a frame */
-    uint8_t *planes; /* those of the frame that was read last */
+    bool ahead;      /* planes hold the first frame, which y4m_next() has not returned yet */
+    size_t room;     /* capacity of planes in bytes, at most a frame */
+    uint8_t *planes; /* of the frame that was read last */
 };
 
 static const struct {
@@ -135,7 +136,7 @@ static const struct {
     {"422", 422},     {"444", 444},      {"mono", 400},
 };
 
-/* Digits at *text, which moves past them; -1 if there are none or they exceed the limit. */
+/* Parses decimal digits at *text, and moves it past them. Returns -1 if there are none or they exceed the limit. */
 static int parse_number(const char **text, int limit) {
     int64_t value = 0;
     const char *start = *text;
@@ -145,15 +146,16 @@ static int parse_number(const char **text, int limit) {
 
 static const char *parse_side(const char *text, int *out) {
     *out = parse_number(&text, MAX_SIDE);
-    return *out > 0 && !*text ? NULL : "a frame size of the header is not a number from 1 to 32768";
+    return *out > 0 && !*text ? NULL : "the header's W or H is not a number from 1 to 32768";
 }
 
-/* "0:0" is the format's way to say unknown; 25 is what ffmpeg takes then. */
+/* "0:0" means unknown; it is read as 25, as ffmpeg does. */
 static const char *parse_rate(const char *text, VideoFormat *format) {
+    const char *start = text;
     int numerator = parse_number(&text, INT32_MAX);
     int denominator = *text == ':' ? text++, parse_number(&text, INT32_MAX) : -1;
     if (*text || numerator < 0 || denominator < 0 || !numerator != !denominator)
-        return "the frame rate of the header is no fraction";
+        return reason("the header's frame rate is %.40s, expected a fraction such as 25:1", start);
     format->rate_num = numerator ? numerator : 25;
     format->rate_den = numerator ? denominator : 1;
     return NULL;
@@ -173,19 +175,22 @@ static const char *parse_tag(Y4mReader *reader, const char *tag) {
     case 'H': return parse_side(tag + 1, &reader->format.height);
     case 'F': return parse_rate(tag + 1, &reader->format);
     case 'C': return parse_chroma(tag + 1, &reader->format.chroma);
-    case 'I': return strcmp(tag, "Ip") && strcmp(tag, "I?") ? reason("interlaced video (%.40s)", tag) : NULL;
-    case 'A': return NULL; /* the shape of a pixel does not matter here */
+    case 'I':
+        if (!strcmp(tag, "Ip") || !strcmp(tag, "I?")) return NULL;
+        return reason("interlaced video (%.40s), expected progressive (Ip)", tag);
+    case 'A': return NULL; /* pixel aspect ratio: ignored */
     case 'X': reader->full_range |= !strcmp(tag, "XCOLORRANGE=FULL"); return NULL;
-    default: return reason("the header has an unknown tag, %.40s", tag);
+    default: return reason("the header has the unknown tag %.40s", tag);
     }
 }
 
+/* Counts and hashes bytes that were read. */
 static void count(Y4mReader *reader, const void *bytes, size_t size) {
     reader->at += size;
     if (reader->sha) sha256_add(reader->sha, bytes, size);
 }
 
-/* The stream's next line, without its newline; false if it does not end, or is no text. */
+/* Reads the next line, without its newline. Returns false if it has no newline, is too long, or contains a 0. */
 static bool take_line(Y4mReader *reader, char line[MAX_LINE]) {
     size_t length = 0;
     int c = 0;
@@ -195,7 +200,7 @@ static bool take_line(Y4mReader *reader, char line[MAX_LINE]) {
     return c == '\n';
 }
 
-/* A failed read, or what the caller makes of the end of the file. */
+/* Why reading stopped: the system's error, or else `why`, for the end of the file. */
 static const char *stopped(const Y4mReader *reader, const char *why) {
     return ferror(reader->stream) ? strerror(errno) : why;
 }
@@ -214,7 +219,8 @@ static const char *parse_stream_header(Y4mReader *reader) {
     return reader->format.width && reader->format.height ? NULL : "the header gives no frame size";
 }
 
-/* The planes of a frame. Room is taken as bytes arrive, so a header cannot ask for more than twice what follows it. */
+/* Reads the planes of a frame. The buffer grows as bytes arrive, to at most twice their number, whatever size the
+ * header claims. */
 static const char *take_planes(Y4mReader *reader) {
     size_t size = y4m_frame_bytes(&reader->format), got = 0;
     while (got < size) {
@@ -231,7 +237,7 @@ static const char *take_planes(Y4mReader *reader) {
     return NULL;
 }
 
-/* The next frame into planes; its line has tags that say nothing that matters here. *end: there is none. */
+/* Reads the next FRAME line, whose tags are ignored, and its planes; or sets *end. */
 static const char *take_frame(Y4mReader *reader, bool *end) {
     char line[MAX_LINE] = "";
     int c = getc(reader->stream);

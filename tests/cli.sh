@@ -420,9 +420,9 @@ chunks() {
     refused 2 "--shift: this model has a fixed schedule" $short --shift 5 x
     refused 2 "--sampler: this model has a fixed schedule" $short --sampler euler x
     refused 2 "--at: 'soon a dog' does not begin with a time" $short --at "soon a dog" x
-    refused 2 "--at: 2 seconds does not come after 3" $short --at "3 a" --at "2 b" x
+    refused 2 "--at: time 2 s is not after 3 s" $short --at "3 a" --at "2 b" x
     printf '1 a\n0.5 b\n' >"$work/story"
-    refused 2 "--story $work/story: line 2: 0.5 seconds does not come after 1" $short --story "$work/story" x
+    refused 2 "--story $work/story: line 2: time 0.5 s is not after 1 s" $short --story "$work/story" x
     refused 2 "--story nowhere: No such file" $short --story nowhere x
     refused 2 "no prompt: the story's first line is at 1 seconds" $short --at "1 a"
     refused 2 "two prompts: 'x' and 'a'" $short --at "0 a" x

@@ -42,8 +42,8 @@ void test_story(void) {
     check_refused("1:2:3:4 x", "does not begin with a time");
     check_refused("nan x", "does not begin with a time");
     check_refused("99999999999999999999 x", "does not begin with a time");
-    check_refused("3 a\n\n# c\n2.5 b\n", "line 4: 2.5 seconds does not come after 3");
-    check_refused("3 a\n3 b\n", "line 2: 3 seconds does not come after 3");
+    check_refused("3 a\n\n# c\n2.5 b\n", "line 4: time 2.5 s is not after 3 s");
+    check_refused("3 a\n3 b\n", "line 2: time 3 s is not after 3 s");
 
     Story story = {0};
     const char *why = story_parse(&story, bytes_of("\xef\xbb\xbf# a story\r\n\r\n0 one\r\n  # aside\n12.5 two # not a comment\n1:05  three"));
