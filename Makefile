@@ -1,15 +1,20 @@
-# make            builds ./sora            make test   runs the tests
-# make demo       makes demo.y4m           make demo PROMPT="a red cross spins at night"
-# make OPENMP=0   builds without threads   make CC=clang, CFLAGS=..., PREFIX=... as everywhere
+# make                    builds ./sora; variables: CC, CFLAGS, LDFLAGS, OPENMP=0 (one thread)
+# make demo               generates demo.y4m with the bundled model; PROMPT="a red cross spins at night"
+# make test               runs all tests that need only a C compiler
+# make test-reference     compares with the reference implementations in Python
+# make sanitize, races    runs the tests under ASan and UBSan, under TSan
+# make fuzz               mutated inputs for all that reads files; FUZZ_SECONDS=20
+# make bench, bench-peers measures this program, and others beside it
+# make install            PREFIX=/usr/local, DESTDIR
 
 CC      ?= cc
 CFLAGS  ?= -O3 -g
 PREFIX  ?= /usr/local
 BUILD   ?= build/release
 
-# No contraction: every fused multiply-add is written as one, so that each compiler gives the same bits.
+# -ffp-contract=off: fused multiply-adds are written explicitly, so every compiler gives the same bits.
 override CFLAGS += -std=c11 -D_POSIX_C_SOURCE=200809L -D_DEFAULT_SOURCE -ffp-contract=off -Wall -Wextra -pthread -I.
-# Of OpenMP the compiler is needed, not its library (engine/base/threads.c): nothing links with -fopenmp.
+# OpenMP: only the compiler's part is used, not its library (engine/base/threads.c), so nothing links with -fopenmp.
 OPENMP  ?= $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c -c -o /dev/null - 2>/dev/null && echo 1 || echo 0)
 LOOPS    = $(if $(filter 1,$(OPENMP)),-fopenmp)
 
@@ -20,7 +25,7 @@ OBJECTS = $(STAGES:%=$(BUILD)/%.o) $(ENGINE:%=$(BUILD)/%.o)
 sora: $(BUILD)/sora
 	cp $< $@
 
-# Written anew only when they change; whatever was compiled or linked otherwise then is again.
+# These files hold the compile and the link command, and change only when it does: then all is compiled or linked again.
 COMPILE = $(CC) $(CFLAGS) $(LOOPS)
 LINK    = $(CC) $(CFLAGS) $(LDFLAGS)
 $(BUILD)/compiled-by: COMMAND = $(COMPILE)
@@ -36,18 +41,18 @@ $(BUILD)/%.o: %.c $(BUILD)/compiled-by
 $(BUILD)/sora: $(BUILD)/sora.o $(OBJECTS) $(BUILD)/linked-by
 	$(LINK) -o $@ $(filter %.o,$^) -lm
 
-# The tests link against everything but the command line.
+# The tests link all objects but sora.o.
 TESTS = $(patsubst tests/%.c,$(BUILD)/tests/%.o,tests/main.c $(wildcard tests/test_*.c))
 
-# What the program asks of libm goes through tests/test_libm.c. The functions of the second line have no proof there
-# that every C library gives the same bits: whoever calls one does not link.
+# Calls of libm go through wrappers in tests/test_libm.c, which shows that their results do not depend on the C library.
+# It has no wrappers for the functions in the second line, so a call of one of them does not link.
 LIBM = log log1p exp pow cos sin sincos \
        logf log1pf log2 log2f expf exp2 exp2f powf cosf sinf sincosf tanhf
 
 $(BUILD)/run-tests: $(TESTS) $(OBJECTS) $(BUILD)/linked-by
 	$(LINK) $(LIBM:%=-Wl,--wrap=%) -o $@ $(filter %.o,$^) -lm
 
-# The prompt reaches the program as it was typed: through the environment, past make's and the shell's own signs.
+# The prompt is passed in the environment, so that neither make nor the shell interprets its characters.
 PROMPT = a blue star bounces on the grass
 
 demo: export DEMO_PROMPT := $(value PROMPT)
@@ -68,7 +73,7 @@ uninstall:
 test: sora $(BUILD)/run-tests
 	SORA=$(BUILD)/sora $(BUILD)/run-tests
 
-# The tests, and mutated inputs for everything that reads a file, under ASan and UBSan.
+# Tests and fuzzing under ASan and UBSan.
 SANITIZE     = $(MAKE) BUILD=build/sanitize CFLAGS='-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all'
 FUZZ_SECONDS ?= 20
 
@@ -79,7 +84,7 @@ sanitize:
 	$(SANITIZE) build/sanitize/sora build/sanitize/run-tests
 	ASAN_OPTIONS=allocator_may_return_null=1 SORA=build/sanitize/sora build/sanitize/run-tests
 
-# Whether threads ever touch the same memory unordered.
+# Data races between threads, under TSan.
 races:
 	$(MAKE) BUILD=build/races CFLAGS='-O1 -g -fsanitize=thread' build/races/run-tests
 	build/races/run-tests system kernels pipeline
@@ -88,7 +93,7 @@ fuzz:
 	$(SANITIZE) build/sanitize/fuzz
 	build/sanitize/fuzz $(FUZZ_SECONDS)
 
-# Comparisons with the reference implementations, in an environment of their own (or PYTHON=... that has them).
+# Comparisons with the reference implementations, in a virtual environment; PYTHON=... uses one that has the packages.
 PYTHON ?= .venv/bin/python
 
 .venv/installed: requirements.txt tests/requirements.txt train/requirements.txt
@@ -97,11 +102,11 @@ PYTHON ?= .venv/bin/python
 	.venv/bin/pip install -q -r tests/requirements.txt
 	touch $@
 
-# mark.c with another main(), which marks any clip.
+# mark.c and a main() that marks any clip.
 $(BUILD)/mark_tool: $(BUILD)/tests/mark_tool.o $(filter-out $(BUILD)/mark.o,$(OBJECTS))
 	$(CC) $(CFLAGS) $(LDFLAGS) -o $@ $^ -lm
 
-# umT5's own tokenizer, where it is at hand.
+# umT5's own tokenizer, if there is a copy.
 UMT5 ?= $(wildcard ../shared/fixtures/umt5-tokenizer/tokenizer.json.gz)
 
 test-reference: sora $(BUILD)/mark_tool $(if $(filter .venv/%,$(PYTHON)),.venv/installed)
@@ -115,7 +120,7 @@ test-reference: sora $(BUILD)/mark_tool $(if $(filter .venv/%,$(PYTHON)),.venv/i
 	$(PYTHON) tests/reference_y4m.py
 	$(PYTHON) -m pytest -q tests/reference_trust.py
 
-# How near every kernel and stage comes to the machine's own peak; the same stages in PyTorch and stable-diffusion.cpp.
+# Kernels and stages against the machine's peak; the same stages in PyTorch and stable-diffusion.cpp (bench-peers).
 BENCH = $(patsubst %.c,$(BUILD)/%.o,$(wildcard bench/*.c))
 
 $(BUILD)/bench/bench: $(BENCH) $(OBJECTS) $(BUILD)/linked-by
@@ -133,7 +138,7 @@ bench-peers: $(BUILD)/bench/bench $(if $(filter .venv/%,$(PYTHON)),.venv/bench)
 
 .PHONY: bench bench-peers
 
-# A training keeps its hours under build/, too: those stay.
+# Leaves the other folders in build/ alone: a training run keeps its checkpoints there.
 clean:
 	rm -rf build/release build/sanitize build/races sora
 
