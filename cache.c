@@ -35,7 +35,8 @@ static char *frame_at(const KvCache *c, char *of, int block, int j) {
 }
 
 KvCache kv_cache_take(Arena *arena, const Transformer *t, Window window, int capacity, int tokens, Type type) {
-    KvCache c = {.window = window, .layers = t->num_layers, .tokens = tokens, .D = t->dim, .capacity = capacity, .type = type};
+    KvCache c = {.window = window, .layers = t->num_layers, .tokens = tokens, .D = t->dim, .capacity = capacity,
+                 .type = type};
     size_t bytes = type_bytes(type, (size_t)c.layers * capacity * frame_size(&c));
     c.frame_numbers = arena_take(arena, sizeof(int) * (size_t)capacity);
     c.keys = arena_take(arena, bytes);

@@ -389,11 +389,11 @@ typedef struct {
     TransformerState state;
     Branch cond, uncond;
     History history;
-    int prompt;                          /* index of the current prompt */
-    float *latents;                      /* (frames,C,H,W) of the chunk; allocated by itself, outlives the arena */
-    float *velocity, *unconditional, *noise; /* (frames,C,H,W); the last two only where they are needed */
-    float *timesteps;                    /* [frames] of the current pass */
-    float *recent;                       /* (run->recached,C,H,W): the latest finished latents, for RECACHE */
+    int prompt;       /* index of the current prompt */
+    float *latents;   /* (frames,C,H,W) of the chunk; allocated by itself, outlives the arena */
+    float *velocity, *unconditional, *noise; /* (frames,C,H,W); the last two only if they are needed */
+    float *timesteps; /* [frames] of the current pass */
+    float *recent;    /* (run->recached,C,H,W): the latest finished latents, for RECACHE */
 } Sampling;
 
 static int longest_pass(const Run *run) { return (int)larger(run->chunk_frames, run->recached); }
@@ -494,7 +494,7 @@ static void recache(const Run *run, Sampling *s, int index, int done) {
     for (int i = 0; i <= run->guided; i++) kv_cache_drop(caches[i], sink, caches[i]->frames - sink);
     int frames = smaller(window - sink, done);
     Chunk chunk = {.first = done - frames, .frames = frames};
-    fill_cache(run, s, index, "recache", chunk, s->recent + (run->recached - chunk.frames) * run->frame_size);
+    fill_cache(run, s, index, "recache", chunk, s->recent + (run->recached - frames) * run->frame_size);
 }
 
 /* As in Infinity-RoPE: the cache keeps its first frame and its last two. */
@@ -546,7 +546,7 @@ static void denoise_step(const Run *run, Sampling *s, Noise *noise, int index, i
     profile_end(SAMPLER);
     tap_frames(x, latent_shape(run, chunk.frames), "latents");
     require_finite(run->model, x, chunk.frames * run->frame_size,
-                reason("latents after step %d of %d%s", step + 1, schedule->steps,
+                   reason("latents after step %d of %d%s", step + 1, schedule->steps,
                        run->chunks > 1 ? reason(", chunk %d of %d", index + 1, run->chunks) : ""));
 }
 
