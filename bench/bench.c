@@ -1,6 +1,6 @@
 /* bench.c - how fast sora is on this machine, and how close to what the machine can do.
  *
- *   bench FILE.tsv [peaks] [kernels] [stages] [growth] [steps]
+ *   bench FILE.tsv [peaks] [kernels] [stages] [growth] [minute] [steps]
  *   bench FILE.tsv transformer|text_encoder|vae_decode PRECISION SIZE [THREADS]
  *
  * Lines go to standard output as a table, and to the file as tab-separated values, a heading line first.
@@ -127,7 +127,7 @@ static const struct {
     void (*run)(void);
 } parts[] = {
     {"peaks", bench_peaks}, {"kernels", bench_kernels}, {"stages", bench_stages},
-    {"growth", bench_growth}, {"steps", bench_steps},
+    {"growth", bench_growth}, {"minute", bench_minute}, {"steps", bench_steps},
 };
 
 static void run_part(const char *name) {

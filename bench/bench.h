@@ -39,6 +39,7 @@ double peak_memory(int threads); /* bytes a second, reading */
 void bench_kernels(void);
 void bench_stages(void);
 void bench_growth(void); /* the transformer against tokens, the decoder against frames, both against threads */
+void bench_minute(void); /* what a minute of Wan 2.1 1.3B costs when it is made in chunks */
 void bench_steps(void);  /* from three loops to the tiled product */
 /* One stage: "transformer" (two blocks, 17 frames of WxH pixels), "text_encoder" (one block, so many tokens), or
  * "vae_decode" (5 frames of WxH). */

@@ -54,9 +54,11 @@ typedef struct {
     float *velocity;
 } Forward;
 
-static void lay_out(Forward *f, Arena *arena, int T, int H, int W) {
-    f->state = transformer_state_take(arena, &f->t, T, T, H, W);
-    f->cache = kv_cache_take(arena, &f->t, (Window){.size = T}, 0, f->state.tokens, TYPE_F32);
+static void lay_out(Forward *f, Arena *arena, int T, int seen, int H, int W) {
+    Type type = f->t.precision == F32 ? TYPE_F32 : TYPE_BF16;
+    f->state = transformer_state_take(arena, &f->t, T, seen, H, W);
+    f->cache = kv_cache_take(arena, &f->t, (Window){.size = seen}, seen > T ? seen : 0, f->state.tokens, type);
+    f->cache.frames = seen - T;
     f->context = text_context_take(arena, &f->t, TEXT);
 }
 
@@ -65,26 +67,29 @@ static void run_forward(void *with) {
     transformer_forward(&f->t, &f->state, &f->context, &f->cache, &f->chunk, f->latents, f->velocity);
 }
 
-/* One forward pass through `layers` blocks on latents of T x H x W. */
-static void bench_transformer(Precision precision, int layers, int T, int H, int W, int threads) {
+/* Seconds of one forward pass through `layers` blocks on latents of T x H x W, which are the last of `seen` frames:
+ * the cache holds the others. */
+static double bench_transformer(Precision precision, int layers, int T, int seen, int H, int W, int threads) {
     Forward f = {.t = random_transformer(precision, layers)};
     size_t n = (size_t)f.t.in_dim * T * H * W;
     Arena count = {0};
-    lay_out(&f, &count, T, H, W);
+    lay_out(&f, &count, T, seen, H, W);
     Arena arena = arena_open(count.used);
-    lay_out(&f, &arena, T, H, W);
+    lay_out(&f, &arena, T, seen, H, W);
     text_context_fill(&f.t, random_floats((size_t)TEXT * f.t.text_dim), TEXT, &f.context);
     float *timesteps = hold(sizeof(float) * (size_t)T);
     for (int i = 0; i < T; i++) timesteps[i] = 500;
-    f.chunk = (Chunk){0, T, timesteps};
+    f.chunk = (Chunk){seen - T, T, timesteps};
     f.latents = random_floats(n);
     f.velocity = hold(n * sizeof(float));
     static const char *const names[] = {"transformer, no block", "transformer, 1 block",
                                         "transformer, 2 blocks"};
-    measure(&(Job){"stage", names[layers], precision, T * f.state.tokens, threads,
-                   transformer_flops(&f.t, T * f.state.tokens, T * f.state.tokens, f.context.positions), 0, run_forward, &f});
+    double flops = transformer_flops(&f.t, T * f.state.tokens, seen * f.state.tokens, f.context.positions);
+    double duration = measure(&(Job){"stage", names[layers], precision, T * f.state.tokens, threads, flops, 0,
+                                     run_forward, &f});
     arena_close(&arena);
     release();
+    return duration;
 }
 
 /* ---------------------------------------------------------------- text encoder */
@@ -194,24 +199,27 @@ static void run_decoding(void *with) {
     vae_stream_close(stream);
 }
 
-/* T latent frames of H x W: 4T-3 frames of 8H x 8W pixels. */
-static void bench_vae(Precision precision, int T, int H, int W, int threads) {
+/* Seconds of T latent frames of H x W: 4T-3 frames of 8H x 8W pixels. With a length, those of a clip of so many latent
+ * frames, at the same operations a second. */
+static double bench_vae(Precision precision, int T, int H, int W, int threads, int length) {
     Decoding d = {.vae = random_vae(precision), .T = T, .H = H, .W = W};
     d.latents = random_floats((size_t)d.vae.z_dim * T * H * W);
-    measure(&(Job){"stage", "VAE decode", precision, 4 * T - 3, threads, vae_decoder_flops(&d.vae, T, H, W), 0,
-                   run_decoding, &d});
+    double flops = vae_decoder_flops(&d.vae, T, H, W);
+    double duration = measure(&(Job){"stage", "VAE decode", precision, 4 * T - 3, threads, flops, 0, run_decoding, &d});
+    if (length) duration *= vae_decoder_flops(&d.vae, length, H, W) / flops;
     release();
+    return duration;
 }
 
 /* ---------------------------------------------------------------- what is measured */
 
 static void bench_on(int threads) {
     for (Precision p = F32; p < PRECISIONS; p++) {
-        bench_transformer(p, 0, 5, 32, 32, threads);
-        bench_transformer(p, 1, 5, 32, 32, threads);
+        bench_transformer(p, 0, 5, 5, 32, 32, threads);
+        bench_transformer(p, 1, 5, 5, 32, 32, threads);
         if (p == INT8) break;
         bench_text_encoder(p, TEXT, threads);
-        bench_vae(p, 2, 8, 8, threads);
+        bench_vae(p, 2, 8, 8, threads, 0);
     }
 }
 
@@ -227,18 +235,34 @@ void bench_growth(void) {
     for (Precision p = F32; p < PRECISIONS; p++)
         for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
             for (int layers = 0; layers <= 1; layers++)
-                bench_transformer(p, layers, sizes[i][0], sizes[i][1], sizes[i][2], 0);
+                bench_transformer(p, layers, sizes[i][0], sizes[i][0], sizes[i][1], sizes[i][2], 0);
     for (Precision p = F32; p <= BF16; p++)
-        for (int T = 1; T <= 5; T++) bench_vae(p, T, 16, 16, 0);
+        for (int T = 1; T <= 5; T++) bench_vae(p, T, 16, 16, 0, 0);
     for (int threads = 1; threads <= threads_count(); threads++)
-        for (Precision p = F32; p < PRECISIONS; p++) bench_transformer(p, 1, 5, 32, 32, threads);
+        for (Precision p = F32; p < PRECISIONS; p++) bench_transformer(p, 1, 5, 5, 32, 32, threads);
+}
+
+/* A minute made in chunks of 3 latent frames, in f32: 961 frames, 241 latent ones, 81 chunks of 5 passes each (4 steps,
+ * and the one that fills the cache). Each pass sees 12 latent frames, as in LongLive. One pass through one block and
+ * through none is measured, and the decoder on 5 frames of the smaller size; the rest is arithmetic. */
+void bench_minute(void) {
+    enum { CHUNK = 3, WINDOW = 12, BLOCKS = 30, PASSES = 5, CHUNKS = 81, LATENT_FRAMES = 241, W = 52, H = 30 };
+    double decoding = bench_vae(F32, 2, H, W, 0, LATENT_FRAMES);
+    for (int scale = 1; scale <= 2; scale++) {
+        double ends = bench_transformer(F32, 0, CHUNK, WINDOW, scale * H, scale * W, 0),
+               pass = ends + BLOCKS * (bench_transformer(F32, 1, CHUNK, WINDOW, scale * H, scale * W, 0) - ends),
+               decoded = scale * scale * decoding;
+        printf("%dx%d: a pass %.1f s; a chunk %.0f s, decoding it %.0f s; a minute %.1f h, %.1f h of them decoding\n",
+               scale * 8 * W, scale * 8 * H, pass, PASSES * pass, decoded / CHUNKS,
+               (CHUNKS * PASSES * pass + decoded) / 3600, decoded / 3600);
+    }
 }
 
 void bench_stage(const char *name, Precision precision, const char *size, int threads) {
     int width = atoi(size), height = width;
     sscanf(size, "%dx%d", &width, &height);
-    if (!strcmp(name, "transformer")) bench_transformer(precision, 2, 5, height / 8, width / 8, threads);
+    if (!strcmp(name, "transformer")) bench_transformer(precision, 2, 5, 5, height / 8, width / 8, threads);
     else if (!strcmp(name, "text_encoder")) bench_text_encoder(precision, width, threads);
-    else if (!strcmp(name, "vae_decode")) bench_vae(precision, 2, height / 8, width / 8, threads);
+    else if (!strcmp(name, "vae_decode")) bench_vae(precision, 2, height / 8, width / 8, threads, 0);
     else die(STATUS_USAGE, "'%s' is no stage", name);
 }
