@@ -326,7 +326,24 @@ enum { MAX_BLOCK = 256 };
 const WeightType *weight_type(Type type); /* NULL if it is unknown */
 size_t type_bytes(Type type, size_t n);   /* of n elements, whole blocks of a known type */
 void convert_to_floats(float *out, const void *in, Type type, size_t n); /* whole blocks */
+const char *types_read(void); /* the names of those that have widen(): "f32, f16, ... or bf16" */
 void weight_part(const Weight *w, size_t at, int n, float *out); /* elements [at, at+n), row after row */
+
+/* ---------------------------------------------------------------- blocks.c: ggml's blocks as floats */
+
+void widen_f32(float *out, const uint8_t *in, size_t n);
+void widen_f16(float *out, const uint8_t *in, size_t n);
+void widen_bf16(float *out, const uint8_t *in, size_t n);
+void widen_q8_0(float *out, const uint8_t *in, size_t n);
+void widen_q4_0(float *out, const uint8_t *in, size_t n);
+void widen_q4_1(float *out, const uint8_t *in, size_t n);
+void widen_q5_0(float *out, const uint8_t *in, size_t n);
+void widen_q5_1(float *out, const uint8_t *in, size_t n);
+void widen_q2_k(float *out, const uint8_t *in, size_t n);
+void widen_q3_k(float *out, const uint8_t *in, size_t n);
+void widen_q4_k(float *out, const uint8_t *in, size_t n);
+void widen_q5_k(float *out, const uint8_t *in, size_t n);
+void widen_q6_k(float *out, const uint8_t *in, size_t n);
 
 /* The bits of a float32 and back. */
 static inline uint32_t bits_of(float x) {

@@ -24,7 +24,9 @@ from export.tokenizer import find_tokenizer, tokenizer_keys
 from export.writer import DIGEST_KEY, NO_DIGEST, TYPES, check_output, plan, spare_sources, write
 
 METAVARS = {int: "N", float: "X", str: "TEXT"}
-FILE_TYPES = {Type.F32: 0, Type.F16: 1, Type.Q8_0: 7, Type.BF16: 32}  # llama.cpp's LLAMA_FTYPE
+FILE_TYPES = {Type.F32: 0, Type.F16: 1, Type.Q4_0: 2, Type.Q4_1: 3, Type.Q8_0: 7, Type.Q5_0: 8, Type.Q5_1: 9,
+              Type.Q2_K: 10, Type.Q3_K: 12, Type.Q4_K: 15, Type.Q5_K: 17, Type.Q6_K: 18,
+              Type.BF16: 32}  # llama.cpp's LLAMA_FTYPE
 
 
 def check_parts_fit(text, transformer, vae, pieces, tokenizer_path):
@@ -82,7 +84,7 @@ def check_space(output, planned):
 def export(args):
     """Converts a checkpoint. args: of arguments(). Raises ExportError or OSError; then no file is written."""
     opened, output = {}, check_output(Path(args.output))
-    sources, wanted = find_sources(args, opened), TYPES.get(args.type)
+    sources, wanted = find_sources(args, opened), TYPES[args.type]
     recipe, note = find_recipe(args, sources)
     parts = [open_part(name, getattr(sources, name), sources.patterns.get(name, "*"), opened,
                        recipe and recipe.container) for name in KINDS]
@@ -131,8 +133,8 @@ def arguments(argv):
                         help="a diffusers folder, an original release folder, the transformer's file, or a weight file "
                              "that export.py wrote")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the GGUF file to write")
-    parser.add_argument("--type", choices=TYPES,
-                        help="type of the matrices (default: as stored; quantised ones become bf16, q8_0 stays)")
+    parser.add_argument("--type", choices=TYPES, default="keep",
+                        help="type of the matrices (default keep: as stored; a type that sora cannot read becomes bf16)")
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]",
                         help="merge a LoRA; can be given several times")
     parser.add_argument("--lora-skip-unmatched", action="store_true",

@@ -22,8 +22,11 @@ from export.tables import CONV, EXACT, KEPT, MATRIX, WIDE, squeezed
 
 ALIGNMENT = 64  # bytes: a cache line, so that a mapped tensor's rows are aligned
 SLICE = 1 << 24  # elements converted at a time
-F16_MAX = 65504  # largest f16; also the limit of q8_0's scale, which is a block's largest value over 127
-TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
+F16_MAX = 65504  # largest f16; a block's largest value over LARGEST must not exceed it
+LARGEST = {Type.Q8_0: 127, Type.Q4_0: 8, Type.Q5_0: 16}
+QUANTISED = {n: Type[n.upper()] for n in ("q8_0", "q5_1", "q5_0", "q4_1", "q4_0")}  # the gguf package makes these
+TYPES = {"keep": None, "f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, **QUANTISED}
+BLOCKS = [*QUANTISED.values(), Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K, Type.Q6_K]  # and sora reads all these
 DIGEST_KEY, NO_DIGEST = "sora.tensors_sha256", "0" * 64
 
 # ---------------------------------------------------------------- planning
@@ -61,8 +64,8 @@ class Planned:
             yield self.kept(first, last) if self.is_kept() else self.convert(values)
 
     def is_kept(self):
-        """Whether the source's q8_0 blocks are copied. Quantising again could change them."""
-        return self.type == Type.Q8_0 and self.source.dtype == "Q8_0" and not self.changes
+        """Whether the source's blocks are copied. Quantising again could change them."""
+        return self.type in BLOCKS and self.source.dtype == self.type.name and not self.changes
 
     def kept(self, first, last):
         """The source's bytes of rows [first, last), uint8."""
@@ -70,17 +73,17 @@ class Planned:
         return self.source.file.raw(self.source.key, first * columns, last * columns)
 
     def convert(self, values):
-        """Converts f32 (rows, columns) to an array of the stored type; q8_0 by the gguf package, whose bits are ggml's.
-        Raises ExportError for numbers above the type's range."""
+        """Converts f32 (rows, columns) to an array of the stored type; blocks by the gguf package. Raises ExportError for
+        numbers above the type's range."""
         if self.type == Type.F32:
             return values.numpy()
         if self.type == Type.BF16:
             return values.bfloat16().view(torch.uint16).numpy()
-        largest, limit = values.abs().max(), F16_MAX * (127 if self.type == Type.Q8_0 else 1)
+        largest, limit = values.abs().max(), F16_MAX * LARGEST.get(self.type, 1)
         if largest > limit:
             raise ExportError(f"{self.source.file.path}: {self.source.key} holds {largest:g}, expected at most "
                               f"{limit:g} for {self.type.name.lower()}: use --type bf16")
-        return gguf.quants.quantize(values.numpy(), Type.Q8_0) if self.type == Type.Q8_0 else values.half().numpy()
+        return values.half().numpy() if self.type == Type.F16 else gguf.quants.quantize(values.numpy(), self.type)
 
 
 def four_dimensions(shape):
@@ -93,20 +96,23 @@ def folded_shape(shape):
     return shape if len(shape) == 1 else (shape[0], math.prod(shape[1:]))
 
 
-def stored_type(rule, source, columns, wanted):
-    """The type of a tensor in the file: that of --type if its rule allows it; without --type the source's. wanted: the
-    type of --type, or None; columns: of the tensor as a matrix."""
+def stored_type(rule, source, columns, wanted, changed):
+    """The type of a tensor in the file: that of --type if its rule allows it; with keep the source's. wanted: the type of
+    --type, None for keep; columns: of the tensor as a matrix; changed: whether LoRAs are merged into it."""
     if rule == EXACT or (rule in (KEPT, CONV) and source.dtype not in ("F16", "BF16")):
         return Type.F32
-    fits = columns % gguf.constants.GGML_QUANT_SIZES[Type.Q8_0][0] == 0
+
+    def fits(kind):
+        return columns % gguf.constants.GGML_QUANT_SIZES[kind][0] == 0
+
     if wanted is None or (rule in (KEPT, CONV) and wanted != Type.F32):
         kept = {"F32": Type.F32, "F64": Type.F32, "F16": Type.F16}
-        if rule == MATRIX and fits:
-            kept["Q8_0"] = Type.Q8_0
+        if rule == MATRIX:
+            kept |= {kind.name: kind for kind in (QUANTISED.values() if changed else BLOCKS) if fits(kind)}
         return kept.get(source.dtype, Type.BF16)
-    if wanted == Type.Q8_0 and rule == WIDE:
+    if wanted in BLOCKS and rule == WIDE:
         return Type.F16 if source.dtype == "F16" else Type.BF16
-    return Type.F16 if wanted == Type.Q8_0 and not fits else wanted
+    return wanted if fits(wanted) else Type.F16
 
 
 def has_shape(source, shape, rule):
@@ -129,10 +135,9 @@ def plan(part, wanted, loras=()):
         if not has_shape(source, shape, rule):
             raise ExportError(f"{source.file.path}: {source.key} has shape {list(source.shape)}, "
                               f"expected {list(shape)}")
-        folded = folded_shape(shape)
+        folded, changes = folded_shape(shape), [c for lora in loras for c in lora.changes.get(name, [])]
         planned.append(Planned(part.prefix + name, folded, shape, rule == CONV,
-                               stored_type(rule, source, folded[-1], wanted), source,
-                               [c for lora in loras for c in lora.changes.get(name, [])]))
+                               stored_type(rule, source, folded[-1], wanted, bool(changes)), source, changes))
     if left:
         tensor = next(iter(left.values()))
         raise ExportError(f"{tensor.file.path}: {tensor.key} {list(tensor.shape)} is no tensor of the {part.title}")

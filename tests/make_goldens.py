@@ -64,6 +64,11 @@ def make_sampler(folder: Path) -> None:
             np.array([np.stack([s.timesteps, s.sigmas[:-1]], axis=1) for s in schedules], np.float32))
 
 
+# Where the half-precision numbers of a block stand.
+HALVES = {"q4_0": [0], "q4_1": [0, 2], "q5_0": [0], "q5_1": [0, 2], "q2_k": [80, 82], "q3_k": [108], "q4_k": [0, 2],
+          "q5_k": [0, 2], "q6_k": [208]}
+
+
 def make_weights(folder: Path) -> None:
     """tiny.gguf: keys and tensors of every type that the reader knows, written by the gguf package. NAME.npy [rows, cols]:
     the tensors, dequantised by that package."""
@@ -87,6 +92,15 @@ def make_weights(folder: Path) -> None:
         kind = gguf.GGMLQuantizationType[name.upper()]
         values = rng.standard_normal((3, 64), np.float32) * np.float32([[1], [1e-3], [1e-6]])
         packed = gguf.quants.quantize(values, kind)
+        writer.add_tensor(name, packed, raw_dtype=kind)
+        np.save(folder / f"{name}.npy", gguf.quants.dequantize(packed, kind))
+    for name in ("q4_0", "q4_1", "q5_0", "q5_1", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k"):  # every bit of a block counts
+        kind = gguf.GGMLQuantizationType[name.upper()]
+        block, size = gguf.constants.GGML_QUANT_SIZES[kind]
+        packed = np.random.default_rng(SEED).integers(0, 256, (3, 512 // block * size), np.uint8)
+        blocks = packed.reshape(-1, size)
+        for at in HALVES[name]:
+            blocks[:, at + 1] &= 0xBF  # no half-precision number is infinite or NaN
         writer.add_tensor(name, packed, raw_dtype=kind)
         np.save(folder / f"{name}.npy", gguf.quants.dequantize(packed, kind))
     writer.add_tensor("conv.weight", rng.standard_normal((2, 3, 3, 3), np.float32))

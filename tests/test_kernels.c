@@ -106,7 +106,7 @@ static void check_linear(Precision precision, int L, int I, int O, bool bias) {
 
 /* Narrow weights are widened exactly, so the product is that of the widened ones. */
 static void check_narrow(Type type) {
-    enum { L = 5, I = 96, O = 37 };
+    enum { L = 5, I = 768, O = 37 };
     uint8_t *bytes = allocate(type_bytes(type, I * O));
     float *w = allocate(sizeof(float) * I * O), *x = random_floats(L * I, 4), y[L * O], expected[L * O];
     Generator generator;
@@ -503,9 +503,8 @@ void test_kernels(void) {
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         for (int p = 0; p < PRECISIONS; p++)
             check_linear((Precision)p, sizes[i][0], sizes[i][1], sizes[i][2], i % 2);
-    check_narrow(TYPE_F16);
-    check_narrow(TYPE_BF16);
-    check_narrow(TYPE_Q8_0);
+    for (Type t = TYPE_F16; t <= TYPE_BF16; t++)
+        if (weight_type(t) && weight_type(t)->widen) check_narrow(t);
     check_large_products();
     for (int p = F32; p <= BF16; p++) {
         check_convolution((Precision)p, 4);

@@ -82,7 +82,7 @@ static void test_arrays(const WeightFile *file) {
 static void test_tensor(const WeightFile *file, const char *name, Type type) {
     Npy expected;
     char path[64];
-    float row[64];
+    float row[512];
     snprintf(path, sizeof path, "goldens/weights/%s.npy", name);
     const char *why = npy_read(test_path(path), &expected);
     CHECK(!why, "%s: %s", path, why);
@@ -97,6 +97,8 @@ static void test_tensor(const WeightFile *file, const char *name, Type type) {
         weight_row(&weight, r, row);
         CHECK(!memcmp(row, all + r * cols, (size_t)cols * sizeof *row), "row %d of %s differs", r, name);
     }
+    weight_part(&weight, (size_t)cols - 5, 40, row);
+    CHECK(!memcmp(row, all + cols - 5, 40 * sizeof *row), "parts of %s's blocks differ", name);
     free(values);
     npy_free(&expected);
 }
@@ -196,7 +198,7 @@ static void test_info(WeightFile *file) {
     static const char *const expected[] = {"test.i8",       "-100",
                                            "na\xc3\xafve",  "3: \"\", \"\xe2\x96\x81the\", \"</s>\"",
                                            "q8_0    [3, 64]", "f32     [2, 3, 3, 3]",
-                                           "7 tensors"};
+                                           "16 tensors"};
     char output[4096];
     run_apart(print_info, file, output);
     for (size_t i = 0; i < sizeof expected / sizeof *expected; i++)
@@ -230,7 +232,7 @@ static void test_foreign(const WeightFile *file) {
     CHECK(strstr(output, line), "--info counts other than %s\n%s", line, output);
 }
 
-static void bind_foreign(void *file) { weights_bind(file, 1, 256, "of.q4_k"); }
+static void bind_foreign(void *file) { weights_bind(file, 1, 256, "of.iq4_xs"); }
 
 static void read_foreign(void *file) { weights_floats(file, 256, "of.i8"); }
 
@@ -393,6 +395,7 @@ static void test_many_names(void) {
 
 void test_weights(void) {
     WeightFile *file;
+    int blocks = 0;
     const char *why = weights_open(test_path("goldens/weights/tiny.gguf"), &file);
     CHECK(!why, "tiny.gguf: %s", why);
     if (!why) {
@@ -402,6 +405,10 @@ void test_weights(void) {
         test_tensor(file, "f16", TYPE_F16);
         test_tensor(file, "bf16", TYPE_BF16);
         test_tensor(file, "q8_0", TYPE_Q8_0);
+        for (Type t = 0; t < TYPE_BF16; t++)
+            if (weight_type(t) && weight_type(t)->widen && weight_type(t)->block > 1 && t != TYPE_Q8_0)
+                test_tensor(file, weight_type(t)->name, t), blocks++;
+        CHECK(blocks == 9, "%d types of blocks are read, expected 9", blocks);
         test_shapes(file);
         test_deaths(file);
         test_info(file);
@@ -411,8 +418,9 @@ void test_weights(void) {
     CHECK(!why, "foreign.gguf: %s", why);
     if (!why) {
         test_foreign(file);
-        expect_death(bind_foreign, file, "tensor \"of.q4_k\" is q4_k, expected f32, f16, bf16 or q8_0");
-        expect_death(read_foreign, file, "tensor \"of.i8\" is i8, expected f32, f16, bf16 or q8_0");
+        expect_death(bind_foreign, file, "tensor \"of.iq4_xs\" is iq4_xs, expected f32, f16, q4_0, q4_1, q5_0, q5_1, q8_0, "
+                                          "q2_k, q3_k, q4_k, q5_k, q6_k or bf16");
+        expect_death(read_foreign, file, "tensor \"of.i8\" is i8, expected f32, f16, q4_0");
     }
     weights_close(file);
     test_unknown_type();

@@ -1,4 +1,4 @@
-/* types.c - the arithmetic that multiplies, by name; the types of weights, and what they are as floats. */
+/* types.c - the arithmetic that multiplies, by name; the types of weights. */
 #include "engine/engine.h"
 
 /* ---------------------------------------------------------------- precisions */
@@ -16,57 +16,23 @@ bool precision_parse(const char *name, Precision *out) {
     return false;
 }
 
-/* ---------------------------------------------------------------- narrow weights */
-
-/* Both halves of the range by one multiplication each: a subnormal half is its bits times 2^-24. */
-static float half_to_float(uint16_t half) {
-    uint32_t exponent = half >> 10 & 31, mantissa = half & 1023;
-    float value = (float)mantissa * 0x1p-24f;
-    if (exponent) value = float_from_bits((exponent == 31 ? 255u : exponent + 112u) << 23 | mantissa << 13);
-    return half >> 15 ? -value : value;
-}
-
-static float half_at(const uint8_t *bytes) {
-    uint16_t half;
-    memcpy(&half, bytes, sizeof half);
-    return half_to_float(half);
-}
-
-static void widen_f32(float *out, const uint8_t *in, size_t n) { memcpy(out, in, n * 4); }
-
-static void widen_f16(float *out, const uint8_t *in, size_t n) {
-    for (size_t i = 0; i < n; i++) out[i] = half_at(in + 2 * i);
-}
-
-static void widen_bf16(float *out, const uint8_t *in, size_t n) {
-    kernels->from_bf16(out, (const uint16_t *)(const void *)in, n);
-}
-
-/* Blocks of 32: a half-precision scale, then 32 signed bytes (ggml's block_q8_0). */
-static void widen_q8_0(float *out, const uint8_t *in, size_t n) {
-    for (size_t i = 0; i < n; i += 32, in += 34) {
-        float scale = half_at(in);
-        for (int j = 0; j < 32; j++) out[i + j] = scale * (float)(int8_t)in[2 + j];
-    }
-}
-
 /* ---------------------------------------------------------------- the types of weights */
 
 /* Every type of ggml.h by its number. One without widen() is known to --info by name, and no product reads it. */
 static const WeightType types[] = {
     [TYPE_F32] = {"f32", 1, 4, widen_f32, F32},
     [TYPE_F16] = {"f16", 1, 2, widen_f16, BF16},
-    [2] = {"q4_0", 32, 18, NULL, INT8},
-    [3] = {"q4_1", 32, 20, NULL, INT8},
-    [6] = {"q5_0", 32, 22, NULL, INT8},
-    [7] = {"q5_1", 32, 24, NULL, INT8},
+    [2] = {"q4_0", 32, 18, widen_q4_0, INT8},
+    [3] = {"q4_1", 32, 20, widen_q4_1, INT8},
+    [6] = {"q5_0", 32, 22, widen_q5_0, INT8},
+    [7] = {"q5_1", 32, 24, widen_q5_1, INT8},
     [TYPE_Q8_0] = {"q8_0", 32, 34, widen_q8_0, INT8},
     [9] = {"q8_1", 32, 36, NULL, INT8},
-    [10] = {"q2_k", 256, 84, NULL, INT8},
-    [11] = {"q3_k", 256, 110, NULL, INT8},
-    [12] = {"q4_k", 256, 144, NULL, INT8},
-    [13] = {"q5_k", 256, 176, NULL, INT8},
-    [14] = {"q6_k", 256, 210, NULL, INT8},
+    [10] = {"q2_k", 256, 84, widen_q2_k, INT8},
+    [11] = {"q3_k", 256, 110, widen_q3_k, INT8},
+    [12] = {"q4_k", 256, 144, widen_q4_k, INT8},
+    [13] = {"q5_k", 256, 176, widen_q5_k, INT8},
+    [14] = {"q6_k", 256, 210, widen_q6_k, INT8},
     [15] = {"q8_k", 256, 292, NULL, INT8},
     [16] = {"iq2_xxs", 256, 66, NULL, INT8},
     [17] = {"iq2_xs", 256, 74, NULL, INT8},
@@ -92,6 +58,16 @@ static const WeightType types[] = {
 
 const WeightType *weight_type(Type type) {
     return (size_t)type < sizeof types / sizeof *types && types[type].name ? &types[type] : NULL;
+}
+
+const char *types_read(void) {
+    static char names[256];
+    if (*names) return names;
+    for (Type t = 0, last = TYPE_BF16; t <= last; t++)
+        if (types[t].widen)
+            snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s",
+                     !*names ? "" : t == last ? " or " : ", ", types[t].name);
+    return names;
 }
 
 size_t type_bytes(Type type, size_t n) { return n / (size_t)types[type].block * (size_t)types[type].bytes; }

@@ -380,8 +380,8 @@ static const Tensor *need_tensor(const WeightFile *file, const char *name) {
     if (!tensor) weights_refuse(file, "tensor \"%s\" is missing", name);
     const WeightType *type = weight_type(tensor->type);
     if (!type || !type->widen)
-        weights_refuse(file, "tensor \"%s\" is %s, expected f32, f16, bf16 or q8_0", name,
-                       type ? type->name : "of an unknown type");
+        weights_refuse(file, "tensor \"%s\" is %s, expected %s", name,
+                       type ? type->name : "of an unknown type", types_read());
     return tensor;
 }
 

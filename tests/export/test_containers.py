@@ -7,6 +7,7 @@ import struct
 from pathlib import Path
 
 import gguf
+import make_checkpoint
 import numpy as np
 import pytest
 import torch
@@ -373,6 +374,32 @@ def test_q8_0_stays_what_it_is_bit_for_bit(tmp_path, folders):
     kept = [name for name, tensor in theirs.items() if tensor.tensor_type == Type.Q8_0 and "rel_b" not in name]
     assert len(kept) == 2 and all(theirs[name].n_elements > 3000 for name in kept)  # read in several slices
     assert all(np.array_equal(theirs[name].data, ours[name].data) for name in kept)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
+def test_blocks_stay_what_they_are(tmp_path, kind):
+    """As downloaded, and once more from the weight file; --type bf16 widens them."""
+    name, kind = "blocks.1.ffn.2.weight", Type[kind]
+    make_checkpoint.make(tmp_path / "original", layout="original", transformer={"ffn_dim": 256})
+    shutil.copytree(tmp_path / "original", tmp_path / "place")
+    path = tmp_path / "place/diffusion_pytorch_model.safetensors"
+    block, size = gguf.constants.GGML_QUANT_SIZES[kind]
+    raw = finite(np.random.default_rng(0).integers(0, 256, (48 * 256 // block, size), np.uint8), kind)
+    writer = gguf.GGUFWriter(tmp_path / "place/wan.gguf", "wan")
+    for key, values in load_file(path).items():
+        writer.add_tensor(key, raw.reshape(48, -1) if key == name else values.numpy(),
+                          raw_dtype=kind if key == name else None)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    once = export(tmp_path / "original", tmp_path / "once.gguf", "--transformer", tmp_path / "place/wan.gguf")
+    again = export(tmp_path / "once.gguf", tmp_path / "again.gguf", "--type", "keep")
+    for reader in (once, again):
+        tensor = next(t for t in reader.tensors if t.name == name)
+        assert tensor.tensor_type == kind and np.array_equal(tensor.data.reshape(-1), raw.reshape(-1))
+    wide = tensors(export(tmp_path / "once.gguf", tmp_path / "wide.gguf", "--type", "f32"))[name]
+    assert np.array_equal(wide[1], gguf.quants.dequantize(raw.reshape(1, -1), kind).reshape(48, 256))
 
 
 def test_a_vocabulary_padded_to_the_embedding(tmp_path, folders, baseline):

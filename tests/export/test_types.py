@@ -26,7 +26,10 @@ def test_digest_is_of_the_tensors(baseline):
     assert digest(baseline) == sha.hexdigest()
 
 
-@pytest.mark.parametrize("name", ["f32", "f16", "bf16", "q8_0"])
+BLOCKS = ["q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+
+
+@pytest.mark.parametrize("name", ["f32", "f16", "bf16", *BLOCKS])
 def test_tensors_are_the_sources_within_their_type(folders, name):
     file = tensors(export(folders / "diffusers", folders / f"{name}.gguf", "--type", name))
     source = expected(folders)
@@ -37,19 +40,19 @@ def test_tensors_are_the_sources_within_their_type(folders, name):
         seen.add(kind)
         if any(part in key for part in EXACT):
             assert kind == Type.F32, key
-        elif name == "q8_0":
+        elif name in BLOCKS:
             wide = any(key.startswith(part) for part in WIDE)
-            assert kind == (Type.BF16 if wide else Type.Q8_0 if values.shape[-1] % 32 == 0 else Type.F16), key
+            assert kind == (Type.BF16 if wide else Type[name.upper()] if values.shape[-1] % 32 == 0 else Type.F16), key
         else:
             assert kind == Type[name.upper()], key
-        if kind == Type.Q8_0:
-            reference = gguf.quants.dequantize(gguf.quants.quantize(source[key], Type.Q8_0), Type.Q8_0)
+        if kind.name.lower() in BLOCKS:
+            reference = gguf.quants.dequantize(gguf.quants.quantize(source[key], kind), kind)
             assert np.array_equal(values, reference), key
             continue
         half_step = {Type.F32: 0, Type.F16: 2**-11, Type.BF16: 2**-8}[kind]  # and f16's smallest number
         allowed = np.abs(source[key]) * half_step + (2**-25 if kind == Type.F16 else 0)
         assert np.all(np.abs(values - source[key]) <= allowed), key
-    assert len(seen) == {"f32": 1, "f16": 2, "bf16": 2, "q8_0": 4}[name]
+    assert len(seen) == {"f32": 1, "f16": 2, "bf16": 2}.get(name, 4)
 
 
 def test_without_a_type_tensors_stay_as_stored(tmp_path, folders):
