@@ -1,7 +1,7 @@
 #!/bin/sh
-# cli.sh SORA FOLDER - the command line as a user meets it: statuses, one-line errors, what stays behind, and one
-# generation against diffusers. Prints "ok ..." or "FAILED ..." for every claim; test_cli.c counts them, and leaves
-# damaged weight files in FOLDER.
+# cli.sh SORA FOLDER - tests the command line: exit statuses, error messages of one line, files that remain, clips
+# compared with diffusers. Prints "ok ..." or "FAILED ..." for each claim; test_cli.c counts them. FOLDER holds the
+# damaged weight files that test_cli.c writes.
 sora=$1
 work=$2
 golden=tests/goldens/model
@@ -9,19 +9,20 @@ model=$golden/model.gguf
 settings="-s 32x16 -f 5 --steps 2 -g 3 --shift 3 --sampler unipc --seed 7"
 small="-m $model $settings"
 
-claim() { # claim NAME CONDITION...: the condition is a command
+claim() { # claim NAME COMMAND...: the claim holds if the command succeeds
     name=$1
     shift
     if "$@" >/dev/null 2>&1; then echo "ok $name"; else echo "FAILED $name: $*; $(head -c 300 "$work/err" | tr '\n' '|')"; fi
 }
 
-run() { # run ARGUMENTS...: leaves $status, out and err
+run() { # run ARGUMENTS...: runs sora; sets $status, writes $work/out and $work/err
     rm -f "$work"/clip* "$work/out" "$work/err"
     "$sora" "$@" >"$work/out" 2>"$work/err" </dev/null
     status=$?
 }
 
-# refused STATUS TEXT ARGUMENTS...: ends with the status and exactly one line, which holds the text; leaves nothing.
+# refused STATUS TEXT ARGUMENTS...: sora must exit with STATUS, print exactly one line, which holds TEXT, and leave no
+# output file.
 refused() {
     expected=$1 text=$2
     shift 2
@@ -117,7 +118,7 @@ input() {
     echo x >"$work/input.y4m.json"
     refused 2 "--output .*input.y4m: would overwrite the input file .*input.y4m.json" $small --prompt-file "$work/input.y4m.json" -o "$work/input.y4m"
     refused 2 "--dump .*: could overwrite the input file .*input.npy" $small --noise "$work/input.npy" --dump "$work" x
-    claim "what is read stays as it is" cmp -s tests/goldens/npy/f4_3.npy "$work/input.npy"
+    claim "an input file is not changed" cmp -s tests/goldens/npy/f4_3.npy "$work/input.npy"
 }
 
 resources() {
@@ -132,16 +133,16 @@ resources() {
     if [ -c /dev/full ]; then
         refused 3 "/dev/full: cannot write: No space left" $small -o /dev/full x
     fi
-    # No room for so many stacks. (A sanitizer's own memory does not fit below the limit.)
+    # The stacks of 512 threads exceed this limit. It is skipped if sora cannot start under it (sanitizers).
     if (ulimit -v 300000 && "$sora" --version) >/dev/null 2>&1 && "$sora" --version | grep -q threads; then
         (ulimit -v 300000 && exec "$sora" $small -t 512 -o "$work/clip.y4m" x) >/dev/null 2>"$work/err"
         status=$?
-        claim "no room for 512 threads: status 3, not $status" [ $status -eq 3 ]
+        claim "512 threads exceed the memory limit: status 3, not $status" [ $status -eq 3 ]
         claim "512 threads exceed the memory limit: one line" grep -q "^sora: cannot start 512 threads, only [0-9]*: .* set a lower --threads" "$work/err"
     fi
 }
 
-# Numbers that are not finite end a run where they appear, whatever the arithmetic.
+# NaN or infinity must end the run at the first stage where it appears, with every precision.
 not_finite() {
     for precision in f32 bf16 int8; do
         advice="NaN or infinity, expected finite values; try another --precision (this is $precision), --shift or --steps, or check"
@@ -152,7 +153,7 @@ not_finite() {
     done
 }
 
-meanwhile() { # meanwhile COMMAND OPTION...: sora with these options; once it is at work, the command, for process $!
+meanwhile() { # meanwhile COMMAND OPTION...: starts sora with the options; runs COMMAND while sora (process $!) generates
     during=$1
     shift
     "$sora" "$@" -o "$work/clip.y4m" x 2>"$work/err" &
@@ -165,7 +166,7 @@ meanwhile() { # meanwhile COMMAND OPTION...: sora with these options; once it is
     status=$?
 }
 
-# What run() cannot express: other places for standard output, limits, signals.
+# Pipes, redirections, closed streams, resource limits and signals.
 streams() {
     (ulimit -f 4 && exec "$sora" $small -q -o "$work/clip.y4m" x) 2>"$work/err"
     status=$?
@@ -183,15 +184,15 @@ streams() {
     claim "a closed pipe: one line" [ "$(cat "$work/err")" = "sora: standard output: the reader closed the pipe" ]
 
     meanwhile 'mkdir "$work/clip.y4m"' $small --steps 200 -t 1
-    claim "a name that was lost: status 3, not $status" [ $status -eq 3 ]
-    claim "a name that was lost: its line" grep -q "clip.y4m: cannot write: .*; .* stays as .*[.]part$" "$work/err"
-    claim "a name that was lost: the clip is not" grep -aq "^YUV4MPEG2 W32 H16 " "$work"/clip.y4m.*.part
-    claim "a name that was lost: no record without its clip" [ ! -e "$work/clip.y4m.json" ]
+    claim "a folder made at the output's path: status 3, not $status" [ $status -eq 3 ]
+    claim "a folder made at the output's path: its line" grep -q "clip.y4m: cannot write: .*; .* stays as .*[.]part$" "$work/err"
+    claim "a folder made at the output's path: the .part file stays" grep -aq "^YUV4MPEG2 W32 H16 " "$work"/clip.y4m.*.part
+    claim "a folder made at the output's path: no record without its clip" [ ! -e "$work/clip.y4m.json" ]
     rm -r "$work"/clip.y4m*
 
     meanwhile 'mkdir "$work/clip.y4m.json"' $small --steps 200 -t 1
-    claim "a record's name that was lost: status 3, not $status" [ $status -eq 3 ]
-    claim "a record's name that was lost: the clip is not" grep -aq "^YUV4MPEG2 W32 H16 " "$work/clip.y4m"
+    claim "a folder made at the record's path: status 3, not $status" [ $status -eq 3 ]
+    claim "a folder made at the record's path: the clip stays" grep -aq "^YUV4MPEG2 W32 H16 " "$work/clip.y4m"
     rm -r "$work"/clip.y4m*
 
     "$sora" $small -q -o /dev/stdout x 2>"$work/err" | grep -aq "^YUV4MPEG2 W32 H16 "
@@ -201,16 +202,16 @@ streams() {
     claim "a link to a redirected file: no record" [ "$(ls "$work" | grep -c clip)" -eq 1 ]
     chmod 600 "$work/clip.y4m"
     "$sora" $small -q -o "$work/clip.y4m" x 2>"$work/err"
-    claim "who may read a file that is replaced, still may" [ -n "$(find "$work/clip.y4m" -perm 600)" ]
+    claim "a replaced file keeps its permissions" [ -n "$(find "$work/clip.y4m" -perm 600)" ]
 
-    # A file that is cut off while it is read.
+    # The weight file is truncated while it is mapped.
     cp $model "$work/shrinking.gguf"
     meanwhile ': >"$work/shrinking.gguf"' -m "$work/shrinking.gguf" $settings --steps 200
     claim "a model that is truncated meanwhile: status 2, not $status" [ $status -eq 2 ]
     claim "a model that is truncated meanwhile: its line" grep -q "^sora: cannot read an input file: it was truncated" "$work/err"
     claim "a model that is truncated meanwhile: nothing left" [ -z "$(ls "$work" | grep part)" ]
 
-    # Closed streams: no file that is opened gets the number of one, and with it what is said there.
+    # Closed standard streams: no file may get descriptor 0, 1 or 2, or messages would be written into it.
     "$sora" $small -o "$work/clip.y4m" x <&- >&- 2>&-
     status=$?
     claim "all streams closed: status 0, not $status" [ $status -eq 0 ]
@@ -233,7 +234,7 @@ streams() {
     claim "SIGTERM: nothing left" [ -z "$(ls "$work" | grep clip)" ]
 }
 
-frames() { # frames WIDTH HEIGHT: how many the clip has
+frames() { # frames WIDTH HEIGHT: prints the number of frames in clip.y4m
     echo $((($(wc -c <"$work/clip.y4m") - $(head -n 1 "$work/clip.y4m" | wc -c)) / (6 + $1 * $2 * 3 / 2)))
 }
 
@@ -261,14 +262,14 @@ generation() {
     same --prompt-file "$work/prompt.le"
     same --prompt-file "$work/prompt.be"
     same --seed 7
-    same --seed 4294967303 # of a seed's 64 bits the generator takes 32
+    same --seed 4294967303 # the generator uses the low 32 bits
     same --seed -4294967289
     run $small -n "the lazy dog" -o - "a red fox"
     claim "standard output is the same file" cmp "$work/out" "$work/expected.y4m"
-    claim "nothing is said where nobody looks" [ ! -s "$work/err" ]
+    claim "no output on standard error that is not a terminal" [ ! -s "$work/err" ]
 }
 
-# The same bytes come out with other options, unless this machine cannot run them.
+# same OPTIONS...: the clip must have the same bytes with these options. Kernels that this machine lacks are skipped.
 same() {
     [ "$1" = --prompt-file ] && prompt= || prompt="a red fox"
     run $small -n "the lazy dog" -o "$work/clip.y4m" "$@" ${prompt:+"$prompt"}
@@ -287,11 +288,11 @@ checks() {
         grep -q "^check failed: 4 of 25 tensors, the first in order of data flow is step000.cond.block01 " "$work/err"
     claim "--feed: the four are the block's" [ "$(grep -c "^step00[01]\.\(un\)\?cond\.block01 .*FAILED" "$work/err")" -eq 4 ]
     run -q $small --seed 8 --shift 5 -g 4 -o "$work/clip.y4m" -n "a lazy dog and a cat" --check $golden --feed --tolerance 1e-5 x
-    claim "--feed: all of another run's settings, and nothing that follows from them" [ "$(grep FAILED "$work/err" | cut -d " " -f 1 |
+    claim "--feed: with other settings, only the tensors that depend on the settings alone fail" [ "$(grep FAILED "$work/err" | cut -d " " -f 1 |
         tr '\n' ' ')" = "prompt.ids negative.ids noise timesteps sigmas step000.velocity step001.velocity " ]
-    claim "--feed: the record says so" grep -q '"fed_by_check": true' "$work/clip.y4m.json"
+    claim "--feed: the record has fed_by_check" grep -q '"fed_by_check": true' "$work/clip.y4m.json"
     "$sora" -q -m "$work/infinite.gguf" $settings -o "$work/clip.y4m" -n "the lazy dog" --check $golden "a red fox" 2>"$work/err"
-    claim "--check where numbers are not finite: its table" \
+    claim "--check of a run with infinity: the first tensor is named" \
         grep -q "^check failed: .* first in order of data flow is step000.cond.block01 (this run's value at .* is not finite)" "$work/err"
     run $small -o "$work/clip.y4m" -n "the lazy dog" --dump "$work/some" --dump-only "step00?.velocity" "a red fox"
     claim "--dump-only" [ "$(ls "$work/some" | tr '\n' ' ')" = "step000.velocity.npy step001.velocity.npy " ]
@@ -299,12 +300,12 @@ checks() {
         run $small --guidance $guidance -o "$work/clip.y4m" --dump "$work/unguided" "a red fox"
         claim "guidance $guidance computes no negative" [ -z "$(ls "$work/unguided" | grep "negative\|uncond")" ]
         [ $guidance = 1 ] && mv "$work/clip.y4m" "$work/unguided.y4m" && continue
-        claim "guidance $guidance is guidance 1" cmp "$work/clip.y4m" "$work/unguided.y4m"
+        claim "guidance $guidance gives the clip of guidance 1" cmp "$work/clip.y4m" "$work/unguided.y4m"
         claim "guidance $guidance: a warning" grep -q "warning: guidance $guidance is taken as 1" "$work/err"
     done
 }
 
-# Noise as another tool may write it.
+# --noise in other types and orders of .npy.
 noise() {
     run $small --noise $golden/noise.npy -o "$work/clip.y4m" x
     mv "$work/clip.y4m" "$work/noise.y4m"
@@ -312,13 +313,13 @@ noise() {
     claim "--noise of float64, big-endian, in Fortran order, with a batch axis" cmp "$work/clip.y4m" "$work/noise.y4m"
 }
 
-# Seeds from end to end of torch's range.
+# The smallest and largest seeds that torch accepts.
 seeds() {
     for seed in -9223372036854775808 -2 9223372036854775813 18446744073709551615; do
         run $small --seed $seed -o "$work/clip.y4m" --check "tests/goldens/noise/seeds/$seed" --tolerance 1e-6 x
         claim "--seed $seed is torch's: status 0, not $status" [ $status -eq 0 ]
     done
-    claim "the record has the seed that is the same" grep -q '"seed": 18446744073709551615,$' "$work/clip.y4m.json"
+    claim "the record has the seed" grep -q '"seed": 18446744073709551615,$' "$work/clip.y4m.json"
 }
 
 options() {
@@ -327,30 +328,30 @@ options() {
         run $small -f 1 -g 1 --steps 1 --fps "${rate%=*}" -o "$work/clip.y4m" x
         claim "--fps ${rate%=*} is ${rate#*=}" grep -aq "^YUV4MPEG2 W32 H16 F${rate#*=} " "$work/clip.y4m"
     done
-    claim "the record says which matrix" grep -q '"matrix": "BT.601"' "$work/clip.y4m.json"
+    claim "the record has the matrix" grep -q '"matrix": "BT.601"' "$work/clip.y4m.json"
     run $small -s 1280x16 -f 1 -g 1 --steps 1 -o "$work/clip.y4m" x
-    claim "the record says which matrix of larger frames" grep -q '"matrix": "BT.709"' "$work/clip.y4m.json"
-    claim "the record says which hash is not its own" grep -q '"model_tensors_sha256_claimed": "[0-9a-f]\{64\}"' "$work/clip.y4m.json"
+    claim "the record has the matrix of a wide clip" grep -q '"matrix": "BT.709"' "$work/clip.y4m.json"
+    claim "the record has the hash that the weight file claims" grep -q '"model_tensors_sha256_claimed": "[0-9a-f]\{64\}"' "$work/clip.y4m.json"
     run $small -o "$work/clip.y4m" --chroma 444 --fps 30000:1001 --record-prompt -g 1 "a red fox"
     claim "--chroma and --fps" grep -aq "F30000:1001 Ip A1:1 C444 " "$work/clip.y4m"
     claim "--record-prompt" grep -q '"a red fox"' "$work/clip.y4m.json"
     run -m $model -s 32x16 --steps 1 --seed 7 -o "$work/clip.y4m" --no-record --seconds 0.3 x
     claim "--no-record" [ ! -e "$work/clip.y4m.json" ]
     claim "--seconds 0.3 is 5 frames" [ "$(frames 32 16)" -eq 5 ]
-    claim "--no-record: no word where none is" [ ! -s "$work/err" ]
-    for precision in "" f32 bf16; do # that of the file is int8
+    claim "--no-record: no warning if there is no old record" [ ! -s "$work/err" ]
+    for precision in "" f32 bf16; do # int8.gguf has default.precision int8
         run -m "$work/int8.gguf" $settings -o "$work/clip.y4m" ${precision:+--precision $precision} x
         claim "a file's own precision, then $precision" grep -q "\"precision\": \"${precision:-int8}\"" "$work/clip.y4m.json"
     done
     echo old >"$work/kept.y4m.json"
     run $small -o "$work/kept.y4m" --no-record x
-    claim "--no-record: a warning of an older one" grep -q "warning: .*kept.y4m.json is the record of an earlier video" "$work/err"
-    claim "--no-record: which stays" [ "$(cat "$work/kept.y4m.json")" = old ]
+    claim "--no-record: a warning about an old record" grep -q "warning: .*kept.y4m.json is the record of an earlier video" "$work/err"
+    claim "--no-record: the old record stays" [ "$(cat "$work/kept.y4m.json")" = old ]
     run -m $model -s 32x16 -f 1 --steps 1 -o "$work/clip.y4m" x
     claim "a random seed is printed" grep -q "^seed [0-9]*$" "$work/err"
     mv "$work/clip.y4m" "$work/random.y4m"
     run -m $model -s 32x16 -f 1 --steps 1 -o "$work/clip.y4m" --seed "$(cut -d " " -f 2 "$work/err")" x
-    claim "and gives the same clip" cmp "$work/clip.y4m" "$work/random.y4m"
+    claim "the printed seed gives the same clip" cmp "$work/clip.y4m" "$work/random.y4m"
     run $small -o "$work/clip.y4m" --profile x
     claim "--profile" [ "$(cut -f 1 "$work/err" | tr '\n' ' ')" = \
         "load text_encoder transformer sampler vae_decode output total peak_memory_mib " ]
@@ -386,18 +387,18 @@ information() {
     claim "--tokenize" [ "$(cat "$work/out")" = "$(od -A n -t d4 -j 128 $golden/prompt.ids.npy | xargs)" ]
 }
 
-# A model that generates in chunks: against Self-Forcing's own, as a stream, and what is refused.
+# A model that generates in chunks: compared with Self-Forcing's code, written to a pipe, invalid options.
 chunks() {
     causal=tests/goldens/causal
     short="-m $causal/model.gguf -f 21 --seed 7"
     run -m $causal/model.gguf --seed 7 -o "$work/clip.y4m" --check $causal --tolerance 1e-5 "A red fox jumps over 12 lazy dogs."
     claim "chunks equal to Self-Forcing: status 0, not $status" [ $status -eq 0 ]
     claim "chunks equal to Self-Forcing: 20 tensors" grep -q "check passed: 20 tensors within 1e-05" "$work/err"
-    claim "its defaults: 45 frames" [ "$(frames 48 32)" -eq 45 ]
+    claim "chunks: the default is 45 frames" [ "$(frames 48 32)" -eq 45 ]
     run $short -o "$work/clip.y4m" --dump "$work/chunks" --window 5 --sink 1 --at "0.3 a dog" "a red fox"
-    claim "chunks: the noise is whole" [ -s "$work/chunks/noise.npy" ]
-    claim "chunks: names of tensors" [ "$(ls "$work/chunks" | grep -c '^chunk00[0-2][.]')" -eq 51 ]
-    claim "chunks: the story's prompt" [ -s "$work/chunks/prompt01.embeds.npy" ]
+    claim "chunks: noise.npy is dumped" [ -s "$work/chunks/noise.npy" ]
+    claim "chunks: 51 tensors of three chunks are dumped" [ "$(ls "$work/chunks" | grep -c '^chunk00[0-2][.]')" -eq 51 ]
+    claim "chunks: the second prompt's tensor is dumped" [ -s "$work/chunks/prompt01.embeds.npy" ]
     claim "chunks: the record has the steps" grep -q '"timesteps": "1000 937.5 833.333313 625"' "$work/clip.y4m.json"
     claim "chunks: the record has the story, as hashes" grep -q '"prompt01_sha256"' "$work/clip.y4m.json"
     mv "$work/clip.y4m" "$work/expected.y4m"
@@ -406,10 +407,10 @@ chunks() {
     printf '# a story\n0 a red fox\n\n0:00.3 a dog\n' >"$work/story"
     run $short -o "$work/clip.y4m" --window 5 --sink 1 --story "$work/story" --noise "$work/chunks/noise.npy" --drift
     claim "chunks: a story and a file of noise are the same" cmp "$work/clip.y4m" "$work/expected.y4m"
-    claim "--drift: a head, a line a chunk, a summary" [ "$(cut -f 1 "$work/err" | tr '\n' ' ')" = "chunk 0 1 drift " ]
+    claim "--drift: a header, a line for each chunk, a summary" [ "$(cut -f 1 "$work/err" | tr '\n' ' ')" = "chunk 0 1 drift " ]
     claim "--drift: columns" [ "$(awk -F '\t' 'NF != 14' "$work/err" | wc -l)" -eq 0 ]
     run $short -f 5 -o "$work/clip.y4m" x
-    claim "a clip that ends within a chunk" [ "$(frames 48 32)" -eq 5 ]
+    claim "a clip of 5 frames ends inside a chunk" [ "$(frames 48 32)" -eq 5 ]
     refused 2 "--at: needs a model that generates in chunks" $small --at "1 a dog" x
     refused 2 "--window: needs a model that generates in chunks" $small --window 3 x
     refused 2 "--window: the window is 2 frames, expected at least a chunk of 3, or 0 for all frames" $short --window 2 x
@@ -430,7 +431,7 @@ chunks() {
     claim "a prompt after the end: a warning" grep -q "warning: the prompt at 9 s is not used" "$work/err"
 }
 
-# The bundled model: a few of its tensors against diffusers, its defaults, and prompts from outside its world.
+# The bundled model: tensors compared with diffusers, its defaults, prompts with words that it has not learned.
 demo() {
     for check in "tests/goldens/demo --tolerance 1e-5" "tests/goldens/demo/decoded --tolerance 6e-5"; do
         run -m models/demo.gguf -f 5 --steps 2 --seed 7 --precision f32 -o "$work/clip.y4m" --check $check \
@@ -444,21 +445,21 @@ demo() {
     claim "its defaults: 33 frames" [ "$(frames 96 96)" -eq 33 ]
     claim "its defaults: f32" grep -q '"precision": "f32"' "$work/clip.y4m.json"
     run -m models/demo.gguf -f 37 --steps 1 -g 1 --seed 7 -o "$work/clip.y4m" x
-    claim "a warning of more frames than it learned" grep -q "warning: --frames 37: the model was trained on clips of 33" "$work/err"
+    claim "a warning about more frames than in training" grep -q "warning: --frames 37: the model was trained on clips of 33" "$work/err"
     page=$(head -c 4000 README.md)
     for prompt in "" "un renard roux court dans la neige" "红色的狐狸 🦊" "$page"; do
         run -m models/demo.gguf -f 1 --steps 1 --seed 7 -o "$work/clip.y4m" --prompt "$prompt"
-        claim "a prompt from outside its world, $(printf %.10s "$prompt" | tr '\n' ' '): status 0, not $status" [ $status -eq 0 ]
+        claim "a prompt of unknown words, $(printf %.10s "$prompt" | tr '\n' ' '): status 0, not $status" [ $status -eq 0 ]
     done
 }
 
-# make's rules on a compiler that only notes how it is called, and an installation into a folder with spaces.
+# The Makefile's rules, with a compiler that only logs its arguments; and an installation into a folder with spaces.
 building() {
     cat >"$work/cc" <<'end'
 echo "$@" >>"$(dirname "$0")/calls"
 while [ $# -gt 0 ]; do [ "$1" = -o ] && : >"$2"; shift; done
 end
-    build() { # build ARGUMENTS...: leaves the calls that were made
+    build() { # build ARGUMENTS...: writes the compiler's calls to $work/calls
         : >"$work/calls"
         env -u MAKEFLAGS -u MFLAGS make -s BUILD="$work/build" CC="sh $work/cc" OPENMP=0 "$@" "$work/build/sora" 2>"$work/err"
     }
@@ -468,9 +469,9 @@ end
     build
     claim "make again does nothing" [ ! -s "$work/calls" ]
     build LDFLAGS=-static
-    claim "other LDFLAGS link again, and compile nothing" [ "$(grep -c . "$work/calls")$(grep -c -- -static "$work/calls")" = 11 ]
+    claim "other LDFLAGS: links again, compiles nothing" [ "$(grep -c . "$work/calls")$(grep -c -- -static "$work/calls")" = 11 ]
     build LDFLAGS=-static CFLAGS=-O1
-    claim "other CFLAGS compile and link again" [ "$(wc -l <"$work/calls")" -eq "$all" ]
+    claim "other CFLAGS: compiles and links again" [ "$(wc -l <"$work/calls")" -eq "$all" ]
 
     [ -x ./sora ] || return
     place() { env -u MAKEFLAGS -u MFLAGS make -s -o sora "$1" DESTDIR="$work/a stage" PREFIX="/it's here" >/dev/null 2>"$work/err"; }
@@ -483,10 +484,10 @@ end
     place uninstall
     claim "uninstall leaves no file" [ -z "$(find "$work/a stage" -type f)" ]
     claim "uninstall leaves no folder of its own" [ ! -e "$work/a stage/it's here/share/sora" ]
-    claim "uninstall again: nothing to say" place uninstall
+    claim "a second uninstall succeeds" place uninstall
 }
 
-# A clip, its record and its mark belong together, and what does not is told.
+# --verify of a clip with mark and record, with a changed record, with only the mark, with neither.
 trust() {
     run -m models/demo.gguf -f 13 --steps 2 --seed 7 --mark --label --producer "Somebody" -o "$work/clip.y4m" x
     cp "$work/clip.y4m" "$work/kept.y4m"
@@ -496,7 +497,7 @@ trust() {
     claim "--verify: the mark" grep -q "^mark: found, .* bits [0-9a-f]\{16\}$" "$work/out"
     claim "--verify: both hashes" [ "$(grep -c "^record: .*SHA-256.* agrees$" "$work/out")" -eq 2 ]
     claim "--verify: the mark is the record's" grep -q "^record: \(5[4-9]\|6[0-4]\) of the mark's 64 bits agree" "$work/out"
-    claim "the record has the law's label" grep -q '"ContentProducer": "Somebody"' "$work/kept.y4m.json"
+    claim "the record has the ContentProducer field" grep -q '"ContentProducer": "Somebody"' "$work/kept.y4m.json"
     "$sora" -q -m models/demo.gguf -f 13 --steps 2 --seed 7 --mark --label --producer "Somebody" -o - x 2>"$work/err" | "$sora" --verify - >"$work/out"
     claim "--verify at the other end of a pipe" grep -q "^video: -, 13 frames of 96x96, SHA-256 $(sha256sum "$work/kept.y4m" | cut -c 1-64)" "$work/out"
     sed -i 's/"seed": 7/"seed": 8/' "$work/kept.y4m.json"

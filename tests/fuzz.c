@@ -1,16 +1,14 @@
-/* fuzz.c - mutated files and texts against everything that reads them, under the sanitizers.
+/* fuzz.c - feeds mutated files and texts to every parser, in a build with sanitizers.
  *
- *   fuzz SECONDS [TARGET]   fuzzes each target, or one, for so long
- *   fuzz TARGET FILE        runs one input, such as one that an earlier run has saved
+ *   fuzz SECONDS [TARGET]   fuzzes each target, or TARGET, for SECONDS
+ *   fuzz TARGET FILE        runs one input, such as one saved by an earlier run
  *
- * A parser has three ways to fail: a sanitizer stops it, it takes longer than any input of that size
- * deserves, or it ends the program by die(), which is for callers only. In each case the input is saved as
- * fuzz-TARGET.input. (Loading a model's parts may die(): that is how a wrong shape is reported. It therefore
- * runs in a process of its own, where only a crash counts.)
+ * A parser fails if a sanitizer stops it, if it runs longer than MAX_SECONDS_EACH, or if it calls die(), which parsers
+ * must not do. The input is then saved as fuzz-TARGET.input. Targets with `apart` may call die(): loading a model
+ * reports a wrong shape that way. They run in a child process, where only a crash counts.
  *
- * Inputs begin as good files. What a target accepts joins them, so that mutations accumulate. The largest
- * block that may be allocated is limited, so that no length in a file can ask for more than the file could
- * hold. */
+ * The corpus starts with valid files. Accepted inputs are added to it, so mutations accumulate. The sanitizer limits
+ * the size of one allocation: a parser must not allocate what a length in the file asks for without checking it. */
 #include "tests/gguf_builder.h"
 #include "sora.h"
 
@@ -51,12 +49,12 @@ static size_t below(size_t n) {
     return n ? (size_t)(draw() >> 11) % n : 0;
 }
 
-/* Any place, but those at the start far more often: headers are there. */
+/* A random offset below or equal to n. Small offsets are more likely, since headers are at the start. */
 static size_t place(size_t n) {
     return below((n >> below(16)) + 1);
 }
 
-/* ---------------------------------------------------------------- targets: whether the input was accepted */
+/* ---------------------------------------------------------------- targets: true if the input is accepted */
 
 static WeightFile *tokenizer_files[2];
 static Tokenizer *tokenizers[2]; /* with the rules of tokenizers, and of sentencepiece */
@@ -74,7 +72,7 @@ static bool same_text(const Text *text, Bytes other) {
     return text->size == other.size && !memcmp(text->data, other.data, other.size);
 }
 
-/* What is clean is UTF-8, and what is composed is composed. */
+/* A cleaned text must be valid UTF-8. Composing it twice must give the same as once. */
 static void check_clean(Bytes clean) {
     Text text = {0};
     text_append_utf8(&text, clean);
@@ -89,7 +87,7 @@ static void check_clean(Bytes clean) {
     free(text.data);
 }
 
-/* Whatever UTF-16 holds becomes UTF-8. */
+/* Converted UTF-16 must be valid UTF-8. */
 static void read_utf16(Bytes in) {
     Text text = {0}, again = {0};
     if (!text_append_utf16(&text, in)) return;
@@ -187,7 +185,7 @@ static bool run_model(Bytes in) {
 typedef struct {
     const char *name;
     bool (*run)(Bytes in);
-    bool apart; /* may die(), in a process of its own */
+    bool apart; /* runs in a child process, where it may call die() */
     Input corpus[MAX_CORPUS];
     int count;
 } Target;
@@ -209,7 +207,7 @@ static const Target *running;
 static Input current;
 static bool replaying;
 
-/* Runs when something went wrong, so it does little. */
+/* Saves the current input. Called from signal handlers too. */
 static void save_current(const char *what) {
     char path[64];
     const Target *target = running;
@@ -232,7 +230,7 @@ static void on_exit_inside(void) {
     _exit(1);
 }
 
-/* In a child, where die() is an answer like any other. */
+/* Runs the target in a child process, where exit by die() is allowed. */
 static bool run_apart(const Target *target, Bytes in) {
     int status;
     pid_t child = fork();
@@ -245,7 +243,7 @@ static bool run_apart(const Target *target, Bytes in) {
         _exit(target->run(in) ? STATUS_OK : STATUS_USAGE);
     }
     if (child < 0 || waitpid(child, &status, 0) != child)
-        die(STATUS_RESOURCE, "no process for %s", target->name);
+        die(STATUS_RESOURCE, "cannot start a process for %s", target->name);
     int answer = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
     if (answer != STATUS_OK && answer != STATUS_USAGE && answer != STATUS_RESOURCE) abort();
     return answer == STATUS_OK;
@@ -264,7 +262,7 @@ static bool run(const Target *target, Input input) {
 
 /* ---------------------------------------------------------------- inputs */
 
-/* Takes the input over. Once there is no room, a random one but the first makes way. */
+/* Adds the input, which the corpus then owns. If the corpus is full, it replaces a random one other than the first. */
 static void corpus_add(Target *target, Input input) {
     int at = target->count < MAX_CORPUS ? target->count++ : 1 + (int)below(MAX_CORPUS - 1);
     free(target->corpus[at].data);
@@ -289,7 +287,7 @@ static void seed_files(Target *target, const char *pattern) {
     globfree(&found);
 }
 
-/* A tokenizer with little more than bytes, and a map that changes nothing. */
+/* A tokenizer of seven pieces and all bytes, with an empty normalization map. */
 static void build_tokenizer(Builder *b, bool sentencepiece) {
     static const char *const words[] = {"<pad>", "</s>",        "<unk>", "\xe2\x96\x81", "\xe2\x96\x81\x61",
                                         "fox",   "<extra_id_0>"};
@@ -325,7 +323,7 @@ static void build_tokenizer(Builder *b, bool sentencepiece) {
     b->size += 68;
 }
 
-/* Twice in memory: as seeds, and as what the texts are encoded with. */
+/* The tokenizers are seeds of the target `weights`. The target `text` encodes with them. */
 static void seed_tokenizers(void) {
     static Builder builders[2];
     for (int i = 0; i < 2; i++) {
@@ -455,7 +453,7 @@ static bool value_begins(const uint8_t *p) {
     return p[0] >= 'a' && p[0] <= 'z' && p[1] >= 4 && p[1] <= 6 && !p[2] && !p[3] && !p[4];
 }
 
-/* The value of a key of a weight file: what follows a name and a type of u32, i32 or f32. */
+/* Changes the value of a random key of type u32, i32 or f32 in a weight file. */
 static void put_value(Input *input) {
     size_t at = place(input->size);
     while (at + 9 <= input->size && !value_begins(input->data + at)) at++;
@@ -495,7 +493,7 @@ static void fuzz(Target *target, double duration) {
         Input input = input_copy(seed->data, seed->size);
         for (size_t i = below(target->apart ? 2 : 6) + 1; i > 0; i--)
             mutate(&input, &target->corpus[below((size_t)target->count)]);
-        input.data = realloc(input.data, input.size ? input.size : 1); /* so that its end is the end */
+        input.data = realloc(input.data, input.size ? input.size : 1); /* so that reads beyond its end are detected */
         bool good = input.size <= MAX_INPUT && run(target, input);
         accepted += good;
         if (good && below(8) == 0) corpus_add(target, input);

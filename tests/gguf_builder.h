@@ -1,4 +1,4 @@
-/* gguf_builder.h - GGUF bytes piece by piece, right or wrong, for tests and fuzzing. */
+/* gguf_builder.h - builds GGUF files in memory, valid or damaged, for tests and fuzzing. */
 #ifndef GGUF_BUILDER_H
 #define GGUF_BUILDER_H
 
@@ -36,14 +36,14 @@ static inline void put_header(Builder *b, uint64_t tensors, uint64_t keys) {
     put_u64(b, keys);
 }
 
-/* A key of a plain type; the value is the low bytes of `bits`. */
+/* A key with a single value: the lowest `bytes` bytes of `bits`. */
 static inline void put_key(Builder *b, const char *name, uint32_t type, uint64_t bits, size_t bytes) {
     put_string(b, name);
     put_u32(b, type);
     put(b, &bits, bytes);
 }
 
-/* What stands before an array's elements. */
+/* The name and header of an array; the elements follow. */
 static inline void put_array(Builder *b, const char *name, uint32_t type, uint64_t count) {
     put_string(b, name);
     put_u32(b, 9);
@@ -51,7 +51,7 @@ static inline void put_array(Builder *b, const char *name, uint32_t type, uint64
     put_u64(b, count);
 }
 
-/* A tensor of two sizes, innermost first. */
+/* A tensor of shape (rows, cols). The format puts the innermost size first. */
 static inline void put_tensor(Builder *b, const char *name, uint64_t cols, uint64_t rows, uint32_t type,
                               uint64_t offset) {
     put_string(b, name);

@@ -1,4 +1,4 @@
-/* main.c - runs the suites named on the command line, or all; closes with "N passed, N failed". */
+/* main.c - runs the suites named on the command line, or all of them. The last line is "N passed, N failed". */
 #include "tests/test.h"
 #include "engine/engine.h"
 
@@ -10,7 +10,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-/* One line a suite, in the order of data flow; each is the function test_NAME in test_NAME.c. */
+/* The suites in the order in which they run. Suite NAME is the function test_NAME() in test_NAME.c. */
 #define SUITES(X) \
     X(memory) X(util) X(system) X(weights) X(kernels) X(story) X(tokenizer) X(noise) X(sampler) X(libm) X(y4m) X(preview) \
     X(pipeline) X(causal) X(digest) X(npy) X(tap) X(sha256) X(json) X(trust) X(cli)
@@ -52,9 +52,9 @@ const char *test_path(const char *name) {
     return path;
 }
 
-static bool apart; /* this is a child of run_apart() */
+static bool apart; /* whether this process is a child of run_apart() */
 
-/* The leak sanitizer asks. In a child it would report the parent's threads, which are not there. */
+/* Called by LeakSanitizer. In a child it would report the memory of the parent's threads, which fork() did not copy. */
 int __lsan_is_turned_off(void) { return apart; }
 
 int run_apart(void (*run)(void *), void *argument, char output[4096]) {

@@ -1,32 +1,32 @@
-/* test.h - the few lines that every suite uses. A suite is one function, listed in main.c; it calls CHECK for
- * everything it claims, and goes on after a failure, so that one run shows all that is wrong. */
+/* test.h - functions that the test suites share. A suite is one function, listed in main.c. It calls CHECK for each
+ * claim and continues after a failure, so one run shows all failures. */
 #ifndef TEST_H
 #define TEST_H
 
 #include <stdbool.h>
 #include <stddef.h>
 
-/* Counts a claim; prints file, line and the message when it does not hold. */
+/* Counts a claim. If it is false, prints the file, the line and the message. */
 #define CHECK(claim, ...) check((claim), __FILE__, __LINE__, __VA_ARGS__)
 void check(bool claim, const char *file, int line, const char *format, ...)
     __attribute__((format(printf, 4, 5)));
 
-/* What follows runs under each table of kernels that this processor can run; `name` is the table's. */
+/* Runs the statement that follows once for each table of kernels that this processor supports; `name` is its name. */
 #define FOR_TABLES(name)                                                                                     \
     for (int table_ = 0; kernels_known(table_); table_++)                                                    \
         for (const char *name = kernels_known(table_); name && !kernels_choose(name); name = NULL)
 
-/* Largest difference over the largest magnitude of `expected`; infinite if anything is NaN. */
+/* max |actual - expected| / max |expected|; infinite if any value is NaN. */
 double relative_error(const float *actual, const float *expected, size_t n);
 
-/* Runs a function in a process of its own, where it may die: its exit status, or 1000 + the signal that ended
- * it. `output` receives what it printed on standard error. */
+/* Runs a function in a child process, where it may call die(). Returns the exit status, or 1000 + the number of the
+ * signal that killed it. `output` receives what it printed on standard error. */
 int run_apart(void (*run)(void *), void *argument, char output[4096]);
 
-/* Path of a file in a folder that exists only while the tests run; free() it. */
+/* The path of a file in a temporary folder, which is removed when the tests end; free() it. */
 char *temporary_path(const char *name);
 
-/* Path of a file below tests/; a static string that the next call overwrites. */
+/* The path of a file in tests/. A static string that the next call overwrites. */
 const char *test_path(const char *name);
 
 #endif

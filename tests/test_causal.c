@@ -1,6 +1,5 @@
-/* test_causal.c - clips made chunk by chunk, and the cache that they look back at: which frames it holds, and
- * equalities that have to hold to the last bit. What the numbers ought to be is checked against upstream's model
- * (tests/goldens/causal, cli.sh) and against diffusers under a mask (reference_causal.py). */
+/* test_causal.c - generation in chunks: which frames the KV cache holds, and runs that must give the same bits. cli.sh
+ * compares the values with upstream's model (tests/goldens/causal), reference_causal.py with diffusers under a mask. */
 #include "sora.h"
 #include "tests/gguf_builder.h"
 #include "tests/test.h"
@@ -12,10 +11,10 @@
 
 static const char model_path[] = "tests/goldens/causal/model.gguf", whole_path[] = "tests/goldens/model/model.gguf";
 
-/* ---------------------------------------------------------------- what the file says */
+/* ---------------------------------------------------------------- keys of the weight file */
 
-/* Keys as text: "name=value" with blanks between them. Digits are a u32, with a point a f32, with a comma an array of
- * f32 (a lone number before its comma too); the rest is a string. */
+/* Builds a file from "name=value name=value". The type of a value: "3" u32, "3.0" f32, "3,4," array of f32, else a
+ * string. */
 static void put_keys(Builder *b, const char *keys) {
     char text[512], *rest = NULL;
     snprintf(text, sizeof text, "%s", keys);
@@ -45,7 +44,7 @@ static void load_recipe(void *argument) {
     recipe_free(&recipe);
 }
 
-/* Keys that are refused with a line that holds the text; with NULL, that are taken. */
+/* Keys that must be refused with a line that holds `expected`, or accepted if it is NULL. */
 static void check_keys(const char *keys, const char *expected) {
     static Builder b;
     WeightFile *file;
@@ -91,11 +90,11 @@ static void check_recipes(void) {
     check_keys(CHUNKS_OF_3 "causal.context_noise=1000.5", "causal.context_noise is 1000.5, expected 0 to 1000");
 }
 
-/* ---------------------------------------------------------------- which frames are held */
+/* ---------------------------------------------------------------- frames in the cache */
 
 enum { D = 4 };
 
-/* What a frame with this number leaves in the cache. */
+/* The keys or values of a frame. */
 static void fill_frame(float values[D], int number) {
     for (int i = 0; i < D; i++) values[i] = (float)(10 * number + i);
 }
@@ -113,7 +112,7 @@ static void pass_chunk(KvCache *cache, Chunk chunk) {
     kv_cache_keep(cache, &chunk);
 }
 
-/* After chunks of `each` frames up to frame `end`, the next one sees these. */
+/* After chunks of `each` frames up to frame `end`, the cache must hold the frames numbers[0..count-1]. */
 static void check_held(Window rule, int each, int end, const int *numbers, int count) {
     Transformer t = {.num_layers = 1, .dim = D};
     Arena arena = arena_open(1 << 12);
@@ -128,13 +127,15 @@ static void check_held(Window rule, int each, int end, const int *numbers, int c
     for (int j = 0; j < smaller(cache.frames, count); j++) {
         fill_frame(expected, numbers[j]);
         int position = rule.relative ? j : numbers[j];
-        CHECK(cache.frame_numbers[j] == numbers[j], "place %d holds frame %d, expected %d", j, cache.frame_numbers[j], numbers[j]);
+        CHECK(cache.frame_numbers[j] == numbers[j],
+              "place %d holds frame %d, expected %d", j, cache.frame_numbers[j], numbers[j]);
         CHECK(!memcmp(keys + j * D, expected, sizeof expected), "place %d holds the keys of another frame", j);
         CHECK(kv_cache_position(&cache, &next, j) == position, "place %d is at position %d", j,
               kv_cache_position(&cache, &next, j));
     }
     int last = kv_cache_position(&cache, &next, count + each - 1);
-    CHECK(last == (rule.relative ? count + each - 1 : end + each - 1), "the chunk's last frame is at position %d", last);
+    CHECK(last == (rule.relative ? count + each - 1 : end + each - 1),
+          "the chunk's last frame is at position %d", last);
     arena_close(&arena);
 }
 
@@ -155,10 +156,10 @@ enum { CHUNKS = 5, FRAMES = 2, H = 4, W = 6 };
 typedef struct {
     Window window;
     Type type;
-    int noisy; /* passes of each chunk before the one that is kept */
+    int noisy; /* noisy passes of each chunk before the clean one, whose keys stay in the cache */
 } Passes;
 
-/* The velocity of the last chunk, after the others have passed. */
+/* The velocity of the last chunk, after passes of all chunks before it. */
 static float *run_passes(const Model *m, const float *latents, Passes p) {
     const Transformer *t = &m->transformer;
     static const float clean[FRAMES], noisy[FRAMES] = {700, 700};
@@ -206,16 +207,17 @@ static void check_passes(void) {
     Window rules[] = {all, some, relative, {2, 0, false}};
     for (int i = 0; i < 4; i++)
         CHECK(difference(&m, latents, (Passes){rules[i], TYPE_F32, 3}, (Passes){rules[i], TYPE_F32, 0}) == 0,
-              "rule %d: what was cached on the way is not what the latents give", i);
+              "rule %d: noisy passes change the cache", i);
     CHECK(difference(&m, latents, (Passes){all, TYPE_F32, 0}, (Passes){one, TYPE_F32, 0}) == 0,
-          "relative positions are others where nothing was dropped");
+          "relative positions differ although no frame was dropped");
     CHECK(difference(&m, latents, (Passes){all, TYPE_F32, 0}, (Passes){{20, 0, false}, TYPE_F32, 0}) == 0,
-          "a window beyond the clip is another");
-    CHECK(difference(&m, latents, (Passes){all, TYPE_F32, 0}, (Passes){some, TYPE_F32, 0}) > 1e-4, "a window hides nothing");
+          "a window longer than the clip changes the result");
+    CHECK(difference(&m, latents, (Passes){all, TYPE_F32, 0}, (Passes){some, TYPE_F32, 0}) > 1e-4,
+          "a shorter window does not change the result");
     CHECK(difference(&m, latents, (Passes){some, TYPE_F32, 0}, (Passes){relative, TYPE_F32, 0}) > 1e-4,
-          "positions make no difference");
+          "relative positions do not change the result");
     double narrow = difference(&m, latents, (Passes){some, TYPE_F32, 0}, (Passes){some, TYPE_BF16, 0});
-    CHECK(narrow > 0 && narrow < 1e-2, "a cache of 16 bits is off by %.1e", narrow);
+    CHECK(narrow > 0 && narrow < 1e-2, "a bf16 cache has a relative error of %.1e", narrow);
     free(latents);
     model_free(&m);
 }
@@ -225,8 +227,8 @@ static void check_passes(void) {
 typedef struct {
     const char *model, *isa;
     int threads, frames, window, sink;
-    const char *positions, *change; /* a prompt from 0.3 seconds on */
-    int whole_chunk; /* makes of a model of whole clips one with a chunk of so many frames */
+    const char *positions, *change; /* change: a second prompt with its time */
+    int whole_chunk; /* the chunk length to set in a model of whole clips; 0: none */
     Precision precision;
 } Variant;
 
@@ -269,18 +271,18 @@ static void check_runs(void) {
     FOR_TABLES(isa) {
         for (int threads = 1; threads <= 3; threads += 2) {
             other.isa = isa, other.threads = threads;
-            CHECK(same(clip, other), "%s kernels with %d threads give another clip", isa, threads);
+            CHECK(same(clip, other), "the clip of %s kernels with %d threads differs", isa, threads);
         }
     }
     Variant whole = {.model = whole_path, .frames = 13}, chunk = whole;
     chunk.whole_chunk = 4;
-    CHECK(same(whole, chunk), "a clip of one chunk is not the whole clip");
+    CHECK(same(whole, chunk), "a clip made as one chunk differs from the clip made as a whole");
     other = clip, other.change = "0.3 a red fox";
-    CHECK(same(clip, other), "the same prompt once more makes another clip");
+    CHECK(same(clip, other), "a change to the same prompt changes the clip");
     other.change = "0.3 a lazy dog";
-    CHECK(!same(clip, other), "another prompt makes no difference");
+    CHECK(!same(clip, other), "a change to another prompt does not change the clip");
     Variant narrow = {.frames = 29, .window = 5, .sink = 1, .precision = BF16};
-    CHECK(!same(clip, narrow), "bf16 is f32");
+    CHECK(!same(clip, narrow), "bf16 gives the same clip as f32");
 }
 
 void test_causal(void) {

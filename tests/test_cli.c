@@ -1,4 +1,4 @@
-/* test_cli.c - cli.sh, which drives the program itself, and the damaged weight files that it needs. The
+/* test_cli.c - runs cli.sh, which tests the command line, and writes the damaged weight files that it uses. The
  * program is $SORA, or ./sora. */
 #include "tests/test.h"
 #include "tests/gguf_builder.h"
@@ -9,7 +9,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
-static Bytes model; /* a copy that may be changed */
+static Bytes model; /* tests/goldens/model/model.gguf */
 
 static void write_bytes(const char *name, size_t size) {
     char *path = temporary_path(name);
@@ -19,7 +19,7 @@ static void write_bytes(const char *name, size_t size) {
     free(path);
 }
 
-/* Writes the model with one byte changed, `offset` bytes from where `text` begins. */
+/* Writes the model with one bit flipped, `offset` bytes after the start of `text`. */
 static void write_changed(const char *name, const char *text, size_t offset) {
     uint8_t *data = (uint8_t *)model.data, *end = data + model.size - strlen(text), *at = data;
     while (at < end && memcmp(at, text, strlen(text))) at++;
@@ -29,7 +29,7 @@ static void write_changed(const char *name, const char *text, size_t offset) {
     at[offset] ^= 1;
 }
 
-/* One weight in the middle of a tensor is `by` larger. */
+/* Writes the model with `by` added to one weight in the middle of a tensor. */
 static void write_perturbed(const char *name, const char *tensor, int rows, int cols, float by) {
     WeightFile *file;
     const char *why = weights_parse(model, name, &file);
@@ -43,7 +43,8 @@ static void write_perturbed(const char *name, const char *tensor, int rows, int 
     weights_close(file);
 }
 
-/* The model with two more keys, 64 bytes in all, after which its tensors are as aligned as before. */
+/* Writes the model with a default.precision. A second key makes the new keys 64 bytes long, so the tensors stay
+ * aligned. */
 static void write_precision(const char *name, const char *precision) {
     Builder keys;
     uint64_t count;
@@ -83,7 +84,7 @@ static void write_models(void) {
     write_precision("fp16.gguf", "fp16");
 }
 
-/* Every line of the script is a claim. */
+/* Runs cli.sh. Each line that it prints is a claim. */
 static void count_claims(const char *folder) {
     const char *sora = getenv("SORA");
     char *command = format_string("sh tests/cli.sh '%s' '%s'", sora ? sora : "./sora", folder), line[1024];

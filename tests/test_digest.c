@@ -1,17 +1,17 @@
-/* test_digest.c - the bundled model's latents and clips, to the bit: every table of kernels, compiler, processor
- * and C library gives the same.
+/* test_digest.c - SHA-256 of the bundled model's latents and clips. Every table of kernels, compiler, processor and C
+ * library must give the same bytes.
  *
- * The digests below are this program's own. They say that all agree, not that what they agree on is right: that
- * is what the tensors of diffusers in tests/goldens/demo are for (cli.sh). Who changes arithmetic on purpose
- * takes the new digests from the messages, and shows with the goldens that the change is right. */
+ * The digests were computed by this program. They show that all builds agree, not that the result is right; cli.sh
+ * checks that against tensors of diffusers (tests/goldens/demo). After an intended change of the arithmetic, copy the
+ * new digests from the messages, and show with the goldens that the change is right. */
 #include "sora.h"
 #include "tests/test.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-/* sora --seed 1 -m models/demo.gguf "a blue star bounces on the grass", with -s, -f and --steps where they are
- * not 0; the SHA-256 of latents.npy, as --dump writes it, and of the clip. */
+/* sora --seed 1 -m models/demo.gguf "a blue star bounces on the grass", with -s, -f and --steps if they are not 0. The
+ * digests are those of --dump's latents.npy and of the clip. */
 typedef struct {
     int size, frames, steps;
     const char *latents, *clip;

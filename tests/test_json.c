@@ -1,4 +1,4 @@
-/* test_json.c - json.c: the text, byte for byte. */
+/* test_json.c - json.c: the exact text that it writes, and the values that it finds. */
 #include "tests/test.h"
 #include "engine/engine.h"
 
@@ -46,9 +46,9 @@ static void test_strings(void) {
     expect_string("\xc3\xa9\xe4\xbd\xa0\xf0\x9f\xa6\x8a", "\"\xc3\xa9\xe4\xbd\xa0\xf0\x9f\xa6\x8a\"");
     expect_string("\xff|\x80|\xc3|\xe4\xbd|",
                   "\"" REPLACED "|" REPLACED "|" REPLACED "|" REPLACED "|\"");
-    expect_string("\xc0\x80", "\"" REPLACED REPLACED "\"");              /* not the shortest form */
-    expect_string("\xed\xa0\x80", "\"" REPLACED REPLACED REPLACED "\""); /* half of a surrogate pair */
-    expect_string("\xf4\x90\x80\x80", "\"" REPLACED REPLACED REPLACED REPLACED "\""); /* beyond U+10FFFF */
+    expect_string("\xc0\x80", "\"" REPLACED REPLACED "\"");              /* overlong */
+    expect_string("\xed\xa0\x80", "\"" REPLACED REPLACED REPLACED "\""); /* a surrogate */
+    expect_string("\xf4\x90\x80\x80", "\"" REPLACED REPLACED REPLACED REPLACED "\""); /* above U+10FFFF */
     expect_string("\xf4\x8f\xbf\xbf", "\"\xf4\x8f\xbf\xbf\"");
     expect_string("\xed\x9f\xbf\xee\x80\x80", "\"\xed\x9f\xbf\xee\x80\x80\"");
 }

@@ -1,5 +1,5 @@
-/* test_kernels.c - every table that this processor can run against naive.c, to the bit, with one and with
- * more threads; and naive.c against the formulas in double precision. */
+/* test_kernels.c - compares each table of kernels that this processor supports with naive.c, bit for bit, with 1 and 3
+ * threads; and naive.c with the formulas in double precision. */
 #include "engine/engine.h"
 #include "tests/test.h"
 
@@ -14,7 +14,7 @@ static float *random_floats(size_t n, uint64_t seed) {
     return x;
 }
 
-/* The same bits, or NaN in both; with slack also what is off by so much of the largest finite number. */
+/* Whether all values have equal bits, are both NaN, or differ by at most slack * (largest finite value). */
 static bool agree(const float *a, const float *b, size_t n, float slack) {
     float largest = 0;
     for (size_t i = 0; i < n; i++)
@@ -26,10 +26,10 @@ static bool agree(const float *a, const float *b, size_t n, float slack) {
     return true;
 }
 
-/* Where pairs of bfloat16 are an instruction, the order within a sum is the processor's. */
+/* Instructions that multiply pairs of bfloat16 add in the processor's own order, so the result is not bit-exact. */
 static float slack_of(Precision precision) { return precision == BF16 && kernels->pairs ? 1e-5f : 0; }
 
-/* Calls `compute` under every table, with 1 and 3 threads, and wants naive's n floats each time. */
+/* Calls `compute` with every table and 1 and 3 threads. Each time it must give the same n floats as naive. */
 static void same_everywhere(const char *what, Precision precision, size_t n, void (*compute)(void *, float *),
                             void *with, float *result) {
     float *again = allocate(n * sizeof *again);
@@ -49,8 +49,8 @@ static void same_everywhere(const char *what, Precision precision, size_t n, voi
     free(again);
 }
 
-/* What naive may be off by against double precision, relative to the largest value: the rounding of what is
- * multiplied. */
+/* The allowed error of naive against double precision, relative to the largest value. It comes from rounding the
+ * factors. */
 static const double allowed[PRECISIONS] = {2e-6, 1e-2, 1.5e-2};
 
 /* ---------------------------------------------------------------- the choice */
@@ -104,7 +104,7 @@ static void check_linear(Precision precision, int L, int I, int O, bool bias) {
     free(x), free(w), free(b), free(y), free(expected);
 }
 
-/* Narrow weights are widened exactly, so the product is that of the widened ones. */
+/* Conversion to float32 is exact, so a product with narrow weights must equal that with converted weights. */
 static void check_narrow(Type type) {
     enum { L = 5, I = 768, O = 37 };
     uint8_t *bytes = allocate(type_bytes(type, I * O));
@@ -125,9 +125,9 @@ static void check_narrow(Type type) {
 
 /* ---------------------------------------------------------------- products of the released models' sizes */
 
-enum { EVERY = 13, SAMPLED_ROWS = 3 }; /* outputs that are compared: some of each panel; rows */
+enum { EVERY = 13, SAMPLED_ROWS = 3 }; /* compared are every 13th output, so some of each panel, of 3 rows */
 
-/* bfloat16 in (-1/64, 1/64), faster than normal numbers. */
+/* Uniform bfloat16 in (-1/64, 1/64): faster to draw than normal numbers. */
 static uint16_t *random_weights(size_t n) {
     uint16_t *w = allocate(n * sizeof *w);
     uint32_t state = 1;
@@ -140,7 +140,7 @@ static uint16_t *random_weights(size_t n) {
 
 static size_t sampled_row(const Product *p, int i) { return (size_t)(p->L - 1) * i / (SAMPLED_ROWS - 1); }
 
-/* naive's results for some rows and outputs, (SAMPLED_ROWS, every EVERYth of O). */
+/* naive's results for the sampled rows and outputs: (SAMPLED_ROWS, ceiling(O / EVERY)). */
 static float *sample_naively(const Product *p) {
     const uint16_t *weights = p->layer.weight.data;
     size_t count = (size_t)ceiling(p->O, EVERY), I = (size_t)p->I;
@@ -199,7 +199,7 @@ static void check_large_products(void) {
 
 /* ---------------------------------------------------------------- convolutions */
 
-/* 3x3x3 over frames of 6x5 pixels, of which the first is left out; pixels past the edge are zeros. */
+/* A 3x3x3 convolution over frames of 6x5 pixels. The first frame is zero and is skipped. Pixels outside are zero. */
 enum { HEIGHT = 6, WIDTH = 5, PIXELS = HEIGHT * WIDTH, OUT = 19 };
 
 typedef struct {
@@ -337,7 +337,7 @@ static void check_rows(void) {
     free(x), free(y);
 }
 
-/* Far out the activations are their limits, and nothing overflows or becomes NaN. */
+/* For large |x| the activations equal their limits 0 and x, without overflow or NaN. */
 static void check_extremes(void) {
     float x[] = {-1e30f, -200.0f, -90.0f, 0.0f, 90.0f, 200.0f, 1e30f}, y[7];
     silu(y, x, 7);
@@ -368,7 +368,7 @@ static bool all_finite(const float *x, size_t n) {
     return true;
 }
 
-/* A float's bits and the bfloat16 that it becomes, as torch rounds. */
+/* The bits of floats, and of the bfloat16 that torch rounds them to. */
 static void check_bf16(void) {
     static const uint32_t cases[][2] = {
         {0x00000000, 0x0000}, {0x80000000, 0x8000}, {0x3f800000, 0x3f80}, {0x3f808000, 0x3f80},
@@ -394,7 +394,7 @@ static void check_bf16(void) {
     kernels_choose("auto");
 }
 
-/* In its row or output, and nowhere else. One chunk of the row, for bytes, is enough. */
+/* NaN and infinity in a row of x must appear in that row of y and in no other. The same for outputs and rows of w. */
 static void check_nan_in_product(Precision precision) {
     enum { L = 20, I = 530, O = 37 };
     float *x = random_floats(L * I, 15), *w = random_floats(O * I, 16), y[L * O];
@@ -414,7 +414,7 @@ static void check_nan_in_product(Precision precision) {
     free(x), free(w);
 }
 
-/* Numbers so small that 127 / largest overflows, so large that their product does, and rows of zeros. */
+/* Rows so small that 127 / largest overflows, rows so large that a sum of squares would overflow, and zeros. */
 static void check_ends_of_range(Precision precision) {
     enum { L = 6, I = 260, O = 18 };
     static const float scales[L] = {1, 1e-44f, 1e-38f, 3e-37f, 1e36f, 0};
@@ -422,7 +422,7 @@ static void check_ends_of_range(Precision precision) {
     Product p = {L, I, O, x, {{w, TYPE_F32, O, I}, NULL, precision}};
     for (int i = 0; i < L * I; i++) x[i] *= scales[i / I];
     same_everywhere("numbers at the ends of the range", precision, L * O, compute_linear, &p, y);
-    CHECK(all_finite(y, L * O), "%s: numbers at the ends of the range leave it", precision_name(precision));
+    CHECK(all_finite(y, L * O), "%s: very small or large inputs overflow", precision_name(precision));
     free(x), free(w);
 }
 
@@ -437,7 +437,7 @@ static Attention random_attention(Precision precision, float *bias) {
 
 static void free_attention(const Attention *a) { free((void *)a->q), free((void *)a->k), free((void *)a->v); }
 
-/* Query 0 sees all keys; 1 the last tile's only; 2 none; 3 far below 0; 4 the first key only. */
+/* Query 0 sees all keys; 1 only the last tile; 2 none; 3 all, with scores near -1e37; 4 only the first key. */
 static void check_hidden_keys(Precision precision) {
     float *bias = allocate(sizeof(float) * QUERIES * KEYS), y[QUERIES * D], visible[QUERIES * D];
     Attention a = random_attention(precision, bias);
@@ -448,7 +448,7 @@ static void check_hidden_keys(Precision precision) {
         bias[4 * KEYS + j] = j > 0 ? -INFINITY : 0;
     }
     same_everywhere("attention with hidden keys", precision, QUERIES * D, compute_attention, &a, y);
-    CHECK(all_nan(y + 2 * D, D, 1), "%s: a query that sees no key gets a number", precision_name(precision));
+    CHECK(all_nan(y + 2 * D, D, 1), "%s: a query that sees no key is not NaN", precision_name(precision));
     for (int i = 0; i < D; i++) {
         double sum = 0;
         for (int j = 0; j < KEYS; j++) sum += a.v[j * D + i];
@@ -460,7 +460,7 @@ static void check_hidden_keys(Precision precision) {
     Attention last = a;
     last.k += 2 * TILE_KEYS * D, last.v += 2 * TILE_KEYS * D, last.keys -= 2 * TILE_KEYS, last.bias = NULL;
     same_everywhere("attention to the last tile", precision, QUERIES * D, compute_attention, &last, visible);
-    CHECK(!memcmp(y + D, visible + D, sizeof(float) * D), "%s: hidden tiles of keys leave something behind",
+    CHECK(!memcmp(y + D, visible + D, sizeof(float) * D), "%s: hidden tiles of keys change the result",
           precision_name(precision));
     free(bias), free_attention(&a);
 }

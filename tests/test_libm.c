@@ -1,18 +1,18 @@
-/* test_libm.c - every C library gives the same bits.
+/* test_libm.c - the result does not depend on the C library.
  *
- * The program takes logarithms, powers, sines and cosines from libm, in double, and rounds what follows from
- * them to float. Libraries differ in the last place of a double. The float is the same all the same where the
- * exact value is further than that from the middle between two floats; how much further, in units of the last
- * place of a double, by which the functions may be wrong, all at once (113 bits, gcc's libquadmath):
+ * The program calls log, exp, pow, sin and cos of libm in double and rounds the results to float. Libraries differ in
+ * the last bits of the double. The float is still the same if the exact value is further from the midpoint of two
+ * floats than the library's error. The table gives that distance in ulp of a double, computed with 113 bits (gcc's
+ * libquadmath). A library whose functions are wrong by less changes nothing:
  *
- *     9.17  noise: all 2^24 uniforms (the cosine of 6034747 * 2^-24; sines 46.0, logarithms 21.3)
- *    14.7   RoPE: the first 850 frames, 1024 rows and columns of latents, heads 128 and 32 wide
- *   661     time steps that are whole numbers; 1.95 for euler's, shifts 1, 2, ... 12, up to 100 steps
- *   658     weights of unipc and dpm++, the same shifts, up to 100 steps; 3.2 up to 1000
- * 2e4       the text's padding (logarithms of 1 to 4096) and the distances between its words
+ *     9.17  noise, all 2^24 uniforms: cosine of 6034747 * 2^-24; the sines have 46.0, the logarithms 21.3
+ *    14.7   RoPE: 850 latent frames, 1024 latent rows and columns, heads of width 128 and 32
+ *   661     whole timesteps; 1.95 for the timesteps of euler with shifts 1 to 12 and up to 100 steps
+ *   658     coefficients of unipc and dpm++ with shifts 1 to 12 and up to 100 steps; 3.2 up to 1000 steps
+ * 2e4       bias of padded text (log of 1 to 4096), buckets of relative positions in the text encoder
  *
- * The tests are linked so that the program's calls of these functions come here (Makefile), and go on to libm
- * with a result that is moved. This library's own error, less than one unit, comes on top. */
+ * The test program is linked with --wrap (Makefile): calls of these functions come to this file, which calls libm and
+ * changes the result by some ulp. The error of this machine's libm, below 1 ulp, is added to that. */
 #include "sora.h"
 #include "tests/test.h"
 
@@ -20,15 +20,15 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---------------------------------------------------------------- a library that is wrong */
+/* ---------------------------------------------------------------- a libm with errors */
 
 enum { EXACT, UP, DOWN, MIXED, ROUNDS = 6 };
 static _Thread_local struct {
     int units;
-    uint64_t round; /* UP: away from zero; DOWN: towards it; from MIXED on: each result its own way */
+    uint64_t round; /* UP: away from zero; DOWN: towards zero; MIXED and later: by a hash of the result */
 } error;
 
-/* What is exact in every library stays so: log(1), cos(0), sin(0), pow(x, 0). */
+/* Changes y by error.units ulp. Results 0 and 1 are exact in every library: log(1), cos(0), sin(0), pow(x, 0). */
 static double moved(double y, uint64_t function) {
     if (error.round == EXACT || y == 0 || y == 1) return y;
     uint64_t bits, hash;
@@ -51,7 +51,7 @@ WRAP(pow, 4, (double x, double y), x, y)
 WRAP(cos, 5, (double x), x)
 WRAP(sin, 6, (double x), x)
 
-/* A compiler may join the two. */
+/* gcc may replace a sin() and a cos() by one call. */
 void __real_sincos(double x, double *sine, double *cosine);
 void __wrap_sincos(double x, double *sine, double *cosine);
 void __wrap_sincos(double x, double *sine, double *cosine) {
@@ -60,7 +60,7 @@ void __wrap_sincos(double x, double *sine, double *cosine) {
     *cosine = moved(*cosine, 5);
 }
 
-/* Runs what fills `values` with an exact library and with wrong ones: the bits must be the same. */
+/* Calls `fill` with the exact libm and with errors. The bits of `values` must not change. */
 static void check_rounds(const char *what, int units, void (*fill)(const void *of, float *values),
                          const void *of, size_t count) {
     float *expected = allocate(count * sizeof(float)), *found = allocate(count * sizeof(float));
@@ -72,7 +72,7 @@ static void check_rounds(const char *what, int units, void (*fill)(const void *o
         fill(of, found);
         error.round = EXACT;
         for (size_t i = 0; i < count; i++) differ += memcmp(&found[i], &expected[i], sizeof(float)) != 0;
-        CHECK(differ == 0, "%s: %zu of %zu numbers differ where libm is wrong by %d units (round %d)", what, differ,
+        CHECK(differ == 0, "%s: %zu of %zu floats differ if libm is wrong by %d ulp (round %d)", what, differ,
               count, units, round);
     }
     free(expected), free(found);
@@ -81,9 +81,9 @@ static void check_rounds(const char *what, int units, void (*fill)(const void *o
 /* ---------------------------------------------------------------- noise */
 
 enum { UNIFORMS = 1 << 24, BLOCK = 1 << 12 };
-static float one_radius; /* of a uniform number that gives the radius 1 */
+static float one_radius; /* a uniform number whose radius is 1 */
 
-/* The radii, cosines and sines of eight uniform numbers from `first` on. */
+/* The radii, cosines and sines of the eight uniform numbers from `first` * 2^-24 on. */
 static void normal_parts(int first, float parts[32]) {
     for (int j = 0; j < 8; j++) {
         parts[j] = parts[24 + j] = (float)(first + j) * 0x1p-24f;
@@ -94,7 +94,7 @@ static void normal_parts(int first, float parts[32]) {
     normal_16(parts + 16);
 }
 
-/* Whether results that are moved up and down round to the same floats. */
+/* Whether results changed up and down by `units` ulp round to the same floats. */
 static bool survives(int first, int units) {
     float up[32], down[32];
     error.units = units;
@@ -122,9 +122,10 @@ static void check_noise(void) {
     PARALLEL_FOR (int b = 0; b < UNIFORMS / BLOCK; b++)
         for (int i = 0; i < BLOCK; i += 8) wrong[b] |= !survives(b * BLOCK + i, 8);
     while (block < UNIFORMS / BLOCK && !wrong[block]) block++;
-    CHECK(block == UNIFORMS / BLOCK, "from uniform %d * 2^-24 on, some float differs where libm is wrong by 8 units",
+    CHECK(block == UNIFORMS / BLOCK, "after uniform %d * 2^-24 a float differs if libm is wrong by 8 ulp",
           block * BLOCK);
-    CHECK(!survives(6034744, 10), "10 units make no difference to the cosine of 6034747 * 2^-24, 9.17 from another");
+    CHECK(!survives(6034744, 10),
+          "10 ulp do not change the float of the cosine of 6034747 * 2^-24, expected a change from 9.17 on");
 }
 
 /* ---------------------------------------------------------------- positions, time, text */
@@ -145,7 +146,7 @@ static void fill_times(const void *of, float *values) {
     for (int t = 0; t <= 1000; t++) timestep_sinusoids(values + (size_t)t * (size_t)freq_dim, freq_dim, (float)t);
 }
 
-/* euler's time steps are not whole. */
+/* The timesteps of euler are not whole numbers. */
 static void fill_euler_times(const void *of, float *values) {
     int freq_dim = *(const int *)of;
     for (int shift = 1; shift <= 12; shift++) {
@@ -155,7 +156,7 @@ static void fill_euler_times(const void *of, float *values) {
     }
 }
 
-/* Nor are those of models that bring their own: Self-Forcing's, rCM's (rounded to bfloat16), FastWan's. */
+/* Timesteps of distilled models: Self-Forcing, rCM (rounded to bfloat16), FastWan. */
 static void fill_list_times(const void *of, float *values) {
     static const float list[] = {1000, 937.5f, 833.3333f, 625, 988, 932, 852, 608, 757, 522};
     int freq_dim = *(const int *)of;
@@ -206,7 +207,7 @@ static void uniform(Generator *generator, float *values) {
     for (int i = 0; i < LATENTS; i++) values[i] = (float)(generator_next(generator) & 0xffffff) * 0x1p-23f - 1;
 }
 
-/* Latents after each step, for every shift. */
+/* The latents after each step, for each shift. */
 static void fill_latents(const void *of, float *values) {
     const Run *run = of;
     _Alignas(64) char memory[1024];

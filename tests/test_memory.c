@@ -1,5 +1,5 @@
-/* test_memory.c - the memory that a run adds up before it starts, against what it has taken at its highest point. Every
- * run has a process of its own, which begins with little; so this suite is the first. */
+/* test_memory.c - compares the memory that generate_memory() predicts with the measured peak. Each run has its own
+ * child process. This suite runs first, while the parent, which the child copies, has allocated little. */
 #include "sora.h"
 #include "tests/test.h"
 
@@ -11,18 +11,18 @@ static const char demo[] = "models/demo.gguf", tiny[] = "tests/goldens/model/mod
 
 typedef struct {
     const char *model, *prompt;
-    int width, height, frames, steps, window; /* no steps: the model's own; no window: in one piece */
+    int width, height, frames, steps, window; /* steps 0: the model's default; window 0: no window */
     double guidance;
     Precision precision;
 } Variant;
 
 enum { MIB = 1 << 20 };
 
-/* Ends the process unless what was added up is no less than what was taken since, and little more. */
+/* Dies unless measured <= predicted <= 1.05 * measured + 1.5 MiB. */
 static void compare(const char *what, size_t expected, size_t before) {
     size_t taken = memory_peak() - before;
     if (taken > expected || (double)expected > 1.05 * (double)taken + 1.5 * MIB)
-        die(STATUS_CHECK, "%s: %.2f MiB added up, %.2f MiB taken", what, (double)expected / MIB, (double)taken / MIB);
+        die(STATUS_CHECK, "%s: predicted %.2f MiB, measured %.2f MiB", what, (double)expected / MIB, (double)taken / MIB);
 }
 
 static void run(void *of) {
@@ -41,7 +41,7 @@ static void run(void *of) {
     model_free(&model);
 }
 
-/* One block of a text encoder whose memory is more than that of what follows in the models above. */
+/* Runs one block of a text encoder alone. In the models above, later stages need more memory than the text encoder. */
 static void encode(void *precision) {
     enum { N = 512, E = 512, FFN = 2048 };
     static float zeros[FFN * E], embeds[N * E];
@@ -89,7 +89,7 @@ static void expect(void (*what)(void *), void *argument) {
 }
 
 void test_memory(void) {
-#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) /* which hold what was freed */
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) /* sanitizers keep freed memory */
     char longest[4 * 512 + 1] = "";
     for (int i = 0; i < 512; i++) strcat(longest, "a b ");
     Variant variants[] = {

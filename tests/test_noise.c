@@ -1,4 +1,4 @@
-/* test_noise.c - noise.c against torch's CPU generator. */
+/* test_noise.c - noise.c against numbers that torch's CPU generator drew (goldens/noise). */
 #include "tests/test.h"
 #include "engine/engine.h"
 
@@ -6,11 +6,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* As make_goldens.py writes them. */
+/* The seeds of make_goldens.py. */
 static const uint64_t seeds[] = {0, 7, 4294967303, 18446744073709551615u};
 enum { SEEDS = sizeof seeds / sizeof *seeds };
 
-/* The numbers of a golden, a new array with a row a seed, and their count in a row; 0 if it is not so. */
+/* Reads goldens/noise/NAME.npy (SEEDS, *columns) into a new array. *columns is 0 if the file is not as expected. */
 static double *load(const char *name, int *columns) {
     char path[64];
     snprintf(path, sizeof path, "goldens/noise/%s.npy", name);
@@ -26,7 +26,7 @@ static double *load(const char *name, int *columns) {
     return values;
 }
 
-/* torch's random_() of int32 gives the low 31 bits of each. */
+/* torch's random_() of int32 returns the low 31 bits of each integer. */
 static void test_integers(void) {
     int n;
     double *expected = load("integers", &n), *row = expected;
@@ -35,10 +35,10 @@ static void test_integers(void) {
         int same = 0;
         generator_seed(&generator, seeds[s]);
         for (int i = 0; i < n; i++) same += (generator_next(&generator) & 0x7fffffff) == row[i];
-        CHECK(same == n, "seed %llu: %d of %d integers are torch's", (unsigned long long)seeds[s], same, n);
+        CHECK(same == n, "seed %llu: %d of %d integers equal torch's", (unsigned long long)seeds[s], same, n);
     }
     free(expected);
-    /* The C++ standard (rand.predef) states the 10000th of mt19937, with all its bits. */
+    /* The C++ standard ([rand.predef]) defines the 10000th integer of mt19937. */
     generator_seed(&generator, 5489);
     uint32_t last = 0;
     for (int i = 0; i < 10000; i++) last = generator_next(&generator);
@@ -51,7 +51,7 @@ static double largest_difference(const float *a, const double *b, size_t n) {
     return worst;
 }
 
-/* A row of the golden is what one generator draws in pieces of `sizes`. */
+/* Draws `pieces` times from one generator, sizes[i] numbers each, and compares with a row of the golden. */
 static void test_draws(const char *name, const int *sizes, int pieces) {
     int columns;
     double *expected = load(name, &columns);
@@ -64,14 +64,15 @@ static void test_draws(const char *name, const int *sizes, int pieces) {
         for (int i = 0; i < pieces && n; at += (size_t)sizes[i++])
             generator_randn(&generator, drawn + at, (size_t)sizes[i]);
         double worst = largest_difference(drawn, expected + (size_t)s * n, n);
-        CHECK(at == n && worst <= 1e-6, "%s, seed %llu: off by %.1e", name, (unsigned long long)seeds[s],
+        CHECK(at == n && worst <= 1e-6, "%s, seed %llu: largest difference %.1e", name, (unsigned long long)seeds[s],
               worst);
     }
     free(drawn);
     free(expected);
 }
 
-/* A draw that is handed out in parts is the draw; and what is drawn behind it does not know of the parts. */
+/* draw_next() in parts must give the same n numbers as one generator_randn(). After generator_skip(n), the generator
+ * must go on as after generator_randn(n). */
 static void test_parts(int n) {
     static const int parts[] = {1, 5, 16, 3, 48, 17, 2};
     float *whole = allocate(sizeof(float) * ((size_t)n + 40)), *handed = allocate(sizeof(float) * ((size_t)n + 40));
@@ -91,8 +92,10 @@ static void test_parts(int n) {
         generator_skip(&later, (size_t)n);
         generator_randn(&later, handed + n, 23);
         generator_randn(&later, handed + n + 23, 5);
-        CHECK(!memcmp(whole, handed, sizeof(float) * (size_t)n), "%d numbers in parts, seed %d: others", n, (int)seed);
-        CHECK(!memcmp(whole + n, handed + n, sizeof(float) * 28), "behind %d numbers, seed %d: others", n, (int)seed);
+        CHECK(!memcmp(whole, handed, sizeof(float) * (size_t)n),
+              "%d numbers drawn in parts differ, seed %d", n, (int)seed);
+        CHECK(!memcmp(whole + n, handed + n, sizeof(float) * 28),
+              "the numbers after %d skipped ones differ, seed %d", n, (int)seed);
     }
     free(whole), free(handed);
 }

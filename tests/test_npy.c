@@ -1,4 +1,4 @@
-/* test_npy.c - npy.c against files that numpy wrote. */
+/* test_npy.c - npy.c on files written by numpy, on headers of other writers, and on damaged files. */
 #include "tests/test.h"
 #include "engine/engine.h"
 
@@ -16,7 +16,7 @@ static const struct {
     {"0x2", {2, {0, 2}}},
     {"2x1x3", {3, {2, 1, 3}}},
     {"1x2x3x2x1", {5, {1, 2, 3, 2, 1}}},
-    {"long", {5, {0, 1234567890, 1234567890, 1234567890, 1234}}}, /* a header alone */
+    {"long", {5, {0, 1234567890, 1234567890, 1234567890, 1234}}}, /* the header only */
 };
 enum { SHAPES = sizeof shapes / sizeof *shapes };
 
@@ -51,14 +51,15 @@ static void test_reading(const char *type) {
     }
 }
 
-/* Element i of the arrays [2,3,4] of make_goldens.py: the kinds differ in what is hard about them. */
+/* Element i of the [2,3,4] arrays of make_goldens.py: negative values if the type has them, the high bits if unsigned.
+ * */
 static double expected_element(const char *type, int i) {
     if (type[0] == 'f') return (i - 11) / 4.0;
     if (type[0] == 'i') return i - 11;
     return type[0] == 'u' ? ldexp(i, 8 * (type[1] - '0') - 5) : i % 2;
 }
 
-/* Every type of numbers, in either byte and index order, whole and from the middle. */
+/* Reads every type, in the given byte or index order, whole and in part. */
 static void test_types(const char *order) {
     static const char *const types[] = {"f2", "f4", "f8", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "b1"};
     for (size_t t = 0; t < sizeof types / sizeof *types; t++) {
@@ -70,13 +71,13 @@ static void test_types(const char *order) {
         if (!why) npy_get(&array, 0, 24, all), npy_get(&array, 10, 5, some);
         for (int i = 0; i < 24 && !why; i++)
             CHECK(all[i] == expected_element(types[t], i), "%s: element %d is %.17g", path, i, all[i]);
-        CHECK(why || !memcmp(some, all + 10, sizeof some), "%s: some elements are not those of the whole", path);
+        CHECK(why || !memcmp(some, all + 10, sizeof some), "%s: elements 10 to 14 differ if read alone", path);
         npy_free(&array);
         free(path);
     }
 }
 
-/* The header that is written is numpy's, byte for byte. */
+/* npy_header() must write the same bytes as numpy. */
 static void test_header(const char *type) {
     for (int s = 0; s < SHAPES; s++) {
         char *path = golden(type, shapes[s].name), header[256];
@@ -115,12 +116,12 @@ static void test_refused(void) {
         const char *why = npy_read(path, &array);
         CHECK(why && strstr(why, cases[i][1]), "expected \"%s\", the reason is \"%s\"", cases[i][1],
               why ? why : "none");
-        CHECK(!array.mapping.data, "%s left something behind", path);
+        CHECK(!array.mapping.data, "%s: the file is still mapped", path);
         free(path);
     }
 }
 
-/* ---------------------------------------------------------------- shapes that do not fit */
+/* ---------------------------------------------------------------- shapes that differ */
 
 static void test_fit(void) {
     const struct {
@@ -147,11 +148,12 @@ static void test_fit(void) {
         const char *why = npy_fit(&array, &cases[i].expected), *wanted = cases[i].why;
         CHECK(wanted ? why && strstr(why, wanted) : !why, "shapes %zu: expected \"%s\", the reason is \"%s\"", i,
               wanted ? wanted : "none", why ? why : "none");
-        CHECK(shape_equal(&array.shape, wanted ? &cases[i].found : &cases[i].expected), "shapes %zu: left wrong", i);
+        CHECK(shape_equal(&array.shape, wanted ? &cases[i].found : &cases[i].expected),
+              "shapes %zu: the shape after npy_fit() is wrong", i);
     }
 }
 
-/* numpy's six sizes, of which four are axes of 1 too many. */
+/* A shape of six sizes, of which the first four are 1. */
 static void test_batch(void) {
     Npy array;
     const char *why = npy_read(test_path("goldens/npy/batch.npy"), &array);
@@ -183,7 +185,7 @@ static void test_every_prefix(void) {
     free(path);
 }
 
-/* A file of one header of version 1 and four bytes of values: NULL, or why it is refused. */
+/* Parses a version 1 file of this header and four bytes of values. Returns NULL or the reason. */
 static const char *parse_text(const char *header) {
     uint8_t file[256] = "\x93NUMPY\x01";
     size_t length = strlen(header);
@@ -192,7 +194,7 @@ static const char *parse_text(const char *header) {
     return parse_copy(file, 10 + length + 4);
 }
 
-/* Headers that numpy would not write, but reads. */
+/* Headers that numpy does not write but accepts. */
 static void test_other_headers(void) {
     static const char *const cases[] = {
         "{\"descr\": \"<f4\", \"fortran_order\": False, \"shape\": (1, 1)}",
@@ -209,7 +211,7 @@ static void test_other_headers(void) {
     }
 }
 
-/* Headers that numpy would not write, and nobody should. */
+/* Invalid headers. */
 static void test_bad_headers(void) {
     static const char *const cases[][2] = {
         {"{'descr': '<f4', 'fortran_order': False}", "lacks"},
@@ -247,7 +249,7 @@ static void test_bad_headers(void) {
     }
 }
 
-/* From version 2 on a header may be longer than 65535 bytes; values may not be followed by anything. */
+/* A header of version 2 may be longer than 65535 bytes. No bytes may follow the values. */
 static void test_long_files(void) {
     static const char text[] = "{'descr': '<f4', 'fortran_order': False, 'shape': ()}";
     static uint8_t file[12 + 0x12345 + 5] = "\x93NUMPY\x02\0\x45\x23\x01";
@@ -256,7 +258,7 @@ static void test_long_files(void) {
     const char *why = parse_copy(file, sizeof file - 1);
     CHECK(!why, "a long header: %s", why ? why : "");
     why = parse_copy(file, sizeof file);
-    CHECK(why && strstr(why, "5 bytes of values, expected 4"), "a byte too many: %s", why ? why : "accepted");
+    CHECK(why && strstr(why, "5 bytes of values, expected 4"), "one byte after the values: %s", why ? why : "accepted");
 }
 
 void test_npy(void) {

@@ -1,6 +1,6 @@
-/* test_pipeline.c - the whole program on a small model: the same bytes on every instruction set and number of
- * threads, the decoder as a stream, one frame as an image, narrow arithmetic within its bounds. What the
- * numbers ought to be is checked by --check against tensors from diffusers (cli.sh). */
+/* test_pipeline.c - generates clips with a small model. Every instruction set and number of threads must give the same
+ * bytes; bf16 and int8 must be close to f32; the decoder must give the first frames without the later ones. cli.sh
+ * compares the tensors with those of diffusers. */
 #include "sora.h"
 #include "tests/test.h"
 
@@ -60,7 +60,7 @@ static void check_bits(Precision precision) {
         if (!strcmp(isa, "naive") || (precision != F32 && kernels->pairs)) continue; /* INT8 decodes in BF16 */
         for (int threads = 1; threads <= 3; threads += 2) {
             Bytes video = run((Variant){isa, threads, precision, 9});
-            CHECK(same(video, expected), "%s: %s kernels with %d threads give another video than naive ones",
+            CHECK(same(video, expected), "%s: the video of %s kernels with %d threads differs from naive",
                   precision_name(precision), isa, threads);
             free((void *)video.data);
         }
@@ -68,12 +68,12 @@ static void check_bits(Precision precision) {
     free((void *)expected.data);
 }
 
-/* A model makes the same clip whatever it made before. */
+/* A model must generate the same clip again after another clip. */
 static void check_again(const char *path, Settings one, Settings other) {
     Model model = model_load(path, F32);
     Bytes first = make(&model, one), between = make(&model, other), again = make(&model, one);
-    CHECK(same(first, again), "%s: the same clip once more, after another, is not the same", path);
-    CHECK(!same(first, between), "%s: another clip is the same", path);
+    CHECK(same(first, again), "%s: the same clip, generated again after another one, differs", path);
+    CHECK(!same(first, between), "%s: other settings give the same clip", path);
     free((void *)first.data), free((void *)between.data), free((void *)again.data);
     model_free(&model);
 }
@@ -85,10 +85,10 @@ static double psnr(Bytes a, Bytes b) {
     return 10 * log10(255.0 * 255.0 * (double)a.size / sum);
 }
 
-/* The least that narrow arithmetic may reach against float32 on this model of random weights. */
+/* The PSNR of bf16 or int8 against f32 must be at least `least` dB. The model has random weights. */
 static void check_narrow(Precision precision, double least) {
     Bytes exact = run((Variant){"auto", 2, F32, 9}), narrow = run((Variant){"auto", 2, precision, 9});
-    double found = psnr(exact, narrow); /* not finite if nothing was narrowed */
+    double found = psnr(exact, narrow); /* infinite if the clips are equal: then the precision was ignored */
     CHECK(exact.size == narrow.size && isfinite(found) && found >= least, "%s: PSNR against f32 is %.1f dB",
           precision_name(precision), found);
     free((void *)exact.data), free((void *)narrow.data);
@@ -108,7 +108,7 @@ enum { T = 4, H = 4, W = 6 };
 
 typedef struct {
     float *frames; /* [F][3,Y,X] */
-    size_t size;   /* of one */
+    size_t size;   /* floats of one frame */
     int count;
 } Collected;
 
@@ -117,7 +117,7 @@ static void collect(void *to, float *frame) {
     memcpy(c->frames + c->count++ * c->size, frame, c->size * sizeof(float));
 }
 
-/* The first t latent frames (t,C,H,W). */
+/* Decodes the first t latent frames (t,C,H,W). */
 static Collected decode(const Vae *vae, const float *latents, int t) {
     Collected c = {.size = (size_t)3 * H * W * vae->spatial_stride * vae->spatial_stride};
     c.frames = allocate(sizeof(float) * c.size * (size_t)(1 + (t - 1) * vae->temporal_stride));

@@ -1,4 +1,5 @@
-/* test_preview.c - what the preview draws, to the letter; when, and over what, on a pseudo-terminal. */
+/* test_preview.c - preview.c: the exact bytes of a drawn frame, its size, and how it is redrawn on a pseudo-terminal.
+ * */
 #define _XOPEN_SOURCE 700 /* posix_openpt */
 #include "sora.h"
 #include "tests/test.h"
@@ -16,11 +17,11 @@ static void check_colours(void) {
     size_t n = preview_render(frame, 2, 2, (PreviewSize){2, 1}, true, text);
     const char *expected = "\033[38;2;0;0;0m\033[48;2;255;0;0m\xe2\x96\x80"
                            "\033[38;2;255;255;255m\033[48;2;128;128;128m\xe2\x96\x80\033[0m\n";
-    CHECK(n == strlen(expected) && !memcmp(text, expected, n), "24-bit colours are drawn as another text");
+    CHECK(n == strlen(expected) && !memcmp(text, expected, n), "24-bit colours give other bytes");
     n = preview_render(frame, 2, 2, (PreviewSize){2, 1}, false, text);
     expected = "\033[38;5;16m\033[48;5;196m\xe2\x96\x80\033[38;5;231m\033[48;5;145m\xe2\x96\x80\033[0m\n";
     CHECK(n == strlen(expected) && !memcmp(text, expected, n),
-          "the colours of the cube are drawn as another text");
+          "256 colours give other bytes");
 }
 
 static void check_fit(void) {
@@ -29,7 +30,7 @@ static void check_fit(void) {
     size = preview_fit(64, 64, 200, 100);
     CHECK(size.columns == 64 && size.rows == 32, "64x64 in 200x100 cells is %dx%d", size.columns, size.rows);
     size = preview_fit(16384, 16, 2, 2);
-    CHECK(size.columns == 2 && size.rows == 1, "a ribbon in 2x2 cells is %dx%d", size.columns, size.rows);
+    CHECK(size.columns == 2 && size.rows == 1, "16384x16 in 2x2 cells is %dx%d", size.columns, size.rows);
 }
 
 static void check_room(void) {
@@ -47,8 +48,8 @@ static void check_room(void) {
         }
 }
 
-/* Standard error becomes a pseudo-terminal that takes colours, whose other end is returned; *kept is what it
- * was. */
+/* Redirects standard error to a pseudo-terminal with colours. Returns its master end, and the old descriptor in *kept.
+ * */
 static int open_terminal(int *kept) {
     setenv("TERM", "xterm", 1);
     unsetenv("NO_COLOR");
@@ -69,7 +70,7 @@ static void close_terminal(int master, int kept) {
     close(master);
 }
 
-/* What drawing a frame in a window of so many cells writes before the frame itself. */
+/* Draws a frame in a window of columns x rows. Returns the escape sequences written before the frame. */
 static const char *escapes_before(Preview *preview, int master, int columns, int rows, int index) {
     static const float frame[3 * 8 * 8];
     static char text[4096];
@@ -77,7 +78,7 @@ static const char *escapes_before(Preview *preview, int master, int columns, int
     struct winsize window = {.ws_col = (unsigned short)columns, .ws_row = (unsigned short)rows};
     ioctl(master, TIOCSWINSZ, &window);
     preview_frame(preview, &format, frame, index);
-    fprintf(stderr, "|"); /* the end of what there is to read */
+    fprintf(stderr, "|"); /* marks the end for the loop below */
     size_t size = 0;
     while (size < sizeof text - 1 && !memchr(text, '|', size) && read(master, text + size, 1) == 1) size++;
     text[size] = 0;
@@ -98,13 +99,13 @@ static void check_terminal(void) {
     double elapsed = seconds() - start;
     close_terminal(master, kept);
     CHECK(master >= 0 && preview.enabled, "a pseudo-terminal cannot be drawn on");
-    CHECK(same[0] && same[1], "a frame is not drawn over the one before");
-    CHECK(same[2], "in a window of another size, what was drawn is not cleared");
-    CHECK(same[3], "a window of three rows is drawn on");
+    CHECK(same[0] && same[1], "a frame is not drawn over the previous one");
+    CHECK(same[2], "after a change of the window's size the old frame is not cleared");
+    CHECK(same[3], "a frame is drawn in a window of three rows");
     CHECK(elapsed >= 0.039 && elapsed < 5, "three frames of 20 ms, the first at once, took %.3f s", elapsed);
 }
 
-/* Whether a preview is drawn with this variable, on a terminal that takes colours otherwise. */
+/* Whether the preview is enabled on a terminal with colours if this environment variable is set. */
 static bool draws_with(const char *name, const char *value) {
     int kept, master = open_terminal(&kept);
     setenv(name, value, 1);
@@ -117,7 +118,7 @@ static bool draws_with(const char *name, const char *value) {
 static void check_wishes(void) {
     CHECK(draws_with("NO_COLOR", ""), "an empty NO_COLOR stops the preview");
     CHECK(!draws_with("NO_COLOR", "1"), "NO_COLOR does not stop the preview");
-    CHECK(!draws_with("TERM", "dumb"), "a dumb terminal is drawn on");
+    CHECK(!draws_with("TERM", "dumb"), "the preview draws on a dumb terminal");
 }
 
 void test_preview(void) {

@@ -1,4 +1,5 @@
-/* test_sampler.c - sampler.c against diffusers' schedulers, and on a flow whose answer is known. */
+/* test_sampler.c - sampler.c against diffusers' schedulers, against the formulas of distilled models, and on a straight
+ * path, whose end is known. */
 #include "tests/test.h"
 #include "sora.h"
 
@@ -6,17 +7,17 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* As make_goldens.py writes them. */
+/* The columns of the tables that make_goldens.py writes. */
 enum { WIDTH = 6, SHIFT = 0, STEPS, STEP, TIMESTEP, SIGMA, VELOCITY, LATENTS = VELOCITY + WIDTH,
        AFTER = LATENTS + WIDTH, COLUMNS = AFTER + WIDTH };
 
 static History history_new(size_t n) {
     static _Alignas(64) char memory[1024];
-    memset(memory, 0xff, sizeof memory); /* NaNs: whoever uses what nobody wrote shows it */
+    memset(memory, 0xff, sizeof memory); /* all NaN, so that a read before the first write shows */
     return history_take(&(Arena){.base = memory, .size = sizeof memory}, n);
 }
 
-/* The numbers of a golden, a new array, and how many rows they are; NULL if it is not as expected. */
+/* Reads goldens/sampler/NAME.npy into a new array of *rows rows; NULL if its shape is not as expected. */
 static float *load(const char *name, int rank, int columns, int *rows) {
     char path[64];
     snprintf(path, sizeof path, "goldens/sampler/%s.npy", name);
@@ -32,7 +33,7 @@ static float *load(const char *name, int rank, int columns, int *rows) {
     return values;
 }
 
-/* Row after row of a table; a row of step 0 begins a new run. */
+/* Each row of the table is one step. A row with step 0 begins a new run. */
 static void test_table(Sampler sampler) {
     const char *name = sampler_name(sampler);
     int rows;
@@ -55,7 +56,7 @@ static void test_table(Sampler sampler) {
               schedule.sigmas[step], row[SIGMA]);
         sampler_step(&schedule, step, row + VELOCITY, latents, &history, NULL);
         double error = relative_error(latents, row + AFTER, WIDTH);
-        CHECK(error < 2e-6, "%s row %d (shift %g, %g steps): step %d is off by %.1e", name, r, row[SHIFT],
+        CHECK(error < 2e-6, "%s row %d (shift %g, %g steps): relative error of step %d is %.1e", name, r, row[SHIFT],
               row[STEPS], step, error);
     }
     schedule_free(&schedule);
@@ -79,7 +80,8 @@ static void test_long_schedules(void) {
     free(table);
 }
 
-/* On a straight path every guess of x0 is right, so each sampler must arrive there, whatever its steps. */
+/* If the velocity is constant, every estimate of x0 is exact. Each sampler must then reach x0 in any number of steps.
+ * */
 static void test_straight_path(void) {
     enum { N = 3 };
     const float noise[N] = {1, -2, 0.5f}, clip[N] = {-3, 0.25f, 2};
@@ -89,18 +91,22 @@ static void test_straight_path(void) {
     for (int sampler = 0; sampler < SAMPLERS; sampler++)
         for (int steps = 1; steps <= 50; steps++) {
             Schedule schedule = schedule_make((Sampler)sampler, steps, 8, 1000);
-            /* dpm++ starts below 1 by up to 1e-3: what belongs there is the mixture, not the noise. */
+            /* dpm++ starts at a sigma up to 1e-3 below 1, so the start is a mixture of clip and noise. */
             for (int i = 0; i < N; i++) latents[i] = clip[i] + schedule.sigmas[0] * velocity[i];
             for (int i = 0; i < steps; i++) sampler_step(&schedule, i, velocity, latents, &history, NULL);
             double error = relative_error(latents, clip, N);
-            CHECK(error < 2e-6, "%s, %d steps: misses by %.1e", sampler_name((Sampler)sampler), steps, error);
+            CHECK(error < 2e-6, "%s, %d steps: relative error %.1e", sampler_name((Sampler)sampler), steps, error);
             schedule_free(&schedule);
         }
 }
 
-/* The lists that models bring, beside the formulas of those who trained for them, in double. rCM has its own
- * variables: an angle t, and X = cos(t) x0 + sin(t) noise, of which sora's x is X / (cos t + sin t). FastWan takes a
- * guess and noises it anew; LightX2V takes a guess and goes back along the velocity. */
+/* Schedules of distilled models: a list of sigmas and a rule. Each rule is compared with its authors' formula in
+ * double:
+ *
+ *   FastWan, Self-Forcing   x0 = x - sigma v, then x = (1 - next) x0 + next noise
+ *   LightX2V                x0 = x - sigma v, then x = x0 + next v
+ *   rCM                     in its own variables: the angle t = atan(sigma / (1 - sigma)) and
+ *                           X = cos(t) x0 + sin(t) noise; sora's x is X / (cos t + sin t) */
 enum { LIST = 4, N = 5 };
 typedef double Formula(double x, double v, double noise, double sigma, double next);
 
@@ -129,7 +135,8 @@ static void test_list(const char *name, Sampler rule, Formula *formula, const do
     for (int i = 0; i < LIST; i++) {
         bool last = i + 1 == LIST;
         for (int j = 0; j < N; j++) velocity[j] = (float)sin(3 * i + j), noise[j] = (float)cos(5 * i - j);
-        CHECK(sampler_needs_noise(&schedule, i) == (rule == RENOISE && !last), "%s, step %d: noise or not", name, i);
+        CHECK(sampler_needs_noise(&schedule, i) == (rule == RENOISE && !last),
+              "%s, step %d: sampler_needs_noise() is wrong", name, i);
         sampler_step(&schedule, i, velocity, latents, &history, last ? NULL : noise);
         for (int j = 0; j < N; j++) {
             x[j] = formula(x[j], velocity[j], last ? 0 : noise[j], sigmas[i], last ? 0 : sigmas[i + 1]);
@@ -153,8 +160,8 @@ static void test_names(void) {
     Sampler parsed;
     for (int sampler = 0; sampler < SAMPLERS; sampler++)
         CHECK(sampler_parse(sampler_name((Sampler)sampler), &parsed) && (int)parsed == sampler,
-              "%s is not read back", sampler_name((Sampler)sampler));
-    CHECK(!sampler_parse("Euler", &parsed) && !sampler_parse("", &parsed), "an unknown sampler is taken");
+              "sampler_parse() does not accept %s", sampler_name((Sampler)sampler));
+    CHECK(!sampler_parse("Euler", &parsed) && !sampler_parse("", &parsed), "an unknown sampler is accepted");
 }
 
 void test_sampler(void) {

@@ -1,4 +1,4 @@
-/* test_sha256.c - sha256.c against the examples of FIPS 180-4 and of NIST's test vectors. */
+/* test_sha256.c - sha256.c on the examples of FIPS 180-4 and NIST's test vectors. */
 #include "tests/test.h"
 #include "engine/engine.h"
 

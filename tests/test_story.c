@@ -1,4 +1,4 @@
-/* test_story.c - story.c: times, texts, and what is refused. */
+/* test_story.c - story.c: the times and texts that it reads, and the lines that it refuses. */
 #include "sora.h"
 #include "tests/test.h"
 
@@ -49,10 +49,11 @@ void test_story(void) {
     const char *why = story_parse(&story, bytes_of("\xef\xbb\xbf# a story\r\n\r\n0 one\r\n  # aside\n12.5 two # not a comment\n1:05  three"));
     CHECK(!why && story.count == 3, "a story of %d lines: %s", story.count, why ? why : "");
     if (story.count == 3) {
-        CHECK(story.lines[1].time == 12.5 && !strcmp(story.lines[1].text, "two # not a comment"), "its second line");
-        CHECK(story.lines[2].time == 65 && !strcmp(story.lines[2].text, "three"), "its third line");
+        CHECK(story.lines[1].time == 12.5 && !strcmp(story.lines[1].text, "two # not a comment"),
+              "the second line of a story differs");
+        CHECK(story.lines[2].time == 65 && !strcmp(story.lines[2].text, "three"), "the third line of a story differs");
     }
     why = story_add(&story, bytes_of("60 four"));
-    CHECK(why != NULL, "a line before the last one is taken");
+    CHECK(why != NULL, "a line with an earlier time is accepted");
     story_free(&story);
 }

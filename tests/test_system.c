@@ -1,4 +1,5 @@
-/* test_system.c - system.c and threads.c: limits of groups, processors, on trees of files made here. */
+/* test_system.c - system.c on fake /proc and /sys folders: limits of cgroups, processors; and the loops of threads.c.
+ * */
 #include "tests/test.h"
 #include "engine/engine.h"
 
@@ -6,9 +7,9 @@
 #include <stdlib.h>
 #include <string.h>
 
-static char *tree; /* the fake root */
+static char *tree; /* the folder that holds the fake /proc and /sys */
 
-/* Puts text into a file below the fake root. */
+/* Writes a file below the fake root. */
 static void put(const char *path, const char *text) {
     char *full = format_string("%s%s", tree, path), *slash = strrchr(full, '/');
     char *command = format_string("mkdir -p '%.*s'", (int)(slash - full), full);
@@ -49,7 +50,7 @@ static void test_memory_limits(void) {
     put("/sys/fs/cgroup/job_7/step_0/memory.max", "209715200\n");
     expect_memory("a parent's limit", 100);
 
-    begin("v2-container", "0::/docker/0123\n"); /* the container's part of the tree is the root */
+    begin("v2-container", "0::/docker/0123\n"); /* the container sees its own cgroup as the root */
     put("/sys/fs/cgroup/memory.max", "52428800\n");
     expect_memory("a container's root", 50);
 
@@ -63,10 +64,11 @@ static void test_memory_limits(void) {
     begin("used-up", "0::/a\n");
     put("/sys/fs/cgroup/a/memory.max", "1048576\n");
     put("/sys/fs/cgroup/a/memory.stat", "anon 2097152\n");
-    expect_memory("a limit that is used up", 0);
+    expect_memory("an exhausted limit", 0);
 }
 
-/* A machine of 8 processors, the two of a core numbered as AMD's (0, 1) or as Intel's servers (0, 4) do. */
+/* A machine of 8 processors. `siblings`: "" one hyper-thread a core; "-" a core is 0-1, as on AMD; "," a core is 0,4,
+ * as on Intel servers. */
 static void begin_processors(const char *name, const char *groups, const char *allowed, const char *siblings) {
     begin(name, groups);
     char *status = format_string("Name:\tsora\nCpus_allowed:\tff\nCpus_allowed_list:\t%s\n", allowed);
@@ -95,15 +97,15 @@ static void test_processors(void) {
     begin_processors("cores", "0::/\n", "0-7", "");
     expect_processors("eight cores", 8);
     begin_processors("offline", "0::/\n", "0-63", "");
-    expect_processors("eight cores of a mask of 64", 8);
+    expect_processors("eight cores, affinity mask of 64", 8);
     begin_processors("affinity", "0::/\n", "1,4-5,7", "");
     expect_processors("four of eight cores", 4);
     begin_processors("adjacent", "0::/\n", "0-7", "-");
     expect_processors("four cores of two hyper-threads", 4);
     begin_processors("split", "0::/\n", "0-7", ",");
-    expect_processors("four cores of two hyper-threads, numbered apart", 4);
+    expect_processors("four cores of two hyper-threads, numbered 0,4", 4);
     begin_processors("one-each", "0::/\n", "1,3,5", "-");
-    expect_processors("one hyper-thread each of three cores", 3);
+    expect_processors("three cores, one hyper-thread of each", 3);
 
     begin_processors("quota2", "0::/a/b\n", "0-7", "");
     put("/sys/fs/cgroup/a/cpu.max", "250000 100000\n");
@@ -121,13 +123,13 @@ static void test_processors(void) {
     expect_processors("two processors, version 1", 2);
     begin_processors("quota-more", "0::/\n", "0-1", "");
     put("/sys/fs/cgroup/cpu.max", "900000 100000\n");
-    expect_processors("more than there are", 2);
+    expect_processors("a quota above the number of processors", 2);
 }
 
 /* ---------------------------------------------------------------- threads */
 
-/* Every iteration runs once, on threads with numbers of their own, whatever the loop's header says; so do loops
- * within loops. */
+/* Each iteration must run exactly once, for any loop header and any number of threads, also in nested loops.
+ * thread_index() must be below threads_count(). */
 enum { OUTER = 50, INNER = 40 };
 static void test_loops(void) {
     int before = threads_count();
@@ -144,11 +146,11 @@ static void test_loops(void) {
             }
         for (int i = 0; i < OUTER; i++)
             for (int j = 0; j < INNER; j++) once &= runs[i][j] == 200 * (i % 7 && j % 3 == 0);
-        CHECK(once, "%d threads: some iteration was not run once", threads);
+        CHECK(once, "%d threads: an iteration did not run exactly once", threads);
         for (int t = threads_count(); t < 16; t++)
-            CHECK(by[t] == 0, "%d threads: number %d ran some iterations", threads, t);
+            CHECK(by[t] == 0, "%d threads: thread %d ran iterations", threads, t);
         PARALLEL_FOR (int i = 0; i < 0; i++) once = false;
-        CHECK(once, "%d threads: an empty loop has an iteration", threads);
+        CHECK(once, "%d threads: an empty loop ran an iteration", threads);
         memset(by, 0, sizeof by);
     }
     threads_set(before);

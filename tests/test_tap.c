@@ -1,5 +1,5 @@
-/* test_tap.c - tap.c: what --dump writes, --check compares; each kind of difference is found and named; --feed
- * mends it. */
+/* test_tap.c - tap.c: --dump writes tensors, --check finds and names each kind of difference, --feed replaces the
+ * tensors. */
 #include "tests/test.h"
 #include "engine/engine.h"
 
@@ -8,8 +8,8 @@
 #include <string.h>
 #include <unistd.h>
 
-/* A run in small: ids, a block's output, latents, and a video that comes frame by frame. `fault` is what goes
- * wrong on the way; a wrong block makes wrong latents. */
+/* A small run taps ids, a block's output, latents, and a video frame by frame. `fault` is the error that it makes. A
+ * wrong block makes the latents wrong too. */
 typedef enum { NOTHING, ID, BLOCK, NOT_A_NUMBER, SHAPED, FRAME_MISSING, FRAME, ALL_OTHER_NAMES, MORE_NAMES } Fault;
 
 enum { CHANNELS = 3, FRAMES = 5, PLANE = 4 * 6, COUNT = CHANNELS * FRAMES * PLANE };
@@ -123,7 +123,7 @@ static void test_faults(const char *folder) {
     }
 }
 
-/* What the run goes on with, ids, latents and frames, is the reference's: the run itself looks. */
+/* With --feed the run must go on with the ids, latents and frames of the reference; run_small() checks this. */
 static void test_feed(const char *folder) {
     static const struct {
         Fault fault;
@@ -145,11 +145,12 @@ static void test_feed(const char *folder) {
     }
 }
 
-/* Names that only the run has: one by one, or from the first to the last of those alike. */
+/* Tensors without a reference are listed. Names that differ only in digits share a line. */
 static void test_lacking(const char *folder) {
     char output[4096];
     int status = run_apart(run_small, &(Run){.check = folder, .fault = MORE_NAMES}, output);
-    CHECK(status == STATUS_OK && strstr(output, "check passed: 4 tensors within 0.0001; 4 tensors of this run had no reference\n"),
+    CHECK(status == STATUS_OK && strstr(output,
+          "check passed: 4 tensors within 0.0001; 4 tensors of this run had no reference\n"),
           "tensors without reference: status %d,\n%s", status, output);
     CHECK(strstr(output, "\nnoise                      has no reference\n") &&
               strstr(output, "\nstep007.cond.block04       to step007.cond.block06: 3 without a reference\n"),
@@ -160,11 +161,12 @@ static void test_lacking(const char *folder) {
 
 typedef struct {
     const char *name;
-    double scale, offset; /* of what the run has, relative to the reference */
+    double scale, offset; /* the run's values are scale * reference + offset */
     bool feed, ids;
 } Reference;
 
-/* A run of one tensor [2,3,4] whose reference is (i - 11) / 4 or i - 11, in numpy's words (goldens/npy/types). */
+/* A run of one tensor [2,3,4]. Its reference in goldens/npy/types is (i - 11) / 4 if its type is a float, else i - 11.
+ * */
 static void run_other(void *argument) {
     const Reference *r = argument;
     bool fraction = strstr(r->name, "_f");
@@ -189,7 +191,7 @@ static void test_types(void) {
         {{.name = "fortran_f8", .scale = 1}, NULL},
         {{.name = "fortran_i1", .scale = 1}, NULL},
         {{.name = "little_i8", .scale = 1}, NULL},
-        {{.name = "fortran_f2", .scale = 1.0005}, NULL}, /* float16 has no number between */
+        {{.name = "fortran_f2", .scale = 1.0005}, NULL}, /* within the rounding of float16 */
         {{.name = "fortran_f4", .scale = 1.0005}, "exceeds 0.0001)"},
         {{.name = "fortran_f2", .scale = 1.001}, "exceeds 0.0001)"},
         {{.name = "little_f4", .scale = 0.5}, "exceeds 0.0001: the reference is 2 times this run's)"},
@@ -221,7 +223,7 @@ static void write_halves(const char *folder, const char *name, const uint16_t *h
     free(path);
 }
 
-/* A reference that is not finite somewhere is not fed there; one that is too large for its own type says so. */
+/* Values of the reference that are not finite are not copied by --feed. */
 static void run_unfinished(void *folder) {
     float x[4] = {1, 2, 3, 4};
     taps_open(NULL, NULL, folder, 1e-4, true);
@@ -236,7 +238,7 @@ static void run_zeros(void *folder) {
     exit(!taps_report());
 }
 
-/* Ids of another number: taken, padding not. */
+/* --feed of a reference with more ids: accepted if it ends with </s>, refused if it is padded. */
 static void run_longer_ids(void *folder) {
     int32_t ids[8] = {5, 6, 1};
     taps_open(NULL, NULL, folder, 1e-4, true);
@@ -271,7 +273,7 @@ static void test_unusual_feeds(void) {
 
 /* ---------------------------------------------------------------- the table */
 
-/* Name, shape, largest difference, relative, cosine and the index of the worst. */
+/* The columns: name, shape, largest difference, relative difference, cosine, index of the worst element. */
 static void test_row(const char *folder) {
     char output[4096];
     run_apart(run_small, &(Run){.check = folder, .fault = FRAME}, output);
@@ -327,7 +329,8 @@ static void test_folders(const char *folder) {
     CHECK(status == STATUS_USAGE && strstr(output, "No such file"), "--check without folder: %d, %s", status,
           output);
     status = run_apart(run_small, &(Run){.check = "/dev"}, output);
-    CHECK(status == STATUS_USAGE && strstr(output, "contains no .npy"), "--check of a folder without arrays: %d, %s", status,
+    CHECK(status == STATUS_USAGE && strstr(output, "contains no .npy"),
+          "--check of a folder without arrays: %d, %s", status,
           output);
     status = run_apart(run_small, &(Run){.check = "Makefile"}, output);
     CHECK(status == STATUS_USAGE && strstr(output, "--check Makefile: Not a directory"), "--check of a file: %d, %s",

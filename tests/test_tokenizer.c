@@ -1,5 +1,5 @@
-/* test_tokenizer.c - prompt.c and tokenizer.c against goldens that the libraries wrote
- * (reference_tokenizer.py), and against files that nobody should have written. */
+/* test_tokenizer.c - prompt.c and tokenizer.c against goldens that ftfy, tokenizers and sentencepiece wrote
+ * (reference_tokenizer.py), and on damaged files. */
 #include "tests/gguf_builder.h"
 #include "tests/test.h"
 #include "sora.h"
@@ -10,14 +10,14 @@
 
 enum { LIMIT = 512 };
 
-/* What "%.*s" takes. */
+/* The two arguments of "%.*s". */
 #define SHOWN(bytes) (int)(bytes).size, (const char *)(bytes).data
 
 /* ---------------------------------------------------------------- goldens */
 
 static int hex_digit(uint8_t c) { return c <= '9' ? c - '0' : c - 'a' + 10; }
 
-/* Turns "\xNN" back into bytes, in place. */
+/* Replaces each "\xNN" by its byte, in place. */
 static Bytes unescape(uint8_t *text, size_t size) {
     size_t n = 0;
     for (size_t i = 0; i < size; i++) {
@@ -28,7 +28,7 @@ static Bytes unescape(uint8_t *text, size_t size) {
     return (Bytes){text, n};
 }
 
-/* Calls `test` for each line of a file, with what stands before its tab and after; returns how many. */
+/* Calls `test` with the two fields of each line of a file, which a tab separates. Returns the number of lines. */
 typedef void LineTest(Bytes first, Bytes second, const void *context);
 static int for_each_line(const char *name, LineTest *test, const void *context) {
     Bytes file;
@@ -62,7 +62,7 @@ static void test_ids(Bytes text, Bytes expected, const void *tokenizer) {
             return;
         }
     }
-    CHECK(*at == 0, "\"%.*s\": %d ids are too few", SHOWN(text), n);
+    CHECK(*at == 0, "\"%.*s\": there are more than %d ids", SHOWN(text), n);
 }
 
 static Tokenizer *load_golden(const char *name, WeightFile **file) {
@@ -101,7 +101,7 @@ static size_t put_character(char *out, uint32_t code) {
     return text.size;
 }
 
-/* 4096 characters, each by itself and between a letter and two marks, cleaned: the SHA-256 of the result. */
+/* Cleans 4096 characters, each after a letter, followed by two combining marks and itself. Compares the SHA-256. */
 static void test_characters(Bytes first, Bytes expected, const void *context) {
     (void)context;
     static char text[0x1000 * 16];
@@ -139,7 +139,7 @@ static void test_nested(const char *opening, const char *core, const char *closi
     free(prompt.data);
 }
 
-/* A prefix of the ids, closed by </s>, whatever the limit. */
+/* With a limit of n ids, the result is the first n - 1 ids and </s>. */
 static void test_limits(void) {
     WeightFile *file;
     Tokenizer *tokenizer = load_golden("umt5_like", &file);
@@ -156,9 +156,9 @@ static void test_limits(void) {
     weights_close(file);
 }
 
-/* ---------------------------------------------------------------- files that are wrong */
+/* ---------------------------------------------------------------- damaged files */
 
-/* What goes into a small file; a test changes one thing of it. */
+/* The content of a small file. Each test changes one part. */
 enum { PIECES = 4, MAP_BYTES = 1030 };
 typedef struct {
     const char *rules, *prepend, *pieces[PIECES];
@@ -200,7 +200,7 @@ static void build(Builder *b, const TokenizerRecipe *m) {
     put(b, map, m->map_bytes);
 }
 
-/* Loads a tokenizer, and encodes something if it can be loaded; returns the reason. */
+/* Loads a tokenizer and encodes a text. Returns NULL, or the reason why it cannot be loaded. */
 static const char *try_bytes(Bytes bytes) {
     WeightFile *file;
     Tokenizer *tokenizer = NULL;
@@ -258,7 +258,8 @@ static void test_refusals(void) {
     BAD("sentencepiece", m.map_bytes = MAP_BYTES; m.last = 'x', "precompiled_charsmap");
 }
 
-/* Damaged copies of a golden are refused or work somehow; that no byte outside is touched, sanitizers see. */
+/* 200 damaged copies of a golden: each is refused or can be used. The sanitizer builds detect accesses out of bounds.
+ * */
 static void test_damage(const char *name) {
     Bytes file;
     char path[64];

@@ -1,6 +1,7 @@
-/* test_trust.c - label.c and mark.c: what they put into pixels, and that it is found again.
+/* test_trust.c - label.c and mark.c: the label's pixels, and that the mark is found after scaling and cropping.
  *
- * The clips are drawn here: a picture that fades and drifts, with noise in every frame. H.264 is in tests/reference_trust.py. */
+ * The clips are computed: smooth waves that move, a checkerboard, and noise in every frame. reference_trust.py tests
+ * the mark after H.264 compression. */
 #include "tests/test.h"
 #include "sora.h"
 
@@ -25,7 +26,7 @@ static uint8_t *picture(int index) {
     return planes;
 }
 
-/* A marked clip, or one without, of which a part is looked at: `scale` times as large, from pixel (left,top) on. */
+/* Searches for the mark in a clip that is cropped at (left, top) and scaled. With `mark` NULL the clip is unmarked. */
 static MarkFound look(const Mark *mark, double scale, int left, int top) {
     int width = (int)((W - left) * scale), height = (int)((H - top) * scale);
     VideoFormat seen = {width, height, 16, 1, 420};
@@ -64,10 +65,10 @@ static void test_find(void) {
     Mark mark = mark_make(payload);
     MarkFound none = look(NULL, 1, 0, 0);
     CHECK(none.deviations < MARK_DEVIATIONS, "a clip without a mark: %.1f deviations", none.deviations);
-    expect_mark("as it was made", look(&mark, 1, 0, 0), 1, 0, 0);
+    expect_mark("unchanged", look(&mark, 1, 0, 0), 1, 0, 0);
     expect_mark("cropped", look(&mark, 1, 19, 10), 1, MARK_SIDE - 19, MARK_SIDE - 10);
-    expect_mark("three quarters", look(&mark, 0.75, 0, 0), 0.75, -1, -1);
-    expect_mark("one and a half", look(&mark, 1.5, 0, 0), 1.5, -1, -1);
+    expect_mark("scaled by 0.75", look(&mark, 0.75, 0, 0), 0.75, -1, -1);
+    expect_mark("scaled by 1.5", look(&mark, 1.5, 0, 0), 1.5, -1, -1);
 }
 
 static void test_strength(void) {
@@ -98,11 +99,12 @@ static void test_strength(void) {
 static void test_label_time(void) {
     VideoFormat ntsc = {W, H, 24000, 1001, 420};
     CHECK(label_is_due(&format, 0) && label_is_due(&format, 31) && !label_is_due(&format, 32), "two seconds at 16");
-    CHECK(!label_is_due(&format, 959) && label_is_due(&format, 960) && !label_is_due(&format, 992), "every minute at 16");
+    CHECK(!label_is_due(&format, 959) && label_is_due(&format, 960) && !label_is_due(&format, 992),
+          "every minute at 16");
     CHECK(label_is_due(&ntsc, 47) && !label_is_due(&ntsc, 48), "two seconds at 23.976");
 }
 
-/* White letters on black at any size, of at least 5 % of the short side, and nothing outside the frame. */
+/* The label is white on black. Its letters are at least 5 % of the short side high. It stays inside the frame. */
 static void test_label(void) {
     static const int sizes[][2] = {{16, 16}, {48, 32}, {96, 96}, {480, 272}, {833, 479}, {1280, 704}};
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {

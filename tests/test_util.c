@@ -1,4 +1,5 @@
-/* test_util.c - util.c: messages, memory, and files that appear only when they are complete. */
+/* test_util.c - util.c: messages, memory, output files that appear only when complete, signals; also profile.c and
+ * UTF-16 in utf8.c. */
 #include "tests/test.h"
 #include "engine/engine.h"
 
@@ -25,7 +26,7 @@ static void write_text(const char *path, const char *content) {
     output_commit(&out);
 }
 
-/* Whether a file stands beside `path` that begins with its name and goes on. */
+/* Whether a file PATH.* exists, such as PATH.PID.part. */
 static bool leftover_beside(const char *path) {
     char command[512];
     snprintf(command, sizeof command, "ls '%s'.* >/dev/null 2>&1", path);
@@ -37,9 +38,9 @@ static bool leftover_beside(const char *path) {
 static void test_messages(void) {
     const char *inner = reason("bad byte %d", 7);
     const char *outer = reason("%s: %s", "file\n\x1b[2J", inner);
-    CHECK(!strcmp(outer, "file??[2J: bad byte 7"), "a reason within a reason reads \"%s\"", outer);
+    CHECK(!strcmp(outer, "file??[2J: bad byte 7"), "a reason quoted in a reason is \"%s\"", outer);
     outer = reason("%s", "na\xc3\xafve \xc2\x9b" "31m \x9b" "31m \xe2\x82");
-    CHECK(!strcmp(outer, "na\xc3\xafve ??31m ?31m ??"), "other controls and cut characters read \"%s\"", outer);
+    CHECK(!strcmp(outer, "na\xc3\xafve ??31m ?31m ??"), "C1 controls and truncated characters give \"%s\"", outer);
     char *text = format_string("%s-%03d", "block", 7);
     CHECK(!strcmp(text, "block-007"), "format_string gives \"%s\"", text);
     free(text);
@@ -68,7 +69,7 @@ static void test_deaths(void) {
     CHECK(status == STATUS_USAGE, "die(2) exits with %d", status);
     CHECK(!strcmp(output, "sora: --size 3?x4: no size\n"), "die prints \"%s\"", output);
     status = run_apart(ask_for_too_much, NULL, output);
-    CHECK(status == STATUS_RESOURCE && strstr(output, "out of memory"), "no memory: status %d, \"%s\"",
+    CHECK(status == STATUS_RESOURCE && strstr(output, "out of memory"), "out of memory: status %d, \"%s\"",
           status, output);
     status = run_apart(overrun_arena, NULL, output);
     CHECK(status == STATUS_RESOURCE && strstr(output, "arena"), "arena overrun: status %d, \"%s\"", status,
@@ -82,12 +83,12 @@ static void test_memory(void) {
     CHECK(zero && (uintptr_t)p % 64 == 0, "allocate() is not zeroed or not aligned");
     free(p);
     Arena counting = {0}, arena = {allocate(64 + 128), 0, 64 + 128};
-    CHECK(!arena_take(&counting, 1) && !arena_floats(&counting, 17), "a counting arena hands out memory");
-    CHECK(counting.used == arena.size, "a counting arena counts %zu, expected %zu", counting.used,
+    CHECK(!arena_take(&counting, 1) && !arena_floats(&counting, 17), "an arena without base returns memory");
+    CHECK(counting.used == arena.size, "an arena without base counts %zu bytes, expected %zu", counting.used,
           arena.size);
     char *first = arena_take(&arena, 1);
     float *second = arena_floats(&arena, 17);
-    CHECK((char *)second == first + 64, "the second region does not follow the first");
+    CHECK((char *)second == first + 64, "the second buffer does not follow the first");
     free(arena.base);
 }
 
@@ -103,9 +104,9 @@ static void grow(void *unused) {
 static void test_machine(void) {
     char output[4096];
     run_apart(grow, NULL, output);
-    CHECK(!strcmp(output, "1"), "64 MiB do not show in memory_peak()");
+    CHECK(!strcmp(output, "1"), "memory_peak() does not grow with 64 MiB of allocated memory");
     size_t available = memory_available();
-    CHECK(available > 1 << 20, "only %zu bytes of memory seem available", available);
+    CHECK(available > 1 << 20, "memory_available() is %zu bytes", available);
     double start = seconds();
     usleep(2000);
     double elapsed = seconds() - start;
@@ -119,14 +120,14 @@ static void test_input(void) {
     Bytes bytes;
     write_text(path, "12345");
     CHECK(!map_file(path, &bytes) && bytes.size == 5 && !memcmp(bytes.data, "12345", 5),
-          "map_file: other content");
+          "map_file gives other content");
     unmap_file(bytes);
     CHECK(!read_file(path, 5, &bytes) && bytes.size == 5, "read_file refuses a file as long as its limit");
     free((void *)bytes.data);
     const char *why = read_file(path, 4, &bytes);
     CHECK(why && strstr(why, "longer than 4 bytes") && !bytes.data, "read_file beyond its limit: %s", why);
     why = map_file(missing, &bytes);
-    CHECK(why && !strcmp(why, "No such file or directory"), "map_file of no file: %s", why);
+    CHECK(why && !strcmp(why, "No such file or directory"), "map_file of a missing file: %s", why);
     why = map_file("/tmp", &bytes);
     CHECK(why && strstr(why, "not a regular file"), "map_file of a folder: %s", why);
     write_text(path, "");
@@ -143,9 +144,9 @@ static void test_commit(void) {
     OutputFile out = output_open(path);
     output_write(&out, "one", 3);
     output_flush(&out);
-    CHECK(access(path, F_OK), "an unfinished file stands under its name");
+    CHECK(access(path, F_OK), "an incomplete file has its final name");
     output_commit(&out);
-    CHECK(file_is(path, "one") && !leftover_beside(path), "a committed file is not what was written");
+    CHECK(file_is(path, "one") && !leftover_beside(path), "a committed file differs from what was written");
     CHECK(!symlink(path, link), "no symbolic link could be made");
     write_text(link, "two");
     struct stat status;
@@ -160,7 +161,8 @@ static void test_commit(void) {
     free(link);
 }
 
-/* A FIFO is written to, and not replaced by a file. Code that would replace a device is not let near one. */
+/* Checks that a FIFO is written to and not replaced by a file. If it is replaced, the test of /dev/full is skipped, so
+ * that the device is not replaced too. */
 static bool keeps_special_files(void) {
     char *path = temporary_path("fifo"), got[5] = "";
     struct stat status;
@@ -207,14 +209,14 @@ static void write_to_closed_pipe(void *unused) {
 static void test_failures(void) {
     char output[4096], *path = temporary_path("failed"), *nowhere = temporary_path("no-folder/file");
     int status = run_apart(die_while_writing, path, output);
-    CHECK(status == STATUS_CHECK && access(path, F_OK) && !leftover_beside(path), "die() left a file");
+    CHECK(status == STATUS_CHECK && access(path, F_OK) && !leftover_beside(path), "die() leaves a file");
     status = run_apart(interrupt_while_writing, path, output);
     CHECK(status == STATUS_INTERRUPTED && !strcmp(output, "sora: interrupted\n"), "SIGINT: status %d, \"%s\"",
           status, output);
-    CHECK(access(path, F_OK) && !leftover_beside(path), "an interrupt left a file");
+    CHECK(access(path, F_OK) && !leftover_beside(path), "an interrupt leaves a file");
     status = run_apart(fill_disk, nowhere, output);
     CHECK(status == STATUS_RESOURCE && strstr(output, "no-folder/file: cannot write: No such file"),
-          "no folder: status %d, \"%s\"", status, output);
+          "missing folder: status %d, \"%s\"", status, output);
     struct stat full;
     if (keeps_special_files() && !stat("/dev/full", &full) && S_ISCHR(full.st_mode)) {
         status = run_apart(fill_disk, "/dev/full", output);
@@ -239,7 +241,7 @@ static void profile_two_stages(void *unused) {
         usleep(2000);
         profile_end(TRANSFORMER);
     }
-    profile_flops(1e12); /* no stage runs: counts nowhere */
+    profile_flops(1e12); /* no stage runs, so this is not counted */
     arena_close(&arena);
     profile_begin(OUTPUT);
     profile_end(OUTPUT);
@@ -271,12 +273,12 @@ static void test_utf16(void) {
     } cases[] = {
         {"\xff\xfe" "a\0\xe9\0\x3e\xd8\x8a\xdd", 10, "a\xc3\xa9\xf0\x9f\xa6\x8a"},
         {"\xfe\xff\0a\0\xe9\xd8\x3e\xdd\x8a", 10, "a\xc3\xa9\xf0\x9f\xa6\x8a"},
-        {"\xff\xfe\x3e\xd8" "a\0", 6, "\xef\xbf\xbd" "a"},             /* half of a pair */
-        {"\xff\xfe\x8a\xdd" "a\0", 6, "\xef\xbf\xbd" "a"},             /* the other half */
+        {"\xff\xfe\x3e\xd8" "a\0", 6, "\xef\xbf\xbd" "a"},             /* a high surrogate alone */
+        {"\xff\xfe\x8a\xdd" "a\0", 6, "\xef\xbf\xbd" "a"},             /* a low surrogate alone */
         {"\xff\xfe\x3e\xd8\x3e\xd8\x8a\xdd", 8, "\xef\xbf\xbd\xf0\x9f\xa6\x8a"},
         {"\xff\xfe\x3e\xd8", 4, "\xef\xbf\xbd"},
-        {"\xff\xfe" "a\0b", 5, "a\xef\xbf\xbd"},                       /* half of a character */
-        {"\xff\xfe\xff\xfe" "a\0", 6, "\xef\xbb\xbf" "a"},             /* a second mark is a character */
+        {"\xff\xfe" "a\0b", 5, "a\xef\xbf\xbd"},                       /* an odd byte at the end */
+        {"\xff\xfe\xff\xfe" "a\0", 6, "\xef\xbb\xbf" "a"},             /* a second byte order mark is a character */
         {"\xff\xfe", 2, ""},
         {"\xff", 1, NULL},
         {"", 0, NULL},
@@ -287,8 +289,8 @@ static void test_utf16(void) {
         Text text = {0};
         bool marked = text_append_utf16(&text, (Bytes){(const uint8_t *)cases[i].bytes, cases[i].size});
         const char *expected = cases[i].expected;
-        CHECK(marked == (expected != NULL), "case %zu of UTF-16: taken for %s", i, marked ? "UTF-16" : "none");
-        CHECK(expected ? !strcmp((char *)text.data, expected) : !text.data, "case %zu of UTF-16 is \"%s\"", i,
+        CHECK(marked == (expected != NULL), "UTF-16 case %zu is %s", i, marked ? "accepted" : "refused");
+        CHECK(expected ? !strcmp((char *)text.data, expected) : !text.data, "UTF-16 case %zu gives \"%s\"", i,
               text.data ? (char *)text.data : "none");
         free(text.data);
     }

@@ -1,4 +1,4 @@
-/* test_weights.c - weights.c against a file that gguf wrote, and against files that nobody should write. */
+/* test_weights.c - weights.c on files written by the gguf package, and on damaged files. */
 #include "tests/gguf_builder.h"
 #include "tests/test.h"
 #include "engine/engine.h"
@@ -8,7 +8,7 @@
 
 /* ---------------------------------------------------------------- helpers */
 
-/* Parses a copy of exactly that size, so that a sanitizer sees every byte read beyond it. */
+/* Parses a copy of exactly this size, so that AddressSanitizer detects any read beyond its end. */
 static const char *parse_copy(const uint8_t *data, size_t size) {
     uint8_t *copy = malloc(size ? size : 1);
     if (!copy) abort();
@@ -25,7 +25,7 @@ static void expect_refused(const Builder *b, const char *what) {
     CHECK(why && strstr(why, what), "expected \"%s\", the reason is \"%s\"", what, why ? why : "none");
 }
 
-/* A small file that is right. */
+/* A small valid file. */
 static void build_good(Builder *b) {
     put_header(b, 2, 3);
     put_key(b, "a", 4, 7, 4);
@@ -65,7 +65,7 @@ static void test_keys(const WeightFile *file) {
 static void test_arrays(const WeightFile *file) {
     static const char *const expected[] = {"", "\xe2\x96\x81the", "</s>"};
     WeightArray array;
-    CHECK(!weights_array(file, "test.u8", &array), "a plain value as an array");
+    CHECK(!weights_array(file, "test.u8", &array), "a single value is read as an array");
     CHECK(weights_array(file, "test.words", &array) && array.count == 3, "array of strings");
     const uint8_t *cursor = array.data;
     for (int i = 0; i < 3; i++) {
@@ -78,7 +78,7 @@ static void test_arrays(const WeightFile *file) {
     CHECK(array_int(&array, 0) == -1 && array_int(&array, 2) == 70000, "its elements");
 }
 
-/* Every row of every tensor is what gguf's own dequantisation gives. */
+/* Every row must equal the result of gguf's own dequantization. */
 static void test_tensor(const WeightFile *file, const char *name, Type type) {
     Npy expected;
     char path[64];
@@ -92,7 +92,7 @@ static void test_tensor(const WeightFile *file, const char *name, Type type) {
     float *values = npy_floats(&expected);
     const float *all = weights_floats(file, rows * cols, "%s", name);
     CHECK(weight.type == type, "%s is of type %s", name, weight_type(weight.type)->name);
-    CHECK(!memcmp(all, values, (size_t)(rows * cols) * sizeof *all), "%s as floats differs", name);
+    CHECK(!memcmp(all, values, (size_t)(rows * cols) * sizeof *all), "weights_floats of %s differs", name);
     for (int r = 0; r < rows; r++) {
         weight_row(&weight, r, row);
         CHECK(!memcmp(row, all + r * cols, (size_t)cols * sizeof *row), "row %d of %s differs", r, name);
@@ -108,7 +108,7 @@ static void test_shapes(const WeightFile *file) {
     CHECK(weight.rows == 6 && weight.cols == 9, "conv as (6,9)");
     weights_bind(file, 1, 54, "conv.weight");
     const float *vector = weights_floats(file, 5, "vector");
-    CHECK((const void *)vector == weights_bind(file, 1, 5, "vector").data, "floats are not used in place");
+    CHECK((const void *)vector == weights_bind(file, 1, 5, "vector").data, "an f32 tensor is copied");
 }
 
 static void bind_wrong_shape(void *file) {
@@ -158,7 +158,7 @@ static void number_wrong_type(void *file) { weights_double_or(file, "test.string
 static void bool_wrong_type(void *file) { weights_bool_or(file, "test.u8", true); }
 static void string_wrong_type(void *file) { weights_string_or(file, "test.u8", "none"); }
 
-/* Ends with one line that names the file and says what is expected. */
+/* run(file) must die with one line that names the file and holds `expected`. */
 static void expect_death(void (*run)(void *), WeightFile *file, const char *expected) {
     char output[4096];
     int status = run_apart(run, file, output);
@@ -207,7 +207,7 @@ static void test_info(WeightFile *file) {
 
 /* ---------------------------------------------------------------- files of other programs */
 
-/* Whatever gguf can store is printed by name, and bound only if it can be multiplied. */
+/* --info must print the name of every type that gguf can store. */
 static void test_foreign(const WeightFile *file) {
     static const char *const types[] = {
         "f32", "f16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq2_xxs",
@@ -229,14 +229,14 @@ static void test_foreign(const WeightFile *file) {
     snprintf(line, sizeof line, "%-60s f32     [1]\n", "scale");
     CHECK(strstr(output, line), "--info lacks a single number:\n%s", output);
     snprintf(line, sizeof line, "%d tensors,", COUNT + 3);
-    CHECK(strstr(output, line), "--info counts other than %s\n%s", line, output);
+    CHECK(strstr(output, line), "--info lacks the count \"%s\":\n%s", line, output);
 }
 
 static void bind_foreign(void *file) { weights_bind(file, 1, 256, "of.iq4_xs"); }
 
 static void read_foreign(void *file) { weights_floats(file, 256, "of.i8"); }
 
-/* The bytes of a type that is not known reach to the next tensor, or to the end. */
+/* A tensor of an unknown type extends to the next tensor, or to the end of the file. */
 static void test_unknown_type(void) {
     char output[4096];
     Builder b;
@@ -252,11 +252,12 @@ static void test_unknown_type(void) {
     if (why) return;
     run_apart(print_info, file, output);
     CHECK(strstr(output, " type 99 [3, 7]\n") && strstr(output, " type 100 [3, 7]\n"), "unknown types:\n%s", output);
-    CHECK(weights_bind(file, 1, 4, "old").data == b.data + b.size - 37, "what follows an unknown type is misplaced");
+    CHECK(weights_bind(file, 1, 4, "old").data == b.data + b.size - 37,
+          "the tensor after one of unknown type is at the wrong place");
     weights_close(file);
 }
 
-/* ---------------------------------------------------------------- files that are wrong */
+/* ---------------------------------------------------------------- damaged files */
 
 static void test_every_prefix(void) {
     Builder b;
@@ -370,7 +371,7 @@ static void test_bad_tensors(void) {
     expect_refused(&b, "tensor \"x\" needs 1000 bytes, and 64 are left");
 }
 
-/* Lookups go through a table with collisions: every one of many names is found, and no other. */
+/* The hash table must find each of 300 names, and none of 300 others. */
 static void test_many_names(void) {
     enum { COUNT = 300 };
     Builder b;

@@ -1,4 +1,4 @@
-/* test_y4m.c - y4m.c: the header's bytes, known colours, and that reading undoes writing. */
+/* test_y4m.c - y4m.c: the exact header, known colours, and that reading and writing a file gives the same bytes. */
 #include "tests/test.h"
 #include "sora.h"
 
@@ -41,7 +41,7 @@ static void test_headers(void) {
                   "YUV4MPEG2 W32768 H32768 F2147483647:2147483647 Ip A1:1 C420jpeg\n");
 }
 
-/* Colour bars, the 8-bit values of both recommendations. */
+/* Colour bars in RGB, and their 8-bit Y'CbCr by ITU-R BT.601 and BT.709. */
 static const struct {
     float rgb[3];
     uint8_t bt601[3], bt709[3];
@@ -53,7 +53,7 @@ static const struct {
 };
 enum { BARS = sizeof bars / sizeof *bars };
 
-/* Frames of one colour in the smallest and the largest sizes of either matrix, written and read again. */
+/* Writes and reads frames of one colour. `bt709`: the matrix that this size must get. */
 static void expect_bars(VideoFormat format, bool bt709) {
     size_t pixels = (size_t)format.width * (size_t)format.height;
     float *frame = malloc(3 * pixels * sizeof *frame);
@@ -62,7 +62,7 @@ static void expect_bars(VideoFormat format, bool bt709) {
     size_t start = y4m_header(&format, header) + 6;
     snprintf(file, sizeof header + 6, "%sFRAME\n", header);
     uint8_t *out = (uint8_t *)file + start;
-    CHECK(y4m_is_bt709(&format) == bt709, "%dx%d: the other matrix", format.width, format.height);
+    CHECK(y4m_is_bt709(&format) == bt709, "%dx%d: wrong matrix", format.width, format.height);
     for (int i = 0; i < BARS; i++) {
         const uint8_t *expected = bt709 ? bars[i].bt709 : bars[i].bt601;
         for (size_t p = 0; p < 3 * pixels; p++) frame[p] = bars[i].rgb[p / pixels];
@@ -95,12 +95,12 @@ static void test_colours(void) {
     CHECK(out[0] == 255, "values beyond the range are not clamped");
 }
 
-/* 3x3 pixels have 2x2 chroma samples, the outer of which cover 2, 2 and 1 pixels. */
+/* 3x3 pixels have 2x2 chroma samples. Those at the right and lower edge cover 2, 2 and 1 pixels. */
 static void test_odd_sizes(void) {
     VideoFormat format = {3, 3, 16, 1, 420};
     float frame[27];
     for (int i = 0; i < 9; i++) frame[i] = frame[9 + i] = -1, frame[18 + i] = i % 3 == 2 || i >= 6 ? -1 : 1;
-    frame[18 + 2] = frame[18 + 7] = 0; /* one of the two that an edge sample covers */
+    frame[18 + 2] = frame[18 + 7] = 0; /* one of the two pixels of each edge sample */
     uint8_t out[9 + 8];
     CHECK(y4m_frame_bytes(&format) == 17, "3x3 pixels take %zu bytes", y4m_frame_bytes(&format));
     y4m_convert(&format, frame, out);
@@ -125,7 +125,7 @@ static uint8_t *make_file(const VideoFormat *format, const char *header, int fra
     return file;
 }
 
-/* Reads what may be any bytes at all, and writes it again: the same bytes. */
+/* Reads frames of random bytes and writes them again. The bytes must be the same. */
 static void expect_identity(const char *header, VideoFormat expected) {
     size_t size, one = y4m_frame_bytes(&expected);
     uint8_t *file = make_file(&expected, header, 3, &size), *again = malloc(one);
@@ -142,7 +142,7 @@ static void expect_identity(const char *header, VideoFormat expected) {
         if (why || end) break;
         if (format.chroma == 420 || format.chroma == 444) {
             y4m_convert(&format, frame, again);
-            CHECK(!memcmp(p, again, one), "%s: frame %d is not what was read", header, frames);
+            CHECK(!memcmp(p, again, one), "%s: frame %d is written as other bytes", header, frames);
         }
         frames++;
     }
@@ -151,7 +151,7 @@ static void expect_identity(const char *header, VideoFormat expected) {
     free(file), free(again), free(frame);
 }
 
-/* A pixel of known planes, in each layout. */
+/* Reads a frame of 2x2 pixels with known planes. */
 static void expect_pixels(const char *header, const char *planes, size_t bytes, const float *expected) {
     char file[256];
     float frame[3 * 4];
@@ -168,7 +168,7 @@ static void expect_pixels(const char *header, const char *planes, size_t bytes, 
     close_bytes(reader);
 }
 
-/* 2x2 pixels: black, white, black, white; or blue on the left and red on the right. */
+/* The pixels are black, white, black, white; or blue on the left and red on the right. */
 static void test_layouts(void) {
     static const float grey[] = {-1, 1, -1, 1, -1, 1, -1, 1, -1, 1, -1, 1};
     static const float coloured[] = {-1, 1, -1, 1, -1, -1, -1, -1, 1, -1, 1, -1};
@@ -213,7 +213,7 @@ static void test_refused(void) {
         expect_refused(cases[i][0], strlen(cases[i][0]), cases[i][1]);
 }
 
-/* A second frame that is cut off, or is none, is an error where it is read. */
+/* If the second frame is truncated, reading it must fail. */
 static void test_damaged_end(void) {
     VideoFormat format = {2, 2, 25, 1, 420};
     size_t size;
