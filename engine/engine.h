@@ -247,29 +247,31 @@ Text normalize_part(const Normalizer *normalizer, Bytes part, bool first);
 /* sentencepiece: normalizes the whole text. `symbols` are not changed. */
 Text normalize_whole(const Normalizer *normalizer, const Index *symbols, Bytes text);
 
-/* -------------------------------------------------------------- weights.c: the flat weight file (GGUF v3) */
+/* -------------------------------------------------------------- weights.c: weight files (GGUF) */
 
 /* Numbers as in ggml.h; types.c has the table of what they mean. */
 typedef enum { TYPE_F32 = 0, TYPE_F16 = 1, TYPE_Q8_0 = 8, TYPE_BF16 = 30 } Type;
 
-/* A matrix (rows, cols) where it lies in the mapped file, row-major; a vector has one row. */
+/* A matrix (rows, cols), row-major, in the mapped file. A vector has one row. */
 typedef struct {
     const void *data;
     Type type;
     int rows, cols;
 } Weight;
 
-const char *weights_open(const char *path, WeightFile **out);              /* maps and checks everything */
-const char *weights_parse(Bytes bytes, const char *path, WeightFile **out); /* the same on bytes in memory */
-void weights_close(WeightFile *file); /* and gives the mapping back; NULL is nothing to close */
-/* Ends the program with a line that names the file. */
+/* Maps a file and checks all of it. Returns NULL, or the reason why it is not valid. weights_parse() does the same with
+ * bytes in memory, which must outlive *out; `path` is for messages. */
+const char *weights_open(const char *path, WeightFile **out);
+const char *weights_parse(Bytes bytes, const char *path, WeightFile **out);
+void weights_close(WeightFile *file); /* unmaps the file; NULL is allowed */
+/* Dies with STATUS_USAGE and "PATH: MESSAGE". */
 _Noreturn void weights_refuse(const WeightFile *file, const char *format, ...) PRINTF_LIKE(2, 3);
 
-/* Binds one tensor as a matrix whose cols are some of its inner sizes multiplied, and rows the rest; rows 1
- * binds a vector. Dies, with both shapes, if it is missing or differs. */
+/* Binds a tensor as a matrix (rows, cols): its inner sizes multiply to cols, its outer sizes to rows. rows = 1 binds a
+ * vector. Dies if the tensor is missing, has another shape, or has a type that no product reads. */
 Weight weights_bind(const WeightFile *file, int rows, int cols, const char *name, ...) PRINTF_LIKE(4, 5);
-/* As floats, whatever the shape: the mapped data where it is f32,
- * else a converted copy that the file owns. */
+/* The `count` elements of a tensor of any shape as floats. An f32 tensor is used in place; else it is a converted copy,
+ * which weights_close() frees. Dies like weights_bind(). */
 const float *weights_floats(const WeightFile *file, int count, const char *name, ...) PRINTF_LIKE(3, 4);
 
 /* Value types of keys, as in gguf.h. */
@@ -278,34 +280,34 @@ enum {
     VALUE_ARRAY, VALUE_U64, VALUE_I64, VALUE_F64, VALUE_TYPES
 };
 
-/* Keys. All die if the key is of another type; if it is missing, the plain form dies and the _or form returns
- * the fallback. */
+/* The value of a key. Dies if the key has another type. If it is missing, the _or functions return `fallback`, the
+ * others die. */
 int64_t weights_int(const WeightFile *file, const char *key);
 int64_t weights_int_or(const WeightFile *file, const char *key, int64_t fallback);
-/* A size, or `count` of them: integers from 1 to `most`, so that products of a few of them cannot overflow.
- * They die otherwise. */
+/* An integer, or `count` integers. They also die unless 1 <= value <= most, so that products of a few sizes cannot
+ * overflow. */
 int weights_size(const WeightFile *file, const char *key, int most);
 int weights_size_or(const WeightFile *file, const char *key, int most, int fallback);
 void weights_sizes(const WeightFile *file, const char *key, int most, int *out, int count);
 double weights_double(const WeightFile *file, const char *key);
 double weights_double_or(const WeightFile *file, const char *key, double fallback);
 bool weights_bool_or(const WeightFile *file, const char *key, bool fallback);
-/* A 0-terminated copy that the file owns. */
+/* A 0-terminated copy, which weights_close() frees. */
 const char *weights_string_or(const WeightFile *file, const char *key, const char *fallback);
 typedef struct {
-    const uint8_t *data; /* little endian elements, unaligned; for strings: u64 length + bytes each */
+    const uint8_t *data; /* elements, little endian, unaligned; a string is u64 length, then bytes */
     uint32_t type;       /* of the elements */
     size_t count;
 } WeightArray;
-bool weights_array(const WeightFile *file, const char *key, WeightArray *out); /* false: no such array */
-int64_t array_int(const WeightArray *array, size_t index); /* 0 if the elements are no integers */
+bool weights_array(const WeightFile *file, const char *key, WeightArray *out); /* false: it is missing */
+int64_t array_int(const WeightArray *array, size_t index); /* 0 if the elements are not integers */
 double array_double(const WeightArray *array, size_t index);
 bool array_is_number(const WeightArray *array);
-/* The next string of a string array; *cursor starts at array->data. Lengths were checked when parsing. */
+/* The next string of an array of strings. Set *cursor to array->data before the first call. */
 Bytes next_string(const uint8_t **cursor);
-void weights_print(const WeightFile *file, FILE *out); /* --info: keys, then tensors with type and shape */
+void weights_print(const WeightFile *file, FILE *out); /* --info: the keys, then the tensors with type and shape */
 
-void weight_row(const Weight *weight, int row, float *out); /* one row as floats */
+void weight_row(const Weight *weight, int row, float *out); /* converts row `row` to floats: out (cols) */
 
 /* -------------------------------------------------- types.c: how numbers are multiplied and widened */
 
@@ -537,37 +539,37 @@ const char *kernels_known(int i); /* the name of table i, in this build or anoth
 void product_in_panels(float *y, const Rows *x, const Linear *layer, int mode, char *memory); /* product.c */
 void attention_in_tiles(const Attention *attention);                                        /* attention.c */
 
-/* ---------------------------------------------------------------- naive.c: the same as loops */
+/* ---------------------------------------------------------------- naive.c: the operations as simple loops */
 
 extern const Kernels naive_table;
-float lanes_sum(const float lanes[LANES]); /* the one tree in which lanes are added */
+float lanes_sum(const float lanes[LANES]); /* adds them pairwise: i and i + 8, then i + 4, i + 2, i + 1 */
 
-/* ---------------------------------------------------------------- noise.c: torch's normal numbers */
+/* ---------------------------------------------------------------- noise.c: torch.randn */
 
 typedef struct {
     uint32_t state[624];
     int next;
-    double spare; /* the second half of a scalar Box-Muller pair */
+    double spare; /* the second number of a Box-Muller pair, for n < 16 */
     bool has_spare;
 } Generator;
 void generator_seed(Generator *generator, uint64_t seed);   /* torch.Generator().manual_seed(seed) */
-uint32_t generator_next(Generator *generator);
-void normal_16(float x[16]); /* 16 uniform numbers, multiples of 2^-24, become 16 normal ones */
+uint32_t generator_next(Generator *generator); /* the next 32 random bits */
+void normal_16(float x[16]); /* turns 16 uniform numbers in [0,1), multiples of 2^-24, into normal numbers, in place */
 /* torch.randn(n, generator=...) on the CPU */
 void generator_randn(Generator *generator, float *out, size_t n);
-void generator_skip(Generator *generator, size_t n); /* the same, for what comes after it */
+void generator_skip(Generator *generator, size_t n); /* like generator_randn(n), but discards the numbers */
 
-/* The n numbers of the first randn(n) of a seed, handed out in parts. */
+/* The numbers of torch.randn(n) with a new generator, drawn in parts, so that n floats need not fit in memory. */
 typedef struct {
     Generator generator;
-    size_t n, at;     /* how many; how many have been handed out */
+    size_t n, at;     /* all numbers; those already drawn */
     float block[16];
-    int place;        /* of the next in the block */
+    int place;        /* index of the next number in block */
 } Draw;
 Draw draw_start(uint64_t seed, size_t n);
-void draw_next(Draw *draw, float *out, size_t count);
+void draw_next(Draw *draw, float *out, size_t count); /* the next `count` numbers */
 
-/* ---------------------------------------------------------------- npy.c: arrays in files */
+/* ---------------------------------------------------------------- npy.c: .npy files */
 
 enum { MAX_DIMS = 5 };
 typedef struct {
@@ -582,48 +584,49 @@ char *shape_string(const Shape *shape, char buffer[64]); /* "[16, 2, 4, 6]" */
 
 typedef struct {
     Shape shape;
-    char kind;          /* of its numbers: 'f' float, 'i' integer, 'u' one without a sign, 'b' boolean */
-    int width;          /* bytes of one */
+    char kind;          /* 'f' float, 'i' signed integer, 'u' unsigned integer, 'b' boolean */
+    int width;          /* bytes of an element */
     bool big_endian, fortran_order;
     const uint8_t *data;
-    Bytes mapping;      /* the whole file, if npy_read() read it */
+    Bytes mapping;      /* of the whole file, if npy_read() mapped it */
 } Npy;
-/* Whatever numpy writes without pickling and is one number an element. */
+/* Read an array of numbers or booleans. Return NULL or the reason. npy_parse() keeps a pointer into `bytes`. */
 const char *npy_read(const char *path, Npy *out);
 const char *npy_parse(Bytes bytes, Npy *out);
 void npy_free(Npy *array);
-/* Takes the axes of 1 in front off that are too many. NULL, or that the array has another shape, with what most
- * likely happened to it. */
+/* Removes leading axes of size 1 until the shape has as many axes as `expected`. Returns NULL if it then is `expected`,
+ * else the reason, with a guess at the cause. */
 const char *npy_fit(Npy *array, const Shape *expected);
-/* Elements [first, first+n) in C order, whatever the order and type in the file; all of them, a new array. */
+/* npy_get() converts elements [first, first+n), counted in C order, to doubles; npy_floats() converts all of them to a
+ * new array. */
 void npy_get(const Npy *array, size_t first, size_t n, double *out);
 float *npy_floats(const Npy *array);
-/* A header for values of 4 bytes in C order, kind 'f' or 'i', as numpy writes it; returns its bytes. */
+/* Writes the header of a file of '<f4' or '<i4' values (kind 'f' or 'i') in C order. Returns its bytes. */
 size_t npy_header(char *out, size_t size, const Shape *shape, char kind);
 
 /* ---------------------------------------------------------------- tap.c: --dump, --check and --feed */
 
-/* What the whole program does with named tensors. NULL turns a part off. Dies if a folder cannot be used. With
- * `feed`, a tensor that was compared is then replaced by check_dir's: taps may overwrite what they are given. */
+/* Sets what taps do. dump_dir: write the tensors whose names match only_glob. check_dir: compare tensors with the files
+ * there. feed: then overwrite them with the files' values. NULL turns a part off. Dies if a folder cannot be used. */
 void taps_open(const char *dump_dir, const char *only_glob, const char *check_dir, double tolerance, bool feed);
 extern bool taps_on;
-/* All names that follow start with this, e.g. "step003.cond."; "" at the start. */
+/* Sets the prefix of all names that follow, e.g. "step003.cond."; it is "" at the start. */
 void tap_scope(const char *format, ...) PRINTF_LIKE(1, 2);
-/* Hands over one tensor under a name made by the format; a predicted branch when nobody listens. */
+/* Passes a tensor with its name to tap_floats(). Costs one branch if taps are off. With --feed it changes values. */
 #define tap(values, shape, ...) do { if (taps_on) tap_floats(values, shape, __VA_ARGS__); } while (0)
 void tap_floats(float *values, Shape shape, const char *format, ...) PRINTF_LIKE(3, 4);
-/* The same for values that lie frame by frame, (F,C,H,W), under the shape [C,F,H,W]. */
+/* The same for values (F,C,H,W), which are dumped and compared as [C,F,H,W]. */
 #define tap_frames(values, shape, ...) do { if (taps_on) tap_transposed(values, shape, __VA_ARGS__); } while (0)
 void tap_transposed(float *values, Shape shape, const char *format, ...) PRINTF_LIKE(3, 4);
-/* n ids below `vocabulary`, with room for so many; returns how many they are then. */
+/* n token ids, in an array of `room`, each below `vocabulary`. --feed may change them; returns the new n. */
 int tap_ids(int32_t *ids, int n, int room, int vocabulary, const char *format, ...) PRINTF_LIKE(5, 6);
-/* Frame `index` of a tensor [C,F,H,W] that never exists whole: frame is [C,H,W]; frames come in order. */
+/* Frame `index` (C,H,W) of a tensor [C,F,H,W] that is never in memory as a whole. Call it for 0 to F-1 in order. */
 void tap_frame(float *frame, Shape shape, int index, const char *name);
-/* Prints --check's table on standard error, names the first tensor that fails in order of data flow;
- * false then. */
+/* Prints --check's table on standard error. If a tensor differs, names the first one in order of data flow and returns
+ * false. */
 bool taps_report(void);
 
-/* ---------------------------------------------------------------- sha256.c, json.c: for the record */
+/* ---------------------------------------------------------------- sha256.c: SHA-256; json.c: JSON */
 
 typedef struct {
     uint32_t state[8];
@@ -632,8 +635,8 @@ typedef struct {
 } Sha256;
 void sha256_start(Sha256 *sha);
 void sha256_add(Sha256 *sha, const void *data, size_t bytes);
-void sha256_finish(Sha256 *sha, char hex[65]);
-void sha256_of(const void *data, size_t bytes, char hex[65]);
+void sha256_finish(Sha256 *sha, char hex[65]); /* 64 hexadecimal digits and a 0 */
+void sha256_of(const void *data, size_t bytes, char hex[65]); /* of one block of memory */
 
 /* JSON text; begin with {0}. A key is NULL for the outermost object and in arrays. */
 typedef struct {

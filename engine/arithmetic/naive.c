@@ -1,15 +1,15 @@
-/* naive.c - what the operations of this folder compute, as the loops of their definition: `--isa naive`.
+/* naive.c - the operations of this folder as simple loops: `--isa naive`.
  *
- * This page is the specification, down to the last bit. All other tables compute the same faster: they visit
- * results in another order, many at once (product.c, attention.c, kernel_body.h), but never one result's
- * roundings, and the tests hold them to these loops. Three orders are no matter of course:
+ * This file is the specification, bit for bit. The other tables (product.c, attention.c, kernel_body.h) compute many
+ * results at once and in another order, but each single result with the same roundings. test_kernels.c compares them
+ * with these loops. The order of additions matters in three places:
  *
- *   - an element of a product is one chain of fused multiply-adds over k, from the first to the last;
- *   - a sum over a row runs in 16 lanes, element i in lane i % 16, which lanes_sum() adds;
- *   - attention takes keys in tiles of 128, and rescales what it has when one brings a larger score.
+ *   product     sum = fma(x[k], w[k], sum) for k = 0, 1, 2, ...
+ *   row sum     16 lanes: element i is added to lane i % 16; lanes_sum() adds the lanes
+ *   attention   tiles of 128 keys; if a tile raises the maximum score, the sums so far are rescaled
  *
- * Everywhere else an operator is one rounding. NaN and infinity go where these formulas take them; narrowing
- * keeps them: bfloat16 has both, and bytes, which have neither, get NaN as their scale. */
+ * Every other operator rounds once. NaN and infinity propagate as in the formulas. bfloat16 can hold both. An INT8
+ * chunk with NaN or infinity gets the scale NaN. */
 #include "engine/engine.h"
 
 #include <math.h>
@@ -17,14 +17,14 @@
 
 /* ---------------------------------------------------------------- products */
 
-/* INT8 rows consist of these; the last may be shorter. */
+/* A row of INT8 consists of chunks. The last one may be shorter. */
 typedef struct {
     float scale;
     char unused[SCALE_BYTES - sizeof(float)];
     int8_t bytes[INT8_CHUNK];
 } Chunk;
 
-/* sum + a . b, over n elements of row operands (panel.c). */
+/* sum + a . b, where a and b are row operands of n elements (panel.c). */
 static float dot(Precision precision, float sum, const void *a, const void *b, int n) {
     const float *x = a, *y = b;
     const uint16_t *narrow_x = a, *narrow_y = b;
@@ -42,7 +42,7 @@ static float dot(Precision precision, float sum, const void *a, const void *b, i
     return sum;
 }
 
-/* y (L,O) = or += x (L,I) @ w^T (O,I) + bias. A row of x lies in one piece, or, in a convolution, in one for
+/* y (L,O) = or += x (L,I) @ w^T (O,I) + bias (O). A row of x is one segment. In a convolution it is one segment for
  * each tap: the channels of a pixel. */
 static void naive_product(float *y, const Rows *x, const Linear *layer, int mode, char *memory) {
     int O = layer->weight.rows, n = x->n;
@@ -70,8 +70,8 @@ static void naive_product(float *y, const Rows *x, const Linear *layer, int mode
 
 /* ---------------------------------------------------------------- attention */
 
-/* exp(x), about 1 ulp: x = n ln 2 + r, a polynomial for exp(r) (Cephes' expf), times 2^n. Where n is below
- * -126, the exponent of the least normal number, it is 0; an x above 88.3 counts as 88.3. */
+/* exp(x) = 2^n exp(r), where x = n ln 2 + r and exp(r) is the polynomial of Cephes' expf. The error is about 1 ulp. The
+ * result is 0 for n < -126, where it would be subnormal. x is limited to 88.3. */
 static float exponential(float x) {
     static const float c[] = {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f,
                               4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f};
@@ -87,7 +87,7 @@ static float rounded(Precision precision, float x) {
     return precision == BF16 ? float_of_bf16(bf16_of(x)) : x;
 }
 
-/* One query of one head. */
+/* out (d) of one query of one head. */
 static void attend(const Attention *a, int head, int query) {
     Precision precision = a->precision;
     const float *q = a->q + query * a->q_stride + head * a->d, *bias = NULL;
@@ -151,7 +151,7 @@ static void naive_rms_norm(float *y, const float *x, int n, const float *gain, f
     for (int i = 0; i < n; i++) y[i] = x[i] * factor * gain[i];
 }
 
-/* torch's F.normalize divides by the norm, but by no less than 1e-12. */
+/* As torch's F.normalize: divides by max(norm, 1e-12). */
 static void naive_l2_norm(float *y, const float *x, int n, const float *gain) {
     float norm = sqrtf(sum_squares(x, n, 0)), factor = sqrtf((float)n) / (norm < 1e-12f ? 1e-12f : norm);
     for (int i = 0; i < n; i++) y[i] = x[i] * factor * gain[i];
@@ -185,8 +185,8 @@ static void naive_from_bf16(float *y, const uint16_t *x, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = float_of_bf16(x[i]);
 }
 
-/* x is about bytes * scale: the largest magnitude becomes 127. All bytes are 0 where 127 / largest overflows,
- * and where one of x is not finite: then the scale is NaN. */
+/* x = about scale * bytes, scale = max |x| / 127. If 127 / max |x| overflows, all bytes are 0. If x holds NaN or
+ * infinity, all bytes are 0 and the scale is NaN. */
 static float naive_quantize(uint8_t *bytes, const float *x, int n, int *sum) {
     float largest = 0;
     for (int k = 0; k < n; k++) largest = fmaxf(largest, isnan(x[k]) ? INFINITY : fabsf(x[k]));
