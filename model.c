@@ -18,6 +18,7 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 
 enum { MAX_WINDOW = 1000000 }; /* latent frames */
 
@@ -256,12 +257,47 @@ int model_frames(const Model *m) {
 
 Settings settings_new(void) {
     return (Settings){.output = "out.y4m", .chroma = 420, .seconds = -1, .guidance = -1, .shift = -1,
-                      .sampler = SAMPLERS, .window = -1, .sink = -1, .record = true};
+                      .sampler = SAMPLERS, .window = -1, .sink = -1, .strength = -1, .record = true};
 }
 
-/* Frame rate and number of frames; --seconds picks the nearest number of the form stride*k + 1. */
+/* Checks that the model can use the source. A clip gives size and frame rate, unless they were given. */
+static void complete_source(Settings *s, const Model *m) {
+    if (!s->source) return;
+    if (s->strength < 0 && !m->recipe.chunk_frames)
+        die(STATUS_USAGE, "--%s: needs a model that generates in chunks, this one generates a whole clip from text",
+            s->image ? "image" : "extend");
+    const VideoFormat *format = &s->source->format;
+    const int *patch = m->transformer.patch_size;
+    int stride = m->vae.temporal_stride, spatial = m->vae.spatial_stride, frames = s->source->frames;
+    s->source_frames = s->image ? 1 : (frames - 1) / stride * stride + 1;
+    if (s->image) return;
+    if (!s->width && format->width % (spatial * patch[2]) == 0 && format->height % (spatial * patch[1]) == 0)
+        s->width = format->width, s->height = format->height;
+    if (!s->fps_num) s->fps_num = format->rate_num, s->fps_den = format->rate_den;
+    if (s->source_frames < frames && (s->extend || !s->frames))
+        warn("--video %s: %d of its %d frames are used, a multiple of %d plus 1", s->video, s->source_frames, frames, stride);
+}
+
+/* With --extend, frames are added to the source's; with --strength, they are the source's. */
+static void complete_source_length(Settings *s, const Model *m) {
+    int stride = m->vae.temporal_stride, below = s->frames / stride * stride;
+    if (s->extend) {
+        if (below != s->frames)
+            die(STATUS_USAGE, "--frames: %d more frames with --extend is not a multiple of %d, such as %d or %d", s->frames,
+                stride, below, below + stride);
+        s->frames += s->source_frames;
+    } else if (s->strength >= 0) {
+        if (s->frames > s->source_frames)
+            die(STATUS_USAGE, "--frames %d: %s has %d that can be used", s->frames, s->video, s->source_frames);
+        s->source_frames = s->frames;
+    } else if (s->source && s->frames == 1) {
+        die(STATUS_USAGE, "--frames 1: with --image that frame is given, expected at least %d", 1 + stride);
+    }
+}
+
+/* Frame rate and number of frames; --seconds picks the nearest number of the form stride*k + 1, or stride*k more. */
 static void complete_length(Settings *s, const Model *m) {
-    int stride = m->vae.temporal_stride;
+    int stride = m->vae.temporal_stride, first = !s->extend;
     set_default(&s->fps_num, m, "default.fps_num", 1000000, 16);
     set_default(&s->fps_den, m, "default.fps_den", 1000000, 1);
     if (s->seconds >= 0) {
@@ -269,10 +305,12 @@ static void complete_length(Settings *s, const Model *m) {
         if (steps > 1e6)
             die(STATUS_USAGE, "--seconds: %g is %.4g frames, expected at most %d", s->seconds, steps * stride,
                 1000000 * stride + 1);
-        s->frames = (int)floor(steps + 0.5) * stride + 1;
+        s->frames = (int)floor(steps + 0.5) * stride + first;
+        if (!s->frames) die(STATUS_USAGE, "--seconds: %g more with --extend is no frame", s->seconds);
     }
-    if (s->frames == 0) s->frames = model_frames(m);
-    check_frames(s->frames, stride);
+    if (s->frames == 0) s->frames = s->strength >= 0 ? s->source_frames : model_frames(m) - !first;
+    if (first) check_frames(s->frames, stride);
+    complete_source_length(s, m);
 }
 
 /* Steps, shift and sampler. A model with its own list of steps takes no others. */
@@ -297,6 +335,20 @@ static void complete_schedule(Settings *s, const Model *m) {
         !sampler_parse(weights_string_or(m->file, "scheduler.sampler", "unipc"), &s->sampler))
         weights_refuse(m->file, "scheduler.sampler is '%s', expected unipc, euler or dpm++; --sampler overrides it",
                        weights_string_or(m->file, "scheduler.sampler", ""));
+    int steps = m->recipe.first.steps ? smaller(m->recipe.first.steps, s->steps) : s->steps;
+    if (s->strength >= 0 && steps * s->strength < 1)
+        die(STATUS_USAGE, "--strength: %g of %d steps is none, expected at least %.4g", s->strength, steps, 1.0 / steps);
+}
+
+/* A PPM has one frame, with as much chroma as luma. */
+static void complete_output(Settings *s) {
+    const char *dot = strrchr(s->output, '.');
+    s->ppm = dot && !strcasecmp(dot, ".ppm");
+    if (!s->ppm) return;
+    if (s->frames > 1)
+        die(STATUS_USAGE, "--output %s: a PPM is one picture, and the clip has %d frames: give --frames 1, or -o %.*s.y4m",
+            s->output, s->frames, (int)(dot - s->output), s->output);
+    s->chroma = 444;
 }
 
 /* Which earlier frames self attention sees. */
@@ -327,6 +379,7 @@ static void check_positions(const Settings *s, const Model *m) {
 void settings_complete(Settings *s, const Model *m) {
     const Vae *vae = &m->vae;
     const int *patch = m->transformer.patch_size;
+    complete_source(s, m);
     set_default(&s->width, m, "default.width", 16384, 832);
     set_default(&s->height, m, "default.height", 16384, 480);
     complete_length(s, m);
@@ -338,4 +391,5 @@ void settings_complete(Settings *s, const Model *m) {
     check_size("width", s->width, vae->spatial_stride * patch[2]);
     check_size("height", s->height, vae->spatial_stride * patch[1]);
     check_positions(s, m);
+    complete_output(s);
 }

@@ -4,7 +4,7 @@
  * WanPipeline; models that generate in chunks follow Self-Forcing's CausalInferencePipeline. make_clip() is the
  * whole loop:
  *
- *   for each chunk:  x = noise                                           (frames,C,H,W)
+ *   for each chunk:  x = noise, or latents of a source, or a mixture     (frames,C,H,W)
  *     for each step: v = transformer(x, timestep, prompt)
  *                    v = u + guidance * (v - u), u = transformer(x, timestep, negative prompt)
  *                    x = sampler_step(x, v)
@@ -16,6 +16,8 @@
  *
  *   peak memory = max(text encoder, transformer, decoder)      one chunk
  *                 max(text encoder, transformer + decoder)     several chunks
+ *
+ * A source (--image, --video) adds the VAE's encoder: to the maximum if one chunk is encoded, to the sum if several are.
  *
  * With several chunks it does not depend on the clip's length. Weights are read from the mapped file and are not
  * counted. run_memory() computes the peak before the run, with the functions that allocate the buffers. */
@@ -82,13 +84,16 @@ typedef struct {
     Model *model;
     const Settings *settings;
     const Recipe *recipe;
-    Schedule schedule, first;  /* of all chunks but the first; of the first chunk */
+    Schedule own;              /* made for this run; none if the model has a fixed one */
+    Schedule schedule, first;  /* of all generated chunks but the first; of the first; the last steps with --strength */
     bool guided;               /* guidance > 1: each step runs the negative prompt, too */
     int prompt_count;
     Prompt *prompts, negative; /* [prompt_count]; the negative one is set if guided */
     int C, T, H, W;            /* latents (T,C,H,W); T is rounded up to whole chunks */
     int decoded;               /* latent frames that are decoded: the first ones of T */
-    int chunks, chunk_frames;  /* number of chunks; frames in a chunk, or the most */
+    int given, redrawn;        /* the source's latent frames: kept as they are, or mixed with noise (--strength) */
+    int chunks, given_chunks;  /* number of chunks; the first of them hold the given frames */
+    int chunk_frames;          /* frames in a chunk, or the most */
     Window window;             /* size and sink are at most T */
     int tokens;                /* in a latent frame */
     int recached;              /* latent frames to keep for RECACHE; 0 if it cannot happen */
@@ -107,11 +112,20 @@ static Schedule make_schedule(const Model *m, const Settings *s) {
     return schedule;
 }
 
-/* All chunks have chunk_frames frames, except an independent first frame. The last may reach past the clip's end. */
+/* All chunks have chunk_frames frames, except an independent first frame and the last given chunk, which may be shorter.
+ * The last generated chunk may reach past the clip's end. */
 static Chunk chunk_at(const Run *run, int index) {
-    int n = run->chunk_frames, alone = run->recipe->independent_first_frame;
-    if (alone) return index ? (Chunk){.first = 1 + (index - 1) * n, .frames = n} : (Chunk){.frames = 1};
-    return (Chunk){.first = index * n, .frames = n};
+    bool given = index < run->given_chunks;
+    int n = run->chunk_frames, start = given ? 0 : run->given, i = given ? index : index - run->given_chunks;
+    bool alone = run->recipe->independent_first_frame && start == 0;
+    Chunk chunk = {.first = start + i * n - (alone && i ? n - 1 : 0), .frames = alone && !i ? 1 : n};
+    if (given) chunk.frames = smaller(chunk.frames, run->given - chunk.first);
+    return chunk;
+}
+
+/* Number of chunks of n frames that hold so many frames, the first of which may be alone in its chunk. */
+static int count_chunks(int frames, int n, bool alone) {
+    return alone && frames ? 1 + ceiling(frames - 1, n) : ceiling(frames, n);
 }
 
 /* Start time of the chunk's first video frame, in seconds. */
@@ -120,13 +134,22 @@ static double chunk_time(const Run *run, Chunk chunk) {
     return (double)frame * run->settings->fps_den / run->settings->fps_num;
 }
 
+static int latent_frames(const Run *run, int frames) { return (frames - 1) / run->model->vae.temporal_stride + 1; }
+
 static void plan_chunks(Run *run) {
     const Recipe *r = run->recipe;
     const Settings *s = run->settings;
-    int n = r->chunk_frames ? r->chunk_frames : run->decoded, alone = r->independent_first_frame;
+    int n = r->chunk_frames ? r->chunk_frames : run->decoded;
+    bool alone = r->independent_first_frame;
+    if (s->source) *(s->strength >= 0 ? &run->redrawn : &run->given) = latent_frames(run, s->source_frames);
     run->chunk_frames = n;
-    run->chunks = alone + ceiling(run->decoded - alone, n);
-    run->T = alone + (run->chunks - alone) * n;
+    run->given_chunks = count_chunks(run->given, n, alone);
+    run->chunks = run->given_chunks + count_chunks(run->decoded - run->given, n, alone && !run->given);
+    Chunk last = chunk_at(run, run->chunks - 1);
+    run->T = last.first + last.frames;
+    if (run->redrawn && run->T > run->decoded)
+        die(STATUS_USAGE, "--strength: the model generates chunks of %d latent frames, expected a number of frames that "
+            "fills them, found %d", n, s->frames);
     run->window = (Window){s->window ? smaller(s->window, run->T) : run->T, s->sink, !strcmp(s->positions, "relative")};
     run->window.sink = smaller(run->window.sink, run->T);
 }
@@ -153,38 +176,48 @@ static Run run_plan(Model *m, const Settings *s) {
     Run run = {.model = m, .settings = s, .recipe = &m->recipe, .guided = s->guidance > 1.0,
                .C = m->transformer.in_dim};
     const int *patch = m->transformer.patch_size;
-    run.decoded = (s->frames - 1) / m->vae.temporal_stride + 1;
+    run.decoded = latent_frames(&run, s->frames);
     run.H = s->height / m->vae.spatial_stride;
     run.W = s->width / m->vae.spatial_stride;
     run.frame_size = (size_t)run.C * run.H * run.W;
     run.tokens = run.H / patch[1] * (run.W / patch[2]);
     run.schedule = m->recipe.schedule, run.first = m->recipe.first;
-    if (!run.schedule.steps) run.schedule = run.first = make_schedule(m, s);
+    if (!run.schedule.steps) run.schedule = run.first = run.own = make_schedule(m, s);
+    if (s->strength >= 0) {
+        run.schedule = schedule_end(&run.schedule, s->strength);
+        run.first = schedule_end(&run.first, s->strength);
+    }
     plan_chunks(&run);
     plan_prompts(&run);
     return run;
 }
 
 static void run_free(Run *run) {
-    if (!run->recipe->schedule.steps) schedule_free(&run->schedule);
+    schedule_free(&run->own);
     for (int i = 0; i < run->prompt_count; i++) prompt_free(&run->prompts[i]);
     prompt_free(&run->negative);
     free(run->prompts);
 }
 
+static const Schedule *chunk_schedule(const Run *run, int index) {
+    return index > run->given_chunks ? &run->schedule : &run->first;
+}
+
 static Shape latent_shape(const Run *run, int frames) { return SHAPE(run->C, frames, run->H, run->W); }
 
-/* Taps that follow are named "chunkCCC.PREFIX...", or "PREFIX..." if the model does not generate in chunks. */
+/* Taps that follow are named "chunkCCC.PREFIX...", or "PREFIX..." if the model does not generate in chunks. CCC counts
+ * generated chunks; given ones are "givenCCC". */
 static void scope(const Run *run, int chunk, const char *prefix) {
-    if (run->recipe->chunk_frames) tap_scope("chunk%03d.%s", chunk, prefix);
+    if (chunk < run->given_chunks) tap_scope("given%03d.%s", chunk, prefix);
+    else if (run->recipe->chunk_frames) tap_scope("chunk%03d.%s", chunk - run->given_chunks, prefix);
     else tap_scope("%s", prefix);
 }
 
-/* Taps the chunk's frames as a part of a tensor of the whole clip, [C,T,H,W]. */
-static void tap_clip(const Run *run, Chunk chunk, float *latents, const char *name) {
+/* Taps the chunk's frames as a part of a tensor of the clip from latent frame `from` on, [C,T-from,H,W]. */
+static void tap_clip(const Run *run, Chunk chunk, float *latents, int from, const char *name) {
     tap_scope("%s", "");
     for (int f = 0; f < chunk.frames; f++)
-        tap_frame(latents + f * run->frame_size, latent_shape(run, run->T), chunk.first + f, name);
+        tap_frame(latents + f * run->frame_size, latent_shape(run, run->T - from), chunk.first - from + f, name);
 }
 
 /* ---------------------------------------------------------------- noise */
@@ -194,6 +227,8 @@ static void tap_clip(const Run *run, Chunk chunk, float *latents, const char *na
  *   [ initial noise of the clip, T*C*H*W numbers | noise of re-noising steps, in the order of the steps ... ]
  *     ^ initial                                    ^ steps
  *
+ * Given frames have no noise, and T is then that of the generated frames.
+ *
  * --noise replaces the initial noise; the numbers of the steps stay the same. */
 typedef struct {
     Npy file; /* --noise, [C,T,H,W] */
@@ -202,7 +237,7 @@ typedef struct {
 } Noise;
 
 static void noise_read(Run *run, Noise *noise) {
-    Shape shape = latent_shape(run, run->T);
+    Shape shape = latent_shape(run, run->T - run->given);
     const char *path = run->settings->noise, *why = npy_read(path, &noise->file);
     if (!why) why = npy_fit(&noise->file, &shape);
     if (why) die(STATUS_USAGE, "--noise %s: %s", path, why);
@@ -217,7 +252,7 @@ static void noise_read(Run *run, Noise *noise) {
 }
 
 static Noise noise_open(Run *run) {
-    size_t count = run->T * run->frame_size;
+    size_t count = (run->T - run->given) * run->frame_size;
     Noise noise = {.initial = draw_start(run->settings->seed, count)};
     if (run->settings->noise) noise_read(run, &noise);
     if (!sampler_needs_noise(&run->schedule, 0) && !sampler_needs_noise(&run->first, 0)) return noise;
@@ -241,11 +276,12 @@ static void to_frame_major(const Run *run, int frames, float *latents) {
 
 static void copy_noise(const Run *run, const Npy *file, Chunk chunk, float *latents) {
     size_t plane = (size_t)run->H * run->W;
+    int T = run->T - run->given, first = chunk.first - run->given; /* of the noise */
     for (int f = 0; f < chunk.frames; f++)
         for (int c = 0; c < run->C; c++)
             for (size_t i = 0; i < plane; i++) {
                 double value;
-                npy_get(file, ((size_t)c * run->T + chunk.first + f) * plane + i, 1, &value);
+                npy_get(file, ((size_t)c * T + first + f) * plane + i, 1, &value);
                 *latents++ = (float)value;
             }
 }
@@ -259,7 +295,7 @@ static void initial_noise(const Run *run, Noise *noise, Chunk chunk, float *late
         draw_next(&noise->initial, latents, count);
         to_frame_major(run, chunk.frames, latents);
     }
-    tap_clip(run, chunk, latents, "noise");
+    tap_clip(run, chunk, latents, run->given, "noise");
     for (size_t i = 0; i < count; i++) latents[i] *= run->recipe->noise_scale;
 }
 
@@ -268,6 +304,78 @@ static void fresh_noise(const Run *run, Noise *noise, Chunk chunk, float *latent
     generator_randn(&noise->steps, latents, chunk.frames * run->frame_size);
     to_frame_major(run, chunk.frames, latents);
     tap_frames(latents, latent_shape(run, chunk.frames), "noise");
+}
+
+/* ---------------------------------------------------------------- the source: frames -> latents */
+
+/* The encoder at work. It is opened for the source's first frame and closed after its last. */
+typedef struct {
+    const Run *run;
+    SourceReader *source;
+    VaeStream *stream;
+    float *frame; /* [3,Y,X] */
+    int taken;    /* frames of the source so far */
+    int encoded;  /* latent frames so far */
+    float *out;   /* where the next one goes */
+} Encoding;
+
+/* The encoder's FrameSink. */
+static void take_encoded(void *to, float *latents) {
+    Encoding *e = to;
+    const Run *run = e->run;
+    tap_frame(latents, latent_shape(run, run->given + run->redrawn), e->encoded++, "encoded");
+    memcpy(e->out, latents, sizeof(float) * run->frame_size);
+    e->out += run->frame_size;
+}
+
+/* e->frame = the source's next frame, clamped to [-1,1] */
+static void take_source(const Settings *s, Encoding *e) {
+    source_next(e->source, e->frame);
+    for (size_t i = 0, n = (size_t)3 * s->height * s->width; i < n; i++)
+        e->frame[i] = e->frame[i] > 1 ? 1 : e->frame[i] < -1 ? -1 : e->frame[i];
+    if (s->image) tap(e->frame, SHAPE(3, s->height, s->width), "image");
+    else tap_frame(e->frame, SHAPE(3, s->source_frames, s->height, s->width), e->taken, "source");
+    e->taken++;
+}
+
+/* latents (frames,C,H,W) = the source's next latent frames */
+static void encode(const Run *run, Encoding *e, int frames, float *latents) {
+    const Settings *s = run->settings;
+    tap_scope("%s", "");
+    if (!e->stream) {
+        e->source = source_reader_open(s->source, s->width, s->height);
+        e->stream = vae_open(&run->model->vae, ENCODER, run->H, run->W, take_encoded, e);
+        e->frame = allocate(sizeof(float) * 3 * (size_t)s->height * s->width);
+    }
+    e->out = latents;
+    for (int end = e->encoded + frames; e->encoded < end;) {
+        progress("encode", e->taken, s->source_frames);
+        profile_begin(VAE_ENCODE);
+        take_source(s, e);
+        vae_push(e->stream, e->frame);
+        profile_end(VAE_ENCODE);
+    }
+    require_finite(run->model, latents, frames * run->frame_size, "encoded");
+    if (e->taken < s->source_frames) return;
+    source_reader_close(e->source);
+    vae_close(e->stream);
+    free(e->frame);
+    scratch_free();
+}
+
+/* latents (frames,C,H,W) = what a chunk begins with: (1 - sigma) * encoded + sigma * noise, or one of the two */
+static void begin_chunk(const Run *run, Encoding *encoding, Noise *noise, int index, float *latents) {
+    Chunk chunk = chunk_at(run, index);
+    size_t count = chunk.frames * run->frame_size;
+    if (index < run->given_chunks) {
+        encode(run, encoding, chunk.frames, latents);
+        return;
+    }
+    float *encoded = run->redrawn ? allocate(sizeof(float) * count) : NULL, sigma = chunk_schedule(run, index)->sigmas[0];
+    if (encoded) encode(run, encoding, chunk.frames, encoded);
+    initial_noise(run, noise, chunk, latents);
+    for (size_t i = 0; encoded && i < count; i++) latents[i] = (1 - sigma) * encoded[i] + sigma * latents[i];
+    free(encoded);
 }
 
 /* ---------------------------------------------------------------- frames */
@@ -281,6 +389,7 @@ typedef struct {
     Mark mark;               /* set with --mark */
     Sha256 sha;              /* of the bytes written so far */
     Drift *drift;            /* NULL without --drift */
+    SourceReader *source;    /* NULL without --extend */
     int index;               /* of the next frame */
     int chunk;               /* chunks that are decoded */
     double started;          /* when the first step began, in seconds() */
@@ -309,21 +418,44 @@ static void show_progress(const Video *video, const char *stage, int done, int t
     progress("chunk", video->chunk, run->chunks);
 }
 
-/* The decoder's FrameSink: converts, writes and flushes one frame. */
+static void write_header(Video *video) {
+    char header[80];
+    const VideoFormat *f = &video->format;
+    write_bytes(video, header, video->run->settings->ppm ? ppm_header(f->width, f->height, header) : y4m_header(f, header));
+}
+
+/* planes = the pixels of a PPM, which has the same size: chroma is 444 */
+static void planes_to_pixels(Video *video) {
+    const VideoFormat *format = &video->format;
+    float *frame = allocate(sizeof(float) * y4m_frame_bytes(format));
+    y4m_to_floats(format, false, video->planes, frame);
+    ppm_convert(format->width, format->height, frame, video->planes);
+    free(frame);
+}
+
+static void write_planes(Video *video) {
+    if (video->run->settings->ppm) planes_to_pixels(video);
+    else write_bytes(video, "FRAME\n", 6);
+    write_bytes(video, video->planes, y4m_frame_bytes(&video->format));
+    output_flush(&video->file);
+}
+
+/* The decoder's FrameSink: converts, writes and flushes one frame. With --extend the source's frames are written as they
+ * are, in place of the decoder's, without label and mark. */
 static void write_frame(void *to, float *frame) {
     Video *video = to;
     const Settings *s = video->run->settings;
+    bool kept = s->extend && video->index < s->source_frames;
     profile_end(VAE_DECODE);
     profile_begin(OUTPUT);
+    if (kept) source_next(video->source, frame);
     tap_frame(frame, SHAPE(3, s->frames, s->height, s->width), video->index, "video");
     require_finite(video->run->model, frame, (size_t)3 * s->height * s->width,
                 reason("frame %d of %d", video->index + 1, s->frames));
     y4m_convert(&video->format, frame, video->planes);
-    if (s->mark) mark_add(&video->mark, &video->format, video->planes);
-    if (s->label && label_is_due(&video->format, video->index)) label_draw(&video->format, video->planes);
-    write_bytes(video, "FRAME\n", 6);
-    write_bytes(video, video->planes, y4m_frame_bytes(&video->format));
-    output_flush(&video->file);
+    if (s->mark && !kept) mark_add(&video->mark, &video->format, video->planes);
+    if (s->label && !kept && label_is_due(&video->format, video->index)) label_draw(&video->format, video->planes);
+    write_planes(video);
     profile_end(OUTPUT);
     if (s->drift) drift_frame(video->drift, frame);
     preview_frame(&video->preview, &video->format, frame, video->index); /* may sleep: timed in no stage */
@@ -347,18 +479,18 @@ static Video video_open(const Run *run) {
     }
     if (s->preview) video.preview = preview_open();
     if (s->drift) video.drift = drift_open(&video.format);
+    if (s->extend) video.source = source_reader_open(s->source, s->width, s->height);
     video.planes = allocate(y4m_frame_bytes(&video.format));
     sha256_start(&video.sha);
     return video;
 }
 
-/* Writes the Y4M header, and opens a decoder that writes its frames behind it. */
+/* Writes the file's header, and opens a decoder that writes its frames behind it. */
 static VaeStream *decoder_open(const Run *run, Video *video) {
-    char header[80];
-    write_bytes(video, header, y4m_header(&video->format, header));
+    write_header(video);
     if (run->settings->mark) video->mark = mark_make(record_bits(run->model, run->settings, run->noise_sha256));
     show_progress(video, "frame", 0, run->settings->frames);
-    return vae_decoder_open(&run->model->vae, run->H, run->W, write_frame, video);
+    return vae_open(&run->model->vae, DECODER, run->H, run->W, write_frame, video);
 }
 
 /* Commits the video before the record: if the record fails, the video is there; if the video fails, an older video
@@ -370,6 +502,7 @@ static void video_close(Video *video) {
     output_commit(&video->file);
     if (video->record.stream) record_write(&video->record, run->model, run->settings, run->noise_sha256, sha);
     drift_close(video->drift);
+    source_reader_close(video->source);
     free(video->planes);
 }
 
@@ -435,16 +568,14 @@ static void load_context(const Run *run, Branch *branch, const Prompt *prompt) {
     profile_end(TRANSFORMER);
 }
 
-static Sampling sampling_open(const Run *run) {
-    Sampling s = {.cond.name = "cond", .uncond.name = "uncond"};
+/* Allocates all but the latents. */
+static void sampling_open(const Run *run, Sampling *s) {
     Arena count = {0};
-    take_buffers(&count, run, &s);
-    s.arena = arena_open(count.used);
-    take_buffers(&s.arena, run, &s);
-    s.latents = allocate(sizeof(float) * run->chunk_frames * run->frame_size);
-    load_context(run, &s.cond, &run->prompts[0]);
-    if (run->guided) load_context(run, &s.uncond, &run->negative);
-    return s;
+    take_buffers(&count, run, s);
+    s->arena = arena_open(count.used);
+    take_buffers(&s->arena, run, s);
+    load_context(run, &s->cond, &run->prompts[0]);
+    if (run->guided) load_context(run, &s->uncond, &run->negative);
 }
 
 /* Frees all but the latents, which are still to be decoded. */
@@ -520,7 +651,7 @@ static void change_prompt(const Run *run, Sampling *s, int index) {
 static void decode(const Run *run, VaeStream *decoder, Chunk chunk, const float *latents) {
     for (int f = 0; f < chunk.frames && chunk.first + f < run->decoded; f++) {
         profile_begin(VAE_DECODE);
-        vae_decode(decoder, latents + f * run->frame_size);
+        vae_push(decoder, latents + f * run->frame_size);
         profile_end(VAE_DECODE);
     }
 }
@@ -528,7 +659,7 @@ static void decode(const Run *run, VaeStream *decoder, Chunk chunk, const float 
 /* One denoising step of a chunk: the transformer, guidance, the sampler. */
 static void denoise_step(const Run *run, Sampling *s, Noise *noise, int index, int step) {
     Chunk chunk = chunk_at(run, index);
-    const Schedule *schedule = index ? &run->schedule : &run->first;
+    const Schedule *schedule = chunk_schedule(run, index);
     float timestep = schedule->timesteps[step], guidance = (float)run->settings->guidance;
     float *x = s->latents, *v = s->velocity, *u = s->unconditional; /* (frames,C,H,W) */
     scope(run, index, reason("step%03d.cond.", step));
@@ -550,8 +681,8 @@ static void denoise_step(const Run *run, Sampling *s, Noise *noise, int index, i
                        run->chunks > 1 ? reason(", chunk %d of %d", index + 1, run->chunks) : ""));
 }
 
-static void tap_schedules(Run *run) {
-    Schedule *schedules[] = {&run->schedule, &run->first};
+static void tap_schedules(const Run *run) {
+    const Schedule *schedules[] = {&run->schedule, &run->first};
     bool two = run->recipe->first.steps && (run->first.steps != run->schedule.steps ||
                                             memcmp(run->first.timesteps, run->schedule.timesteps,
                                                    sizeof(float) * (size_t)run->first.steps));
@@ -561,27 +692,36 @@ static void tap_schedules(Run *run) {
     }
 }
 
-/* The denoising loop, and the decoding of each finished chunk. */
-static void make_clip(Run *run, Noise *noise, Video *video) {
-    Sampling s = sampling_open(run);
+/* The denoising loop of one chunk. */
+static void denoise(const Run *run, Sampling *s, Noise *noise, const Video *video, int index) {
+    Chunk chunk = chunk_at(run, index);
+    int steps = chunk_schedule(run, index)->steps;
+    s->history.n = chunk.frames * run->frame_size;
+    change_prompt(run, s, index);
+    if (index == run->given_chunks) tap_schedules(run);
+    for (int step = 0; step < steps; step++) {
+        show_progress(video, "step", step, steps);
+        denoise_step(run, s, noise, index, step);
+    }
+    if (run->recipe->chunk_frames) {
+        scope(run, index, "");
+        tap_frames(s->latents, latent_shape(run, chunk.frames), "latents");
+    }
+}
+
+/* All chunks: their latents, the cache for later ones, their frames. */
+static void make_clip(const Run *run, Noise *noise, Video *video) {
+    Sampling s = {.cond.name = "cond", .uncond.name = "uncond"};
+    Encoding encoding = {.run = run};
     VaeStream *decoder = NULL;
     video->started = seconds();
+    s.latents = allocate(sizeof(float) * run->chunk_frames * run->frame_size);
     for (int index = 0; index < run->chunks; index++) {
         Chunk chunk = chunk_at(run, index);
-        int steps = (index ? &run->schedule : &run->first)->steps;
-        s.history.n = chunk.frames * run->frame_size;
-        change_prompt(run, &s, index);
-        initial_noise(run, noise, chunk, s.latents);
-        if (index == 0) tap_schedules(run);
-        for (int step = 0; step < steps; step++) {
-            show_progress(video, "step", step, steps);
-            denoise_step(run, &s, noise, index, step);
-        }
-        if (run->recipe->chunk_frames) {
-            scope(run, index, "");
-            tap_frames(s.latents, latent_shape(run, chunk.frames), "latents");
-        }
-        tap_clip(run, chunk, s.latents, "latents");
+        begin_chunk(run, &encoding, noise, index, s.latents);
+        if (index == 0) sampling_open(run, &s);
+        if (index >= run->given_chunks) denoise(run, &s, noise, video, index);
+        tap_clip(run, chunk, s.latents, 0, "latents");
         keep_recent_latents(run, &s, chunk);
         bool last = index + 1 == run->chunks;
         if (last) sampling_close(&s);
@@ -594,7 +734,7 @@ static void make_clip(Run *run, Noise *noise, Video *video) {
         fill_cache(run, &s, index, "cache", chunk, s.latents); /* last: the chunk's frames do not wait for it */
     }
     free(s.latents);
-    vae_stream_close(decoder);
+    vae_close(decoder);
     scratch_free();
 }
 
@@ -604,6 +744,15 @@ static int longest_prompt(const Run *run) {
     int n = run->negative.n;
     for (int i = 0; i < run->prompt_count; i++) n = (int)larger(n, run->prompts[i].n);
     return n;
+}
+
+/* Of the encoder and of what it reads; 0 without a source. */
+static size_t source_stage_memory(const Run *run) {
+    const Settings *s = run->settings;
+    if (!s->source) return 0;
+    size_t encoded = run->redrawn ? run->chunk_frames * run->frame_size : 0; /* in begin_chunk() */
+    return vae_memory(&run->model->vae, ENCODER, run->H, run->W) + source_reader_memory(s->source, s->width, s->height) +
+           sizeof(float) * ((size_t)3 * s->height * s->width + encoded);
 }
 
 /* Private memory at its peak, in bytes: what is kept for the whole run, plus the largest stage (see the top of this
@@ -622,17 +771,23 @@ static size_t run_memory(const Run *run) {
            noise = latents, /* the copy in to_frame_major() */
            rest = 1 << 20, /* small: the C library's, open files, prompts, schedules */
            kept = latents + noise + y4m_frame_bytes(&format) + rest,
-           encoding = text_encoder_memory(e, n) + text_encoder_scratch(e, n),
-           reading = text_context_fill_memory(t, n),
+           reading = text_encoder_memory(e, n) + text_encoder_scratch(e, n),
+           encoding = source_stage_memory(run),
+           encoding_scratch = encoding ? vae_scratch(vae, ENCODER, run->H, run->W) : 0,
            denoising = buffers.used + text_context_memory(run, n) +
                        (run->guided ? text_context_memory(run, run->negative.n) : 0),
-           denoising_scratch = larger(reading, transformer_scratch(t, longest_pass(run), L, keys, n + 1)),
-           decoding = vae_decoder_memory(vae, run->H, run->W),
-           decoding_scratch = vae_decoder_scratch(vae, run->H, run->W);
+           denoising_scratch = larger(text_context_fill_memory(t, n),
+                                      transformer_scratch(t, longest_pass(run), L, keys, n + 1)),
+           decoding = vae_memory(vae, DECODER, run->H, run->W),
+           decoding_scratch = vae_scratch(vae, DECODER, run->H, run->W);
+    if (run->settings->extend) kept += source_reader_memory(run->settings->source, run->settings->width, run->settings->height);
     for (int i = 0; i < run->prompt_count; i++) kept += sizeof(float) * (size_t)run->prompts[i].n * e->dim;
-    size_t apart = larger(denoising + denoising_scratch, decoding + decoding_scratch),
-           together = denoising + decoding + larger(denoising_scratch, decoding_scratch);
-    return kept + larger(encoding, run->chunks > 1 ? together : apart);
+    size_t before = larger(reading, encoding + encoding_scratch),
+           apart = larger(denoising + denoising_scratch, decoding + decoding_scratch),
+           together = denoising + decoding, scratch = larger(denoising_scratch, decoding_scratch);
+    if (run->given_chunks > 1 || (run->redrawn && run->chunks > 1))
+        together += encoding, scratch = larger(scratch, encoding_scratch);
+    return kept + larger(before, run->chunks > 1 ? together + scratch : apart);
 }
 
 /* All passes of all chunks, for one branch. */
@@ -642,7 +797,7 @@ static double passes_flops(const Run *run, int positions) {
     for (int i = 0; i < run->chunks; i++) {
         Chunk chunk = chunk_at(run, i);
         int seen = smaller(chunk.first + chunk.frames, run->window.size);
-        int passes = (i ? &run->schedule : &run->first)->steps + (i + 1 < run->chunks);
+        int steps = i < run->given_chunks ? 0 : chunk_schedule(run, i)->steps, passes = steps + (i + 1 < run->chunks);
         flops += passes * transformer_flops(t, chunk.frames * run->tokens, seen * run->tokens, positions);
     }
     return flops;
@@ -651,7 +806,8 @@ static double passes_flops(const Run *run, int positions) {
 static double run_flops(const Run *run) {
     const Model *m = run->model;
     double flops = passes_flops(run, run->prompts[0].n + 1) +
-                   vae_decoder_flops(&m->vae, run->decoded, run->H, run->W);
+                   vae_flops(&m->vae, DECODER, run->decoded, run->H, run->W);
+    if (run->settings->source) flops += vae_flops(&m->vae, ENCODER, run->settings->source_frames, run->H, run->W);
     for (int i = 0; i < run->prompt_count; i++) flops += text_encoder_flops(&m->text_encoder, run->prompts[i].n);
     if (run->guided)
         flops += text_encoder_flops(&m->text_encoder, run->negative.n) + passes_flops(run, run->negative.n + 1);

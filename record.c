@@ -47,6 +47,15 @@ static void write_chunks(Json *json, const Settings *s) {
     }
 }
 
+/* What the clip began from. */
+static void write_source(Json *json, const Settings *s) {
+    char hex[65];
+    sha256_of(s->source->bytes.data, s->source->bytes.size, hex);
+    json_string(json, s->image ? "image_sha256" : "video_sha256", hex);
+    if (s->strength >= 0) json_double(json, "strength", s->strength);
+    if (s->extend) json_int(json, "frames_kept", s->source_frames);
+}
+
 static void write_settings(Json *json, const Model *model, const Settings *s, const char *noise_sha256) {
     json_open(json, "settings");
     json_int(json, "width", s->width);
@@ -61,6 +70,7 @@ static void write_settings(Json *json, const Model *model, const Settings *s, co
     json_double(json, "guidance", s->guidance);
     json_double(json, "shift", s->shift);
     if (s->noise) json_string(json, "noise_sha256", noise_sha256);
+    if (s->source) write_source(json, s);
     if (!s->noise || s->sampler == RENOISE) json_unsigned(json, "seed", s->seed);
     json_string(json, "precision", precision_name(model->precision));
     if (model->precision != F32) json_string(json, "isa", kernels->name);
@@ -182,15 +192,30 @@ static bool say(bool agrees, const char *what) {
     return agrees;
 }
 
+static int gather_picture(Source *picture, MarkSum *sum, char hex[65]) {
+    const VideoFormat *format = &picture->format;
+    float *frame = allocate(3 * sizeof *frame * (size_t)format->width * (size_t)format->height);
+    SourceReader *reader = source_reader_open(picture, format->width, format->height);
+    source_next(reader, frame);
+    mark_gather(sum, format, frame);
+    sha256_of(picture->bytes.data, picture->bytes.size, hex);
+    source_reader_close(reader);
+    source_close(picture);
+    free(frame);
+    return sum->frames;
+}
+
 /* Adds up the luma of the video's frames, and hashes its bytes. Returns the number of frames. */
 static int gather(const char *path, MarkSum *sum, char hex[65]) {
     VideoFormat format;
     Y4mReader *reader;
     Sha256 sha;
     bool end = false;
+    Source picture;
     FILE *stream = input_open(path);
     sha256_start(&sha);
     const char *why = stream ? y4m_open(stream, &sha, &reader, &format) : strerror(errno);
+    if (why && strcmp(path, "-") && !source_open(path, &picture)) return gather_picture(&picture, sum, hex);
     if (why) die(STATUS_USAGE, "--verify %s: %s", path, why);
     float *frame = allocate(3 * sizeof *frame * (size_t)format.width * (size_t)format.height);
     while (!(why = y4m_next(reader, frame, &end)) && !end) mark_gather(sum, &format, frame);

@@ -109,6 +109,11 @@ Schedule schedule_of(Sampler sampler, int steps, const float *timesteps, const f
     return schedule;
 }
 
+Schedule schedule_end(const Schedule *schedule, double part) {
+    int steps = smaller((int)(schedule->steps * part), schedule->steps), from = schedule->steps - steps;
+    return (Schedule){schedule->sampler, steps, schedule->sigmas + from, schedule->timesteps + from};
+}
+
 void schedule_free(Schedule *schedule) {
     free(schedule->sigmas);
     free(schedule->timesteps);

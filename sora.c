@@ -21,6 +21,7 @@
 /* The order is that of --help. */
 typedef enum {
     MODEL, PROMPT, PROMPT_FILE, NEGATIVE, OUTPUT_FILE,
+    IMAGE, VIDEO_FILE, STRENGTH, EXTEND,
     SIZE, FRAMES, SECONDS, FPS, CHROMA,
     STEPS, GUIDANCE, SHIFT, SAMPLER_NAME, SEED, NOISE,
     AT, STORY, WINDOW, SINK, POSITIONS,
@@ -43,7 +44,13 @@ static const struct {
     [PROMPT] = {"prompt", 'p', "TEXT", "what the video shows; the same as the argument \"prompt\"", NULL},
     [PROMPT_FILE] = {"prompt-file", 0, "FILE", "read the prompt from FILE; - is standard input", NULL},
     [NEGATIVE] = {"negative", 'n', "TEXT", "what the video should not show", NULL},
-    [OUTPUT_FILE] = {"output", 'o', "FILE", "Y4M video (default: out.y4m); - is standard output", NULL},
+    [OUTPUT_FILE] = {"output", 'o', "FILE", "Y4M video (default: out.y4m), or PPM picture with -f 1; - is standard output", NULL},
+
+    [IMAGE] = {"image", 0, "FILE", "the first frame: a PPM, or a Y4M's first frame; - is standard input",
+              "Beginning with a picture or a clip"},
+    [VIDEO_FILE] = {"video", 0, "FILE", "a Y4M, for one of the next two options; - is standard input", NULL},
+    [STRENGTH] = {"strength", 0, "S", "make it anew from that much noise, from more than 0 to 1", NULL},
+    [EXTEND] = {"extend", 0, NULL, "continue it by so many frames or seconds", NULL},
 
     [SIZE] = {"size", 's', "WxH", "width and height in pixels: multiples of 16 for Wan 2.1, of 24 for the demo model",
              "Video"},
@@ -236,6 +243,7 @@ static void add_line(Story *story, const char *line) {
 typedef struct {
     Settings settings;
     char *opening;    /* the prompt, if it was the story's line at time 0 */
+    Source source;    /* --image or --video */
     const char *model, *prompt_file, *story_file, *isa, *dump, *dump_only, *check, *verify;
     int threads;
     double tolerance; /* negative: not given */
@@ -257,6 +265,10 @@ static void apply(Command *c, Option option, const char *value) {
     case PROMPT_FILE: set_prompt(c, read_prompt(c->prompt_file = value)); break;
     case NEGATIVE: s->negative = value; break;
     case OUTPUT_FILE: s->output = value; break;
+    case IMAGE: s->image = value; break;
+    case VIDEO_FILE: s->video = value; break;
+    case STRENGTH: s->strength = parse_number(STRENGTH, value, 0, 1); break;
+    case EXTEND: s->extend = true; break;
     case SIZE: parse_size(value, &s->width, &s->height); break;
     case FRAMES: s->frames = (int)parse_integer(FRAMES, value, 1, 1000001); break;
     case SECONDS: s->seconds = parse_number(SECONDS, value, 0, 1e5); break;
@@ -401,7 +413,7 @@ static int print_info(const char *path) {
 /* Refuses the extensions of other video and picture formats, and says how to convert the Y4M. */
 static void check_output_name(const char *output) {
     static const char *const others[] = {"mp4", "m4v", "mov", "mkv", "webm", "avi", "gif", "webp", "apng", "png",
-                                         "jpg", "jpeg", "ppm", "mpg", "mpeg", "ts", "ogv", "wmv", "flv", "avif"};
+                                         "jpg", "jpeg", "mpg", "mpeg", "ts", "ogv", "wmv", "flv", "avif"};
     const char *dot = strrchr(output, '.');
     int stem = dot ? (int)(dot - output) : 0;
     for (size_t i = 0; dot && i < sizeof others / sizeof *others; i++)
@@ -416,6 +428,25 @@ static void check_combinations(const Command *c) {
     if (c->tolerance >= 0 && !c->check) die(STATUS_USAGE, "--tolerance: needs --check DIR");
     if (s->feed && !c->check) die(STATUS_USAGE, "--feed: needs --check DIR");
     if (s->frames && s->seconds >= 0) die(STATUS_USAGE, "--frames and --seconds: expected one of them, found both");
+    if (s->image && s->video) die(STATUS_USAGE, "--image and --video: expected one of them, found both");
+    if (s->extend && s->strength >= 0) die(STATUS_USAGE, "--extend and --strength: expected one of them, found both");
+    if (s->extend && !s->video) die(STATUS_USAGE, "--extend: needs --video FILE");
+    if (s->strength >= 0 && !s->video) die(STATUS_USAGE, "--strength: needs --video FILE");
+    if (s->video && !s->extend && s->strength < 0) die(STATUS_USAGE, "--video: needs --strength S or --extend");
+    const char *inputs[] = {c->prompt_file, c->story_file, s->image, s->video};
+    int standard = 0;
+    for (int i = 0; i < 4; i++) standard += inputs[i] && !strcmp(inputs[i], "-");
+    if (standard > 1) die(STATUS_USAGE, "standard input: %d options read it (-), expected one", standard);
+}
+
+static void open_source(Command *c) {
+    Settings *s = &c->settings;
+    const char *path = s->image ? s->image : s->video;
+    if (!path) return;
+    const char *why = source_open(path, &c->source);
+    if (!why && s->video && c->source.pixels) why = "this is a PPM, expected a Y4M; --image takes a PPM";
+    if (why) die(STATUS_USAGE, "--%s %s: %s", s->image ? "image" : "video", path, why);
+    s->source = &c->source;
 }
 
 /* Moves a story's line at time 0 from the story to the prompt. */
@@ -429,10 +460,11 @@ static void prompt_from_story(Command *c) {
 
 /* Refuses an output, record or dump that would overwrite a file that the run reads. */
 static void protect_inputs(const Command *c, const char *model) {
-    const char *inputs[] = {model, c->settings.noise, c->prompt_file, c->story_file}, *output = c->settings.output;
+    const char *inputs[] = {model, c->settings.noise, c->prompt_file, c->story_file, c->settings.image, c->settings.video};
+    const char *output = c->settings.output;
     char *record = record_path(c->settings.output);
     const char *lost = NULL;
-    for (int i = 0; i < 4; i++)
+    for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++)
         if (inputs[i] && (same_file(inputs[i], output) || same_file(inputs[i], record))) lost = inputs[i];
     free(record);
     if (lost) die(STATUS_USAGE, "--output %s: would overwrite the input file %s", output, lost);
@@ -456,6 +488,7 @@ static int run(Command *c) {
             s->story.lines[0].time);
     if (!s->prompt) die(STATUS_USAGE, "no prompt; see --help");
     protect_inputs(c, path);
+    open_source(c);
     threads_set(c->threads);
     profile_begin(LOAD);
     Model model = model_load(path, c->precision);
@@ -471,6 +504,7 @@ static int run(Command *c) {
         generate(&model, s);
     }
     model_free(&model);
+    if (s->source) source_close(&c->source);
     story_free(&s->story);
     free(c->opening);
     if (c->profile) profile_print();

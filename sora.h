@@ -6,6 +6,7 @@
  *                                                  ^                                        |
  *                                                  +---------------- sampler.c <------------+   once a step
  *   latents -> vae.c -> frames -> y4m.c -> file
+ *   file -> picture.c -> frames -> vae.c -> latents, which a clip may begin from
  *
  * model.c loads a weight file and completes a run's settings from it. pipeline.c runs the stages. sora.c is the
  * command line.
@@ -210,6 +211,8 @@ Schedule schedule_make(Sampler sampler, int steps, double shift, int train_times
 /* A schedule from a list: timesteps [steps] and sigmas [steps], to which the last sigma, 0, is appended. */
 Schedule schedule_of(Sampler sampler, int steps, const float *timesteps, const float *sigmas);
 char *schedule_string(const Schedule *schedule); /* the timesteps, as "1000 937.5 833.333313 625"; free() it */
+/* The last int(steps * part) steps; sigmas and timesteps are still the schedule's. */
+Schedule schedule_end(const Schedule *schedule, double part);
 void schedule_free(Schedule *schedule);
 
 /* What multistep samplers keep from earlier steps. */
@@ -225,20 +228,21 @@ bool sampler_needs_noise(const Schedule *schedule, int step);
 void sampler_step(const Schedule *schedule, int step, const float *velocity, float *latents, History *history,
                   const float *noise);
 
-/* ----------------------------------------------------------- vae.c: latents -> frames (the causal 3D VAE) */
+/* ----------------------------------------------------------- vae.c: frames <-> latents (the causal 3D VAE) */
 
 typedef struct {
     Linear layer;            /* (O, kt*kh*kw*I), input channels innermost */
     int kt, kh, kw, in, out; /* kernel size, channels; out 0: the layer has no such convolution */
+    int up, stride;          /* 1 or 2: it reads every pixel up x up times, and steps over stride x stride of them */
 } Conv;
 
-/* The decoder is a list of layers. What each kind does with a frame x (pixels, channels): */
+/* Each half is a list of layers. What each kind does with a frame x (pixels, channels): */
 typedef enum {
-    CONVOLUTION,   /* x = conv1(x), or conv1(silu(norm1(x))) if there is a norm1 */
-    RESIDUAL,      /* x = shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x)))))) */
-    ATTENTION,     /* x = x + conv2(attention(conv1(norm1(x)))), over the pixels of the frame */
-    UPSAMPLE_TIME, /* two frames of conv1(x); the clip's first frame passes unchanged, as one frame */
-    UPSAMPLE_SPACE /* x = conv1(x enlarged to twice the height and width, nearest neighbour) */
+    CONVOLUTION,    /* x = conv1(x), or conv1(silu(norm1(x))) if there is a norm1 */
+    RESIDUAL,       /* x = shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x)))))) */
+    ATTENTION,      /* x = x + conv2(attention(conv1(norm1(x)))), over the pixels of the frame */
+    UPSAMPLE_TIME,  /* two frames of conv1(x); the clip's first frame passes unchanged, as one frame */
+    DOWNSAMPLE_TIME /* one frame of conv1 of two; the clip's first frame passes unchanged */
 } VaeLayerKind;
 
 typedef struct {
@@ -252,29 +256,33 @@ typedef struct {
     VaeLayer *layers; /* [count] */
 } VaeLayers;
 
+typedef enum { ENCODER, DECODER, HALVES } VaeHalf;
+
 typedef struct {
     int z_dim, patch_size, temporal_stride, spatial_stride; /* strides: video frames and pixels per latent */
     const float *latents_mean, *latents_std;                /* (z_dim) */
-    VaeLayers decoder;
+    VaeLayers halves[HALVES];
     Precision precision; /* F32 or BF16 */
 } Vae;
 
 Vae vae_load(const WeightFile *file, Precision precision);
 void vae_free(Vae *vae);
 
-/* Takes one decoded frame [3,Y,X], clamped to [-1,1], which it may overwrite. `to` comes from vae_decoder_open(). */
+/* Takes one frame that comes out of a half, which it may overwrite. `to` comes from vae_open(). */
 typedef void FrameSink(void *to, float *frame);
 
-/* A decoder at work: its buffers, and the frames that causal convolutions keep. */
+/* A half at work: its buffers, and the frames that causal convolutions keep. H, W: size of the latents. */
 typedef struct VaeStream VaeStream;
-VaeStream *vae_decoder_open(const Vae *vae, int H, int W, FrameSink *sink, void *to); /* latents are H x W */
-size_t vae_decoder_memory(const Vae *vae, int H, int W);  /* while it is open */
-size_t vae_decoder_scratch(const Vae *vae, int H, int W); /* besides, in vae_decode(): convolutions and attention */
-double vae_decoder_flops(const Vae *vae, int T, int H, int W); /* of T latent frames */
-/* Decodes the clip's next latent frame (z_dim,H,W), normalised. Hands each video frame to the sink as soon as it is
- * ready: 1 for the clip's first latent frame, temporal_stride for every later one. */
-void vae_decode(VaeStream *stream, const float *latents);
-void vae_stream_close(VaeStream *stream); /* accepts NULL */
+VaeStream *vae_open(const Vae *vae, VaeHalf half, int H, int W, FrameSink *sink, void *to);
+size_t vae_memory(const Vae *vae, VaeHalf half, int H, int W);  /* while it is open */
+size_t vae_scratch(const Vae *vae, VaeHalf half, int H, int W); /* besides, in vae_push(): convolutions and attention */
+double vae_flops(const Vae *vae, VaeHalf half, int frames, int H, int W); /* of so many frames that go in */
+/* Takes the clip's next frame, and hands each frame that comes out to the sink as soon as it is ready.
+ * DECODER: in, a normalised latent frame (z_dim,H,W); out, video frames [3,Y,X] clamped to [-1,1]: 1 for the clip's first
+ * latent frame, temporal_stride for every later one. ENCODER: the way back; a latent frame comes out after the clip's
+ * first video frame and after every temporal_stride of the later ones. */
+void vae_push(VaeStream *stream, const float *frame);
+void vae_close(VaeStream *stream); /* accepts NULL */
 
 /* ---------------------------------------------------------------- y4m.c: frames -> file, and back */
 
@@ -295,9 +303,40 @@ typedef struct Y4mReader Y4mReader;
 /* Reads the header and the first frame of a stream, which stays the caller's. Returns NULL and a reader, or the error.
  * The reader holds no more than one frame, and adds every byte that it reads to `sha` unless that is NULL. */
 const char *y4m_open(FILE *stream, Sha256 *sha, Y4mReader **out, VideoFormat *format);
-/* Reads the next frame as floats [3,Y,X] in [-1,1], or sets *end after the last. Returns NULL, or the error. */
+/* Reads the next frame as floats [3,Y,X] in [-1,1], or sets *end after the last; frame NULL skips it. Returns NULL, or
+ * the error. */
 const char *y4m_next(Y4mReader *reader, float *frame, bool *end);
 void y4m_close(Y4mReader *reader);
+/* The inverse of y4m_convert(): frame [3,Y,X] from planes, which may be in full range, 0 to 255. Planes that are no colour
+ * give values beyond [-1,1]. */
+void y4m_to_floats(const VideoFormat *format, bool full_range, const uint8_t *planes, float *frame);
+
+/* ---------------------------------------------------------------- picture.c: the source of a run: a picture or a clip */
+
+/* A Y4M, or a PPM (P6), which is a clip of one frame. */
+typedef struct {
+    Bytes bytes;           /* of the file */
+    bool mapped;
+    VideoFormat format;    /* a PPM has no frame rate */
+    int frames;
+    const uint8_t *pixels; /* (Y,X,3) of a PPM; NULL if this is a Y4M */
+    int white;             /* a PPM's largest value */
+} Source;
+/* Opens a file, "-" is standard input, and reads it down to its end. Returns NULL, or the error. */
+const char *source_open(const char *path, Source *out);
+const char *source_parse(Bytes bytes, Source *out); /* the same from memory; the bytes stay the caller's */
+void source_close(Source *source);
+
+/* Gives the frames of a source one by one, as [3,Y,X] of X = width and Y = height. If the file has another size, they are
+ * scaled to cover, antialiased, and cropped in the centre. */
+typedef struct SourceReader SourceReader;
+SourceReader *source_reader_open(const Source *source, int width, int height);
+void source_next(SourceReader *reader, float *frame); /* at most source->frames times */
+void source_reader_close(SourceReader *reader);       /* accepts NULL */
+size_t source_reader_memory(const Source *source, int width, int height);
+
+size_t ppm_header(int width, int height, char out[32]); /* returns its length */
+void ppm_convert(int width, int height, const float *frame, uint8_t *out); /* [3,Y,X] -> (Y,X,3) */
 
 /* ---------------------------------------------------------------- label.c: a visible label in the frames (--label) */
 
@@ -394,6 +433,12 @@ typedef struct {
     Sampler sampler;                                            /* SAMPLERS: not given */
     int window, sink;                                           /* latent frames; negative: not given; window 0: all */
     const char *positions;                                      /* "absolute", "relative"; NULL: not given */
+    const char *image, *video;                                  /* at most one: the file of the source */
+    const Source *source;                                       /* NULL: none */
+    int source_frames;                                          /* of it that are used; set by settings_complete() */
+    double strength;                                            /* --strength; negative: not given */
+    bool extend;                                                /* the clip begins with the source's own frames */
+    bool ppm;                                                   /* the output is a picture; set by settings_complete() */
     Story story;                                                /* the prompts after the first */
     uint64_t seed;
     bool quiet, record, record_prompt, preview, feed, drift, label, mark;

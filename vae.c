@@ -1,15 +1,19 @@
-/* vae.c - latents -> video frames: the decoder of Wan 2.1's causal 3D VAE, one latent frame at a time.
+/* vae.c - video frames <-> latents: Wan 2.1's causal 3D VAE, one frame at a time.
  *
- * Takes normalised latent frames (z_dim,H,W), gives video frames [3,Y,X] in [-1,1]. The first latent frame gives one
- * video frame, every later one temporal_stride (4) of them; Y and X are spatial_stride (8) times H and W. The decoder
- * is a list of layers that a frame passes in order:
+ * The decoder takes normalised latent frames (z_dim,H,W) and gives video frames [3,Y,X] in [-1,1]; the encoder is the
+ * way back. The first latent frame belongs to one video frame, every later one to temporal_stride (4) of them; Y and X
+ * are spatial_stride (8) times H and W. Each half is a list of layers that a frame passes in order:
  *
- *   latents * std + mean -> conv2 (1x1x1) -> conv1 (3x3x3) -> residual, attention, residual -> levels -> head
- *   level: residual blocks; then UPSAMPLE_TIME, if this level doubles the frames, and UPSAMPLE_SPACE; not in the last
- *   head:  conv(silu(norm(x))), clamped to [-1,1]
+ *   decoder: latents * std + mean -> conv2 (1x1x1) -> conv1 (3x3x3) -> residual, attention, residual -> levels -> head
+ *     level: residual blocks; then UPSAMPLE_TIME, if this level doubles the frames, and a convolution that reads every
+ *            pixel 2 x 2 times; not in the last
+ *   encoder: conv1 (3x3x3) -> levels -> residual, attention, residual -> head -> conv1 (1x1x1) -> (mean(z) - mean) / std
+ *     level: residual blocks; then a convolution with stride 2, and DOWNSAMPLE_TIME, if this level halves the frames; not
+ *            in the last
+ *   head:  conv(silu(norm(x))); the decoder's is clamped to [-1,1]
  *
  * Time is causal: a 3x3x3 convolution reads a frame and the two before it, never a later one. Frames before the clip's
- * first are zeros (left out of the sum, which gives the same bits). So the decoder streams. Each convolution keeps its
+ * first are zeros (left out of the sum, which gives the same bits). So both halves stream. Each convolution keeps its
  * two previous input frames (upstream's feat_cache), and memory does not depend on the clip's length:
  *
  *   t-2  t-1   t                    after frame t:  t-1   t
@@ -22,14 +26,20 @@
  *   after the first layer     0     1   2            3   4
  *   after the second: video   0    1 2 3 4          5 6 7 8
  *
+ * DOWNSAMPLE_TIME is the way back, the drawing read upwards. The clip's first frame passes unchanged and enters the
+ * cache; of every two later frames the first ends there, and at the second the convolution reads both and the last one
+ * of the pair before.
+ *
  * A frame is stored as (pixels, channels). A convolution is a product whose rows are runs of channels at shifted
  * pixels (product.c). Padding and the upsampled image are not stored: locate_pixel() gives their addresses.
  *
  * Follows AutoencoderKLWan of diffusers (is_residual false) and wan/modules/vae.py of the original release, whose
- * weight names the file keeps. Its RMS_norm is x / |x| * sqrt(channels) * gamma, where |x| is over channels. */
+ * weight names the file keeps. Its RMS_norm is x / |x| * sqrt(channels) * gamma, where |x| is over channels. Of the
+ * distribution that the encoder gives, only the mean is used (diffusers' sample_mode "argmax"). */
 #include "sora.h"
 
 #include <math.h>
+#include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -37,9 +47,30 @@
 
 enum { MAX_LEVELS = 8 };
 
+/* The levels of both halves, the one with the most pixels first. */
+typedef struct {
+    int count, blocks;         /* blocks: residual blocks in a level of the encoder; the decoder has one more */
+    int mult[MAX_LEVELS];      /* channels, as multiples of the half's base_dim */
+    bool temporal[MAX_LEVELS]; /* whether the number of frames changes between this level and the next */
+} Levels;
+
+static Levels read_levels(const WeightFile *file) {
+    Levels levels = {.blocks = weights_size(file, "vae.num_res_blocks", 64)};
+    WeightArray mult, temporal;
+    if (!weights_array(file, "vae.dim_mult", &mult) || mult.count < 1 || mult.count > MAX_LEVELS)
+        weights_refuse(file, "vae.dim_mult is not an array of 1 to %d numbers", MAX_LEVELS);
+    levels.count = (int)mult.count;
+    weights_sizes(file, "vae.dim_mult", 64, levels.mult, levels.count);
+    if (!weights_array(file, "vae.temperal_downsample", &temporal) || temporal.count != mult.count - 1 ||
+        !array_is_number(&temporal))
+        weights_refuse(file, "vae.temperal_downsample is not an array of %d numbers", levels.count - 1);
+    for (size_t i = 0; i < temporal.count; i++) levels.temporal[i] = array_double(&temporal, i) != 0;
+    return levels;
+}
+
 static Conv bind_conv(const WeightFile *file, Precision precision, int O, int I, int kt, int k,
                       const char *name) {
-    Conv conv = {.kt = kt, .kh = k, .kw = k, .in = I, .out = O};
+    Conv conv = {.kt = kt, .kh = k, .kw = k, .in = I, .out = O, .up = 1, .stride = 1};
     if (I > MAX_CHANNELS)
         weights_refuse(file, "vae.%s has %d input channels, expected at most %d", name, I, MAX_CHANNELS);
     conv.layer = linear_bind(file, precision, O, kt * k * k * I, BIAS, "vae.%s", name);
@@ -55,18 +86,6 @@ static const float *config_floats(const WeightFile *file, const char *key, int c
     return values;
 }
 
-/* Channels of the levels, finest first. Returns the number of levels. */
-static int read_dims(const WeightFile *file, int dims[MAX_LEVELS]) {
-    WeightArray mult;
-    if (!weights_array(file, "vae.dim_mult", &mult) || mult.count < 1 || mult.count > MAX_LEVELS)
-        weights_refuse(file, "vae.dim_mult is not an array of 1 to %d numbers", MAX_LEVELS);
-    int base = weights_size(file, "vae.base_dim", MAX_CHANNELS);
-    base = weights_size_or(file, "vae.decoder_base_dim", MAX_CHANNELS, base);
-    weights_sizes(file, "vae.dim_mult", 64, dims, (int)mult.count);
-    for (size_t i = 0; i < mult.count; i++) dims[i] *= base;
-    return (int)mult.count;
-}
-
 /* Appends a layer. */
 static VaeLayer *add_layer(VaeLayers *list, VaeLayerKind kind) {
     list->layers = reallocate(list->layers, sizeof *list->layers * (size_t)(list->count + 1));
@@ -75,10 +94,20 @@ static VaeLayer *add_layer(VaeLayers *list, VaeLayerKind kind) {
     return layer;
 }
 
-#define PATH(...) (snprintf(path, sizeof path, __VA_ARGS__), path)
+static const char *name_in(char path[MAX_TENSOR_NAME], const char *format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(path, MAX_TENSOR_NAME, format, arguments);
+    va_end(arguments);
+    return path;
+}
+#define PATH(...) name_in(path, __VA_ARGS__)
+
+/* Channels of a patch of pixels. */
+static int patch_channels(const Vae *vae) { return 3 * vae->patch_size * vae->patch_size; }
 
 static void bind_residual(const WeightFile *file, Vae *vae, VaeLayers *list, int I, int O, const char *name) {
-    char path[64];
+    char path[MAX_TENSOR_NAME];
     VaeLayer *layer = add_layer(list, RESIDUAL);
     layer->norm1 = weights_floats(file, I, "vae.%s.residual.0.gamma", name);
     layer->conv1 = bind_conv(file, vae->precision, O, I, 3, 3, PATH("%s.residual.2", name));
@@ -88,77 +117,103 @@ static void bind_residual(const WeightFile *file, Vae *vae, VaeLayers *list, int
 }
 
 static void bind_attention(const WeightFile *file, Vae *vae, VaeLayers *list, int C, const char *name) {
-    char path[64];
+    char path[MAX_TENSOR_NAME];
     VaeLayer *layer = add_layer(list, ATTENTION);
     layer->norm1 = weights_floats(file, C, "vae.%s.norm.gamma", name);
     layer->conv1 = bind_conv(file, vae->precision, 3 * C, C, 1, 1, PATH("%s.to_qkv", name));
     layer->conv2 = bind_conv(file, vae->precision, C, C, 1, 1, PATH("%s.proj", name));
 }
 
-static void bind_convolution(const WeightFile *file, Vae *vae, VaeLayers *list, int O, int I, int size,
-                             const char *name) {
-    add_layer(list, CONVOLUTION)->conv1 = bind_conv(file, vae->precision, O, I, size, size, name);
+static Conv *bind_convolution(const WeightFile *file, Vae *vae, VaeLayers *list, int O, int I, int kt, int k,
+                              const char *name) {
+    VaeLayer *layer = add_layer(list, CONVOLUTION);
+    layer->conv1 = bind_conv(file, vae->precision, O, I, kt, k, name);
+    return &layer->conv1;
 }
 
-/* Residual blocks and upsampling layers of all levels share one numbering, decoder.upsamples.N. dims: finest first. */
-static void bind_levels(const WeightFile *file, Vae *vae, VaeLayers *list, const int *dims, int levels) {
-    WeightArray temporal;
-    char path[64];
-    int blocks = weights_size(file, "vae.num_res_blocks", 64) + 1, last = levels - 1, in = dims[last], index = 0;
-    if (!weights_array(file, "vae.temperal_downsample", &temporal) || temporal.count != (size_t)last ||
-        !array_is_number(&temporal))
-        weights_refuse(file, "vae.temperal_downsample is not an array of %d numbers", last);
-    for (int i = last; i >= 0; i--) {
-        int out = dims[i];
-        for (int j = 0; j < blocks; j++, in = out)
-            bind_residual(file, vae, list, in, out, PATH("decoder.upsamples.%d", index++));
-        if (i == 0) break;
-        if (array_double(&temporal, (size_t)(i - 1)) != 0) {
-            Conv conv = bind_conv(file, vae->precision, 2 * out, out, 3, 1,
-                                  PATH("decoder.upsamples.%d.time_conv", index));
-            add_layer(list, UPSAMPLE_TIME)->conv1 = conv;
-            vae->temporal_stride *= 2;
-        }
-        Conv conv = bind_conv(file, vae->precision, in = out / 2, out, 1, 3,
-                              PATH("decoder.upsamples.%d.resample.1", index++));
-        add_layer(list, UPSAMPLE_SPACE)->conv1 = conv;
-        vae->spatial_stride *= 2;
+static void bind_middle(const WeightFile *file, Vae *vae, VaeLayers *list, int C, const char *half) {
+    char path[MAX_TENSOR_NAME];
+    bind_residual(file, vae, list, C, C, PATH("%s.middle.0", half));
+    bind_attention(file, vae, list, C, PATH("%s.middle.1", half));
+    bind_residual(file, vae, list, C, C, PATH("%s.middle.2", half));
+}
+
+static void bind_head(const WeightFile *file, Vae *vae, VaeLayers *list, int O, int I, const char *half) {
+    char path[MAX_TENSOR_NAME];
+    const float *norm = weights_floats(file, I, "vae.%s.head.0.gamma", half);
+    bind_convolution(file, vae, list, O, I, 3, 3, PATH("%s.head.2", half));
+    list->layers[list->count - 1].norm1 = norm;
+}
+
+/* Residual blocks and resampling layers of all levels share one numbering, encoder.downsamples.N. */
+static void bind_encoder(const WeightFile *file, Vae *vae, const Levels *levels) {
+    VaeLayers *list = &vae->halves[ENCODER];
+    char path[MAX_TENSOR_NAME];
+    int base = weights_size(file, "vae.base_dim", MAX_CHANNELS), width = base, index = 0;
+    bind_convolution(file, vae, list, width, patch_channels(vae), 3, 3, "encoder.conv1");
+    for (int i = 0; i < levels->count; i++) {
+        int out = base * levels->mult[i];
+        for (int j = 0; j < levels->blocks; j++, width = out)
+            bind_residual(file, vae, list, width, out, PATH("encoder.downsamples.%d", index++));
+        if (i + 1 == levels->count) break;
+        bind_convolution(file, vae, list, out, out, 1, 3, PATH("encoder.downsamples.%d.resample.1", index))->stride = 2;
+        if (levels->temporal[i])
+            add_layer(list, DOWNSAMPLE_TIME)->conv1 =
+                bind_conv(file, vae->precision, out, out, 3, 1, PATH("encoder.downsamples.%d.time_conv", index));
+        index++;
     }
+    bind_middle(file, vae, list, width, "encoder");
+    bind_head(file, vae, list, 2 * vae->z_dim, width, "encoder");
+    bind_convolution(file, vae, list, 2 * vae->z_dim, 2 * vae->z_dim, 1, 1, "conv1");
 }
 
-static void bind_decoder(const WeightFile *file, Vae *vae) {
-    int dims[MAX_LEVELS], levels = read_dims(file, dims), top = dims[levels - 1], z = vae->z_dim;
-    VaeLayers *list = &vae->decoder;
-    bind_convolution(file, vae, list, z, z, 1, "conv2");
-    bind_convolution(file, vae, list, top, z, 3, "decoder.conv1");
-    bind_residual(file, vae, list, top, top, "decoder.middle.0");
-    bind_attention(file, vae, list, top, "decoder.middle.1");
-    bind_residual(file, vae, list, top, top, "decoder.middle.2");
-    bind_levels(file, vae, list, dims, levels);
-    bind_convolution(file, vae, list, 3 * vae->patch_size * vae->patch_size, dims[0], 3, "decoder.head.2");
-    list->layers[list->count - 1].norm1 = weights_floats(file, dims[0], "vae.decoder.head.0.gamma");
+static void bind_decoder(const WeightFile *file, Vae *vae, const Levels *levels) {
+    VaeLayers *list = &vae->halves[DECODER];
+    char path[MAX_TENSOR_NAME];
+    int base = weights_size_or(file, "vae.decoder_base_dim", MAX_CHANNELS, weights_size(file, "vae.base_dim", MAX_CHANNELS));
+    int z = vae->z_dim, width = base * levels->mult[levels->count - 1], index = 0;
+    bind_convolution(file, vae, list, z, z, 1, 1, "conv2");
+    bind_convolution(file, vae, list, width, z, 3, 3, "decoder.conv1");
+    bind_middle(file, vae, list, width, "decoder");
+    for (int i = levels->count - 1; i >= 0; i--) {
+        int out = base * levels->mult[i];
+        for (int j = 0; j <= levels->blocks; j++, width = out)
+            bind_residual(file, vae, list, width, out, PATH("decoder.upsamples.%d", index++));
+        if (i == 0) break;
+        if (levels->temporal[i - 1])
+            add_layer(list, UPSAMPLE_TIME)->conv1 =
+                bind_conv(file, vae->precision, 2 * out, out, 3, 1, PATH("decoder.upsamples.%d.time_conv", index));
+        width = out / 2;
+        bind_convolution(file, vae, list, width, out, 1, 3, PATH("decoder.upsamples.%d.resample.1", index++))->up = 2;
+    }
+    bind_head(file, vae, list, patch_channels(vae), width, "decoder");
 }
 
 Vae vae_load(const WeightFile *file, Precision precision) {
     Vae vae = {.z_dim = weights_size(file, "vae.z_dim", MAX_CHANNELS),
                .patch_size = weights_size_or(file, "vae.patch_size", 16, 1),
-               .temporal_stride = 1, .precision = precision == F32 ? F32 : BF16};
-    vae.spatial_stride = vae.patch_size;
+               .precision = precision == F32 ? F32 : BF16};
+    Levels levels = read_levels(file);
+    vae.spatial_stride = vae.patch_size << (levels.count - 1);
+    vae.temporal_stride = 1;
+    for (int i = 0; i + 1 < levels.count; i++) vae.temporal_stride <<= levels.temporal[i];
     vae.latents_mean = config_floats(file, "vae.latents_mean", vae.z_dim);
     vae.latents_std = config_floats(file, "vae.latents_std", vae.z_dim);
-    bind_decoder(file, &vae);
+    bind_encoder(file, &vae, &levels);
+    bind_decoder(file, &vae, &levels);
     return vae;
 }
 
 void vae_free(Vae *vae) {
-    free(vae->decoder.layers);
+    for (int half = 0; half < HALVES; half++) free(vae->halves[half].layers);
     free((void *)vae->latents_mean);
     free((void *)vae->latents_std);
 }
 
 /* ---------------------------------------------------------------- the stream */
 
-/* Buffers of one resolution. There is a grid for the latents' and one after each UPSAMPLE_SPACE. */
+/* Buffers of one resolution. There is a grid for the frame that enters, and one after each
+ * convolution that changes the resolution. */
 typedef struct {
     int height, width;
     int channels, wide_channels; /* the most of any layer at this resolution */
@@ -174,20 +229,22 @@ typedef struct {
 
 /* What a layer keeps from frame to frame. */
 typedef struct {
-    int grid;           /* index of the grid that it reads */
+    int in, out;        /* indices of the grids that it reads and writes */
     FeatCache cache[2]; /* of conv1 and conv2 */
-    bool started;       /* UPSAMPLE_TIME: the clip's first frame has passed */
+    bool started;       /* UPSAMPLE_TIME, DOWNSAMPLE_TIME: the clip's first frame has passed */
+    bool waiting;       /* DOWNSAMPLE_TIME: the first frame of a pair has passed, the second has not */
 } LayerState;
 
 struct VaeStream {
     const Vae *vae;
+    VaeHalf half;
     const VaeLayers *list;
     Arena arena;
     Grid grids[MAX_LEVELS];
     LayerState *states; /* [list->count] */
     float *x, *t;       /* (pixels, channels): the frame; the hidden frame of a residual block */
     char *zeros;        /* a row operand of zeros: a pixel of the padding */
-    float *frame;       /* the decoded frame [3,Y,X] */
+    float *frame;       /* what comes out: a video frame [3,Y,X] or a latent frame (z_dim,H,W) */
     FrameSink *sink;
     void *to;
 };
@@ -201,22 +258,24 @@ typedef struct {
     int skip;              /* frames before the clip's first: their taps are left out */
     const char *zeros;
     size_t pixel;          /* bytes of a pixel's row operand */
-    int height, width;     /* of the output */
-    int upsampled;         /* 1: the input has half the height and width, and pixel (y,x) is its (y/2,x/2) */
+    int height, width;     /* of the frames, after upsampling by conv->up */
+    int columns;           /* of the output */
 } ConvInput;
 
-/* Addresses of the pixels under each tap, for output pixel `row`. Taps are ordered (t, y, x). */
+/* Addresses of the pixels under each tap, for output pixel `row`. Taps are ordered (t, y, x). Padding is on all sides; with
+ * stride 2, only below and to the right. */
 static void locate_pixel(const void *of, int row, const void **where) {
     const ConvInput *input = of;
     const Conv *conv = input->conv;
-    int top = row / input->width - conv->kh / 2, left = row % input->width - conv->kw / 2;
+    int pad = conv->stride == 1 ? conv->kh / 2 : 0, stored = input->width / conv->up;
+    int top = row / input->columns * conv->stride - pad, left = row % input->columns * conv->stride - pad;
     for (int t = input->skip; t < conv->kt; t++)
         for (int y = top; y < top + conv->kh; y++) {
-            int line = (y >> input->upsampled) * (input->width >> input->upsampled);
+            int line = y / conv->up * stored;
             bool inside = y >= 0 && y < input->height;
             for (int x = left; x < left + conv->kw; x++, where++) {
-                size_t pixel = (size_t)(line + (x >> input->upsampled)) * input->pixel;
-                *where = inside && x >= 0 && x < input->width ? input->frames[t] + pixel : input->zeros;
+                bool here = inside && x >= 0 && x < input->width;
+                *where = here ? input->frames[t] + (size_t)(line + x / conv->up) * input->pixel : input->zeros;
             }
         }
 }
@@ -224,26 +283,31 @@ static void locate_pixel(const void *of, int row, const void **where) {
 static void run_conv(const ConvInput *input, float *out, int mode) {
     const Conv *conv = input->conv;
     int area = conv->kh * conv->kw, skip = input->skip * area;
-    Rows rows = {input->height * input->width, conv->kt * area - skip, conv->in, skip, locate_pixel, input};
+    Rows rows = {input->height / conv->stride * input->columns, conv->kt * area - skip, conv->in, skip, locate_pixel, input};
     product(out, rows, &conv->layer, mode);
 }
 
-/* out (pixels, O) = or += conv of the frame in grid->operands and, if kt is 3, of the two frames in its cache. Then the
- * buffers rotate: operands -> cache, the newer cached frame becomes the older, the older one becomes grid->operands. */
-static void convolve(const VaeStream *s, Grid *grid, const Conv *conv, FeatCache *cache, float *out, int mode) {
-    ConvInput input = {.conv = conv, .frames = {grid->operands}, .zeros = s->zeros,
-                       .pixel = row_bytes(s->vae->precision, conv->in), .height = grid->height, .width = grid->width};
-    if (conv->kt == 1) {
-        run_conv(&input, out, mode);
-        return;
-    }
-    input.frames[0] = cache->frames[0], input.frames[1] = cache->frames[1], input.frames[2] = grid->operands;
-    input.skip = 2 - cache->seen;
-    run_conv(&input, out, mode);
-    cache->seen = smaller(cache->seen + 1, 2);
-    grid->operands = cache->frames[0];
+/* The buffers rotate: operands -> cache, the newer cached frame becomes the older, the older one becomes operands. */
+static void cache_frame(Grid *grid, FeatCache *cache) {
+    char *oldest = cache->frames[0];
     cache->frames[0] = cache->frames[1];
-    cache->frames[1] = (char *)input.frames[2];
+    cache->frames[1] = grid->operands;
+    cache->seen = smaller(cache->seen + 1, 2);
+    grid->operands = oldest;
+}
+
+/* out (pixels, O) = or += conv of the frame in grid->operands and, if kt is 3, of the two frames in its cache, which the
+ * frame then enters. */
+static void convolve(const VaeStream *s, Grid *grid, const Conv *conv, FeatCache *cache, float *out, int mode) {
+    ConvInput input = {.conv = conv, .frames = {grid->operands}, .zeros = s->zeros, .pixel = row_bytes(s->vae->precision, conv->in),
+                 .height = grid->height * conv->up, .width = grid->width * conv->up};
+    input.columns = input.width / conv->stride;
+    if (conv->kt > 1) {
+        input.frames[0] = cache->frames[0], input.frames[1] = cache->frames[1], input.frames[2] = grid->operands;
+        input.skip = 2 - cache->seen;
+    }
+    run_conv(&input, out, mode);
+    if (conv->kt > 1) cache_frame(grid, cache);
 }
 
 /* ---------------------------------------------------------------- layers */
@@ -298,27 +362,60 @@ static void copy_half(VaeStream *s, const Grid *grid, int C, int half) {
         memcpy(s->x + (size_t)i * C, grid->wide + ((size_t)2 * i + half) * C, sizeof(float) * (size_t)C);
 }
 
-static void upsample_space(VaeStream *s, Grid *grid, const VaeLayer *layer) {
+/* Returns whether x goes on: unchanged if it is the clip's first frame, as conv1 of the pair if it is the second of one. */
+static bool downsample_time(VaeStream *s, Grid *grid, const VaeLayer *layer, LayerState *state) {
     to_operands(s, grid, s->x, layer->conv1.in);
-    ConvInput input = {.conv = &layer->conv1, .frames = {grid->operands}, .zeros = s->zeros,
-                       .pixel = row_bytes(s->vae->precision, layer->conv1.in), .height = 2 * grid->height,
-                       .width = 2 * grid->width, .upsampled = 1};
-    run_conv(&input, s->x, REPLACE);
+    if (!state->started || !state->waiting) cache_frame(grid, &state->cache[0]);
+    else convolve(s, grid, &layer->conv1, &state->cache[0], s->x, REPLACE);
+    bool goes_on = !state->started || state->waiting;
+    state->waiting = state->started && !state->waiting;
+    state->started = true;
+    return goes_on;
 }
 
-/* Unpatches and clamps the last layer's output, and hands the frame to the sink. Channel (c*p + b)*p + a of x is colour
- * c, row a, column b of a p x p patch, as in upstream's unpatchify; p is 1 in Wan 2.1. */
-static void emit(VaeStream *s, const Grid *grid) {
-    int p = s->vae->patch_size, H = grid->height, W = grid->width;
+/* ---------------------------------------------------------------- both ends of the lists */
+
+/* Index in x (pixels, 3*p*p) of colour c of pixel (y,x) of the video, W patches wide. Channel (c*p + b)*p + a is colour c,
+ * row a, column b of a p x p patch, as in upstream's patchify; p is 1 in Wan 2.1. */
+static size_t patch_index(int p, int W, int c, int y, int x) {
+    return ((size_t)(y / p) * W + x / p) * 3 * p * p + (c * p + x % p) * p + y % p;
+}
+
+static void take_frame(VaeStream *s, const Grid *grid, const float *frame) {
+    int p = s->vae->patch_size, Y = grid->height * p, X = grid->width * p;
     for (int c = 0; c < 3; c++)
-        for (int y = 0; y < H * p; y++)
-            for (int x = 0; x < W * p; x++) {
-                int channel = (c * p + x % p) * p + y % p;
-                float value = s->x[((size_t)(y / p) * W + x / p) * (3 * p * p) + channel];
-                float *pixel = s->frame + ((size_t)c * H * p + y) * W * p + x;
-                *pixel = value > 1.0f ? 1.0f : value < -1.0f ? -1.0f : value; /* NaN stays NaN */
+        for (int y = 0; y < Y; y++)
+            for (int x = 0; x < X; x++) s->x[patch_index(p, grid->width, c, y, x)] = *frame++;
+}
+
+static void give_frame(VaeStream *s, const Grid *grid) {
+    int p = s->vae->patch_size, Y = grid->height * p, X = grid->width * p;
+    float *pixel = s->frame;
+    for (int c = 0; c < 3; c++)
+        for (int y = 0; y < Y; y++)
+            for (int x = 0; x < X; x++) {
+                float value = s->x[patch_index(p, grid->width, c, y, x)];
+                *pixel++ = value > 1.0f ? 1.0f : value < -1.0f ? -1.0f : value; /* NaN stays NaN */
             }
-    s->sink(s->to, s->frame);
+}
+
+static void take_latents(VaeStream *s, const Grid *grid, const float *latents) {
+    const Vae *vae = s->vae;
+    int z = vae->z_dim;
+    size_t pixels = (size_t)pixels_of(grid);
+    for (int c = 0; c < z; c++)
+        for (size_t i = 0; i < pixels; i++)
+            s->x[i * z + c] = latents[c * pixels + i] * vae->latents_std[c] + vae->latents_mean[c];
+}
+
+/* x holds z_dim means, then as many logarithms of variances, which are not used. */
+static void give_latents(VaeStream *s, const Grid *grid) {
+    const Vae *vae = s->vae;
+    int z = vae->z_dim;
+    size_t pixels = (size_t)pixels_of(grid);
+    for (int c = 0; c < z; c++)
+        for (size_t i = 0; i < pixels; i++)
+            s->frame[c * pixels + i] = (s->x[i * 2 * z + c] - vae->latents_mean[c]) / vae->latents_std[c];
 }
 
 /* Runs the layers from `index` on with the frame in x. UPSAMPLE_TIME calls it for its first frame, and goes on with the
@@ -327,12 +424,14 @@ static void push(VaeStream *s, int index) {
     for (; index < s->list->count; index++) {
         const VaeLayer *layer = &s->list->layers[index];
         LayerState *state = &s->states[index];
-        Grid *grid = &s->grids[state->grid];
+        Grid *grid = &s->grids[state->in];
         switch (layer->kind) {
         case CONVOLUTION: convolution(s, grid, layer, state); break;
         case RESIDUAL: residual(s, grid, layer, state); break;
         case ATTENTION: attend(s, grid, layer); break;
-        case UPSAMPLE_SPACE: upsample_space(s, grid, layer); break;
+        case DOWNSAMPLE_TIME:
+            if (!downsample_time(s, grid, layer, state)) return;
+            break;
         case UPSAMPLE_TIME:
             if (!state->started) {
                 state->started = true;
@@ -345,39 +444,40 @@ static void push(VaeStream *s, int index) {
             copy_half(s, grid, layer->conv1.in, 1);
         }
     }
-    emit(s, &s->grids[s->states[s->list->count - 1].grid]);
+    const Grid *last = &s->grids[s->states[index - 1].out];
+    if (s->half == DECODER) give_frame(s, last);
+    else give_latents(s, last);
+    s->sink(s->to, s->frame);
 }
 
-void vae_decode(VaeStream *s, const float *latents) {
-    const Vae *vae = s->vae;
-    int z = vae->z_dim;
-    size_t pixels = (size_t)pixels_of(&s->grids[0]);
-    for (int c = 0; c < z; c++)
-        for (size_t i = 0; i < pixels; i++)
-            s->x[i * z + c] = latents[c * pixels + i] * vae->latents_std[c] + vae->latents_mean[c];
+void vae_push(VaeStream *s, const float *frame) {
+    if (s->half == DECODER) take_latents(s, &s->grids[0], frame);
+    else take_frame(s, &s->grids[0], frame);
     push(s, 0);
 }
 
 /* ---------------------------------------------------------------- memory and operations */
 
-/* Sets the size and channels of each grid, and the grid of each layer. Returns the last grid. */
+/* Sets the size and channels of each grid, and the grids of each layer. H, W: of the latents. Returns the last grid. */
 static Grid *size_grids(VaeStream *s, int H, int W) {
     Grid *grid = s->grids;
-    *grid = (Grid){.height = H, .width = W};
+    int times = s->half == DECODER ? 1 : s->vae->spatial_stride / s->vae->patch_size;
+    *grid = (Grid){.height = H * times, .width = W * times};
     for (int i = 0; i < s->list->count; i++) {
         const VaeLayer *layer = &s->list->layers[i];
-        int in = layer->conv1.in, out = layer->conv1.out;
-        s->states[i].grid = (int)(grid - s->grids);
-        grid->channels = (int)larger(grid->channels, in);
-        if (layer->kind == ATTENTION || layer->kind == UPSAMPLE_TIME) {
-            grid->wide_channels = (int)larger(grid->wide_channels, out);
-            continue;
-        }
-        if (layer->kind == UPSAMPLE_SPACE) {
+        const Conv *conv = &layer->conv1;
+        s->states[i].in = (int)(grid - s->grids);
+        grid->channels = (int)larger(grid->channels, conv->in);
+        if (conv->up != conv->stride) {
             grid++;
-            *grid = (Grid){.height = 2 * grid[-1].height, .width = 2 * grid[-1].width};
+            *grid = (Grid){.height = grid[-1].height * conv->up / conv->stride,
+                           .width = grid[-1].width * conv->up / conv->stride};
         }
-        grid->channels = (int)larger(grid->channels, out);
+        s->states[i].out = (int)(grid - s->grids);
+        if (layer->kind == ATTENTION || layer->kind == UPSAMPLE_TIME)
+            grid->wide_channels = (int)larger(grid->wide_channels, conv->out);
+        else
+            grid->channels = (int)larger(grid->channels, conv->out);
     }
     return grid;
 }
@@ -405,77 +505,86 @@ static void take_buffers(VaeStream *s, Arena *arena, int H, int W) {
     for (int i = 0; i < s->list->count; i++) {
         const VaeLayer *layer = &s->list->layers[i];
         LayerState *state = &s->states[i];
-        take_cache(s, arena, &s->grids[state->grid], &layer->conv1, &state->cache[0]);
-        take_cache(s, arena, &s->grids[state->grid], &layer->conv2, &state->cache[1]);
+        take_cache(s, arena, &s->grids[state->in], &layer->conv1, &state->cache[0]);
+        take_cache(s, arena, &s->grids[state->in], &layer->conv2, &state->cache[1]);
     }
     s->x = arena_floats(arena, floats);
     s->t = arena_floats(arena, floats);
     s->zeros = arena_take(arena, row_bytes(s->vae->precision, (int)channels));
-    s->frame = arena_floats(arena, (size_t)pixels_of(last) * 3 * s->vae->patch_size * s->vae->patch_size);
+    s->frame = arena_floats(arena, (size_t)pixels_of(last) * (s->half == DECODER ? patch_channels(s->vae) : s->vae->z_dim));
 }
 
-static VaeStream *stream_new(const Vae *vae) {
+static VaeStream *stream_new(const Vae *vae, VaeHalf half) {
     VaeStream *s = allocate(sizeof *s);
-    *s = (VaeStream){.vae = vae, .list = &vae->decoder};
+    *s = (VaeStream){.vae = vae, .half = half, .list = &vae->halves[half]};
     s->states = allocate(sizeof *s->states * (size_t)s->list->count);
     return s;
 }
 
-void vae_stream_close(VaeStream *s) {
+void vae_close(VaeStream *s) {
     if (!s) return;
     arena_close(&s->arena);
     free(s->states);
     free(s);
 }
 
-size_t vae_decoder_memory(const Vae *vae, int H, int W) {
+size_t vae_memory(const Vae *vae, VaeHalf half, int H, int W) {
     Arena count = {0};
-    VaeStream *s = stream_new(vae);
+    VaeStream *s = stream_new(vae, half);
     take_buffers(s, &count, H, W);
-    vae_stream_close(s);
+    vae_close(s);
     return count.used;
 }
 
-size_t vae_decoder_scratch(const Vae *vae, int H, int W) {
+size_t vae_scratch(const Vae *vae, VaeHalf half, int H, int W) {
     size_t most = 0;
-    int pixels = H * W;
-    for (int i = 0; i < vae->decoder.count; i++) {
-        const VaeLayer *layer = &vae->decoder.layers[i];
+    VaeStream *s = stream_new(vae, half);
+    size_grids(s, H, W);
+    for (int i = 0; i < s->list->count; i++) {
+        const VaeLayer *layer = &s->list->layers[i];
         const Conv *convs[] = {&layer->conv1, &layer->conv2, &layer->shortcut};
-        if (layer->kind == UPSAMPLE_SPACE) pixels *= 4;
+        int pixels = pixels_of(&s->grids[s->states[i].out]);
         if (layer->kind == ATTENTION) most = larger(most, attention_memory(vae->precision, pixels, 1, layer->conv2.in));
         for (int j = 0; j < 3; j++)
             if (convs[j]->out)
                 most = larger(most, product_memory(&convs[j]->layer, pixels));
     }
+    vae_close(s);
     return most;
 }
 
-VaeStream *vae_decoder_open(const Vae *vae, int H, int W, FrameSink *sink, void *to) {
-    VaeStream *s = stream_new(vae);
+VaeStream *vae_open(const Vae *vae, VaeHalf half, int H, int W, FrameSink *sink, void *to) {
+    VaeStream *s = stream_new(vae, half);
     s->sink = sink, s->to = to;
-    s->arena = arena_open(vae_decoder_memory(vae, H, W));
+    s->arena = arena_open(vae_memory(vae, half, H, W));
     take_buffers(s, &s->arena, H, W);
     return s;
 }
 
-/* Of `frames` frames of `area` pixels. Taps before the clip's first frame are left out: 2 of 3 in its first frame, 1 in
- * its second. */
-static double conv_flops(const Conv *conv, double frames, double area) {
-    double missing = conv->kt == 3 ? (frames > 1 ? 3 : 2) : 0;
+/* Of `frames` frames of `area` pixels. `missing` taps in time are left out, before the clip's first frame. */
+static double conv_flops(const Conv *conv, double frames, double area, double missing) {
     double seen = conv->kt && frames > 0 ? (frames * conv->kt - missing) / conv->kt : 0;
     return 2.0 * seen * area * conv->layer.weight.rows * conv->layer.weight.cols;
 }
 
-double vae_decoder_flops(const Vae *vae, int T, int H, int W) {
-    double frames = T, area = (double)H * W, sum = 0;
-    for (int i = 0; i < vae->decoder.count; i++) {
-        const VaeLayer *layer = &vae->decoder.layers[i];
-        if (layer->kind == UPSAMPLE_SPACE) area *= 4;
+double vae_flops(const Vae *vae, VaeHalf half, int count, int H, int W) {
+    double frames = count, sum = 0;
+    VaeStream *s = stream_new(vae, half);
+    size_grids(s, H, W);
+    for (int i = 0; i < s->list->count; i++) {
+        const VaeLayer *layer = &s->list->layers[i];
+        const Conv *convs[] = {&layer->conv1, &layer->conv2, &layer->shortcut};
+        double area = pixels_of(&s->grids[s->states[i].out]);
         if (layer->kind == ATTENTION) sum += 4.0 * frames * area * area * layer->conv2.in;
-        sum += conv_flops(&layer->conv1, layer->kind == UPSAMPLE_TIME ? frames - 1 : frames, area) +
-               conv_flops(&layer->conv2, frames, area) + conv_flops(&layer->shortcut, frames, area);
-        if (layer->kind == UPSAMPLE_TIME) frames = 2 * frames - 1;
+        if (layer->kind == DOWNSAMPLE_TIME) frames = (frames - 1) / 2; /* the clip's first passes */
+        if (layer->kind == UPSAMPLE_TIME) frames--;
+        for (int j = 0; j < 3; j++) {
+            bool deep = convs[j]->kt == 3 && layer->kind != DOWNSAMPLE_TIME;
+            sum += conv_flops(convs[j], frames, area, !deep ? 0 : frames > 1 ? 3 : 2); /* 2 of 3 in its first frame, then 1 */
+        }
+        if (layer->kind == DOWNSAMPLE_TIME) frames++;
+        if (layer->kind == UPSAMPLE_TIME) frames = 2 * frames + 1;
     }
+    vae_close(s);
     return sum;
 }

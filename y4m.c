@@ -266,15 +266,13 @@ const char *y4m_open(FILE *stream, Sha256 *sha, Y4mReader **out, VideoFormat *fo
     return NULL;
 }
 
-static void planes_to_floats(const Y4mReader *reader, float *frame) {
-    const VideoFormat *format = &reader->format;
-    const uint8_t *planes = reader->planes;
+void y4m_to_floats(const VideoFormat *format, bool full_range, const uint8_t *planes, float *frame) {
     Sampling s = sampling(format->chroma);
     Matrix m = matrix(format);
     size_t pixels = luma_bytes(format), chroma_width = (size_t)((format->width + s.dx - 1) / s.dx), i = 0;
     const uint8_t *blue = planes + pixels, *red = blue + chroma_bytes(format);
-    float black = reader->full_range ? 127.5f : 125.5f, gain = reader->full_range ? 127.5f : 109.5f;
-    float chroma_gain = reader->full_range ? 127.5f : 112.0f;
+    float black = full_range ? 127.5f : 125.5f, gain = full_range ? 127.5f : 109.5f;
+    float chroma_gain = full_range ? 127.5f : 112.0f;
     for (int row = 0; row < format->height; row++) {
         for (int column = 0; column < format->width; column++, i++) {
             size_t at = (size_t)(row / s.dy) * chroma_width + (size_t)(column / s.dx);
@@ -292,7 +290,7 @@ const char *y4m_next(Y4mReader *reader, float *frame, bool *end) {
     *end = false;
     const char *why = reader->ahead ? NULL : take_frame(reader, end);
     reader->ahead = false;
-    if (!why && !*end) planes_to_floats(reader, frame);
+    if (!why && !*end && frame) y4m_to_floats(&reader->format, reader->full_range, reader->planes, frame);
     return why;
 }
 

@@ -194,9 +194,9 @@ static void forget(void *to, float *frame) {
 
 static void run_decoding(void *with) {
     Decoding *d = with;
-    VaeStream *stream = vae_decoder_open(&d->vae, d->H, d->W, forget, NULL);
-    for (int t = 0; t < d->T; t++) vae_decode(stream, d->latents + (size_t)t * d->vae.z_dim * d->H * d->W);
-    vae_stream_close(stream);
+    VaeStream *stream = vae_open(&d->vae, DECODER, d->H, d->W, forget, NULL);
+    for (int t = 0; t < d->T; t++) vae_push(stream, d->latents + (size_t)t * d->vae.z_dim * d->H * d->W);
+    vae_close(stream);
 }
 
 /* Seconds of T latent frames of H x W: 4T-3 frames of 8H x 8W pixels. With a length, those of a clip of so many latent
@@ -204,9 +204,9 @@ static void run_decoding(void *with) {
 static double bench_vae(Precision precision, int T, int H, int W, int threads, int length) {
     Decoding d = {.vae = random_vae(precision), .T = T, .H = H, .W = W};
     d.latents = random_floats((size_t)d.vae.z_dim * T * H * W);
-    double flops = vae_decoder_flops(&d.vae, T, H, W);
+    double flops = vae_flops(&d.vae, DECODER, T, H, W);
     double duration = measure(&(Job){"stage", "VAE decode", precision, 4 * T - 3, threads, flops, 0, run_decoding, &d});
-    if (length) duration *= vae_decoder_flops(&d.vae, length, H, W) / flops;
+    if (length) duration *= vae_flops(&d.vae, DECODER, length, H, W) / flops;
     release();
     return duration;
 }

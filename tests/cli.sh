@@ -62,7 +62,7 @@ usage() {
     done
     refused 2 "--output a.b/clip.MP4: .* for mp4 give -o a.b/clip.y4m, then: ffmpeg -i a.b/clip.y4m a.b/clip.MP4$" \
         -m $model -o a.b/clip.MP4 x
-    for name in webm gif mkv mov png ppm; do
+    for name in webm gif mkv mov png; do
         refused 2 "for $name give -o clip.y4m, then: ffmpeg -i clip.y4m clip.$name$" -m $model -o clip.$name x
     done
     refused 2 "--threads: '0'" -m $model -t 0 x
@@ -369,7 +369,7 @@ information() {
     run --help
     claim "--help: status 0" [ $status -eq 0 ]
     for option in model prompt prompt-file negative output size frames seconds fps steps guidance shift sampler seed \
-        threads precision isa noise at story window sink positions drift dump dump-only check feed tolerance chroma \
+        image video strength extend threads precision isa noise at story window sink positions drift dump dump-only check feed tolerance chroma \
         record-prompt no-record label mark verify producer produce-id profile info tokenize preview quiet help \
         version; do
         claim "--help lists --$option" grep -q -- "--$option " "$work/out"
@@ -429,6 +429,77 @@ chunks() {
     refused 2 "two prompts: 'x' and 'a'" $short --at "0 a" x
     run $short -o "$work/clip.y4m" --at "9 a dog" x
     claim "a prompt after the end: a warning" grep -q "warning: the prompt at 9 s is not used" "$work/err"
+}
+
+# Pictures and clips to begin from, and a picture as the output.
+images() {
+    images=tests/goldens/images
+    anew="-m $model --steps 3 -g 3 --shift 3 --sampler unipc --seed 7"
+    run $anew --video $images/clip.y4m --strength 0.7 -n "the lazy dog" -o "$work/clip.y4m" --check $images/anew --tolerance 1e-5 "a red fox"
+    claim "a clip made anew equals diffusers: status 0, not $status" [ $status -eq 0 ]
+    claim "a clip made anew equals diffusers: 19 tensors" grep -q "check passed: 19 tensors within 1e-05" "$work/err"
+    claim "its size, rate and length are the source's" [ "$(head -n 1 "$work/clip.y4m" | cut -d " " -f 2-4)$(frames 32 16)" = "W32 H16 F24:19" ]
+    claim "the record has the source and the strength" [ "$(grep -c '"video_sha256": "[0-9a-f]\{64\}"\|"strength": 0.7' "$work/clip.y4m.json")" -eq 2 ]
+    mv "$work/clip.y4m" "$work/expected.y4m"
+    for isa in naive generic; do
+        "$sora" $anew --video - --strength 0.7 -n "the lazy dog" -t 3 --isa $isa -o "$work/clip.y4m" "a red fox" <$images/clip.y4m 2>"$work/err"
+        claim "the same from standard input, with $isa kernels" cmp "$work/clip.y4m" "$work/expected.y4m"
+    done
+    run $anew --video $images/clip.y4m --strength 0.7 -f 5 -s 24x16 -o "$work/clip.y4m" x
+    claim "five frames of it, in another size" [ "$(frames 24 16)" -eq 5 ]
+    run $small -f 1 -o "$work/clip.ppm" x
+    claim "a picture: status 0, not $status" [ $status -eq 0 ]
+    claim "a picture is a PPM" [ "$(head -n 2 "$work/clip.ppm" | tr '\n' ' ')$(wc -c <"$work/clip.ppm")" = "P6 32 16 1549" ]
+    run $small -f 1 --mark --label -o "$work/clip.ppm" x
+    "$sora" --verify "$work/clip.ppm" >"$work/out" 2>"$work/err"
+    claim "--verify reads a picture and its record" grep -q "the SHA-256 of the video agrees" "$work/out"
+
+    causal=tests/goldens/causal
+    short="-m $causal/model.gguf -s 48x32 --seed 7"
+    run $short --image $images/picture.ppm -f 9 -o "$work/clip.y4m" --dump "$work/image" x
+    claim "a picture as the first frame: status 0, not $status" [ $status -eq 0 ]
+    claim "a picture as the first frame: its tensors" [ -s "$work/image/image.npy" -a -s "$work/image/encoded.npy" -a \
+        -s "$work/image/given000.cache.block01.npy" -a -s "$work/image/chunk000.step003.latents.npy" ]
+    claim "a picture as the first frame: 9 frames" [ "$(frames 48 32)" -eq 9 ]
+    run $short --video $images/clip.y4m --extend -f 24 -o "$work/clip.y4m" --check $causal/given3 --feed --tolerance 1e-5 \
+        "A red fox jumps over 12 lazy dogs."
+    claim "given latents: all but those that are fed equal Self-Forcing's" grep -q \
+        "^check failed: 1 of 3 tensors, the first in order of data flow is encoded " "$work/err"
+    run $short -f 9 -o "$work/clip.y4m" x
+    mv "$work/clip.y4m" "$work/begun.y4m"
+    run $short --video "$work/begun.y4m" --extend --seconds 0.5 -o "$work/clip.y4m" x
+    claim "a clip that goes on: 8 frames more" [ "$(frames 48 32)" -eq 17 ]
+    claim "a clip that goes on begins with its own bytes" cmp -n "$(wc -c <"$work/begun.y4m")" "$work/begun.y4m" "$work/clip.y4m"
+    claim "a clip that goes on: the record" grep -q '"frames_kept": 9' "$work/clip.y4m.json"
+    head -c $((6 * (6 + 48 * 32 * 3 / 2) + $(head -n 1 "$work/begun.y4m" | wc -c))) "$work/begun.y4m" >"$work/six.y4m"
+    run $short --video "$work/six.y4m" --extend -f 4 -o "$work/clip.y4m" x
+    claim "six frames: a warning" grep -q "warning: --video $work/six.y4m: 5 of its 6 frames are used, a multiple of 4 plus 1" "$work/err"
+    refused 2 "--frames: 5 more frames with --extend is not a multiple of 4, such as 4 or 8" $short --video "$work/begun.y4m" --extend -f 5 x
+    refused 2 "--seconds: 0.05 more with --extend is no frame" $short --video "$work/begun.y4m" --extend --seconds 0.05 x
+    refused 2 "--frames 1: with --image that frame is given, expected at least 5" $short --image $images/picture.ppm -f 1 x
+    refused 2 "--strength: the model generates chunks of 3 latent frames, expected a number of frames that fills them, found 5" \
+        $short --video "$work/begun.y4m" -f 5 --strength 1 x
+
+    refused 2 "--output $work/clip.ppm: a PPM is one picture, and the clip has 5 frames: give --frames 1, or -o $work/clip.y4m" \
+        $small -o "$work/clip.ppm" x
+    refused 2 "--image: needs a model that generates in chunks, this one generates a whole clip from text" $small --image $images/picture.ppm x
+    refused 2 "--extend: needs a model that generates in chunks, this one generates a whole clip from text" $anew --video $images/clip.y4m --extend x
+    refused 2 "--image nowhere.ppm: No such file" $small --image nowhere.ppm x
+    refused 2 "--image $golden/noise.npy: expected a PPM (P6) or a Y4M" $small --image $golden/noise.npy x
+    refused 2 "--video $images/picture.ppm: this is a PPM, expected a Y4M; --image takes a PPM" $anew --video $images/picture.ppm --extend x
+    head -c 13000 $images/clip.y4m >"$work/cut.y4m"
+    refused 2 "--video $work/cut.y4m: the last frame is cut off" $anew --video "$work/cut.y4m" --strength 1 x
+    refused 2 "--image and --video: expected one of them, found both" $anew --video x --image x --extend x
+    refused 2 "--extend: needs --video FILE" $small --extend x
+    refused 2 "--strength: needs --video FILE" $small --strength 1 x
+    refused 2 "--video: needs --strength S or --extend" $small --video x x
+    refused 2 "--extend and --strength: expected one of them, found both" $small --video x --strength 1 --extend x
+    refused 2 "--strength: 0.3 of 3 steps is none, expected at least 0.3333" $anew --video $images/clip.y4m --strength 0.3 x
+    refused 2 "--strength: '1.1' is not a number from 0 to 1" $anew --video $images/clip.y4m --strength 1.1 x
+    refused 2 "--frames 13: $images/clip.y4m has 9 that can be used" $anew --video $images/clip.y4m --strength 1 -f 13 x
+    refused 2 "standard input: 2 options read it (-), expected one" $anew --video - --prompt-file - --strength 1
+    cp $images/clip.y4m "$work/input.y4m"
+    refused 2 "would overwrite the input file .*input.y4m" $anew --video "$work/input.y4m" --strength 1 -o "$work/input.y4m" x
 }
 
 # The bundled model: tensors compared with diffusers, its defaults, prompts with words that it has not learned.
@@ -533,5 +604,6 @@ options
 information
 building
 chunks
+images
 demo
 trust

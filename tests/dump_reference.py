@@ -17,7 +17,7 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import WanPipeline
+from diffusers import WanPipeline, WanVideoToVideoPipeline
 from transformers import PreTrainedTokenizerFast
 
 import schedulers
@@ -36,6 +36,7 @@ class Settings:
     shift: float = 3.0
     sampler: str = "unipc"
     seed: int = 0
+    strength: float | None = None  # a clip is made anew
 
 
 class Recorder:
@@ -47,6 +48,7 @@ class Recorder:
         self.texts = iter(("prompt", "negative"))
         self.passes = 0  # forward passes of the transformer so far
         self.steps = 0  # steps of the sampler so far
+        self.mixed = False  # the clip began as a mixture of a source and noise
         folder.mkdir(parents=True, exist_ok=True)
         pipe.text_encoder.register_forward_hook(self.on_text)
         pipe.transformer.register_forward_pre_hook(self.on_noise, with_kwargs=True)
@@ -55,6 +57,13 @@ class Recorder:
                 lambda _, args, out, name=f"block{index:02d}": self.save(self.branch(name), out[0]))
         pipe.transformer.register_forward_hook(self.on_velocity)
         pipe.scheduler.step = self.wrap(pipe.scheduler.step, self.on_step)
+        if hasattr(pipe.scheduler, "add_noise"):
+            pipe.scheduler.add_noise = self.wrap(
+                pipe.scheduler.add_noise, lambda _, encoded, noise, *__: self.on_encoded(encoded, noise))
+        else:
+            pipe.scheduler.scale_noise = self.wrap(
+                pipe.scheduler.scale_noise, lambda _, encoded, __, noise: self.on_encoded(encoded, noise))
+        pipe.vae.encode = self.wrap(pipe.vae.encode, lambda _, source: self.save("source", source[0]))
         pipe.vae.decode = self.wrap(pipe.vae.decode, lambda out, *_: self.save("video", out[0][0]))
 
     @staticmethod
@@ -82,8 +91,13 @@ class Recorder:
         self.save(f"{name}.ids", ids[0, :n].to(torch.int32))
         self.save(f"{name}.embeds", output.last_hidden_state[0, :n])
 
+    def on_encoded(self, encoded, noise) -> None:
+        self.save("encoded", encoded[0])
+        self.save("noise", noise[0])
+        self.mixed = True
+
     def on_noise(self, module, args, kwargs) -> None:
-        if self.passes == 0:
+        if self.passes == 0 and not self.mixed:
             self.save("noise", kwargs["hidden_states"][0])
 
     def on_velocity(self, module, args, output) -> None:
@@ -125,13 +139,18 @@ def load(checkpoint: Path) -> WanPipeline:
 
 
 @torch.no_grad()
-def dump(checkpoint: Path, folder: Path, settings: Settings, double: bool = False) -> None:
-    """Generates one clip with WanPipeline and writes its tensors into `folder`.
+def dump(checkpoint: Path, folder: Path, settings: Settings, double: bool = False,
+         source: np.ndarray | None = None) -> None:
+    """Generates one clip with WanPipeline, or WanVideoToVideoPipeline, and writes its tensors into `folder`.
 
     checkpoint: a diffusers folder; double: compute and write float64, from the same noise.
+    source: the clip [3, F, Y, X] that is made anew, with settings.strength.
     """
     pipe = load(checkpoint)
     pipe.scheduler = schedulers.configure(settings.sampler, settings.shift)
+    if source is not None:
+        redraw(pipe, folder, settings, source)
+        return
     Recorder(pipe, folder, settings.guidance > 1)
     width, height = settings.size
     noise = pipe.prepare_latents(1, pipe.transformer.config.in_channels, height, width, settings.frames,
@@ -146,12 +165,28 @@ def dump(checkpoint: Path, folder: Path, settings: Settings, double: bool = Fals
     np.save(folder / "sigmas.npy", pipe.scheduler.sigmas.numpy())
 
 
+def redraw(pipe: WanPipeline, folder: Path, settings: Settings, source: np.ndarray) -> None:
+    """Makes the source anew. Of the schedule, time steps and sigmas of the steps that are taken are written."""
+    parts = {name: part for name, part in pipe.components.items() if name != "transformer_2"}
+    pipe = WanVideoToVideoPipeline(**parts)
+    pipe.vae_scale_factor_spatial = pipe.vae.config.scale_factor_spatial  # it takes a VAE without patches for granted
+    pipe.set_progress_bar_config(disable=True)
+    recorder = Recorder(pipe, folder, settings.guidance > 1)
+    width, height = settings.size
+    clip = (torch.from_numpy(source).transpose(0, 1)[None] + 1) / 2  # [1, F, 3, Y, X] in [0, 1]
+    pipe(clip, settings.prompt, settings.negative, width=width, height=height, num_inference_steps=settings.steps,
+         guidance_scale=settings.guidance, strength=settings.strength,
+         generator=torch.Generator().manual_seed(settings.seed))
+    np.save(folder / "timesteps.npy", pipe.scheduler.timesteps.numpy().astype(np.float32)[-recorder.steps:])
+    np.save(folder / "sigmas.npy", pipe.scheduler.sigmas.numpy()[-recorder.steps - 1:])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
     for name, default in vars(Settings()).items():
-        kind = (lambda text: tuple(map(int, text.split("x")))) if name == "size" else type(default)
+        kind = float if default is None else (lambda text: tuple(map(int, text.split("x")))) if name == "size" else type(default)
         parser.add_argument(f"--{name}", type=kind, default=default)
     parser.add_argument("--double", action="store_true", help="compute in float64")
     arguments = vars(parser.parse_args())

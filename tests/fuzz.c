@@ -132,40 +132,21 @@ static bool run_npy(Bytes in) {
     return true;
 }
 
-static bool run_y4m(Bytes in) {
-    Y4mReader *reader;
-    VideoFormat format;
-    FILE *stream = in.size ? fmemopen((void *)in.data, in.size, "rb") : NULL;
-    if (!stream) return false;
-    const char *why = y4m_open(stream, NULL, &reader, &format);
-    float *frame = why ? NULL : allocate(3 * sizeof(float) * (size_t)format.width * (size_t)format.height);
-    for (bool end = false; !end && !why;) why = y4m_next(reader, frame, &end);
+/* A picture or a clip, as it is and scaled. */
+static bool run_source(Bytes in) {
+    enum { WIDTH = 7, HEIGHT = 5 };
+    float scaled[3 * WIDTH * HEIGHT];
+    Source source;
+    if (source_parse(in, &source)) return false;
+    int width = source.format.width, height = source.format.height;
+    float *frame = allocate(3 * sizeof(float) * (size_t)width * (size_t)height);
+    SourceReader *whole = source_reader_open(&source, width, height), *small = source_reader_open(&source, WIDTH, HEIGHT);
+    for (int i = 0; i < source.frames; i++) source_next(whole, frame);
+    source_next(small, scaled);
+    for (int i = 0; i < 3 * WIDTH * HEIGHT; i++)
+        if (!(scaled[i] > -9 && scaled[i] < 9)) abort();
+    source_reader_close(whole), source_reader_close(small);
     free(frame);
-    y4m_close(reader);
-    fclose(stream);
-    return !why;
-}
-
-static bool run_story(Bytes in) {
-    Story story = {0};
-    bool read = !story_parse(&story, in);
-    for (int i = 0; i < story.count; i++) {
-        double before = i ? story.lines[i - 1].time : -1;
-        if (!(story.lines[i].time > before) || !*story.lines[i].text) abort();
-    }
-    story_free(&story);
-    return read;
-}
-
-static bool run_recipe(Bytes in) {
-    WeightFile *file;
-    if (weights_parse(in, "fuzz", &file)) return false;
-    Recipe r = recipe_load(file);
-    if (r.window.size && r.window.size < r.window.sink + r.chunk_frames) abort();
-    for (int i = 0; i < r.schedule.steps; i++)
-        if (!(r.schedule.timesteps[i] > 0) || !(r.schedule.sigmas[i + 1] < r.schedule.sigmas[i])) abort();
-    recipe_free(&r);
-    weights_close(file);
     return true;
 }
 
@@ -193,7 +174,7 @@ typedef struct {
 static Target targets[] = {
     {.name = "weights", .run = run_weights},
     {.name = "npy", .run = run_npy},
-    {.name = "y4m", .run = run_y4m},
+    {.name = "source", .run = run_source},
     {.name = "text", .run = run_text},
     {.name = "story", .run = run_story},
     {.name = "recipe", .run = run_recipe, .apart = true},
@@ -349,6 +330,17 @@ static void seed_videos(void) {
     }
 }
 
+static void seed_pictures(void) {
+    static const char *const headers[] = {"P6\n5 3\n255\n", "P6 #5 3\n# white\n5\t3 100\r", "P6\n3 5\n65535\n"};
+    for (int i = 0; i < 3; i++) {
+        uint8_t file[128] = {0};
+        size_t size = strlen(headers[i]);
+        memcpy(file, headers[i], size);
+        for (size_t j = 0; j < 45; j++) file[size + j] = (uint8_t)(37 * j);
+        corpus_add(&targets[VIDEO], input_copy(file, size + 45));
+    }
+}
+
 static void seed_texts(void) {
     static const char *const texts[] = {
         "",
@@ -417,6 +409,7 @@ static void seed_recipes(void) {
 static void seed_all(void) {
     seed_tokenizers();
     seed_videos();
+    seed_pictures();
     seed_texts();
     seed_stories();
     seed_recipes();

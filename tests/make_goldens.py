@@ -20,8 +20,10 @@ from tempfile import TemporaryDirectory
 import gguf
 import numpy as np
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+import clips
 import make_checkpoint
 import schedulers
 from dump_reference import Settings, dump
@@ -33,7 +35,7 @@ SEED = 20250707
 
 def write_versions(folder: Path, part: str) -> None:
     """Writes VERSIONS: how the files beside it were made."""
-    packages = ["torch", "diffusers", "transformers", "numpy", "gguf"]
+    packages = ["torch", "diffusers", "transformers", "numpy", "gguf", "pillow"]
     packages += ["comfy-kitchen"] if part == "quantised" else []
     lines = [f"python tests/make_goldens.py {part}", f"seed {SEED}"]
     lines += [f"{name} {version(name)}" for name in packages]
@@ -200,19 +202,45 @@ def make_npy(folder: Path) -> None:
 def make_model(folder: Path) -> None:
     """model.gguf: a very small model with random weights. *.npy: the tensors of one clip by diffusers; cli.sh has the same
     settings."""
+    settings = Settings(prompt="a red fox", negative="the lazy dog", size=(32, 16), frames=5, steps=2, guidance=3.0,
+                        shift=3.0, sampler="unipc", seed=7)
+    with TemporaryDirectory() as work:
+        checkpoint = make_small(Path(work) / "checkpoint")
+        subprocess.run([sys.executable, ROOT / "export.py", checkpoint, "-o", folder / "model.gguf", "--type", "f32"],
+                       check=True)
+        dump(checkpoint, folder, settings)
+
+
+def make_small(checkpoint: Path) -> Path:
+    """The checkpoint of model.gguf."""
     text_encoder = {"d_model": 24, "d_kv": 8, "num_heads": 2, "d_ff": 40, "num_layers": 2}
     transformer = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "num_layers": 2, "freq_dim": 32,
                    "in_channels": 4, "out_channels": 4}
     vae = {"base_dim": 6, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [True, True],
            "scale_factor_spatial": 4}
-    settings = Settings(prompt="a red fox", negative="the lazy dog", size=(32, 16), frames=5, steps=2, guidance=3.0,
-                        shift=3.0, sampler="unipc", seed=7)
+    make_checkpoint.make(checkpoint, SEED, text_encoder=text_encoder, transformer=transformer, vae=vae)
+    return checkpoint
+
+
+def make_images(folder: Path) -> None:
+    """clip.y4m, and in anew/ the tensors of it made anew by diffusers with the weights of model.gguf, as cli.sh does.
+    picture.ppm, and as NAME.npy [3, Y, X] what Pillow's BICUBIC makes of its middle in another size, in floating point."""
+    planes = clips.make_planes(32, 16, 9, SEED)
+    clips.write_y4m(folder / "clip.y4m", planes)
+    settings = Settings(prompt="a red fox", negative="the lazy dog", size=(32, 16), frames=9, steps=3, guidance=3.0,
+                        shift=3.0, sampler="unipc", seed=7, strength=0.7)
     with TemporaryDirectory() as work:
-        checkpoint = Path(work) / "checkpoint"
-        make_checkpoint.make(checkpoint, SEED, text_encoder=text_encoder, transformer=transformer, vae=vae)
-        subprocess.run([sys.executable, ROOT / "export.py", checkpoint, "-o", folder / "model.gguf", "--type", "f32"],
-                       check=True)
-        dump(checkpoint, folder, settings)
+        dump(make_small(Path(work) / "checkpoint"), folder / "anew", settings, source=clips.colours(planes))
+    for path in (folder / "anew").glob("step*.block*.npy"):
+        path.unlink()
+    pixels = np.random.default_rng(SEED).integers(0, 256, (17, 23, 3), np.uint8)
+    clips.write_ppm(folder / "picture.ppm", pixels)
+    for name, width, height in (("smaller", 8, 8), ("larger", 48, 24), ("narrower", 6, 17), ("same", 23, 17)):
+        scale = min(23 / width, 17 / height)
+        left, top = (23 - scale * width) / 2, (17 - scale * height) / 2
+        box = (left, top, left + scale * width, top + scale * height)
+        planes = [Image.fromarray(pixels[..., c] / np.float32(127.5) - np.float32(1)) for c in range(3)]
+        np.save(folder / f"{name}.npy", np.stack([p.resize((width, height), Image.Resampling.BICUBIC, box) for p in planes]))
 
 
 def make_demo(folder: Path) -> None:
@@ -260,6 +288,7 @@ def make_quantised(folder: Path) -> None:
 
 
 PARTS = {"weights": make_weights, "noise": make_noise, "sampler": make_sampler, "npy": make_npy, "model": make_model,
+         "images": make_images,
          "demo": make_demo, "quantised": make_quantised}
 
 

@@ -26,6 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
+import clips
 import make_checkpoint
 from dump_reference import Settings, dump
 
@@ -81,13 +82,14 @@ class Case:
     def name(self) -> str:
         s = self.settings
         words = "no prompt" if not s.prompt else "long prompt" if len(s.prompt) > 99 else "prompt"
+        source = "" if s.strength is None else f", a clip anew with {s.strength:g}"
         return (f"{self.model}: {s.size[0]}x{s.size[1]} {s.frames}f {s.steps} steps {s.sampler} "
-                f"g{s.guidance:g} shift {s.shift:g}, {words}")
+                f"g{s.guidance:g} shift {s.shift:g}, {words}{source}")
 
 
 def case(model, size, frames, sampler, steps=3, guidance=3.0, shift=3.0, prompt=FOX, negative="blurry, static",
-         seed=7, double=False) -> Case:
-    return Case(model, Settings(prompt, negative, size, frames, steps, guidance, shift, sampler, seed), double)
+         seed=7, double=False, strength=None) -> Case:
+    return Case(model, Settings(prompt, negative, size, frames, steps, guidance, shift, sampler, seed, strength), double)
 
 
 CASES = [
@@ -107,6 +109,14 @@ CASES = [
     case("four levels with patches", (64, 32), 1, "dpm++", steps=5, guidance=2.0),
     case("sharded", (80, 48), 5, "euler", steps=4, prompt="a\u00a0 &lt;b&gt;  “fox”\t\u3000走る\n"),
     case("spiece.model", (48, 48), 5, "dpm++", prompt=KNOWN, negative=""),
+    case("wan", (48, 32), 9, "unipc", steps=4, strength=0.5),
+    case("wan", (32, 48), 17, "euler", strength=1.0, guidance=1.0),
+    case("wan", (32, 32), 1, "dpm++", steps=5, strength=0.99),
+    case("odd widths", (48, 32), 5, "dpm++", strength=0.4, guidance=1.5),
+    case("odd widths", (32, 16), 17, "unipc", steps=7, strength=0.3),
+    case("three levels with patches", (64, 48), 9, "unipc", strength=0.7),
+    case("three levels without patches", (32, 16), 13, "euler", steps=5, strength=0.8),
+    case("four levels with patches", (96, 64), 9, "dpm++", steps=4, strength=0.75),
 ]
 
 # (tensor whose weight is changed, first tensor of the run that depends on it)
@@ -221,10 +231,13 @@ def export(model: str, work: Path) -> tuple[Path, Path]:
     return checkpoint, weights
 
 
-def run_sora(sora: Path, weights: Path, s: Settings, reference: Path, dumped: Path) -> subprocess.CompletedProcess:
+def run_sora(sora: Path, weights: Path, s: Settings, reference: Path, dumped: Path,
+             source: Path | None = None) -> subprocess.CompletedProcess:
+    clip = ["-s", f"{s.size[0]}x{s.size[1]}", "-f", str(s.frames)]
+    if source:  # which says its size and length
+        clip = ["--video", source, "--strength", repr(s.strength)]
     return subprocess.run(
-        [sora, "-t", "1", "-m", weights, "-p", s.prompt, "-n", s.negative, "-s", f"{s.size[0]}x{s.size[1]}",
-         "-f", str(s.frames), "--steps", str(s.steps), "-g", repr(s.guidance), "--shift", repr(s.shift),
+        [sora, "-t", "1", "-m", weights, "-p", s.prompt, "-n", s.negative, *clip, "--steps", str(s.steps), "-g", repr(s.guidance), "--shift", repr(s.shift),
          "--sampler", s.sampler, "--seed", str(s.seed), "--precision", "f32", "-q", "-o", dumped.parent / "out.y4m",
          "--dump", dumped, "--check", reference, "--tolerance", repr(TOLERANCE)],
         capture_output=True, text=True, errors="replace")
@@ -235,8 +248,13 @@ def compare_case(case: Case, sora: Path, work: Path, tally: Tally) -> None:
     reference, dumped = work / "reference", work / "dumped"
     for folder in (reference, dumped):
         shutil.rmtree(folder, ignore_errors=True)
-    dump(checkpoint, reference, case.settings)
-    result = run_sora(sora, weights, case.settings, reference, dumped)
+    source = colours = None
+    if case.settings.strength is not None:
+        source, planes = work / "source.y4m", clips.make_planes(*case.settings.size, case.settings.frames, seed=1)
+        clips.write_y4m(source, planes)
+        colours = clips.colours(planes)
+    dump(checkpoint, reference, case.settings, source=colours)
+    result = run_sora(sora, weights, case.settings, reference, dumped, source)
     if result.returncode not in (0, 1):
         tally.claim(False, f"{case.name}: exit status {result.returncode}: {result.stderr.strip()}")
         return

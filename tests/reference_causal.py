@@ -1,7 +1,11 @@
-"""Clips made in chunks against upstream's own models: windows, sinks, positions, lists, prompt changes.
+"""Clips made in chunks against upstream's own models: windows, sinks, positions, lists, prompt changes, given frames.
 
 tests/goldens/causal/NAME holds what upstream's model made (VERSIONS there).  The weights are those of tests/goldens/causal/model.gguf;
-each case writes its keys into a copy, runs ./sora and has it compare.  Usage: reference_causal.py
+each case writes its keys into a copy, runs ./sora and has it compare.  Given frames are latents: --feed puts them in the place
+of what the encoder makes of any picture or clip of that length.
+
+A clip that is continued twice has to be, bit for bit, the clip that is continued once by both lengths, where the second run
+begins from the very latents of the first.  Usage: reference_causal.py
 """
 import pathlib
 import subprocess
@@ -10,6 +14,8 @@ import tempfile
 
 import gguf
 import numpy as np
+
+import clips
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 GOLDENS = ROOT / "tests/goldens/causal"
@@ -33,6 +39,49 @@ CASES = {
     "recache-relative": (24, {"causal.prompt_change": "recache"},
                          ["--window", "9", "--sink", "3", "--positions", "relative", "--at", f"3 {SWITCHED}"]),
 }
+
+# name: (keys, video frames that are given, video frames in all)
+GIVEN = {
+    "given1": ({"causal.chunk_frames": 1}, 1, 17),
+    "given3": ({}, 9, 33),
+    "given-independent": ({"causal.independent_first_frame": True}, 13, 37),
+}
+
+
+def sora(model, *options):
+    """A run on frames of 48x32, which the weights of model.gguf make of latents of 6x4."""
+    command = [ROOT / "sora", "-m", model, "-s", "48x32", "--seed", "7", "-q", "-o", "/dev/null", *options, PROMPT]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+
+
+def source(folder, frames, end=None):
+    """Options that begin a run from so many frames: a picture, or a clip that is continued to `end` frames."""
+    planes = clips.make_planes(48, 32, frames, seed=3)
+    if frames == 1:
+        clips.write_ppm(folder / "picture.ppm", np.ascontiguousarray(planes[0].transpose(1, 2, 0)))
+        return ["--image", folder / "picture.ppm", "-f", end]
+    clips.write_y4m(folder / "clip.y4m", planes)
+    return ["--video", folder / "clip.y4m", "--extend", "-f", end - frames]
+
+
+def fed(result, tensors):
+    """Whether --check --feed found so many tensors, of which only what was fed differs."""
+    failed = [line.split()[0] for line in result.stderr.splitlines() if "FAILED" in line]
+    return result.returncode == 1 and failed == ["encoded"] and f"check failed: 1 of {tensors} tensors" in result.stderr
+
+
+def extend_twice(folder, options):
+    """Whether 3 latent frames, continued by 3 and then by 3, are what they are when continued by 6."""
+    model, once, twice = (folder / name for name in ("twice.gguf", "once", "twice"))
+    write_with_keys(GOLDENS / "model.gguf", model, {"scheduler.rule": "euler"})  # all noise is the initial one
+    sora(model, *source(folder, 9, 33), *options, "--dump", once)
+    noise, latents = np.load(once / "noise.npy"), np.load(once / "latents.npy")
+    twice.mkdir(exist_ok=True)
+    np.save(folder / "later.npy", noise[:, 3:])
+    np.save(twice / "encoded.npy", latents[:, :6])
+    np.save(twice / "latents.npy", latents)
+    return sora(model, *source(folder, 21, 33), *options, "--noise", folder / "later.npy", "--check", twice, "--feed",
+                "--tolerance", "0")
 
 
 def write_with_keys(path, target, keys):
@@ -76,6 +125,18 @@ def main():
             else:
                 failed += 1
                 print(f"{name}: status {result.returncode}\n{result.stderr}", file=sys.stderr)
+        for name, (keys, given, end) in GIVEN.items():
+            model = pathlib.Path(folder) / f"{name}.gguf"
+            write_with_keys(GOLDENS / "model.gguf", model, keys)
+            result = sora(model, *source(pathlib.Path(folder), given, end), "--check", GOLDENS / name, "--feed", "--tolerance", "1e-5")
+            passed, failed = passed + fed(result, 3), failed + (not fed(result, 3))
+            if not fed(result, 3):
+                print(f"{name}: status {result.returncode}\n{result.stderr}", file=sys.stderr)
+        for options in ([], ["--window", "6"], ["--window", "9", "--sink", "3", "--positions", "relative"]):
+            result = extend_twice(pathlib.Path(folder), options)
+            passed, failed = passed + fed(result, 2), failed + (not fed(result, 2))
+            if not fed(result, 2):
+                print(f"continued twice, {options}: status {result.returncode}\n{result.stderr}", file=sys.stderr)
     print(f"{passed} passed, {failed} failed")
     return failed != 0
 

@@ -104,7 +104,7 @@ static void check_image(void) {
 
 /* ---------------------------------------------------------------- the decoder as a stream */
 
-enum { T = 4, H = 4, W = 6 };
+enum { T = 4, H = 4, W = 8 };
 
 typedef struct {
     float *frames; /* [F][3,Y,X] */
@@ -121,9 +121,9 @@ static void collect(void *to, float *frame) {
 static Collected decode(const Vae *vae, const float *latents, int t) {
     Collected c = {.size = (size_t)3 * H * W * vae->spatial_stride * vae->spatial_stride};
     c.frames = allocate(sizeof(float) * c.size * (size_t)(1 + (t - 1) * vae->temporal_stride));
-    VaeStream *stream = vae_decoder_open(vae, H, W, collect, &c);
-    for (int i = 0; i < t; i++) vae_decode(stream, latents + (size_t)i * vae->z_dim * H * W);
-    vae_stream_close(stream);
+    VaeStream *stream = vae_open(vae, DECODER, H, W, collect, &c);
+    for (int i = 0; i < t; i++) vae_push(stream, latents + (size_t)i * vae->z_dim * H * W);
+    vae_close(stream);
     return c;
 }
 
@@ -143,6 +143,73 @@ static void check_stream(void) {
     model_free(&model);
 }
 
+/* ---------------------------------------------------------------- the encoder as a stream */
+
+enum { FRAMES = 9 };
+
+/* The latents of the first frames of a clip [3,F,Y,X], with the frames that the decoder makes of them at once. */
+typedef struct {
+    Collected latents, frames;
+    VaeStream *decoder;
+} Coded;
+
+static void decode_at_once(void *to, float *latents) {
+    Coded *coded = to;
+    collect(&coded->latents, latents);
+    vae_push(coded->decoder, latents);
+}
+
+static Coded encode(const Vae *vae, const float *clip, int frames) {
+    size_t pixels = (size_t)H * W * vae->spatial_stride * vae->spatial_stride;
+    Coded coded = {.latents.size = (size_t)vae->z_dim * H * W, .frames.size = 3 * pixels};
+    coded.latents.frames = allocate(sizeof(float) * coded.latents.size * FRAMES);
+    coded.frames.frames = allocate(sizeof(float) * coded.frames.size * FRAMES);
+    coded.decoder = vae_open(vae, DECODER, H, W, collect, &coded.frames);
+    VaeStream *encoder = vae_open(vae, ENCODER, H, W, decode_at_once, &coded);
+    float *frame = allocate(sizeof(float) * 3 * pixels);
+    for (int f = 0; f < frames; f++) {
+        for (int c = 0; c < 3; c++)
+            memcpy(frame + c * pixels, clip + ((size_t)c * FRAMES + f) * pixels, sizeof(float) * pixels);
+        vae_push(encoder, frame);
+    }
+    vae_close(encoder), vae_close(coded.decoder);
+    free(frame);
+    return coded;
+}
+
+static float *golden(const char *name, size_t expected) {
+    Npy array;
+    const char *why = npy_read(test_path(reason("goldens/images/anew/%s.npy", name)), &array);
+    if (why || shape_count(&array.shape) != expected) abort();
+    float *values = npy_floats(&array);
+    npy_free(&array);
+    return values;
+}
+
+/* By frames, and as a whole; against diffusers' mean, which lies by channels. */
+static void check_encoder(void) {
+    Model model = model_load(model_path, F32);
+    const Vae *vae = &model.vae;
+    size_t plane = (size_t)4 * 8, n = (size_t)vae->z_dim * plane;
+    float *clip = golden("source", 3 * FRAMES * 16 * 32), *expected = golden("encoded", 3 * n), found[3 * 4 * 4 * 8];
+    Coded whole = encode(vae, clip, FRAMES), begun = encode(vae, clip, FRAMES - 1);
+    CHECK(whole.latents.count == 3 && begun.latents.count == 2, "%d and %d frames became %d and %d latent ones", FRAMES,
+          FRAMES - 1, whole.latents.count, begun.latents.count);
+    CHECK(!memcmp(whole.latents.frames, begun.latents.frames, sizeof(float) * n * 2), "the first latents depend on later frames");
+    for (int f = 0; f < 3; f++)
+        for (int c = 0; c < vae->z_dim; c++)
+            memcpy(found + ((size_t)c * 3 + f) * plane, whole.latents.frames + f * n + c * plane, sizeof(float) * plane);
+    double error = relative_error(found, expected, 3 * n);
+    CHECK(error < 1e-5, "the encoder's latents are off from diffusers' by %.1e", error);
+    Collected later = decode(vae, whole.latents.frames, 3);
+    CHECK(whole.frames.count == FRAMES && later.count == FRAMES &&
+              !memcmp(whole.frames.frames, later.frames, sizeof(float) * later.size * FRAMES),
+          "decoded while it is encoded, a clip is another");
+    free(whole.latents.frames), free(whole.frames.frames), free(begun.latents.frames), free(begun.frames.frames);
+    free(later.frames), free(clip), free(expected);
+    model_free(&model);
+}
+
 void test_pipeline(void) {
     for (int p = 0; p < PRECISIONS; p++) check_bits((Precision)p);
     Settings other = settings_of(13), chunks = settings_new(), other_chunks;
@@ -155,4 +222,5 @@ void test_pipeline(void) {
     check_narrow(INT8, 30);
     check_image();
     check_stream();
+    check_encoder();
 }

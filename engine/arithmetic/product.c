@@ -248,7 +248,7 @@ void linear(float *y, const float *x, int L, const Linear *layer) {
 
 Linear linear_bind(const WeightFile *file, Precision precision, int O, int I, int with_bias,
                    const char *name, ...) {
-    char prefix[64];
+    char prefix[MAX_TENSOR_NAME];
     va_list arguments;
     va_start(arguments, name);
     vsnprintf(prefix, sizeof prefix, name, arguments);

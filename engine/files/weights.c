@@ -25,7 +25,7 @@
 #include <string.h>
 #include <sys/stat.h>
 
-enum { OLDEST_VERSION = 2, VERSION = 3, DEFAULT_ALIGNMENT = 32, MAX_ALIGNMENT = 1 << 16, MAX_NAME = 256 };
+enum { OLDEST_VERSION = 2, VERSION = 3, DEFAULT_ALIGNMENT = 32, MAX_ALIGNMENT = 1 << 16 };
 
 static const uint8_t value_bytes[VALUE_TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
 
@@ -116,13 +116,13 @@ static bool take_string(Reader *reader, Bytes *out) {
     return false;
 }
 
-/* The two arguments of "%.*s" that print a name, cut to MAX_NAME bytes. */
-#define NAMED(bytes) (int)((bytes).size < MAX_NAME ? (bytes).size : MAX_NAME), (const char *)(bytes).data
+/* The two arguments of "%.*s" that print a name, cut to MAX_TENSOR_NAME bytes. */
+#define NAMED(bytes) (int)((bytes).size < MAX_TENSOR_NAME ? (bytes).size : MAX_TENSOR_NAME), (const char *)(bytes).data
 
-/* A name has 1 to MAX_NAME - 1 bytes, all printable: it stays on one line and sends no escape sequence. */
+/* A name has 1 to MAX_TENSOR_NAME - 1 bytes, all printable: it stays on one line and sends no escape sequence. */
 #define BAD_NAME "empty, longer than 255 bytes or not printable"
 static bool good_name(Bytes name) {
-    if (name.size == 0 || name.size >= MAX_NAME) return false;
+    if (name.size == 0 || name.size >= MAX_TENSOR_NAME) return false;
     for (size_t n; name.size; name.data += n, name.size -= n)
         if (!is_printable(name, &n)) return false;
     return true;
@@ -367,7 +367,7 @@ void weights_refuse(const WeightFile *file, const char *format, ...) {
 }
 
 #define FORMAT_NAME(name, format)                        \
-    char name[MAX_NAME];                                 \
+    char name[MAX_TENSOR_NAME];                                 \
     do {                                                 \
         va_list arguments;                               \
         va_start(arguments, format);                     \
