@@ -1,21 +1,31 @@
 /* mark.c - frames -> frames with an invisible mark of 64 bits (--mark), and frames -> the mark (--verify).
  *
- * Spread spectrum (Cox et al., 1997) on 8x8 DCT coefficients. A tile of 64x64 pixels has 64 blocks of 8x8. In each
- * block eight coefficients of low to middle frequency get a sign, + or -, from the key: 512 chips.
+ * Spread spectrum (Cox et al., 1997) on 8x8 DCT coefficients:
  *
- *   256 chips   presence: always the same
- *   256 chips   payload: 64 bits, four chips each, negated if the bit is 0
+ *   a tile, 64x64 pixels          one of its 8x8 blocks          The tile is repeated across the frame, the same in
+ *   +--+--+--+--+--+--+--+--+          v 0 1 2 3 ...             every frame.
+ *   |##|  |##|  |##|  |##|  |        u 0 . . + .
+ *   +--+--+--+--+--+--+--+--+          1 . . - .                 In every second block (#), four coefficients get a
+ *   |  |##|  |##|  |##|  |##|          2 - + . .                 sign, + or -, from the key: 128 chips. Fewer, larger
+ *   +--+--+--+--+--+--+--+--+          3 . . . .                 coefficients outlive an encoder better: it rounds
+ *   |   ... 8 rows of 8     |          ...                       small ones to 0.
+ *   +--+--+--+--+--+--+--+--+
+ *                                     64 chips   presence: always the same
+ *                                     64 chips   payload: one a bit, negated if the bit is 0
  *
- *      +------+------+------+-
- *      | tile | tile | tile |         The tile is repeated across the frame, the same in every frame, and added to the
- *      +------+------+------+-        8-bit luma with a root mean square of STRENGTH grey levels.
+ *   tile(y,x) = gain * (presence(y,x) + sum over bits b of (b ? 1 : -1) * chip_b(y,x))
+ *
+ * with a root mean square of STRENGTH grey levels; it is added to the 8-bit luma.
  *
  * Reading:
- *   1. average the frames: the mark stays, moving content blurs
- *   2. subtract the local mean, divide by the local standard deviation: edges count no more than flat areas
- *   3. add all tiles into one ("folding")
- *   4. correlate with the presence pattern at all 64x64 shifts (a cropped clip is shifted)
- *   5. if no peak is high enough, scale the clip back by each of 279 factors from 1/2 to 2, and repeat 2 to 4
+ *   1. a = average of the frames: the mark stays, moving content blurs
+ *   2. r = (a - its local mean) / its local standard deviation: edges count no more than flat areas
+ *   3. f(y,x) = sum of r over all tiles ("folding")
+ *   4. F(k,l) = DFT(f) / (|DFT(f)|^2 averaged over the 3x3 frequencies around)^0.35: pictures are strongest in low
+ *      frequencies, and this lets all frequencies count about the same
+ *   5. c = inverse DFT(F * conj(DFT(presence))): the correlation at all 64x64 shifts (a cropped clip is shifted)
+ *   6. if no peak of c is high enough, scale the clip back by each of 279 factors from 1/2 to 2, repeat 2 to 5, and do so
+ *      in finer steps around the best factor
  * A mark is found if the peak is MARK_DEVIATIONS standard deviations above the mean of all shifts. The signs of the
  * payload's correlations at that shift are its bits.
  *
@@ -27,10 +37,10 @@
 #include <string.h>
 
 enum { SIDE = MARK_SIDE, BLOCK = 8, BLOCKS = SIDE / BLOCK, AREA = SIDE * SIDE };
-enum { FREQUENCIES = 8, CHIPS = BLOCKS * BLOCKS * FREQUENCIES, PRESENCE = CHIPS / 2, BITS = 64 };
+enum { FREQUENCIES = 4, BITS = 64, PRESENCE = 64, CHIPS = PRESENCE + BITS };
 
-/* Zig-zag positions 3 to 10: (row, column) frequencies. */
-static const uint8_t frequencies[FREQUENCIES][2] = {{0, 1}, {1, 0}, {2, 0}, {1, 1}, {0, 2}, {0, 3}, {1, 2}, {2, 1}};
+/* (u,v): low enough for an encoder to keep, high enough for pictures to be weak there */
+static const uint8_t frequencies[FREQUENCIES][2] = {{0, 2}, {2, 0}, {1, 2}, {2, 1}};
 
 /* cos(pi i / 16) as constants, so that the pixels do not depend on libm. */
 static const double cosines[17] = {
@@ -74,8 +84,9 @@ static MarkTiles *tiles_make(uint64_t key) {
     }
     for (int chip = 0; chip < CHIPS; chip++) {
         int block = chip / FREQUENCIES, u = frequencies[chip % FREQUENCIES][0], v = frequencies[chip % FREQUENCIES][1];
-        int place = order[chip], top = block / BLOCKS * BLOCK, left = block % BLOCKS * BLOCK;
-        float *tile = place < PRESENCE ? tiles->presence : tiles->bits[place % BITS];
+        int row = block / (BLOCKS / 2), column = block % (BLOCKS / 2) * 2 + row % 2; /* as on a chessboard */
+        int top = row * BLOCK, left = column * BLOCK;
+        float *tile = order[chip] < PRESENCE ? tiles->presence : tiles->bits[order[chip] - PRESENCE];
         float sign = next_random(&key) >> 63 ? 1.0f : -1.0f;
         for (int y = 0; y < BLOCK; y++)
             for (int x = 0; x < BLOCK; x++)
@@ -87,7 +98,7 @@ static MarkTiles *tiles_make(uint64_t key) {
 /* ---------------------------------------------------------------- writing */
 
 enum { KEY = 0x534f5241 }; /* "SORA" */
-#define STRENGTH 1.25f /* grey levels, root mean square */
+#define STRENGTH 1.7f /* grey levels, root mean square */
 
 /* The sum of the presence tile and of all bits' tiles, scaled to STRENGTH. */
 Mark mark_make(uint64_t payload) {
@@ -141,12 +152,13 @@ static void box_means(float *out, const float *x, int W, int H, int radius, doub
     }
 }
 
-/* out (height,width) = the average frame, made smaller by the factor `scale`, bilinear */
+/* out (height,width) = the middle of the average frame, made smaller by the factor `scale`, bilinear */
 static void scale_back(float *out, int width, int height, const MarkSum *sum, double scale) {
     float gain = 109.5f / (float)sum->frames; /* to grey levels */
     for (int y = 0; y < height; y++)
         for (int x = 0; x < width; x++) {
-            double v = fmax(0, (y + 0.5) * scale - 0.5), u = fmax(0, (x + 0.5) * scale - 0.5);
+            double v = fmax(0, sum->height * 0.5 + (y + 0.5 - height * 0.5) * scale - 0.5);
+            double u = fmax(0, sum->width * 0.5 + (x + 0.5 - width * 0.5) * scale - 0.5);
             int top = smaller((int)v, sum->height - 1), left = smaller((int)u, sum->width - 1);
             int below = smaller(top + 1, sum->height - 1), right = smaller(left + 1, sum->width - 1);
             float fy = (float)(v - top), fx = (float)(u - left);
@@ -156,74 +168,161 @@ static void scale_back(float *out, int width, int height, const MarkSum *sum, do
         }
 }
 
+enum { MOST = 1024 }; /* of larger frames only the middle MOST x MOST pixels are read */
+
+/* As even or odd as the side, so that the middle begins at a whole pixel. */
+static int pixels_read(int side) { return smaller(side, MOST + side % 2); }
+
 /* folded (SIDE,SIDE): steps 2 and 3 */
 static void fold(float folded[AREA], const MarkSum *sum, double scale) {
-    int width = (int)(sum->width / scale + 0.5), height = (int)(sum->height / scale + 0.5);
+    int width = (int)(pixels_read(sum->width) / scale + 0.5), height = (int)(pixels_read(sum->height) / scale + 0.5);
     size_t pixels = (size_t)width * (size_t)height;
     float *x = allocate(3 * pixels * sizeof *x), *means = x + pixels, *squares = means + pixels;
     double *line = allocate((larger((size_t)width, (size_t)height) + 1) * sizeof *line);
     scale_back(x, width, height, sum, scale);
-    box_means(means, x, width, height, 4, line);
+    box_means(means, x, width, height, 2, line);
     for (size_t i = 0; i < pixels; i++) x[i] -= means[i], means[i] = x[i] * x[i];
-    box_means(squares, means, width, height, 8, line);
+    box_means(squares, means, width, height, 4, line);
     memset(folded, 0, AREA * sizeof *folded);
     for (size_t i = 0; i < pixels; i++) {
-        float value = x[i] / (sqrtf(fmaxf(squares[i], 0)) + 0.7f);
+        float value = x[i] / (sqrtf(squares[i] > 0 ? squares[i] : 0) + 0.3f);
         size_t row = i / (size_t)width % SIDE, column = i % (size_t)width % SIDE;
-        folded[row * SIDE + column] += fmaxf(-2.5f, fminf(2.5f, value));
+        folded[row * SIDE + column] += value > 2.5f ? 2.5f : value < -2.5f ? -2.5f : value;
     }
     free(line);
     free(x);
 }
 
-/* Dot product of the pattern with the folded tile, shifted cyclically by (dy,dx); twice (SIDE,2*SIDE) is that tile next
- * to itself. */
-static float correlate(const float pattern[AREA], const float twice[2 * AREA], int dy, int dx) {
-    float lanes[LANES] = {0};
-    for (int y = 0; y < SIDE; y++) {
-        const float *p = pattern + y * SIDE, *f = twice + (y + dy) % SIDE * 2 * SIDE + dx;
-        for (int x = 0; x < SIDE; x += LANES)
-            for (int i = 0; i < LANES; i++) lanes[i] += p[x + i] * f[x + i];
-    }
-    return lanes_sum(lanes);
+/* A complex tile, or its spectrum. */
+typedef struct {
+    float re[SIDE][SIDE], im[SIDE][SIDE];
+} Complex;
+
+static Complex complex_of(const float re[AREA]) {
+    Complex x = {0};
+    memcpy(x.re, re, sizeof x.re);
+    return x;
 }
 
-/* The best candidate at one scale; its payload, if it counts as a mark. */
-static MarkFound search_shifts(const MarkTiles *tiles, const MarkSum *sum, double scale) {
-    float folded[AREA], twice[2 * AREA], highest = -INFINITY;
-    double total = 0, squares = 0;
-    MarkFound found = {.scale = scale};
+/* The DFT of columns, then of rows: x(k,l) = sum of x(y,x) e^(-2 pi j (ky + lx) / SIDE); its inverse if direction is
+ * -1, but for the factor 1 / AREA. */
+static void transform(Complex *x, float direction) {
+    float cosine_of[SIDE], sine_of[SIDE];
+    for (int i = 0; i < SIDE; i++) {
+        cosine_of[i] = (float)cos(2 * 3.14159265358979324 * i / SIDE);
+        sine_of[i] = -direction * (float)sin(2 * 3.14159265358979324 * i / SIDE);
+    }
+    for (int pass = 0; pass < 2; pass++) { /* each turns rows into columns */
+        Complex turned;
+        for (int k = 0; k < SIDE; k++) {
+            float re[SIDE] = {0}, im[SIDE] = {0};
+            for (int y = 0; y < SIDE; y++) {
+                float c = cosine_of[y * k % SIDE], s = sine_of[y * k % SIDE];
+                for (int i = 0; i < SIDE; i++) re[i] += c * x->re[y][i] - s * x->im[y][i];
+                for (int i = 0; i < SIDE; i++) im[i] += c * x->im[y][i] + s * x->re[y][i];
+            }
+            for (int i = 0; i < SIDE; i++) turned.re[i][k] = re[i], turned.im[i][k] = im[i];
+        }
+        *x = turned;
+    }
+}
+
+/* |x|^2 averaged over a frequency and its eight neighbours */
+static float power_around(const Complex *x, int k, int l) {
+    float sum = 0;
+    for (int i = 0; i < 9; i++) {
+        int row = (k + i / 3 + SIDE - 1) % SIDE, column = (l + i % 3 + SIDE - 1) % SIDE;
+        sum += x->re[row][column] * x->re[row][column] + x->im[row][column] * x->im[row][column];
+    }
+    return sum / 9;
+}
+
+/* Steps 2 to 4: the clip's whitened spectrum at one scale. */
+static Complex look(const MarkSum *sum, double scale) {
+    float folded[AREA];
     fold(folded, sum, scale);
-    for (int i = 0; i < 2 * AREA; i++) twice[i] = folded[i / (2 * SIDE) * SIDE + i % SIDE];
-    for (int shift = 0; shift < AREA; shift++) {
-        float value = correlate(tiles->presence, twice, shift / SIDE, shift % SIDE);
-        total += value;
-        squares += (double)value * value;
-        if (value > highest) highest = value, found.y = shift / SIDE, found.x = shift % SIDE;
-    }
-    double mean = total / AREA, variance = squares / AREA - mean * mean;
-    found.deviations = variance > 0 ? (highest - mean) / sqrt(variance) : 0;
-    for (int b = 0; b < BITS && found.deviations >= MARK_DEVIATIONS; b++)
-        if (correlate(tiles->bits[b], twice, found.y, found.x) > 0) found.payload |= (uint64_t)1 << b;
-    return found;
+    Complex x = complex_of(folded), white;
+    transform(&x, 1);
+    for (int k = 0; k < SIDE; k++)
+        for (int l = 0; l < SIDE; l++) {
+            float gain = (float)pow(power_around(&x, k, l) + 1e-12, -0.35);
+            white.re[k][l] = gain * x.re[k][l], white.im[k][l] = gain * x.im[k][l];
+        }
+    return white;
 }
 
-enum { SCALES = 279 }; /* from 1/2 to 2 in steps of 0.5 % */
+/* Step 5: the real part at (y,x) is the correlation with the pattern, given as its spectrum, at that shift. */
+static Complex correlate(const Complex *clip, const Complex *pattern) {
+    Complex c;
+    for (int k = 0; k < SIDE; k++)
+        for (int l = 0; l < SIDE; l++) {
+            float a = clip->re[k][l], b = clip->im[k][l], p = pattern->re[k][l], q = -pattern->im[k][l];
+            c.re[k][l] = a * p - b * q, c.im[k][l] = a * q + b * p;
+        }
+    transform(&c, -1);
+    return c;
+}
 
-static MarkFound search_scales(const MarkTiles *tiles, const MarkSum *sum) {
-    MarkFound found[SCALES], best = {0};
-    PARALLEL_FOR (int i = 0; i < SCALES; i++)
-        found[i] = search_shifts(tiles, sum, exp(log(2) * (2.0 * i / (SCALES - 1) - 1)));
-    for (int i = 0; i < SCALES; i++)
-        if (found[i].deviations > best.deviations) best = found[i];
+typedef struct {
+    double deviations; /* its height, in standard deviations, above the mean of all shifts */
+    int step, y, x;    /* the scale, as in scale_of(); the shift */
+} Peak;
+
+static Peak highest(const float c[SIDE][SIDE], int step) {
+    Peak peak = {.step = step};
+    double sum = 0, squares = 0;
+    for (int y = 0; y < SIDE; y++)
+        for (int x = 0; x < SIDE; x++) {
+            sum += c[y][x], squares += (double)c[y][x] * c[y][x];
+            if (c[y][x] > c[peak.y][peak.x]) peak.y = y, peak.x = x;
+        }
+    double mean = sum / AREA, variance = squares / AREA - mean * mean;
+    peak.deviations = variance > 0 ? (c[peak.y][peak.x] - mean) / sqrt(variance) : 0;
+    return peak;
+}
+
+/* From scale 1 to 2 there are COARSE steps of 0.5 %, each divided into FINE. */
+enum { COARSE = 139, FINE = 8 };
+static double scale_of(int step) { return exp(log(2) * step / (COARSE * FINE)); }
+
+/* The highest peak of `count` scales, `stride` steps apart, with `step` in the middle. */
+static Peak search(const MarkSum *sum, const Complex *presence, int step, int count, int stride) {
+    Peak peaks[2 * COARSE + 1], best = {0};
+    PARALLEL_FOR (int i = 0; i < count; i++) {
+        int at = step + (i - count / 2) * stride;
+        Complex clip = look(sum, scale_of(at)), c = correlate(&clip, presence);
+        peaks[i] = highest((const float(*)[SIDE])c.re, at);
+    }
+    for (int i = 0; i < count; i++)
+        if (peaks[i].deviations > best.deviations) best = peaks[i];
     return best;
+}
+
+static uint64_t read_payload(const MarkTiles *tiles, const MarkSum *sum, Peak peak) {
+    Complex clip = look(sum, scale_of(peak.step));
+    uint64_t payload = 0;
+    transform(&clip, -1);
+    for (int b = 0; b < BITS; b++) {
+        float c = 0;
+        for (int i = 0; i < AREA; i++)
+            c += tiles->bits[b][i] * clip.re[(i / SIDE + peak.y) % SIDE][(i % SIDE + peak.x) % SIDE];
+        payload |= (uint64_t)(c > 0) << b;
+    }
+    return payload;
 }
 
 /* Tries scale 1 first, because most clips keep their size. */
 MarkFound mark_find(const MarkSum *sum) {
     MarkTiles *tiles = tiles_make(KEY);
-    MarkFound found = search_shifts(tiles, sum, 1);
-    if (found.deviations < MARK_DEVIATIONS) found = search_scales(tiles, sum);
+    Complex presence = complex_of(tiles->presence);
+    transform(&presence, 1);
+    Peak peak = search(sum, &presence, 0, 1, 1);
+    if (peak.deviations < MARK_DEVIATIONS) {
+        peak = search(sum, &presence, 0, 2 * COARSE + 1, FINE);
+        peak = search(sum, &presence, peak.step, 2 * FINE - 1, 1);
+    }
+    MarkFound found = {.deviations = peak.deviations, .scale = scale_of(peak.step), .x = peak.x, .y = peak.y};
+    if (peak.deviations >= MARK_DEVIATIONS) found.payload = read_payload(tiles, sum, peak);
     free(tiles);
     return found;
 }

@@ -393,6 +393,8 @@ typedef struct {
     int index;               /* of the next frame */
     int chunk;               /* chunks that are decoded */
     double started;          /* when the first step began, in seconds() */
+    int constant;            /* frames of one colour */
+    size_t values, clamped;  /* of the frames that were decoded; those that are -1 or 1 */
 } Video;
 
 static VideoFormat format_of(const Settings *s) {
@@ -440,6 +442,39 @@ static void write_planes(Video *video) {
     output_flush(&video->file);
 }
 
+/* Counts the signs of a failed run whose numbers are all finite: frames of one colour, values clamped to -1 or 1. */
+static void inspect_frame(Video *video, const float *frame) {
+    size_t pixels = (size_t)video->format.width * (size_t)video->format.height, same = 0;
+    for (int c = 0; c < 3; c++, frame += pixels)
+        for (size_t i = 0; i < pixels; i++) {
+            same += frame[i] == frame[0];
+            video->clamped += frame[i] == -1 || frame[i] == 1;
+        }
+    video->values += 3 * pixels;
+    video->constant += same == 3 * pixels;
+}
+
+/* Why a run most likely failed, from its settings. */
+static const char *likely_cause(const Run *run) {
+    const Settings *s = run->settings;
+    if (s->guidance > 15) return reason("--guidance %g is more than most models bear", s->guidance);
+    if (!run->recipe->schedule.steps && (s->steps <= 8 || s->guidance <= 1))
+        return reason("%d steps with guidance %g suit distilled weights only, and those need their own schedule in the file "
+                      "(export.py --recipe)", s->steps, s->guidance);
+    if (run->model->precision != F32)
+        return reason("numbers beyond the range of %s; try --precision f32", precision_name(run->model->precision));
+    return "a schedule or guidance that does not suit the weights, or damaged weights";
+}
+
+static void warn_of_failure(const Video *video) {
+    double clamped = (double)video->clamped / (double)video->values;
+    if (video->constant)
+        warn("%d of %d frames have one colour only; likely cause: %s", video->constant, video->index, likely_cause(video->run));
+    else if (clamped >= 0.9)
+        warn("%.0f %% of the clip's values are at the ends of their range; likely cause: %s", 100 * clamped,
+             likely_cause(video->run));
+}
+
 /* The decoder's FrameSink: converts, writes and flushes one frame. With --extend the source's frames are written as they
  * are, in place of the decoder's, without label and mark. */
 static void write_frame(void *to, float *frame) {
@@ -452,6 +487,7 @@ static void write_frame(void *to, float *frame) {
     tap_frame(frame, SHAPE(3, s->frames, s->height, s->width), video->index, "video");
     require_finite(video->run->model, frame, (size_t)3 * s->height * s->width,
                 reason("frame %d of %d", video->index + 1, s->frames));
+    if (!kept) inspect_frame(video, frame);
     y4m_convert(&video->format, frame, video->planes);
     if (s->mark && !kept) mark_add(&video->mark, &video->format, video->planes);
     if (s->label && !kept && label_is_due(&video->format, video->index)) label_draw(&video->format, video->planes);
@@ -503,6 +539,7 @@ static void video_close(Video *video) {
     if (video->record.stream) record_write(&video->record, run->model, run->settings, run->noise_sha256, sha);
     drift_close(video->drift);
     source_reader_close(video->source);
+    warn_of_failure(video);
     free(video->planes);
 }
 

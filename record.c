@@ -13,6 +13,7 @@
 #include <inttypes.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 /* KEY: text, or KEY_sha256: its hash */
 static void write_text(Json *json, const char *key, const char *text, bool in_full) {
@@ -171,7 +172,26 @@ void record_write(OutputFile *file, const Model *model, const Settings *settings
 /* ---------------------------------------------------------------- --verify */
 
 static bool equals(Bytes text, const char *string) {
-    return text.size == strlen(string) && !memcmp(text.data, string, text.size);
+    return text.data && text.size == strlen(string) && !memcmp(text.data, string, text.size);
+}
+
+/* Prints at most 80 bytes of a record's value, each control character as '?': anybody may have written the record. */
+static void print_claim(FILE *out, const char *before, Bytes claim) {
+    Text text = {0};
+    text_append_utf8(&text, (Bytes){claim.data, claim.size < 80 ? claim.size : 80});
+    text_append(&text, "", 0);
+    fprintf(out, "%s", before);
+    for (size_t i = 0; i < text.size; i++) {
+        bool c1 = text.data[i] == 0xc2 && i + 1 < text.size && text.data[i + 1] < 0xa0;
+        fputc(text.data[i] < 32 || text.data[i] == 127 || c1 ? '?' : text.data[i], out);
+        i += c1;
+    }
+    free(text.data);
+}
+
+static bool print_agreement(FILE *out, const char *what, bool agrees) {
+    fprintf(out, "record: %s %s\n", what, agrees ? "agrees" : "DIFFERS");
+    return agrees;
 }
 
 /* Whether record_sha256 is the hash of the text before it. Copies it to `claimed`, or "" if there is none. */
@@ -187,9 +207,25 @@ static bool record_is_whole(Bytes record, char claimed[65]) {
     return !memcmp(record.data + before, key, sizeof key - 1) && !strcmp(claimed, hex);
 }
 
-static bool say(bool agrees, const char *what) {
-    printf("record: %s %s\n", what, agrees ? "agrees" : "DIFFERS");
-    return agrees;
+bool record_check(FILE *out, Bytes record, const char *y4m_sha256, const MarkFound *mark) {
+    char claimed[65];
+    Bytes tool = json_find(record, "tool");
+    if (!equals(tool, "sora.c")) {
+        fprintf(out, "record: not a record of sora.c\n");
+        return false;
+    }
+    print_claim(out, "record: by sora.c ", json_find(record, "version"));
+    print_claim(out, " with the model ", json_find(record, "model"));
+    fputc('\n', out);
+    bool fits = print_agreement(out, "its own SHA-256", record_is_whole(record, claimed));
+    fits &= print_agreement(out, "the SHA-256 of the video", equals(json_find(record, "y4m_sha256"), y4m_sha256));
+    if (mark->deviations < MARK_DEVIATIONS) return fits;
+    claimed[16] = 0;
+    uint64_t different = strtoull(claimed, NULL, 16) ^ mark->payload;
+    int agree = 64;
+    for (; different; different &= different - 1) agree--;
+    fprintf(out, "record: %d of the mark's 64 bits agree, threshold %d\n", agree, MARK_AGREEING);
+    return fits && agree >= MARK_AGREEING;
 }
 
 static int gather_picture(Source *picture, MarkSum *sum, char hex[65]) {
@@ -227,22 +263,6 @@ static int gather(const char *path, MarkSum *sum, char hex[65]) {
     return sum->frames;
 }
 
-static bool verify_record(const char *path, Bytes record, const char *y4m_sha256, const MarkFound *mark) {
-    char claimed[65];
-    Bytes tool = json_find(record, "tool"), version = json_find(record, "version"), model = json_find(record, "model");
-    printf("record: %s, by %.*s %.*s with the model %.*s\n", path, (int)tool.size, (const char *)tool.data,
-           (int)version.size, (const char *)version.data, (int)model.size, (const char *)model.data);
-    bool fits = say(record_is_whole(record, claimed), "its own SHA-256");
-    fits &= say(equals(json_find(record, "y4m_sha256"), y4m_sha256), "the SHA-256 of the video");
-    if (mark->deviations < MARK_DEVIATIONS) return fits;
-    claimed[16] = 0;
-    uint64_t different = strtoull(claimed, NULL, 16) ^ mark->payload;
-    int agree = 64;
-    for (; different; different &= different - 1) agree--;
-    printf("record: %d of the mark's 64 bits agree\n", agree);
-    return fits && agree >= MARK_AGREEING;
-}
-
 bool verify(const char *path) {
     Bytes record;
     char sha[65], *beside = record_path(path);
@@ -256,10 +276,13 @@ bool verify(const char *path) {
            mark.deviations, MARK_DEVIATIONS);
     if (marked) printf(", scale %.3f, bits %016" PRIx64, mark.scale, mark.payload);
     printf("\n");
-    if (read_file(beside, 1 << 20, &record)) {
-        printf("record: none at %s\n", beside);
+    bool there = !access(beside, F_OK);
+    const char *why = read_file(beside, 1 << 20, &record);
+    if (why) {
+        printf("record: %s: %s\n", beside, why);
+        fits &= !there;
     } else {
-        fits = verify_record(beside, record, sha, &mark);
+        fits = record_check(stdout, record, sha, &mark);
         free((void *)record.data);
     }
     free(beside);

@@ -367,8 +367,8 @@ typedef struct {
     int x, y;            /* shift of the tile, in pixels */
     uint64_t payload;
 } MarkFound;
-#define MARK_DEVIATIONS 7.5  /* from here on a candidate counts as a mark */
-enum { MARK_AGREEING = 54 }; /* bits of the payload's 64 that must agree with the record; by chance 1e-8 */
+#define MARK_DEVIATIONS 8.0  /* from here on a candidate counts as a mark */
+enum { MARK_AGREEING = 52 }; /* bits of the payload's 64 that must agree with the record; by chance 3e-7 */
 MarkFound mark_find(const MarkSum *sum); /* sum of at least one frame */
 
 /* ---------------------------------------------------------------- drift.c: how a long clip changes (--drift) */
@@ -482,6 +482,9 @@ uint64_t record_bits(const Model *model, const Settings *settings, const char *n
 /* Writes and commits the record. noise_sha256: hash of the file of --noise, if one was given. */
 void record_write(OutputFile *file, const Model *model, const Settings *settings, const char *noise_sha256,
                   const char *y4m_sha256);
+/* Prints what a record says, whatever text that may be, and returns whether it agrees with itself, with the SHA-256 of the
+ * video beside it and with the video's mark, if there is one. */
+bool record_check(FILE *out, Bytes record, const char *y4m_sha256, const MarkFound *mark);
 /* Prints what the Y4M's mark and the record beside it say. Returns true if there is a record or a mark, and all that is
  * there agrees. */
 bool verify(const char *path);

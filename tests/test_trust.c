@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { W = 320, H = 192, FRAMES = 9 };
+enum { W = 256, H = 128, FRAMES = 9 };
 static const VideoFormat format = {W, H, 16, 1, 420};
 static const uint64_t payload = 0x0123456789abcdefu;
 
@@ -69,6 +69,21 @@ static void test_find(void) {
     expect_mark("cropped", look(&mark, 1, 19, 10), 1, MARK_SIDE - 19, MARK_SIDE - 10);
     expect_mark("scaled by 0.75", look(&mark, 0.75, 0, 0), 0.75, -1, -1);
     expect_mark("scaled by 1.5", look(&mark, 1.5, 0, 0), 1.5, -1, -1);
+}
+
+/* Clips of any size can be looked at, and one without anything in it has no mark. */
+static void test_sizes(void) {
+    static const int sizes[][2] = {{1, 1}, {1, 70}, {131, 2}};
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) {
+        VideoFormat f = {sizes[i][0], sizes[i][1], 16, 1, 420};
+        float *grey = allocate(3 * sizeof *grey * (size_t)f.width * (size_t)f.height);
+        MarkSum sum = {0};
+        mark_gather(&sum, &f, grey);
+        MarkFound found = mark_find(&sum);
+        CHECK(found.deviations == 0, "%dx%d of grey: %g deviations", f.width, f.height, found.deviations);
+        free(sum.luma);
+        free(grey);
+    }
 }
 
 static void test_strength(void) {
@@ -134,6 +149,7 @@ static void test_label(void) {
 
 void test_trust(void) {
     test_find();
+    test_sizes();
     test_strength();
     test_label_time();
     test_label();
