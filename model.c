@@ -386,7 +386,7 @@ void settings_complete(Settings *s, const Model *m) {
     complete_schedule(s, m);
     set_default_number(&s->guidance, m, "default.guidance", 0, 5.0);
     if (s->guidance < 1) warn("guidance %g is taken as 1, which is no guidance, as in diffusers", s->guidance);
-    if (!s->negative) s->negative = weights_string_or(m->file, "default.negative_prompt", "");
+    if (!s->negative && !s->negative_embeds) s->negative = weights_string_or(m->file, "default.negative_prompt", "");
     complete_window(s, m);
     check_size("width", s->width, vae->spatial_stride * patch[2]);
     check_size("height", s->height, vae->spatial_stride * patch[1]);

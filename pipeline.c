@@ -41,14 +41,36 @@ typedef struct {
     char name[32]; /* of its taps: "prompt", "prompt01", "negative" */
     double time;   /* seconds; the prompt holds from here on */
     int n;
-    int32_t *ids;  /* [n] */
-    float *embeds; /* (n, text_dim) */
+    int32_t *ids;  /* [n]; NULL if the embeds were read from a file */
+    float *embeds; /* (n, text_dim); NULL until they are encoded */
 } Prompt;
 
 static Prompt prompt_new(const Model *m, const char *name, double time, const char *text) {
     Prompt p = {.time = time, .ids = allocate(sizeof(int32_t) * (size_t)m->transformer.text_len)};
     snprintf(p.name, sizeof p.name, "%s", name);
     p.n = prompt_ids(m, text, p.ids);
+    return p;
+}
+
+/* Embeds of --embeds or --negative-embeds in the place of a prompt. A file may have axes of 1 in front. */
+static Prompt prompt_read(const Model *m, const char *name, const char *option, const char *path, char sha256[65]) {
+    Npy file;
+    int most = m->transformer.text_len, dim = m->text_encoder.dim;
+    const char *why = npy_read(path, &file);
+    if (why) die(STATUS_USAGE, "%s %s: %s", option, path, why);
+    Shape shape = SHAPE(file.shape.n > 1 ? file.shape.d[file.shape.n - 2] : 1, dim);
+    why = npy_fit(&file, &shape);
+    if (why) die(STATUS_USAGE, "%s %s: %s", option, path, why);
+    if (shape.d[0] < 1 || shape.d[0] > most)
+        die(STATUS_USAGE, "%s %s: %d tokens, expected 1 to %d", option, path, shape.d[0], most);
+    Prompt p = {.n = shape.d[0], .embeds = npy_floats(&file)};
+    snprintf(p.name, sizeof p.name, "%s", name);
+    for (size_t i = 0, count = shape_count(&shape); i < count; i++)
+        if (!isfinite(p.embeds[i]))
+            die(STATUS_USAGE, "%s %s: value %zu of %zu is NaN or infinity, expected finite values", option, path, i + 1,
+                count);
+    sha256_of(file.mapping.data, file.mapping.size, sha256);
+    npy_free(&file);
     return p;
 }
 
@@ -63,7 +85,12 @@ static void require_finite(const Model *m, const float *values, size_t count, co
         "--steps, or check the weights", what, precision_name(m->precision));
 }
 
+/* Runs the text encoder, unless the embeds were read from a file. */
 static void prompt_encode(const Model *m, Prompt *p) {
+    if (p->embeds) {
+        tap(p->embeds, SHAPE(p->n, m->text_encoder.dim), "%s.embeds", p->name);
+        return;
+    }
     p->n = tap_ids(p->ids, p->n, m->transformer.text_len, m->text_encoder.vocab_size, "%s.ids", p->name);
     p->embeds = allocate(sizeof(float) * (size_t)p->n * m->text_encoder.dim);
     progress("text encoder", 0, 1);
@@ -98,7 +125,7 @@ typedef struct {
     int tokens;                /* in a latent frame */
     int recached;              /* latent frames to keep for RECACHE; 0 if it cannot happen */
     size_t frame_size;         /* C*H*W, elements of a latent frame */
-    char noise_sha256[65];     /* of the file of --noise */
+    InputHashes inputs;
 } Run;
 
 /* With many steps and a large shift, neighbouring sigmas round to the same float32: this is refused. */
@@ -164,11 +191,16 @@ static void plan_prompts(Run *run) {
     const Story *story = &s->story;
     run->prompt_count = 1 + story->count;
     run->prompts = allocate(sizeof(Prompt) * (size_t)run->prompt_count);
-    run->prompts[0] = prompt_new(run->model, "prompt", 0, s->prompt);
+    run->prompts[0] = s->embeds ? prompt_read(run->model, "prompt", "--embeds", s->embeds, run->inputs.embeds)
+                                : prompt_new(run->model, "prompt", 0, s->prompt);
     for (int i = 0; i < story->count; i++)
         run->prompts[i + 1] = prompt_new(run->model, reason("prompt%02d", i + 1), story->lines[i].time,
                                           story->lines[i].text);
-    if (run->guided) run->negative = prompt_new(run->model, "negative", 0, s->negative);
+    if (run->guided && s->negative_embeds)
+        run->negative = prompt_read(run->model, "negative", "--negative-embeds", s->negative_embeds,
+                                    run->inputs.negative_embeds);
+    else if (run->guided)
+        run->negative = prompt_new(run->model, "negative", 0, s->negative);
     if (story->count && prompt_change(run) == RECACHE) run->recached = run->window.size;
 }
 
@@ -248,7 +280,7 @@ static void noise_read(Run *run, Noise *noise) {
             die(STATUS_USAGE, "--noise %s: value %zu of %zu is NaN or infinity, expected finite values", path, i + 1,
                 count);
     }
-    sha256_of(noise->file.mapping.data, noise->file.mapping.size, run->noise_sha256);
+    sha256_of(noise->file.mapping.data, noise->file.mapping.size, run->inputs.noise);
 }
 
 static Noise noise_open(Run *run) {
@@ -524,7 +556,7 @@ static Video video_open(const Run *run) {
 /* Writes the file's header, and opens a decoder that writes its frames behind it. */
 static VaeStream *decoder_open(const Run *run, Video *video) {
     write_header(video);
-    if (run->settings->mark) video->mark = mark_make(record_bits(run->model, run->settings, run->noise_sha256));
+    if (run->settings->mark) video->mark = mark_make(record_bits(run->model, run->settings, &run->inputs));
     show_progress(video, "frame", 0, run->settings->frames);
     return vae_open(&run->model->vae, DECODER, run->H, run->W, write_frame, video);
 }
@@ -536,7 +568,7 @@ static void video_close(Video *video) {
     char sha[65];
     sha256_finish(&video->sha, sha);
     output_commit(&video->file);
-    if (video->record.stream) record_write(&video->record, run->model, run->settings, run->noise_sha256, sha);
+    if (video->record.stream) record_write(&video->record, run->model, run->settings, &run->inputs, sha);
     drift_close(video->drift);
     source_reader_close(video->source);
     warn_of_failure(video);
@@ -777,9 +809,13 @@ static void make_clip(const Run *run, Noise *noise, Video *video) {
 
 /* ---------------------------------------------------------------- memory and operations of a run */
 
-static int longest_prompt(const Run *run) {
-    int n = run->negative.n;
-    for (int i = 0; i < run->prompt_count; i++) n = (int)larger(n, run->prompts[i].n);
+/* Tokens of the longest prompt; of the longest one that the text encoder encodes, 0 if it encodes none. */
+static int longest_prompt(const Run *run, bool encoded) {
+    int n = 0;
+    for (int i = -1; i < run->prompt_count; i++) {
+        const Prompt *p = i < 0 ? &run->negative : &run->prompts[i];
+        if (p->ids || !encoded) n = (int)larger(n, p->n);
+    }
     return n;
 }
 
@@ -799,7 +835,7 @@ static size_t run_memory(const Run *run) {
     const Transformer *t = &run->model->transformer;
     const Vae *vae = &run->model->vae;
     const VideoFormat format = format_of(run->settings);
-    int n = longest_prompt(run), L = longest_pass(run) * run->tokens,
+    int n = longest_prompt(run, false), encoded = longest_prompt(run, true), L = longest_pass(run) * run->tokens,
         keys = (int)larger(cache_capacity(run), run->chunk_frames) * run->tokens;
     Sampling sampling = {.cond.name = NULL};
     Arena buffers = {0};
@@ -808,7 +844,7 @@ static size_t run_memory(const Run *run) {
            noise = latents, /* the copy in to_frame_major() */
            rest = 1 << 20, /* small: the C library's, open files, prompts, schedules */
            kept = latents + noise + y4m_frame_bytes(&format) + rest,
-           reading = text_encoder_memory(e, n) + text_encoder_scratch(e, n),
+           reading = encoded ? text_encoder_memory(e, encoded) + text_encoder_scratch(e, encoded) : 0,
            encoding = source_stage_memory(run),
            encoding_scratch = encoding ? vae_scratch(vae, ENCODER, run->H, run->W) : 0,
            denoising = buffers.used + text_context_memory(run, n) +
@@ -845,9 +881,11 @@ static double run_flops(const Run *run) {
     double flops = passes_flops(run, run->prompts[0].n + 1) +
                    vae_flops(&m->vae, DECODER, run->decoded, run->H, run->W);
     if (run->settings->source) flops += vae_flops(&m->vae, ENCODER, run->settings->source_frames, run->H, run->W);
-    for (int i = 0; i < run->prompt_count; i++) flops += text_encoder_flops(&m->text_encoder, run->prompts[i].n);
-    if (run->guided)
-        flops += text_encoder_flops(&m->text_encoder, run->negative.n) + passes_flops(run, run->negative.n + 1);
+    for (int i = -1; i < run->prompt_count; i++) {
+        const Prompt *p = i < 0 ? &run->negative : &run->prompts[i];
+        if (p->ids) flops += text_encoder_flops(&m->text_encoder, p->n);
+    }
+    if (run->guided) flops += passes_flops(run, run->negative.n + 1);
     return flops;
 }
 
@@ -868,6 +906,20 @@ static void estimate(const Run *run) {
     progress_note("%dx%d, %d frames, %d steps: %.4g TFLOP in %s, %.2f GiB of memory beside the weights",
                   s->width, s->height, s->frames, s->steps, run_flops(run) * 1e-12,
                   precision_name(run->model->precision), bytes / 0x1p30);
+}
+
+void embeds_write(Model *model, const char *prompt, const char *path) {
+    OutputFile out = output_open(path);
+    Prompt p = prompt_new(model, "prompt", 0, prompt);
+    char header[256];
+    prompt_encode(model, &p);
+    Shape shape = SHAPE(p.n, model->text_encoder.dim);
+    output_write(&out, header, npy_header(header, sizeof header, &shape, 'f'));
+    output_write(&out, p.embeds, sizeof(float) * shape_count(&shape));
+    output_commit(&out);
+    prompt_free(&p);
+    scratch_free();
+    progress(NULL, 0, 0);
 }
 
 size_t generate_memory(Model *model, const Settings *settings) {

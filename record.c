@@ -57,7 +57,7 @@ static void write_source(Json *json, const Settings *s) {
     if (s->extend) json_int(json, "frames_kept", s->source_frames);
 }
 
-static void write_settings(Json *json, const Model *model, const Settings *s, const char *noise_sha256) {
+static void write_settings(Json *json, const Model *model, const Settings *s, const InputHashes *inputs) {
     json_open(json, "settings");
     json_int(json, "width", s->width);
     json_int(json, "height", s->height);
@@ -70,7 +70,9 @@ static void write_settings(Json *json, const Model *model, const Settings *s, co
     if (model->recipe.chunk_frames) write_chunks(json, s);
     json_double(json, "guidance", s->guidance);
     json_double(json, "shift", s->shift);
-    if (s->noise) json_string(json, "noise_sha256", noise_sha256);
+    if (*inputs->embeds) json_string(json, "embeds_sha256", inputs->embeds);
+    if (*inputs->negative_embeds) json_string(json, "negative_embeds_sha256", inputs->negative_embeds);
+    if (s->noise) json_string(json, "noise_sha256", inputs->noise);
     if (s->source) write_source(json, s);
     if (!s->noise || s->sampler == RENOISE) json_unsigned(json, "seed", s->seed);
     json_string(json, "precision", precision_name(model->precision));
@@ -130,7 +132,7 @@ static void write_c2pa(Json *json) {
 }
 
 /* The part of the record that is known before the run. The outermost object is still open. */
-static Json describe(const Model *model, const Settings *s, const char *noise_sha256) {
+static Json describe(const Model *model, const Settings *s, const InputHashes *inputs) {
     Json json = {0};
     json_open(&json, NULL);
     json_bool(&json, "generated", true);
@@ -139,16 +141,16 @@ static Json describe(const Model *model, const Settings *s, const char *noise_sh
     json_string(&json, "version", SORA_VERSION);
     json_string(&json, "model", weights_string_or(model->file, "general.name", ""));
     json_string(&json, "model_tensors_sha256_claimed", weights_string_or(model->file, "sora.tensors_sha256", ""));
-    write_text(&json, "prompt", s->prompt, s->record_prompt);
-    write_text(&json, "negative_prompt", s->negative, s->record_prompt);
-    write_settings(&json, model, s, noise_sha256);
+    if (s->prompt) write_text(&json, "prompt", s->prompt, s->record_prompt);
+    if (s->negative) write_text(&json, "negative_prompt", s->negative, s->record_prompt);
+    write_settings(&json, model, s, inputs);
     write_aigc(&json, s);
     write_c2pa(&json);
     return json;
 }
 
-uint64_t record_bits(const Model *model, const Settings *settings, const char *noise_sha256) {
-    Json json = describe(model, settings, noise_sha256);
+uint64_t record_bits(const Model *model, const Settings *settings, const InputHashes *inputs) {
+    Json json = describe(model, settings, inputs);
     char hex[65];
     sha256_of(json.text.data, json.text.size, hex);
     json_free(&json);
@@ -156,9 +158,9 @@ uint64_t record_bits(const Model *model, const Settings *settings, const char *n
     return strtoull(hex, NULL, 16);
 }
 
-void record_write(OutputFile *file, const Model *model, const Settings *settings, const char *noise_sha256,
+void record_write(OutputFile *file, const Model *model, const Settings *settings, const InputHashes *inputs,
                   const char *y4m_sha256) {
-    Json json = describe(model, settings, noise_sha256);
+    Json json = describe(model, settings, inputs);
     char hex[65];
     sha256_of(json.text.data, json.text.size, hex);
     json_string(&json, "record_sha256", hex); /* of the text before this key */

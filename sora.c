@@ -20,7 +20,7 @@
 
 /* The order is that of --help. */
 typedef enum {
-    MODEL, PROMPT, PROMPT_FILE, NEGATIVE, OUTPUT_FILE,
+    MODEL, PROMPT, PROMPT_FILE, NEGATIVE, EMBEDS, NEGATIVE_EMBEDS, OUTPUT_FILE,
     IMAGE, VIDEO_FILE, STRENGTH, EXTEND,
     SIZE, FRAMES, SECONDS, FPS, CHROMA,
     STEPS, GUIDANCE, SHIFT, SAMPLER_NAME, SEED, NOISE,
@@ -29,7 +29,7 @@ typedef enum {
     PREVIEW, DRIFT, PROFILE, QUIET,
     RECORD_PROMPT, NO_RECORD, LABEL, MARK, PRODUCER, PRODUCE_ID,
     DUMP, DUMP_ONLY, CHECK, TOLERANCE, FEED,
-    INFO, TOKENIZE, VERIFY, HELP, VERSION, OPTIONS
+    INFO, TOKENIZE, SAVE_EMBEDS, VERIFY, HELP, VERSION, OPTIONS
 } Option;
 
 static const struct {
@@ -44,6 +44,8 @@ static const struct {
     [PROMPT] = {"prompt", 'p', "TEXT", "what the video shows; the same as the argument \"prompt\"", NULL},
     [PROMPT_FILE] = {"prompt-file", 0, "FILE", "read the prompt from FILE; - is standard input", NULL},
     [NEGATIVE] = {"negative", 'n', "TEXT", "what the video should not show", NULL},
+    [EMBEDS] = {"embeds", 0, "FILE", "embeds of the prompt from a .npy file: the text encoder is not run", NULL},
+    [NEGATIVE_EMBEDS] = {"negative-embeds", 0, "FILE", "the same for what the video should not show", NULL},
     [OUTPUT_FILE] = {"output", 'o', "FILE", "Y4M video (default: out.y4m), or PPM picture with -f 1; - is standard output", NULL},
 
     [IMAGE] = {"image", 0, "FILE", "the first frame: a PPM, or a Y4M's first frame; - is standard input",
@@ -99,6 +101,7 @@ static const struct {
 
     [INFO] = {"info", 0, NULL, "the model's configuration and tensors", "Print and exit"},
     [TOKENIZE] = {"tokenize", 0, NULL, "the prompt's token ids", NULL},
+    [SAVE_EMBEDS] = {"save-embeds", 0, "FILE", "write the prompt's embeds to FILE (.npy), for --embeds", NULL},
     [VERIFY] = {"verify", 0, "FILE", "whether a Y4M (- is standard input) carries a mark and agrees with FILE.json", NULL},
     [HELP] = {"help", 'h', NULL, "this text", NULL},
     [VERSION] = {"version", 0, NULL, "the version, and the instruction set that is used on this machine", NULL},
@@ -244,7 +247,7 @@ typedef struct {
     Settings settings;
     char *opening;    /* the prompt, if it was the story's line at time 0 */
     Source source;    /* --image or --video */
-    const char *model, *prompt_file, *story_file, *isa, *dump, *dump_only, *check, *verify;
+    const char *model, *prompt_file, *story_file, *isa, *dump, *dump_only, *check, *verify, *save_embeds;
     int threads;
     double tolerance; /* negative: not given */
     Precision precision;
@@ -264,6 +267,9 @@ static void apply(Command *c, Option option, const char *value) {
     case PROMPT: set_prompt(c, value); break;
     case PROMPT_FILE: set_prompt(c, read_prompt(c->prompt_file = value)); break;
     case NEGATIVE: s->negative = value; break;
+    case EMBEDS: s->embeds = value; break;
+    case NEGATIVE_EMBEDS: s->negative_embeds = value; break;
+    case SAVE_EMBEDS: c->save_embeds = value; break;
     case OUTPUT_FILE: s->output = value; break;
     case IMAGE: s->image = value; break;
     case VIDEO_FILE: s->video = value; break;
@@ -460,20 +466,26 @@ static void prompt_from_story(Command *c) {
 
 /* Refuses an output, record or dump that would overwrite a file that the run reads. */
 static void protect_inputs(const Command *c, const char *model) {
-    const char *inputs[] = {model, c->settings.noise, c->prompt_file, c->story_file, c->settings.image, c->settings.video};
-    const char *output = c->settings.output;
-    char *record = record_path(c->settings.output);
-    const char *lost = NULL;
+    const Settings *s = &c->settings;
+    const char *arrays[] = {s->noise, s->embeds, s->negative_embeds};
+    const char *inputs[] = {model, s->noise, s->embeds, s->negative_embeds, c->prompt_file, c->story_file,
+                            s->image, s->video};
+    const char *output = c->save_embeds ? c->save_embeds : s->output, *lost = NULL;
+    char *record = record_path(output);
     for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++)
         if (inputs[i] && (same_file(inputs[i], output) || same_file(inputs[i], record))) lost = inputs[i];
     free(record);
-    if (lost) die(STATUS_USAGE, "--output %s: would overwrite the input file %s", output, lost);
-    if (!c->dump || !c->settings.noise) return;
-    const char *noise = c->settings.noise, *slash = strrchr(noise, '/');
-    char *dumped = format_string("%s/%s", c->dump, slash ? slash + 1 : noise);
-    bool inside = same_file(dumped, noise);
-    free(dumped);
-    if (inside) die(STATUS_USAGE, "--dump %s: could overwrite the input file %s", c->dump, noise);
+    if (lost)
+        die(STATUS_USAGE, "--%s %s: would overwrite the input file %s", c->save_embeds ? "save-embeds" : "output", output,
+            lost);
+    for (int i = 0; i < 3; i++) {
+        if (!c->dump || !arrays[i]) continue;
+        const char *slash = strrchr(arrays[i], '/');
+        char *dumped = format_string("%s/%s", c->dump, slash ? slash + 1 : arrays[i]);
+        bool inside = same_file(dumped, arrays[i]);
+        free(dumped);
+        if (inside) die(STATUS_USAGE, "--dump %s: could overwrite the input file %s", c->dump, arrays[i]);
+    }
 }
 
 static int run(Command *c) {
@@ -486,7 +498,7 @@ static int run(Command *c) {
     if (!s->prompt && s->story.count)
         die(STATUS_USAGE, "no prompt: the story's first line is at %g seconds, expected a prompt or a line at 0",
             s->story.lines[0].time);
-    if (!s->prompt) die(STATUS_USAGE, "no prompt; see --help");
+    if (!s->prompt && (!s->embeds || c->tokenize || c->save_embeds)) die(STATUS_USAGE, "no prompt; see --help");
     protect_inputs(c, path);
     open_source(c);
     threads_set(c->threads);
@@ -495,6 +507,8 @@ static int run(Command *c) {
     profile_end(LOAD);
     if (c->tokenize) {
         print_ids(&model, s->prompt);
+    } else if (c->save_embeds) {
+        embeds_write(&model, s->prompt, c->save_embeds);
     } else {
         settings_complete(s, &model);
         if (!c->seeded) s->seed = random_seed();

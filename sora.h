@@ -428,6 +428,7 @@ typedef struct {
 /* What one run is asked to do. The command line sets what the user gave; settings_complete() sets the rest. */
 typedef struct {
     const char *prompt, *negative, *output, *noise, *producer, *produce_id; /* NULL: not given */
+    const char *embeds, *negative_embeds;                       /* files that replace the text encoder; NULL: not given */
     int width, height, frames, fps_num, fps_den, steps, chroma; /* 0: not given */
     double seconds, guidance, shift;                            /* negative: not given */
     Sampler sampler;                                            /* SAMPLERS: not given */
@@ -472,15 +473,21 @@ int prompt_ids(const Model *model, const char *prompt, int32_t *ids);
 /* Makes the video, and its record. Dies with STATUS_RESOURCE on lack of memory or a failed write, and with STATUS_CHECK
  * on values that are not finite. */
 void generate(Model *model, const Settings *settings);
+/* Writes the text encoder's output for the prompt to a .npy file, (n, text_dim), which --embeds reads. */
+void embeds_write(Model *model, const char *prompt, const char *path);
 size_t generate_memory(Model *model, const Settings *settings); /* private memory at its peak; mapped weights excluded */
 
 /* ---------------------------------------------------------------- record.c: OUTPUT.json, how the video was made */
 
 char *record_path(const char *output); /* OUTPUT.json; free() it */
+/* SHA-256 of the files of --noise, --embeds and --negative-embeds; "" where none was given. */
+typedef struct {
+    char noise[65], embeds[65], negative_embeds[65];
+} InputHashes;
 /* The 64 bits that a mark carries: the first of the SHA-256 of the part of the record that is known before the run. */
-uint64_t record_bits(const Model *model, const Settings *settings, const char *noise_sha256);
-/* Writes and commits the record. noise_sha256: hash of the file of --noise, if one was given. */
-void record_write(OutputFile *file, const Model *model, const Settings *settings, const char *noise_sha256,
+uint64_t record_bits(const Model *model, const Settings *settings, const InputHashes *inputs);
+/* Writes and commits the record. */
+void record_write(OutputFile *file, const Model *model, const Settings *settings, const InputHashes *inputs,
                   const char *y4m_sha256);
 /* Prints what a record says, whatever text that may be, and returns whether it agrees with itself, with the SHA-256 of the
  * video beside it and with the video's mark, if there is one. */

@@ -257,6 +257,8 @@ generation() {
         same -t $threads
     done
     same --noise "$work/dump/noise.npy"
+    same --embeds "$work/dump/prompt.embeds.npy"
+    same --negative-embeds "$work/dump/negative.embeds.npy"
     same --prompt-file "$work/prompt"
     same --prompt-file "$work/prompt.bom"
     same --prompt-file "$work/prompt.le"
@@ -311,6 +313,26 @@ noise() {
     mv "$work/clip.y4m" "$work/noise.y4m"
     run $small --noise tests/goldens/npy/noise.npy -o "$work/clip.y4m" x
     claim "--noise of float64, big-endian, in Fortran order, with a batch axis" cmp "$work/clip.y4m" "$work/noise.y4m"
+}
+
+# The text encoder runs once, and its output makes several videos.
+embeds() {
+    run $small -n "the lazy dog" -o "$work/clip.y4m" "a red fox"
+    mv "$work/clip.y4m" "$work/text.y4m"
+    run -q -m $model --save-embeds "$work/fox.npy" "a red fox"
+    claim "--save-embeds: status 0, not $status" [ $status -eq 0 ]
+    claim "--save-embeds makes no video" [ ! -e out.y4m ]
+    run -q -m $model --save-embeds "$work/dog.npy" "the lazy dog"
+    run $small --embeds "$work/fox.npy" --negative-embeds "$work/dog.npy" --profile -o "$work/clip.y4m"
+    claim "--embeds without a prompt: the same video" cmp "$work/clip.y4m" "$work/text.y4m"
+    claim "--embeds: the text encoder is not run" [ -z "$(grep "^text encoder" "$work/err")" ]
+    claim "--embeds: the record has the file's hash" grep -q "\"embeds_sha256\": \"$(sha256sum <"$work/fox.npy" | cut -c 1-64)" "$work/clip.y4m.json"
+    claim "--embeds: the record has no prompt" [ -z "$(grep "prompt" "$work/clip.y4m.json")" ]
+    refused 2 "--embeds nowhere.npy: No such file" $small --embeds nowhere.npy
+    refused 2 "--embeds $golden/noise.npy: shape \[4, 2, 4, 8\], expected" $small --embeds $golden/noise.npy
+    refused 2 "--negative-embeds tests/goldens/npy/f4_3.npy: shape \[3\], expected" $small --negative-embeds tests/goldens/npy/f4_3.npy x
+    refused 2 "--save-embeds .*fox.npy: would overwrite the input file" $small --embeds "$work/fox.npy" --save-embeds "$work/fox.npy" x
+    refused 2 "no prompt" $small --save-embeds "$work/other.npy"
 }
 
 # The smallest and largest seeds that torch accepts.
@@ -368,7 +390,7 @@ docs_show_help() {
 information() {
     run --help
     claim "--help: status 0" [ $status -eq 0 ]
-    for option in model prompt prompt-file negative output size frames seconds fps steps guidance shift sampler seed \
+    for option in model prompt prompt-file negative embeds negative-embeds save-embeds output size frames seconds fps steps guidance shift sampler seed \
         image video strength extend threads precision isa noise at story window sink positions drift dump dump-only check feed tolerance chroma \
         record-prompt no-record label mark verify producer produce-id profile info tokenize preview quiet help \
         version; do
@@ -657,6 +679,7 @@ streams
 generation
 seeds
 noise
+embeds
 checks
 options
 information
