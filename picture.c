@@ -206,7 +206,8 @@ static void read_frame(SourceReader *r, float *frame) {
     const char *why = s->pixels ? NULL : y4m_next(r->y4m, frame, &end);
     if (why || end) die(STATUS_USAGE, "a clip that is being read: %s", why ? why : "it has become shorter");
     for (size_t i = 0; s->pixels && i < pixels; i++)
-        for (int c = 0; c < 3; c++) frame[c * pixels + i] = 2 * ((float)s->pixels[3 * i + c] / (float)s->white) - 1;
+        for (int c = 0; c < 3; c++)
+            frame[c * pixels + i] = 2 * ((float)smaller(s->pixels[3 * i + c], s->white) / (float)s->white) - 1;
 }
 
 void source_next(SourceReader *r, float *frame) {

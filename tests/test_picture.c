@@ -61,7 +61,7 @@ static void check_flat(void) {
     static const int sizes[][2] = {{1, 1}, {1, 9}, {3, 2}, {40, 50}};
     float frame[3 * 40 * 50];
     Source source;
-    if (source_parse(text("P6 2 3 100 " "d2\0d2\0d2\0d2\0d2\0d2\0", 11 + 18), &source)) abort();
+    if (source_parse(text("P6 2 3 100 " "d2\0d2\0d2\0\xff" "2\0d2\0d2\0", 11 + 18), &source)) abort(); /* 255 is 100, too */
     for (int i = 0; i < 4; i++) {
         int pixels = sizes[i][0] * sizes[i][1];
         read_first(&source, sizes[i][0], sizes[i][1], frame);
