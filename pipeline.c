@@ -18,6 +18,7 @@
  *                 max(text encoder, transformer + decoder)     several chunks
  *
  * A source (--image, --video) adds the VAE's encoder: to the maximum if one chunk is encoded, to the sum if several are.
+ * A story adds the text encoder to the sum: later prompts are encoded when they take effect.
  *
  * With several chunks it does not depend on the clip's length. Weights are read from the mapped file and are not
  * counted. run_memory() computes the peak before the run, with the functions that allocate the buffers. */
@@ -93,7 +94,6 @@ static void prompt_encode(const Model *m, Prompt *p) {
     }
     p->n = tap_ids(p->ids, p->n, m->transformer.text_len, m->text_encoder.vocab_size, "%s.ids", p->name);
     p->embeds = allocate(sizeof(float) * (size_t)p->n * m->text_encoder.dim);
-    progress("text encoder", 0, 1);
     profile_begin(TEXT_ENCODER);
     text_encode(&m->text_encoder, p->ids, p->n, p->embeds);
     profile_end(TEXT_ENCODER);
@@ -705,12 +705,15 @@ static void flush_cache(const Run *run, Sampling *s) {
 }
 
 /* A prompt takes effect at the first chunk that begins at or after the prompt's time. */
-static void change_prompt(const Run *run, Sampling *s, int index) {
+static void change_prompt(const Run *run, Sampling *s, const Video *video, int index) {
     Chunk chunk = chunk_at(run, index);
     int next = s->prompt;
     while (next + 1 < run->prompt_count && run->prompts[next + 1].time <= chunk_time(run, chunk)) next++;
     if (next == s->prompt) return;
     s->prompt = next;
+    show_progress(video, "text encoder", 0, 1);
+    tap_scope("%s", "");
+    prompt_encode(run->model, &run->prompts[next]); /* only now: the first frame does not wait for later prompts */
     load_context(run, &s->cond, &run->prompts[next]);
     if (prompt_change(run) == RECACHE) recache(run, s, index, chunk.first);
     if (prompt_change(run) == FLUSH) flush_cache(run, s);
@@ -766,7 +769,7 @@ static void denoise(const Run *run, Sampling *s, Noise *noise, const Video *vide
     Chunk chunk = chunk_at(run, index);
     int steps = chunk_schedule(run, index)->steps;
     s->history.n = chunk.frames * run->frame_size;
-    change_prompt(run, s, index);
+    change_prompt(run, s, video, index);
     if (index == run->given_chunks) tap_schedules(run);
     for (int step = 0; step < steps; step++) {
         show_progress(video, "step", step, steps);
@@ -860,6 +863,8 @@ static size_t run_memory(const Run *run) {
            together = denoising + decoding, scratch = larger(denoising_scratch, decoding_scratch);
     if (run->given_chunks > 1 || (run->redrawn && run->chunks > 1))
         together += encoding, scratch = larger(scratch, encoding_scratch);
+    if (run->prompt_count > 1)
+        together += text_encoder_memory(e, encoded), scratch = larger(scratch, text_encoder_scratch(e, encoded));
     return kept + larger(before, run->chunks > 1 ? together + scratch : apart);
 }
 
@@ -912,6 +917,7 @@ void embeds_write(Model *model, const char *prompt, const char *path) {
     OutputFile out = output_open(path);
     Prompt p = prompt_new(model, "prompt", 0, prompt);
     char header[256];
+    progress("text encoder", 0, 1);
     prompt_encode(model, &p);
     Shape shape = SHAPE(p.n, model->text_encoder.dim);
     output_write(&out, header, npy_header(header, sizeof header, &shape, 'f'));
@@ -934,7 +940,8 @@ void generate(Model *model, const Settings *settings) {
     estimate(&run);
     Video video = video_open(&run);
     Noise noise = noise_open(&run); /* first, because a bad --noise file should be reported at once */
-    for (int i = 0; i < run.prompt_count; i++) prompt_encode(model, &run.prompts[i]);
+    progress("text encoder", 0, 1);
+    prompt_encode(model, &run.prompts[0]);
     if (run.guided) prompt_encode(model, &run.negative);
     scratch_free();
     make_clip(&run, &noise, &video);

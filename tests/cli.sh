@@ -449,7 +449,8 @@ chunks() {
     refused 2 "--story nowhere: No such file" $short --story nowhere x
     refused 2 "no prompt: the story's first line is at 1 seconds" $short --at "1 a"
     refused 2 "two prompts: 'x' and 'a'" $short --at "0 a" x
-    run $short -o "$work/clip.y4m" --at "9 a dog" x
+    run $short -o "$work/clip.y4m" --at "9 a dog" --dump "$work/unused" --dump-only "prompt*" x
+    claim "a prompt after the end is not encoded" [ "$(ls "$work/unused" | tr '\n' ' ')" = "prompt.embeds.npy prompt.ids.npy " ]
     claim "a prompt after the end: a warning" grep -q "warning: the prompt at 9 s is not used" "$work/err"
 }
 
