@@ -242,13 +242,23 @@ typedef enum {
     RESIDUAL,       /* x = shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x)))))) */
     ATTENTION,      /* x = x + conv2(attention(conv1(norm1(x)))), over the pixels of the frame */
     UPSAMPLE_TIME,  /* two frames of conv1(x); the clip's first frame passes unchanged, as one frame */
-    DOWNSAMPLE_TIME /* one frame of conv1 of two; the clip's first frame passes unchanged */
+    DOWNSAMPLE_TIME, /* one frame of conv1 of two; the clip's first frame passes unchanged */
+    KEEP_FRAME,     /* keeps x for the ADD_MEANS or ADD_COPIES at index `partner` */
+    ADD_MEANS,      /* x = x + means of what was kept, over pixels, frames and channels */
+    ADD_COPIES      /* x = x + copies of what was kept */
 } VaeLayerKind;
+
+/* A way past the layers between KEEP_FRAME and ADD_...: space is 2 if they halve or double height and
+ * width, time if they do so with frames. */
+typedef struct {
+    int partner, in, out, time, space;
+} Shortcut;
 
 typedef struct {
     VaeLayerKind kind;
     const float *norm1, *norm2; /* (I) of conv1 and conv2, or NULL */
     Conv conv1, conv2, shortcut;
+    Shortcut past; /* of KEEP_FRAME, ADD_MEANS and ADD_COPIES */
 } VaeLayer;
 
 typedef struct {

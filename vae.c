@@ -1,4 +1,4 @@
-/* vae.c - video frames <-> latents: Wan 2.1's causal 3D VAE, one frame at a time.
+/* vae.c - video frames <-> latents: the causal 3D VAE of Wan 2.1 and 2.2, one frame at a time.
  *
  * The decoder takes normalised latent frames (z_dim,H,W) and gives video frames [3,Y,X] in [-1,1]; the encoder is the
  * way back. The first latent frame belongs to one video frame, every later one to temporal_stride (4) of them; Y and X
@@ -30,11 +30,15 @@
  * cache; of every two later frames the first ends there, and at the second the convolution reads both and the last one
  * of the pair before.
  *
+ * Wan 2.2's VAE (vae.is_residual) has a shortcut past each level that changes the resolution, and past the encoder's last:
+ * KEEP_FRAME keeps what enters the level; ADD_MEANS adds means of it to what leaves the encoder's level, ADD_COPIES copies
+ * of it to what leaves the decoder's. Its upsampling convolutions keep the number of channels.
+ *
  * A frame is stored as (pixels, channels). A convolution is a product whose rows are runs of channels at shifted
  * pixels (product.c). Padding and the upsampled image are not stored: locate_pixel() gives their addresses.
  *
- * Follows AutoencoderKLWan of diffusers (is_residual false) and wan/modules/vae.py of the original release, whose
- * weight names the file keeps. Its RMS_norm is x / |x| * sqrt(channels) * gamma, where |x| is over channels. Of the
+ * Follows AutoencoderKLWan of diffusers, and wan/modules/vae.py and vae2_2.py of the original releases; the weight names
+ * are those of the former. Its RMS_norm is x / |x| * sqrt(channels) * gamma, where |x| is over channels. Of the
  * distribution that the encoder gives, only the mean is used (diffusers' sample_mode "argmax"). */
 #include "sora.h"
 
@@ -51,11 +55,13 @@ enum { MAX_LEVELS = 8 };
 typedef struct {
     int count, blocks;         /* blocks: residual blocks in a level of the encoder; the decoder has one more */
     int mult[MAX_LEVELS];      /* channels, as multiples of the half's base_dim */
+    bool residual;             /* Wan 2.2: shortcuts past the levels; an upsampling convolution keeps the channels */
     bool temporal[MAX_LEVELS]; /* whether the number of frames changes between this level and the next */
 } Levels;
 
 static Levels read_levels(const WeightFile *file) {
-    Levels levels = {.blocks = weights_size(file, "vae.num_res_blocks", 64)};
+    Levels levels = {.blocks = weights_size(file, "vae.num_res_blocks", 64),
+                     .residual = weights_bool_or(file, "vae.is_residual", false)};
     WeightArray mult, temporal;
     if (!weights_array(file, "vae.dim_mult", &mult) || mult.count < 1 || mult.count > MAX_LEVELS)
         weights_refuse(file, "vae.dim_mult is not an array of 1 to %d numbers", MAX_LEVELS);
@@ -145,6 +151,21 @@ static void bind_head(const WeightFile *file, Vae *vae, VaeLayers *list, int O, 
     list->layers[list->count - 1].norm1 = norm;
 }
 
+/* Begins a shortcut past a level, if the VAE has them; end_shortcut() ends it. Returns the index of KEEP_FRAME, or -1. */
+static int begin_shortcut(const Levels *levels, VaeLayers *list) {
+    if (!levels->residual) return -1;
+    add_layer(list, KEEP_FRAME);
+    return list->count - 1;
+}
+
+static void end_shortcut(VaeLayers *list, int keep, VaeLayerKind kind, int in, int out, int time, int space) {
+    if (keep < 0) return;
+    VaeLayer *add = add_layer(list, kind);
+    add->past = (Shortcut){.partner = keep, .in = in, .out = out, .time = time, .space = space};
+    list->layers[keep].past = add->past;
+    list->layers[keep].past.partner = list->count - 1;
+}
+
 /* Residual blocks and resampling layers of all levels share one numbering, encoder.downsamples.N. */
 static void bind_encoder(const WeightFile *file, Vae *vae, const Levels *levels) {
     VaeLayers *list = &vae->halves[ENCODER];
@@ -152,14 +173,17 @@ static void bind_encoder(const WeightFile *file, Vae *vae, const Levels *levels)
     int base = weights_size(file, "vae.base_dim", MAX_CHANNELS), width = base, index = 0;
     bind_convolution(file, vae, list, width, patch_channels(vae), 3, 3, "encoder.conv1");
     for (int i = 0; i < levels->count; i++) {
-        int out = base * levels->mult[i];
+        int in = width, out = base * levels->mult[i], keep = begin_shortcut(levels, list);
+        bool last = i + 1 == levels->count;
         for (int j = 0; j < levels->blocks; j++, width = out)
             bind_residual(file, vae, list, width, out, PATH("encoder.downsamples.%d", index++));
-        if (i + 1 == levels->count) break;
+        if (last) end_shortcut(list, keep, ADD_MEANS, in, out, 1, 1);
+        if (last) break;
         bind_convolution(file, vae, list, out, out, 1, 3, PATH("encoder.downsamples.%d.resample.1", index))->stride = 2;
         if (levels->temporal[i])
             add_layer(list, DOWNSAMPLE_TIME)->conv1 =
                 bind_conv(file, vae->precision, out, out, 3, 1, PATH("encoder.downsamples.%d.time_conv", index));
+        end_shortcut(list, keep, ADD_MEANS, in, out, 1 + levels->temporal[i], 2);
         index++;
     }
     bind_middle(file, vae, list, width, "encoder");
@@ -176,15 +200,16 @@ static void bind_decoder(const WeightFile *file, Vae *vae, const Levels *levels)
     bind_convolution(file, vae, list, width, z, 3, 3, "decoder.conv1");
     bind_middle(file, vae, list, width, "decoder");
     for (int i = levels->count - 1; i >= 0; i--) {
-        int out = base * levels->mult[i];
+        int in = width, out = base * levels->mult[i], keep = i ? begin_shortcut(levels, list) : -1;
         for (int j = 0; j <= levels->blocks; j++, width = out)
             bind_residual(file, vae, list, width, out, PATH("decoder.upsamples.%d", index++));
         if (i == 0) break;
         if (levels->temporal[i - 1])
             add_layer(list, UPSAMPLE_TIME)->conv1 =
                 bind_conv(file, vae->precision, 2 * out, out, 3, 1, PATH("decoder.upsamples.%d.time_conv", index));
-        width = out / 2;
+        width = levels->residual ? out : out / 2;
         bind_convolution(file, vae, list, width, out, 1, 3, PATH("decoder.upsamples.%d.resample.1", index++))->up = 2;
+        end_shortcut(list, keep, ADD_COPIES, in, out, 1 + levels->temporal[i - 1], 2);
     }
     bind_head(file, vae, list, patch_channels(vae), width, "decoder");
 }
@@ -233,6 +258,7 @@ typedef struct {
     FeatCache cache[2]; /* of conv1 and conv2 */
     bool started;       /* UPSAMPLE_TIME, DOWNSAMPLE_TIME: the clip's first frame has passed */
     bool waiting;       /* DOWNSAMPLE_TIME: the first frame of a pair has passed, the second has not */
+    float *kept;        /* ADD_MEANS: (pixels, out), the sums so far; ADD_COPIES: (pixels that KEEP_FRAME reads, in) */
 } LayerState;
 
 struct VaeStream {
@@ -373,6 +399,57 @@ static bool downsample_time(VaeStream *s, Grid *grid, const VaeLayer *layer, Lay
     return goes_on;
 }
 
+/* ---------------------------------------------------------------- shortcuts of Wan 2.2 */
+
+/* The frame of a pair that passes a layer: 0 or 1, and 1 for the clip's first, which is the second of a pair that begins
+ * with zeros, or of which only the second half is used. */
+static int next_of_pair(LayerState *state, int time) {
+    int which = time == 1 ? 0 : !state->started || state->waiting;
+    state->waiting = time > 1 && state->started && !state->waiting;
+    state->started = true;
+    return which;
+}
+
+/* Adds x (pixels, in) to the means over pixels, frames and neighbouring channels: AvgDown3D. A channel out of them is the
+ * mean of a run of the in*time*space*space numbers (channel, frame, row, column). */
+static void keep_means(VaeStream *s, const Grid *grid, LayerState *state, LayerState *add, const Shortcut *past) {
+    int which = next_of_pair(state, past->time), columns = grid->width / past->space, f = past->space;
+    int run = past->in * past->time * f * f / past->out, pixels = grid->height / f * columns;
+    if (past->time == 1 || which == 0 || !add->started) memset(add->kept, 0, sizeof(float) * (size_t)pixels * past->out);
+    add->started = true;
+    PARALLEL_FOR (int i = 0; i < pixels; i++)
+        for (int c = 0; c < past->in; c++)
+            for (int j = 0; j < f * f; j++) {
+                size_t pixel = (size_t)(i / columns * f + j / f) * grid->width + i % columns * f + j % f;
+                int place = ((c * past->time + which) * f * f + j) / run;
+                add->kept[(size_t)i * past->out + place] += s->x[pixel * past->in + c] / (float)run;
+            }
+}
+
+static void add_means(VaeStream *s, const Grid *grid, const LayerState *state, const Shortcut *past) {
+    add(s->x, state->kept, (size_t)pixels_of(grid) * past->out);
+}
+
+/* Adds to x (pixels, out) the number of which it is a copy: DupUp3D. The in channels, each repeated, are the numbers
+ * (channel, frame, row, column). */
+static void add_copies(VaeStream *s, const Grid *grid, LayerState *state, const Shortcut *past) {
+    int which = next_of_pair(state, past->time), f = past->space, columns = grid->width / f;
+    int repeats = past->out * past->time * f * f / past->in;
+    PARALLEL_FOR (int i = 0; i < pixels_of(grid); i++) {
+        int y = i / grid->width, x = i % grid->width;
+        const float *kept = state->kept + ((size_t)(y / f) * columns + x / f) * past->in;
+        for (int c = 0; c < past->out; c++)
+            s->x[(size_t)i * past->out + c] += kept[(((c * past->time + which) * f + y % f) * f + x % f) / repeats];
+    }
+}
+
+static void keep(VaeStream *s, const Grid *grid, const VaeLayer *layer, LayerState *state) {
+    const Shortcut *past = &layer->past;
+    LayerState *add = &s->states[past->partner];
+    if (s->list->layers[past->partner].kind == ADD_MEANS) keep_means(s, grid, state, add, past);
+    else memcpy(add->kept, s->x, sizeof(float) * (size_t)pixels_of(grid) * past->in);
+}
+
 /* ---------------------------------------------------------------- both ends of the lists */
 
 /* Index in x (pixels, 3*p*p) of colour c of pixel (y,x) of the video, W patches wide. Channel (c*p + b)*p + a is colour c,
@@ -429,6 +506,9 @@ static void push(VaeStream *s, int index) {
         case CONVOLUTION: convolution(s, grid, layer, state); break;
         case RESIDUAL: residual(s, grid, layer, state); break;
         case ATTENTION: attend(s, grid, layer); break;
+        case KEEP_FRAME: keep(s, grid, layer, state); break;
+        case ADD_MEANS: add_means(s, grid, state, &layer->past); break;
+        case ADD_COPIES: add_copies(s, grid, state, &layer->past); break;
         case DOWNSAMPLE_TIME:
             if (!downsample_time(s, grid, layer, state)) return;
             break;
@@ -507,6 +587,10 @@ static void take_buffers(VaeStream *s, Arena *arena, int H, int W) {
         LayerState *state = &s->states[i];
         take_cache(s, arena, &s->grids[state->in], &layer->conv1, &state->cache[0]);
         take_cache(s, arena, &s->grids[state->in], &layer->conv2, &state->cache[1]);
+        if (layer->kind == ADD_MEANS)
+            state->kept = arena_floats(arena, (size_t)pixels_of(&s->grids[state->in]) * layer->past.out);
+        if (layer->kind == ADD_COPIES)
+            state->kept = arena_floats(arena, (size_t)pixels_of(&s->grids[s->states[layer->past.partner].in]) * layer->past.in);
     }
     s->x = arena_floats(arena, floats);
     s->t = arena_floats(arena, floats);

@@ -26,6 +26,8 @@ NEGATIVE_PROMPT = ("色调艳丽，过曝，静态，细节模糊不清，字幕
 RELEASED = {  # (dim, num_layers): its name and negative prompt, from the original configuration
     (1536, 30): {"name": "Wan2.1-T2V-1.3B", "negative_prompt": NEGATIVE_PROMPT},
     (5120, 40): {"name": "Wan2.1-T2V-14B", "negative_prompt": NEGATIVE_PROMPT},
+    (3072, 30): {"name": "Wan2.2-TI2V-5B", "negative_prompt": NEGATIVE_PROMPT, "width": 1280, "height": 704,
+                 "frames": 121, "fps": "24", "steps": 50, "guidance": 5.0, "shift": 5.0},
 }
 
 # {class of diffusers: (sora's name, the configuration's key of the shift, the settings that sora implements)}

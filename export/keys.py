@@ -29,10 +29,14 @@ SIZES = {
     },
     "vae": {f"vae.{size}": size for size in ("z_dim", "base_dim", "decoder_base_dim", "dim_mult", "num_res_blocks",
                                              "in_channels", "out_channels", "patch_size", "temperal_downsample",
+                                             "is_residual",
                                              "latents_mean", "latents_std")},
 }
 
 # Keys with the same value in every weight file.
+# What files of earlier versions do not state.
+ASSUMED = {"vae.is_residual": False}
+
 FIXED = {
     "general.quantization_version": 2,
     "sora.format_version": FORMAT_VERSION,
@@ -58,6 +62,7 @@ def stated_sizes(part, file):
     for key, value in FIXED.items():
         if file.keys.get(key, value) != value:
             raise ExportError(f"{file.path}: {key} is {file.keys[key]!r}, expected {value!r}")
-    if missing := [key for key in SIZES[part] if key not in file.keys]:
+    keys = ASSUMED | file.keys
+    if missing := [key for key in SIZES[part] if key not in keys]:
         raise ExportError(f"{file.path}: the key {missing[0]} is missing")
-    return {size: file.keys[key] for key, size in SIZES[part].items()}
+    return {size: keys[key] for key, size in SIZES[part].items()}

@@ -68,8 +68,6 @@ UNSUPPORTED = [
     (r"\bimg_emb\.|\.[kv]_img\.|image_embedder|\.add_[kv]_proj\.", "an image-to-video model (CLIP image encoder)"),
     (r"^vace_", "a VACE model"),
     (r"\bmotion_encoder\.|\bface_adapter\.", "a Wan-Animate model"),
-    (r"avg_shortcut|samples\.\d+\.(down|up)samples\.|down_blocks\.\d+\.resnets|\.(down|up)sampler\.",
-     "Wan 2.2's residual VAE (TI2V-5B)"),
 ]
 
 # FastWan's gate of sparse attention. Dense attention does not use it.
@@ -92,17 +90,22 @@ def our_name(part, name):
 
 
 def count_upsamples(names):
-    """Renames diffusers' decoder.up_blocks.LEVEL.{resnets.R,upsamplers.0} to decoder.upsamples.N, numbered through all
-    levels as in the original release. Other names stay."""
-    pattern = re.compile(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.")
-    found = [m for m in map(pattern.match, names) if m]
-    resnets = 1 + max((int(m[3]) for m in found if m[2] == "resnets"), default=0)
+    """Renames what is numbered level by level to decoder.upsamples.N and encoder.downsamples.N, numbered through all levels
+    as in Wan 2.1's original release. Other names stay. Level by level are diffusers' decoder.up_blocks.LEVEL.{resnets.R,
+    upsamplers.0}, in Wan 2.2's VAE also its encoder (down_blocks, downsampler), and the original release of that one
+    (decoder.upsamples.LEVEL.upsamples.R, in which the last R is the resampling layer)."""
+    for half, way in (("decoder", "up"), ("encoder", "down")):
+        pattern = re.compile(rf"{half}\.{way}(?:_block|sample)s\.(\d+)\.(resnets|{way}samples|{way}samplers?)\.(?:(\d+)\.)?")
+        found = [m for m in map(pattern.match, names) if m]
+        resnets = 1 + max((int(m[3]) for m in found if m[2] == "resnets"), default=-2)
+        level = max([resnets + 1, *(int(m[3]) + 1 for m in found if m[2] == f"{way}samples")])
 
-    def count(m):
-        within = int(m[3]) if m[2] == "resnets" else resnets
-        return f"decoder.upsamples.{int(m[1]) * (resnets + 1) + within}."
+        def count(m):
+            within = resnets if "sampler" in m[2] else int(m[3])
+            return f"{half}.{way}samples.{int(m[1]) * level + within}."
 
-    return [pattern.sub(count, n) for n in names]
+        names = [pattern.sub(count, n) for n in names]
+    return names
 
 
 def refuse_unsupported(path, key):

@@ -117,7 +117,7 @@ def transformer_sizes(part):
     check_required(part, [
         ("_class_name", ("WanTransformer3DModel", "WanModel", "CausalWanTransformer3DModel", "CausalWanModel"),
          "that kind of model"),
-        ("model_type", ("t2v",), "that kind of model"),
+        ("model_type", ("t2v", "ti2v"), "that kind of model"),
         ("qk_norm", (True, "rms_norm_across_heads"), "another norm of queries and keys"),
         ("cross_attn_norm", (True,), "a block without it"),
         ("image_dim", (None,), "image conditioning"),
@@ -162,11 +162,24 @@ def text_encoder_sizes(part):
     return sizes
 
 
-# wan/modules/vae.py, class WanVAE: mean and standard deviation of the released VAE's 16 latent channels.
+# wan/modules/vae.py, class WanVAE, and vae2_2.py, class Wan2_2_VAE: mean and standard deviation of the released VAEs' 16
+# and 48 latent channels.
 LATENTS_MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
                 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]
 LATENTS_STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
                3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]
+
+
+LATENTS_MEAN_48 = [
+    -0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+    0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+    -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+    -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667]
+LATENTS_STD_48 = [
+    0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+    0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+    0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+    0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744]
 
 
 def vae_sizes(part):
@@ -190,10 +203,11 @@ def vae_sizes(part):
     top = shape_in(part, "decoder.conv1.weight", 5)[0]
     sizes["decoder_base_dim"] = top // max(sizes["dim_mult"][-1], 1)
     sizes["patch_size"] = math.isqrt(sizes["out_channels"] // 3)
+    first = shape_in(part, f"decoder.upsamples.{resamplers[0]}.resample.1.weight", 4) if resamplers else (1, 2)
+    sizes["is_residual"] = first[0] == first[1]  # Wan 2.1's upsampling halves the channels
     add_statistics(part, sizes)
     check_known(part, KNOWN["vae"])
     check_required(part, [
-        ("is_residual", (False,), "Wan 2.2's residual VAE"),
         ("attn_scales", ([],), "attention inside the VAE's levels"),
     ])
     check_stated(part, sizes, {key: key for key in sizes if not key.startswith("latents_")})
@@ -203,7 +217,8 @@ def vae_sizes(part):
 def add_statistics(part, sizes):
     """Adds mean and standard deviation of each latent channel to sizes: config.json's, else the released VAE's. Raises
     ExportError unless there is one for each channel and deviations are positive."""
-    for key, released in (("latents_mean", LATENTS_MEAN), ("latents_std", LATENTS_STD)):
+    means, deviations = (LATENTS_MEAN_48, LATENTS_STD_48) if sizes["z_dim"] == 48 else (LATENTS_MEAN, LATENTS_STD)
+    for key, released in (("latents_mean", means), ("latents_std", deviations)):
         values = part.config.get(key, released)
         if len(values) != sizes["z_dim"]:
             raise ExportError(f"{part.path}: {key} has {len(values)} numbers, expected {sizes['z_dim']}, one for each "

@@ -76,8 +76,6 @@ def refuse_pipeline(root, index):
     for key, what in (("transformer_2", "Wan 2.2 A14B (two experts)"), ("image_encoder", "an image-to-video model")):
         if any(index.get(key) or []):
             raise ExportError(f"{root}: {what} cannot be run yet ({key} in model_index.json)")
-    if index.get("expand_timesteps"):
-        raise ExportError(f"{root}: Wan 2.2 TI2V-5B cannot be run yet (expand_timesteps in model_index.json)")
     if index.get("_class_name", "WanPipeline") not in PIPELINES:
         raise ExportError(f"{root}: a {index['_class_name']} cannot be run yet (_class_name in model_index.json)")
 
@@ -92,8 +90,7 @@ def original_sources(root, args):
                               f"--{part.replace('_', '-')}")
         return found[0] if found else None
 
-    for pattern, what in (("*_noise_model", "Wan 2.2 A14B (two experts)"), ("Wan2.2_VAE.*", "Wan 2.2 TI2V-5B"),
-                          ("models_clip_*", "an image-to-video model (CLIP image encoder)")):
+    for pattern, what in (("*_noise_model", "Wan 2.2 A14B (two experts)"), ("models_clip_*", "an image-to-video model (CLIP image encoder)")):
         if (found := sorted(root.glob(pattern))) and not args.transformer:
             raise ExportError(f"{root}: {what} cannot be run yet ({found[0].name})")
     return Sources(root, only("text_encoder", "models_t5_*"), only("vae", "Wan*_VAE.*"),

@@ -162,8 +162,9 @@ def vae_rows(sizes):
             yield from residual(f"decoder.upsamples.{index}", width, out)
             width, index = out, index + 1
         if level > 0:
-            yield from module(f"decoder.upsamples.{index}", RESAMPLE, width, width // 2)
+            narrower = width if sizes["is_residual"] else width // 2
+            yield from module(f"decoder.upsamples.{index}", RESAMPLE, width, narrower)
             if temporal[level - 1]:
                 yield from module(f"decoder.upsamples.{index}", TIME_CONV, width, t=2 * width)
-            width, index = width // 2, index + 1
+            width, index = narrower, index + 1
     yield from module("decoder.head", HEAD, width, sizes["out_channels"])

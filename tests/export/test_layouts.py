@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 import torch
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
+from export.names import count_upsamples, our_name
 from export.parts import Part, expert_note
 from helpers import (change_json, change_transformer, digest, export, export_parts, keys, original, parts, refused,
                      tensors, truncate)
@@ -148,7 +150,7 @@ WRONG = [  # (change of a diffusers folder, part of the error line)
      "scheduler_config.json: cannot be read"),
     (lambda f: (f / "scheduler/scheduler_config.json").write_text('{"_class_name": "UniPCMultistepScheduler"}'),
      "prediction_type is None, expected 'flow_prediction'"),
-    (lambda f: change_json(f / "vae/config.json", is_residual=True), "residual VAE"),
+    (lambda f: change_json(f / "vae/config.json", is_residual=True), "is_residual is True"),
     (lambda f: change_json(f / "vae/config.json", dim_mult=[1, 2, 4, 8]), "dim_mult is [1, 2, 4, 8]"),
     (lambda f: change_json(f / "vae/config.json", latents_mean=[0.0]), "latents_mean has 1 numbers, expected 16"),
     (lambda f: change_json(f / "text_encoder/config.json", feed_forward_proj="relu"), "feed_forward_proj is 'relu'"),
@@ -157,7 +159,6 @@ WRONG = [  # (change of a diffusers folder, part of the error line)
      "_class_name is DDIMScheduler, expected one of"),
     (lambda f: change_json(f / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"]),
      "two experts"),
-    (lambda f: change_json(f / "model_index.json", expand_timesteps=True), "TI2V-5B"),
     (lambda f: change_json(f / "model_index.json", image_encoder=["transformers", "CLIPVisionModel"]),
      "image-to-video"),
     (lambda f: (f / "model_index.json").write_text("{"), "model_index.json: cannot be read"),
@@ -177,13 +178,30 @@ def test_what_is_wrong_is_named(tmp_path, folders, capsys, change, says):
 
 
 @pytest.mark.parametrize("name, says", [
-    ("high_noise_model/x", "two experts"), ("Wan2.2_VAE.pth", "TI2V-5B"), ("models_clip_xlm.pth", "image-to-video"),
+    ("high_noise_model/x", "two experts"), ("Wan2.2_VAE.pth", "Wan2.2_VAE.pth, expected one"), ("models_clip_xlm.pth", "image-to-video"),
     ("diffusion_pytorch_model.safetensors.index.json", "missing.safetensors: named by")])
 def test_original_folders_that_cannot_be_run(tmp_path, folders, capsys, name, says):
     copy = shutil.copytree(folders / "original", tmp_path / "copy")
     (copy / name).parent.mkdir(exist_ok=True)
     (copy / name).write_text('{"weight_map": {"a": "missing.safetensors"}}')
     assert says in refused(capsys, tmp_path / "out.gguf", copy)
+
+
+def test_levels_of_wan22_vae_are_counted_through(tmp_path):
+    """The residual VAE in diffusers' names, and in those of wan/modules/vae2_2.py, which number level by level."""
+    vae = {"base_dim": 8, "decoder_base_dim": 12, "z_dim": 16, "dim_mult": [1, 2, 2], "num_res_blocks": 2, "patch_size": 2,
+           "in_channels": 12, "out_channels": 12, "is_residual": True, "temperal_downsample": [True, False],
+           "scale_factor_spatial": 8, "scale_factor_temporal": 2}
+    make_checkpoint.make(tmp_path / "diffusers", seed=1, vae=vae)
+    stored = load_file(tmp_path / "diffusers/vae/diffusion_pytorch_model.safetensors")
+    through = [our_name("vae", name) for name in count_upsamples(list(stored))]
+    nested = through
+    for half, way, size in (("encoder", "down", 3), ("decoder", "up", 4)):
+        nested = [re.sub(rf"{half}\.{way}samples\.(\d+)", lambda m: f"{half}.{way}samples.{int(m[1]) // size}.{way}samples."
+                         f"{int(m[1]) % size}", name) for name in nested]
+    assert count_upsamples(nested) == through
+    assert "decoder.upsamples.0.upsamples.3.resample.1.weight" in nested
+    assert "encoder.downsamples.0.downsamples.2.time_conv.weight" in nested
 
 
 def test_missing_parts_are_named(tmp_path, folders, capsys):
