@@ -77,7 +77,7 @@ static const struct {
 
     [THREADS] = {"threads", 't', "N", "number of threads (default: all available cores)", "Speed"},
     [PRECISION] = {"precision", 0, "TYPE", "arithmetic of the large matrix products: f32, bf16 or int8", NULL},
-    [ISA] = {"isa", 0, "NAME", "instruction set: auto, naive, generic, avx2, avx512[vnni|bf16], neon[dotprod]", NULL},
+    [ISA] = {"isa", 0, "NAME", "instruction set: auto, naive, generic, avx2, avx512[vnni|bf16], amx, neon[dotprod]", NULL},
 
     [PREVIEW] = {"preview", 0, NULL, "draw the frames in a colour terminal as they are decoded", "Reports"},
     [DRIFT] = {"drift", 0, NULL, "print for each chunk how colours, sharpness and motion have changed", NULL},

@@ -49,6 +49,20 @@ PEAK(avx512_f32, TARGET("avx512f"), __m512, _mm512_fmadd_ps(a, a, sum))
 PEAK(avx512_bf16, TARGET("avx512f,avx512bf16"), __m512,
      _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)a))
 PEAK(avx512_int8, TARGET("avx512f,avx512vnni"), __m512i, _mm512_dpbusd_epi32(sum, a, a))
+#ifdef __linux__
+/* The same in tiles: four sums, three times. */
+#define TILE_PEAK(name, instruction)                                                                         \
+    static void name(void) {                                                                                 \
+        amx_enter();                                                                                         \
+        for (int round = 0; round < ROUNDS; round++)                                                         \
+            for (int i = 0; i < CHAINS; i += 4)                                                              \
+                __asm__ volatile(instruction " %%tmm7, %%tmm6, %%tmm0\n" instruction " %%tmm7, %%tmm6, %%tmm1\n"   \
+                                 instruction " %%tmm7, %%tmm6, %%tmm2\n" instruction " %%tmm7, %%tmm6, %%tmm3" : :); \
+        amx_leave();                                                                                         \
+    }
+TILE_PEAK(tiles_bf16, "tdpbf16ps")
+TILE_PEAK(tiles_int8, "tdpbssd")
+#endif
 #define HAS(name, test) static bool has_##name(void) { return test; }
 HAS(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
 HAS(avx512, __builtin_cpu_supports("avx512f"))
@@ -82,9 +96,13 @@ static const Instruction instructions[] = {
 #if defined(__x86_64__)
     {"FMA of one float", " naive generic ", F32, 2, scalar_f32, has_avx2},
     {"AVX2 FMA", " avx2 ", F32, 16, avx2_f32, has_avx2},
-    {"AVX-512 FMA", " avx512 avx512vnni avx512bf16 ", F32, 32, avx512_f32, has_avx512},
+    {"AVX-512 FMA", " avx512 avx512vnni avx512bf16 amx ", F32, 32, avx512_f32, has_avx512},
     {"AVX-512 VDPBF16PS", " avx512bf16 ", BF16, 64, avx512_bf16, has_avx512_bf16},
     {"AVX-512 VPDPBUSD", " avx512vnni avx512bf16 ", INT8, 128, avx512_int8, has_avx512_vnni},
+#ifdef __linux__
+    {"AMX TDPBF16PS", " amx ", BF16, 16384, tiles_bf16, can_amx},
+    {"AMX TDPBSSD", " amx ", INT8, 32768, tiles_int8, can_amx},
+#endif
 #elif defined(__aarch64__)
     {"FMADD of one float", " naive generic ", F32, 2, scalar_f32, has_neon},
     {"NEON FMLA", " neon neondotprod ", F32, 8, neon_f32, has_neon},

@@ -369,7 +369,7 @@ static inline float float_of_bf16(uint16_t x) { return float_from_bits((uint32_t
 
 /* ---------------------------------------------------------------- panel.c: what the tiles multiply */
 
-enum { INT8_CHUNK = 256, K_PART = 1536 }; /* elements under one scale; k that a tile is given at once, at most */
+enum { INT8_CHUNK = 256 }; /* elements under one scale */
 
 /* A row operand of n elements, as it lies in memory: floats; bfloat16; or chunks of a scale and bytes. */
 enum { SCALE_BYTES = 64 }; /* a scale has a cache line of its own, so that bytes begin with one */
@@ -379,8 +379,8 @@ void narrow_row(Precision precision, void *row, const float *x, int n);
 /* L rows, `stride` floats apart, to row operands side by side. */
 void narrow_rows(Precision precision, void *rows, const float *x, size_t stride, int L, int n);
 
-/* A packed row, which a tile reads: at most K_PART elements side by side. Its bytes are also the stride from one
- * packed row to the next. */
+/* A packed row, which a tile reads: elements side by side, of bfloat16 filled up with zeros to the tile's step. Its
+ * bytes are also the stride from one packed row to the next. */
 size_t packed_bytes(Precision precision, int n);
 bool tiles_take_floats(Precision precision);   /* in BF16, too, where pairs of it are not multiplied */
 bool tiles_take_operands(Precision precision); /* a row operand is a packed row already */
@@ -481,7 +481,7 @@ void rope(float *x, int L, int heads, const Rope *rope); /* x (L, heads*d), from
 /* --------------------------------------------------------------- kernels.c: one table, chosen at start-up */
 
 enum { LANES = 16 }; /* virtual lanes of every sum over a row, whatever the width of a register */
-enum { MAX_TILE_ROWS = 14, MAX_TILE_COLS = 32, TILES_AHEAD = 8 };
+enum { MAX_TILE_ROWS = 32, MAX_TILE_COLS = 32, TILES_AHEAD = 8 };
 
 /* 32 bits of a panel, whatever they were written as: a float, a pair of bfloat16, four bytes. */
 #if defined(__GNUC__)
@@ -490,8 +490,21 @@ typedef uint32_t __attribute__((may_alias)) Word;
 typedef uint32_t Word;
 #endif
 
-/* What is computed in a way of its own on each instruction set. naive.c defines every result to the bit; with
- * F32 and INT8 all tables give these bits, and so they do with BF16 but where tiles take pairs. */
+/* How a table multiplies R packed rows by the C columns of a panel. */
+typedef struct {
+    /* acc (R, C), rows ld floats apart, += R packed rows, `stride` bytes apart, times a panel, over n of k. An
+     * element of F32 is one chain of fused multiply-adds in the order of k. Meanwhile a TILES_AHEADth of a
+     * panel as long as this one is fetched from `ahead` into the cache. */
+    void (*multiply)(float *acc, int ld, const void *rows, size_t stride, const void *panel, int n, const char *ahead);
+    int rows; /* R */
+    int part; /* of k that it is best given at once: a multiple of INT8_CHUNK and of the step */
+    int step; /* zeros fill packed rows and panels up to a multiple of so many k */
+} Tile;
+
+/* What is computed in a way of its own on each instruction set. naive.c defines every result to the bit. With F32 and
+ * INT8 all tables give these bits. With BF16 all do that sum in rising order of k; the others multiply pairs, and
+ * sum in the order of their instruction. */
+typedef enum { RISING, PAIRS_REVERSED, AMX_TILES } Order;
 typedef struct {
     const char *name;
     bool fast[PRECISIONS]; /* faster than float32 */
@@ -511,16 +524,13 @@ typedef struct {
     float (*quantize)(uint8_t *y, const float *x, int n, int *sum);
 
     /* What product.c and attention.c build them from, on all instruction sets; naive.c has none of it. */
-    bool pairs; /* BF16's tiles multiply pairs; elsewhere they take it as floats (panel.c) */
+    Tile tile[PRECISIONS];
+    int tile_cols; /* C; it divides MAX_TILE_COLS */
+    Order order_of_bf16;
     /* What INT8 row operands carry added to each byte: 128 where the dot product wants them unsigned,
      * else 0. */
     int byte_offset;
-    int tile_rows, tile_cols; /* R and C below; C divides MAX_TILE_COLS */
-    /* acc (R, C), rows ld floats apart, += R packed rows, `stride` bytes apart, times a panel, over n of k. An
-     * element of F32 is one chain of fused multiply-adds in the order of k. Meanwhile a TILES_AHEADth of a
-     * panel as long as this one is fetched from `ahead` into the cache. */
-    void (*tile[PRECISIONS])(float *acc, int ld, const void *rows, size_t stride, const void *panel, int n,
-                             const char *ahead);
+    void (*enter)(void), (*leave)(void); /* around a thread's tiles; NULL: there is nothing to do */
     void (*transpose)(Word *out, size_t stride_out, const Word *in, size_t stride_in, int rows, int n);
     /* One row of one tile of an online softmax: scores [n], room for n rounded up to LANES, become
      * exp(scale*scores + bias - m), m the new running maximum, which is returned; sums [LANES] and *rescale
@@ -537,8 +547,23 @@ extern const Kernels *kernels;
 const char *kernels_choose(const char *isa);
 const char *kernels_known(int i); /* the name of table i, in this build or another; NULL past the last */
 
+/* Before and after a thread's calls of multiply(). */
+static inline void tiles_enter(void) { if (kernels->enter) kernels->enter(); }
+static inline void tiles_leave(void) { if (kernels->leave) kernels->leave(); }
+
 void product_in_panels(float *y, const Rows *x, const Linear *layer, int mode, char *memory); /* product.c */
 void attention_in_tiles(const Attention *attention);                                        /* attention.c */
+
+/* ---------------------------------------------------------------- amx.c: tiles of 16 rows of 64 bytes */
+
+enum { AMX_STEP = 32 }; /* k of bfloat16 that an instruction multiplies */
+/* sum + a . b over n elements, in the order and with the roundings of TDPBF16PS: plain C, for the tests. */
+float amx_dot(float sum, const uint16_t *a, const uint16_t *b, int n);
+bool can_amx(void); /* asks the operating system for tiles */
+void amx_enter(void);
+void amx_leave(void);
+void amx_tile_bf16(float *acc, int ld, const void *rows, size_t stride, const void *panel, int n, const char *ahead);
+void amx_tile_int8(float *acc, int ld, const void *rows, size_t stride, const void *panel, int n, const char *ahead);
 
 /* ---------------------------------------------------------------- naive.c: the operations as simple loops */
 

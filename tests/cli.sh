@@ -250,7 +250,7 @@ generation() {
         claim "the record's hash" grep -q "$(sha256sum <"$work/clip.y4m" | cut -c 1-64)" "$work/clip.y4m.json"
     fi
     mv "$work/clip.y4m" "$work/expected.y4m"
-    for isa in naive generic avx2 avx512 avx512vnni avx512bf16 neon neondotprod; do
+    for isa in naive generic avx2 avx512 avx512vnni avx512bf16 amx neon neondotprod; do
         same --isa $isa
     done
     for threads in 1 2 3; do

@@ -20,6 +20,7 @@ enum { BLOCK_ROWS = 5 };
 typedef struct {
     const Attention *a;
     Precision precision;
+    const Tile *tile;
     char *packed;
     int C, width; /* columns of a panel; d rounded up to panels */
     size_t query_row, weight_row; /* from one packed row to the next */
@@ -56,18 +57,18 @@ typedef struct {
 } Block;
 
 /* What the row tile at `row` is to fetch of the panel that comes next. */
-static const char *ahead(const char *next, size_t size, int row) {
-    return next + (size_t)(row / kernels->tile_rows % TILES_AHEAD) * (size / TILES_AHEAD);
+static const char *ahead(const Plan *plan, const char *next, size_t size, int row) {
+    return next + (size_t)(row / plan->tile->rows % TILES_AHEAD) * (size / TILES_AHEAD);
 }
 
 static void multiply_keys(const Plan *plan, const Block *block, int head, int first, int keys) {
     const char *panel = plan->packed + head * plan->head_size + (size_t)(first / plan->C) * plan->key_panel;
     memset(block->scores, 0, sizeof(float) * (size_t)block->padded * TILE_KEYS);
     for (int j = 0; j < keys; j += plan->C, panel += plan->key_panel)
-        for (int i = 0; i < block->padded; i += kernels->tile_rows)
-            kernels->tile[plan->precision](block->scores + (size_t)i * TILE_KEYS + j, TILE_KEYS,
+        for (int i = 0; i < block->padded; i += plan->tile->rows)
+            plan->tile->multiply(block->scores + (size_t)i * TILE_KEYS + j, TILE_KEYS,
                                            block->queries + i * block->query_row, block->query_row, panel,
-                                           plan->a->d, ahead(panel + plan->key_panel, plan->key_panel, i));
+                                           plan->a->d, ahead(plan, panel + plan->key_panel, plan->key_panel, i));
 }
 
 static void softmax_rows(const Plan *plan, Block *block, int head, int query, int first, int keys) {
@@ -90,10 +91,10 @@ static void add_values(const Plan *plan, const Block *block, int head, int first
     const char *panel = plan->packed + head * plan->head_size + plan->keys_size +
                         panel_bytes(plan->precision, first);
     for (int j = 0; j < plan->width; j += plan->C, panel += plan->value_panel)
-        for (int i = 0; i < block->padded; i += kernels->tile_rows)
-            kernels->tile[plan->precision](block->out + (size_t)i * plan->width + j, plan->width,
+        for (int i = 0; i < block->padded; i += plan->tile->rows)
+            plan->tile->multiply(block->out + (size_t)i * plan->width + j, plan->width,
                                            block->weights + i * plan->weight_row, plan->weight_row, panel, keys,
-                                           ahead(panel + plan->value_panel,
+                                           ahead(plan, panel + plan->value_panel,
                                                  panel_bytes(plan->precision, keys), i));
 }
 
@@ -120,14 +121,16 @@ static void begin_block(const Plan *plan, Block *block, int head, int query, cha
 
 static void attend(const Plan *plan, int head, int query, int rows, char *memory) {
     const Attention *a = plan->a;
-    Block block = {.rows = rows, .padded = round_up(rows, kernels->tile_rows)};
+    Block block = {.rows = rows, .padded = round_up(rows, plan->tile->rows)};
     begin_block(plan, &block, head, query, memory);
+    tiles_enter();
     for (int first = 0; first < a->keys; first += TILE_KEYS) {
         int keys = smaller(TILE_KEYS, a->keys - first);
         multiply_keys(plan, &block, head, first, keys);
         softmax_rows(plan, &block, head, query, first, keys);
         add_values(plan, &block, head, first, keys);
     }
+    tiles_leave();
     for (int i = 0; i < rows; i++) {
         float total = lanes_sum(block.sums + i * LANES),
               *out = a->out + (query + i) * a->out_stride + (size_t)head * a->d;
@@ -138,7 +141,8 @@ static void attend(const Plan *plan, int head, int query, int rows, char *memory
 /* Packed keys and values of all heads, then a block's memory for each thread. */
 static Plan make_plan(const Attention *a) {
     Plan plan = {.a = a, .precision = a->precision == BF16 ? BF16 : F32, .C = kernels->tile_cols};
-    int rows = BLOCK_ROWS * kernels->tile_rows;
+    plan.tile = &kernels->tile[plan.precision];
+    int rows = BLOCK_ROWS * plan.tile->rows;
     plan.width = round_up(a->d, plan.C);
     bool floats = tiles_take_floats(plan.precision);
     plan.query_row = packed_bytes(plan.precision, a->d);
@@ -165,7 +169,7 @@ size_t attention_memory(Precision precision, int keys, int heads, int d) {
 
 void attention_in_tiles(const Attention *a) {
     Plan plan = make_plan(a);
-    int block = BLOCK_ROWS * kernels->tile_rows, blocks = round_up(a->queries, block) / block;
+    int block = BLOCK_ROWS * plan.tile->rows, blocks = round_up(a->queries, block) / block;
     plan.packed = scratch(plan_bytes(&plan));
     PARALLEL_FOR (int head = 0; head < a->heads; head++) pack_head(&plan, head);
     PARALLEL_FOR (int task = 0; task < blocks * a->heads; task++) {

@@ -88,12 +88,15 @@ static TARGET void NAME(tile_bf16)(float *acc, int ld, const void *rows, size_t 
     }
     FOR_ROWS FOR_VECTORS V_STORE(acc + (size_t)i * ld + j * VLEN, sum[i][j]);
 }
-#define TILE_BF16 NAME(tile_bf16)
-#define PAIRS true
-#else
-#define TILE_BF16 NAME(tile_f32)
-#define PAIRS false
+#define TILE_BF16 {NAME(tile_bf16), TILE_ROWS, PART, 2}
+#define ORDER PAIRS_REVERSED
+#elif !defined(TILE_BF16)
+#define TILE_BF16 {NAME(tile_f32), TILE_ROWS, PART, 1}
+#define ORDER RISING
 #endif
+
+#ifndef TILE_INT8
+#define TILE_INT8 {NAME(tile_int8), TILE_ROWS, PART, 4}
 
 /* A chunk's sums are exact integers. Then each takes one step in float32:
  *   acc += sum * (scale of the row * scale of the column)
@@ -127,6 +130,8 @@ static TARGET void NAME(tile_int8)(float *acc, int ld, const void *rows, size_t 
 #undef SCALE
     }
 }
+
+#endif
 
 static TARGET void NAME(from_bf16)(float *y, const uint16_t *x, size_t n) {
     size_t i = 0;
@@ -306,7 +311,7 @@ static TARGET float NAME(multiply_add)(float a, float b, float c) {
 
 static const Kernels NAME(table) = {
     .name = ISA_NAME,
-    .fast = {true, PAIRS, FAST_INT8},
+    .fast = {true, ORDER != RISING, FAST_INT8},
     .product = product_in_panels,
     .attention = attention_in_tiles,
     .rms_norm_row = NAME(rms_norm_row),
@@ -317,11 +322,14 @@ static const Kernels NAME(table) = {
     .from_bf16 = NAME(from_bf16),
     .to_bf16 = NAME(to_bf16),
     .quantize = NAME(quantize),
-    .pairs = PAIRS,
+    .order_of_bf16 = ORDER,
     .byte_offset = BYTE_OFFSET,
-    .tile_rows = TILE_ROWS,
     .tile_cols = TILE_VECTORS * VLEN,
-    .tile = {NAME(tile_f32), TILE_BF16, NAME(tile_int8)},
+    .tile = {{NAME(tile_f32), TILE_ROWS, PART, 1}, TILE_BF16, TILE_INT8},
+#ifdef ENTER
+    .enter = ENTER,
+    .leave = LEAVE,
+#endif
     .transpose = NAME(transpose),
     .softmax_tile = NAME(softmax_tile),
     .multiply_add = NAME(multiply_add),
@@ -361,7 +369,10 @@ static const Kernels NAME(table) = {
 #undef DOT_BF16
 #undef DOT_INT8
 #undef TILE_BF16
-#undef PAIRS
+#undef TILE_INT8
+#undef ORDER
+#undef ENTER
+#undef LEAVE
 #undef FAST_INT8
 #undef BYTE_OFFSET
 #undef BYTES

@@ -20,6 +20,8 @@
 #define UNROLL
 #endif
 
+enum { PART = 1536 }; /* of k, at most: this part of a panel and of a block's rows stay in the second-level cache */
+
 /* Into the second-level cache. */
 #if defined(__GNUC__)
 #define PREFETCH(p) __builtin_prefetch(p, 0, 2)
@@ -181,11 +183,34 @@ static inline TARGET_AVX512 void transpose_16x16(__m512i r[16]) {
 #include "engine/arithmetic/vector_avx512.h"
 #include "engine/arithmetic/kernel_body.h"
 
+#ifdef __linux__
+/* The rest of a table whose products in BF16 and INT8 are in amx.c. A part of k is so short that a panel's stays in the
+ * first-level cache. */
+#define HAS_AMX
+#define ISA_NAME "amx"
+#define NAME(x) amx_##x
+#define TARGET TARGET_AVX512
+#define TILE_ROWS 14
+#define TILE_VECTORS 2
+#define FAST_INT8 true
+#define BYTE_OFFSET 0
+#define TILE_BF16 {amx_tile_bf16, 32, 512, AMX_STEP}
+#define TILE_INT8 {amx_tile_int8, 32, 512, 2 * AMX_STEP}
+#define ORDER AMX_TILES
+#define ENTER amx_enter
+#define LEAVE amx_leave
+#include "engine/arithmetic/vector_avx512.h"
+#include "engine/arithmetic/kernel_body.h"
+#endif
+
 /* The compiler's builtin asks the operating system, too: it must save the registers. */
 static bool can_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 static bool can_avx512(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
 }
+#ifdef HAS_AMX
+static bool can_run_amx(void) { return can_avx512() && can_amx(); }
+#endif
 static bool can_avx512vnni(void) { return can_avx512() && __builtin_cpu_supports("avx512vnni"); }
 static bool can_avx512bf16(void) { return can_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }
 
@@ -261,6 +286,9 @@ static const struct {
     bool (*can)(void), (*prefers)(void);
 } choices[] = {
 #if defined(__x86_64__) && defined(__GNUC__)
+#ifdef HAS_AMX
+    {&amx_table, can_run_amx, yes},
+#endif
     {&avx512bf16_table, can_avx512bf16, pairs_pay},
     {&avx512vnni_table, can_avx512vnni, yes},
     {&avx512_table, can_avx512, yes},
@@ -278,7 +306,7 @@ static const struct {
 const Kernels *kernels = &generic_table;
 
 const char *kernels_known(int i) {
-    static const char *const names[] = {"naive", "generic", "avx2", "avx512", "avx512vnni", "avx512bf16",
+    static const char *const names[] = {"naive", "generic", "avx2", "avx512", "avx512vnni", "avx512bf16", "amx",
                                         "neon", "neondotprod", NULL};
     return names[i];
 }

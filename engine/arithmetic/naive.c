@@ -215,7 +215,7 @@ const Kernels naive_table = {
     .from_bf16 = naive_from_bf16,
     .to_bf16 = naive_to_bf16,
     .quantize = naive_quantize,
-    .tile_rows = 1, /* a tile is one result, in what adds up memory */
-    .tile_cols = 1,
+    .tile = {{NULL, 1, INT8_CHUNK, 1}, {NULL, 1, INT8_CHUNK, 1}, {NULL, 1, INT8_CHUNK, 4}},
+    .tile_cols = 1, /* a tile is one result, in what adds up memory */
     .multiply_add = naive_multiply_add,
 };

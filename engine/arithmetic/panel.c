@@ -9,24 +9,25 @@
  *   BF16    floats, or pairs of bfloat16      [k][C] floats, or [k/2][C] pairs
  *   INT8    chunks: scale, bytes              chunks: [C] scales, [C] corrections, [k/4][C] four bytes
  *
- * The last pair or four is filled with zeros. An INT8 chunk of 256 elements has a scale of its own in every row
- * and every column: its largest magnitude / 127. One scale for a whole row would be cheaper, but one outlier
- * would take the resolution of all.
+ * Zeros fill k up to a multiple of the tile's step: a pair, four, or the 64 bytes of AMX.
+ *
+ * An INT8 chunk of 256 elements has a scale of its own in every row and every column: its largest magnitude / 127.
+ * One scale for a whole row would be cheaper, but one outlier would take the resolution of all.
  *
  * Rows are narrowed once, to row operands in memory, and packed by each task that multiplies them. A row operand
  * is the same for every table of kernels; a packed row is what the chosen table's tiles read. Where both are the
  * same, tiles read whole rows in memory.
  *
  * Few processors multiply pairs of bfloat16 faster than two floats. On all others, tiles take BF16 as floats
- * that were rounded to bfloat16. The dot product of a pair adds its second product first. So the two of a pair
- * are packed in reverse, and a sum runs over k in rising order everywhere. */
+ * that were rounded to bfloat16. AVX-512's dot product of a pair adds its second product first. So for it the two
+ * of a pair are packed in reverse, and a sum runs over k in rising order. AMX has an order of its own (amx.c). */
 #include "engine/engine.h"
 
 #include <math.h>
 #include <string.h>
 
 bool tiles_take_floats(Precision precision) {
-    return precision == F32 || (precision == BF16 && !kernels->pairs);
+    return precision == F32 || (precision == BF16 && kernels->order_of_bf16 == RISING);
 }
 
 bool tiles_take_operands(Precision precision) { return precision != BF16; }
@@ -73,21 +74,23 @@ void narrow_rows(Precision precision, void *rows, const float *x, size_t stride,
 
 /* Whole cache lines, and one more: rows that lie a power of two apart would share a few sets of the cache. */
 size_t packed_bytes(Precision precision, int n) {
-    size_t bytes = tiles_take_floats(precision) ? sizeof(float) * (size_t)n : row_bytes(precision, n);
+    int filled = round_up(n, kernels->tile[precision].step);
+    size_t bytes = tiles_take_floats(precision) ? sizeof(float) * (size_t)n : row_bytes(precision, filled);
     return 64 + (bytes + 63) / 64 * 64;
 }
 
 /* Elements [at, at+n) of a segment to element `done` of a packed row. */
 static void pack_piece(Precision precision, void *packed, int done, const void *segment, int at, int n) {
     if (precision == F32) memcpy((float *)packed + done, (const float *)segment + at, sizeof(float) * (size_t)n);
-    else if (kernels->pairs) memcpy((uint16_t *)packed + done, (const uint16_t *)segment + at, 2 * (size_t)n);
+    else if (!tiles_take_floats(BF16)) memcpy((uint16_t *)packed + done, (const uint16_t *)segment + at, 2 * (size_t)n);
     else kernels->from_bf16((float *)packed + done, (const uint16_t *)segment + at, (size_t)n);
 }
 
-/* The two of each pair in reverse; the last alone is paired with 0. */
-static void reverse_pairs(uint16_t *packed, int n) {
+/* Fills n elements of bfloat16 up to a step, and puts the two of each pair in the table's order. */
+static void finish_pairs(uint16_t *packed, int n) {
     Word *pairs = (Word *)(void *)packed;
-    if (n % 2) packed[n] = 0;
+    memset(packed + n, 0, 2 * (size_t)(round_up(n, kernels->tile[BF16].step) - n));
+    if (kernels->order_of_bf16 != PAIRS_REVERSED) return;
     for (int k = 0; k < (n + 1) / 2; k++) pairs[k] = pairs[k] << 16 | pairs[k] >> 16;
 }
 
@@ -101,7 +104,7 @@ void pack_row(Precision precision, void *packed, const void *const *segments, in
         piece = smaller(each - at, n - done);
         pack_piece(precision, packed, done, *segments++, at, piece);
     }
-    if (precision == BF16 && kernels->pairs) reverse_pairs(packed, n);
+    if (precision == BF16 && !tiles_take_floats(BF16)) finish_pairs(packed, n);
 }
 
 /* y = x as bfloat16 and back; y may be x. */
@@ -117,9 +120,9 @@ static void round_row(float *y, const float *x, int n) {
 void pack_floats(Precision precision, void *packed, const float *x, int n) {
     if (precision == F32) {
         memcpy(packed, x, sizeof(float) * (size_t)n);
-    } else if (kernels->pairs) {
+    } else if (!tiles_take_floats(BF16)) {
         kernels->to_bf16(packed, x, (size_t)n);
-        reverse_pairs(packed, n);
+        finish_pairs(packed, n);
     } else {
         round_row(packed, x, n);
     }
@@ -128,11 +131,11 @@ void pack_floats(Precision precision, void *packed, const float *x, int n) {
 /* ---------------------------------------------------------------- panels */
 
 size_t panel_bytes(Precision precision, int n) {
-    size_t C = (size_t)kernels->tile_cols, rest = (size_t)(n % INT8_CHUNK);
+    size_t C = (size_t)kernels->tile_cols;
+    int step = kernels->tile[precision].step, rest = n % INT8_CHUNK;
     if (tiles_take_floats(precision)) return 4 * C * (size_t)n;
-    if (precision == BF16) return 2 * C * (size_t)round_up(n, 2);
-    return (size_t)(n / INT8_CHUNK) * C * (8 + INT8_CHUNK) +
-           (rest ? C * (8 + (size_t)round_up((int)rest, 4)) : 0);
+    if (precision == BF16) return 2 * C * (size_t)round_up(n, step);
+    return C * (size_t)(n / INT8_CHUNK * (8 + INT8_CHUNK) + (rest ? 8 + round_up(rest, step) : 0));
 }
 
 /* A chunk of a column as bytes; *scale and *correction are its own in the panel's first two lines. */
@@ -165,7 +168,8 @@ static void pack_slice(Precision precision, Word *panel, const Weight *w, int fi
         kernels->transpose(panel, (size_t)C, (const Word *)w->data + at, (size_t)w->cols, C, n);
         return;
     }
-    memset(words, 0, sizeof words[0] * WORDS * (size_t)C * (cols < C));
+    bool filled = n % kernels->tile[precision].step == 0; /* else the last words of INT8 are zeros */
+    if (cols < C || !filled) memset(words, 0, sizeof words[0] * WORDS * (size_t)C);
     if (precision == INT8) memset(panel, 0, 2 * sizeof *panel * (size_t)C), length -= 2;
     for (int j = 0; j < cols; j++)
         pack_column(precision, words + j * WORDS, w, at + (size_t)j * w->cols, n, panel + j);
@@ -184,21 +188,21 @@ void pack_panel(Precision precision, void *panel, const Weight *w, int first, in
 static void pair_up(uint16_t *panel, const float *first, const float *second) {
     uint16_t narrow[2][MAX_TILE_COLS];
     size_t C = (size_t)kernels->tile_cols;
+    int front = kernels->order_of_bf16 == PAIRS_REVERSED;
     kernels->to_bf16(narrow[0], first, C);
     kernels->to_bf16(narrow[1], second, C);
-    for (size_t j = 0; j < C; j++) panel[2 * j] = narrow[1][j], panel[2 * j + 1] = narrow[0][j];
+    for (size_t j = 0; j < C; j++) panel[2 * j] = narrow[front][j], panel[2 * j + 1] = narrow[!front][j];
 }
 
 void pack_columns(Precision precision, void *panel, const float *w, size_t stride, int cols, int n) {
     size_t C = (size_t)kernels->tile_cols;
     float row[2][MAX_TILE_COLS] = {{0}};
-    for (int k = 0; k < n; k++) {
-        memcpy(row[k % 2], w + k * stride, sizeof(float) * (size_t)cols);
-        if (tiles_take_floats(precision)) {
-            pack_floats(precision, (float *)panel + (size_t)k * C, row[k % 2], (int)C);
-        } else if (k % 2 || k + 1 == n) {
-            if (k % 2 == 0) memset(row[1], 0, sizeof row[1]);
-            pair_up((uint16_t *)panel + (size_t)(k / 2) * 2 * C, row[0], row[1]);
-        }
+    bool floats = tiles_take_floats(precision);
+    for (int k = 0; k < round_up(n, kernels->tile[precision].step); k++) {
+        float *line = row[k % 2];
+        if (k < n) memcpy(line, w + k * stride, sizeof(float) * (size_t)cols);
+        else memset(line, 0, sizeof row[0]);
+        if (floats) pack_floats(precision, (float *)panel + (size_t)k * C, line, (int)C);
+        else if (k % 2) pair_up((uint16_t *)panel + (size_t)(k / 2) * 2 * C, row[0], row[1]);
     }
 }

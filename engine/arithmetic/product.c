@@ -61,6 +61,7 @@ typedef struct {
     const Rows *x;
     const Linear *layer;
     float *y;
+    const Tile *tile;
     int mode, K, first;
     char *panels; /* NULL: tasks pack for themselves */
     size_t panel_size;
@@ -77,16 +78,18 @@ typedef struct {
     char *own;    /* a part of a panel, if tasks pack for themselves */
 } Task;
 
-static size_t sums_bytes(void) {
-    return sizeof(float) * (size_t)(TASK_PANELS * BLOCK_TILES * kernels->tile_rows * kernels->tile_cols);
+static size_t sums_bytes(Precision precision) {
+    int R = kernels->tile[precision].rows;
+    return sizeof(float) * (size_t)(TASK_PANELS * BLOCK_TILES * R * kernels->tile_cols);
 }
 
 static size_t rows_bytes(Precision precision) {
-    return (size_t)(BLOCK_TILES * kernels->tile_rows) * packed_bytes(precision, K_PART);
+    const Tile *tile = &kernels->tile[precision];
+    return (size_t)(BLOCK_TILES * tile->rows) * packed_bytes(precision, tile->part);
 }
 
 static size_t task_bytes(Precision precision) {
-    return sums_bytes() + rows_bytes(precision) + panel_bytes(precision, K_PART);
+    return sums_bytes(precision) + rows_bytes(precision) + panel_bytes(precision, kernels->tile[precision].part);
 }
 
 static void pack_part(const Product *p, int panel, int k, int n, char *packed) {
@@ -96,20 +99,20 @@ static void pack_part(const Product *p, int panel, int k, int n, char *packed) {
 
 static void pack_whole(const Product *p, int panel) {
     char *packed = p->panels + panel * p->panel_size;
-    for (int k = 0; k < p->K; k += K_PART)
-        pack_part(p, panel, k, smaller(K_PART, p->K - k), packed + panel_bytes(p->layer->precision, k));
+    for (int k = 0, part = p->tile->part; k < p->K; k += part)
+        pack_part(p, panel, k, smaller(part, p->K - k), packed + panel_bytes(p->layer->precision, k));
 }
 
 /* Whether tiles can read the task's rows where they lie: a row past the last does not lie anywhere. */
 static bool is_packed(const Product *p, const Task *task) {
-    return tiles_take_operands(p->layer->precision) && !p->x->locate && task->rows % kernels->tile_rows == 0;
+    return tiles_take_operands(p->layer->precision) && !p->x->locate && task->rows % p->tile->rows == 0;
 }
 
 /* The task's sums += n of k, from `k` on. */
 static void multiply_part(const Product *p, const Task *task, const void *(*where)[MAX_SEGMENTS], int k, int n) {
-    int R = kernels->tile_rows, C = kernels->tile_cols;
+    int R = p->tile->rows, C = kernels->tile_cols;
     Precision precision = p->layer->precision;
-    size_t stride = packed_bytes(precision, K_PART), bytes = panel_bytes(precision, n);
+    size_t stride = packed_bytes(precision, p->tile->part), bytes = panel_bytes(precision, n);
     const char *rows = task->packed;
     if (is_packed(p, task))
         rows = (const char *)where[0][0] + row_offset(precision, k), stride = row_bytes(precision, p->K);
@@ -125,9 +128,8 @@ static void multiply_part(const Product *p, const Task *task, const void *(*wher
             pack_part(p, task->panel + i, k, n, task->own);
         }
         for (int t = 0; t < task->tiles; t++)
-            kernels->tile[precision](task->sums + (i * task->tiles + t) * R * C, C,
-                                     rows + t * R * stride, stride, panel, n,
-                                     next + t * (bytes / TILES_AHEAD));
+            p->tile->multiply(task->sums + (i * task->tiles + t) * R * C, C, rows + t * R * stride, stride, panel, n,
+                              next + t * (bytes / TILES_AHEAD));
     }
 }
 
@@ -156,15 +158,18 @@ static void locate_rows(const Product *p, const Task *task, const void *(*where)
 }
 
 static void run_task(const Product *p, Task task, char *memory) {
-    int R = kernels->tile_rows, C = kernels->tile_cols;
+    int R = p->tile->rows, C = kernels->tile_cols;
     const void *where[BLOCK_ROWS][MAX_SEGMENTS];
     task.tiles = ceiling(task.rows, R);
     task.sums = (float *)(void *)memory;
-    task.packed = memory + sums_bytes();
+    task.packed = memory + sums_bytes(p->layer->precision);
     task.own = task.packed + rows_bytes(p->layer->precision);
     memset(task.sums, 0, sizeof(float) * (size_t)(task.panels * task.tiles * R * C));
     locate_rows(p, &task, where);
-    for (int k = 0; k < p->K; k += K_PART) multiply_part(p, &task, where, k, smaller(K_PART, p->K - k));
+    tiles_enter();
+    for (int k = 0, part = p->tile->part; k < p->K; k += part)
+        multiply_part(p, &task, where, k, smaller(part, p->K - k));
+    tiles_leave();
     for (int i = 0; i < task.panels; i++)
         for (int t = 0; t < task.tiles; t++)
             finish_tile(p, task.sums + (i * task.tiles + t) * R * C, task.row + t * R,
@@ -186,7 +191,7 @@ static size_t panel_size_of(const Linear *layer) { return panel_bytes(layer->pre
 static size_t group_bytes(const Linear *layer, int rows) {
     size_t panels = (size_t)ceiling(layer->weight.rows, kernels->tile_cols);
     size_t panel_size = panel_size_of(layer), most = larger(1, GROUP_BYTES / panel_size);
-    if (rows <= BLOCK_TILES * kernels->tile_rows) return 0;
+    if (rows <= BLOCK_TILES * kernels->tile[layer->precision].rows) return 0;
     return panel_size * (panels < most ? panels : most);
 }
 
@@ -196,11 +201,12 @@ static size_t region_bytes(const Linear *layer, int rows) {
 }
 
 void product_in_panels(float *y, const Rows *x, const Linear *layer, int mode, char *memory) {
-    int C = kernels->tile_cols, O = layer->weight.rows, block = BLOCK_TILES * kernels->tile_rows;
+    const Tile *tile = &kernels->tile[layer->precision];
+    int C = kernels->tile_cols, O = layer->weight.rows, block = BLOCK_TILES * tile->rows;
     int K = x->segments * x->n, blocks = ceiling(x->rows, block), group = ceiling(O, C);
     size_t each_thread = task_bytes(layer->precision), panel_size = panel_size_of(layer);
     char *mine = memory + region_bytes(layer, x->rows) - each_thread * (size_t)threads_count();
-    Product p = {x, layer, y, mode, K, 0, blocks > 1 ? memory : NULL, panel_size};
+    Product p = {x, layer, y, tile, mode, K, 0, blocks > 1 ? memory : NULL, panel_size};
     if (p.panels) group = (int)(group_bytes(layer, x->rows) / panel_size);
     for (; p.first < O; p.first += group * C) {
         int count = smaller(group, ceiling(O - p.first, C)), each = panels_per_task(blocks, count);
