@@ -25,6 +25,7 @@
  * Follows the caches of Self-Forcing (absolute positions), LongLive (sink) and Infinity-RoPE (relative positions). */
 #include "sora.h"
 
+#include <limits.h>
 #include <string.h>
 
 static size_t frame_size(const KvCache *c) { return (size_t)c->tokens * c->D; } /* elements in one block */
@@ -92,4 +93,16 @@ void kv_cache_keep(KvCache *c, const Chunk *chunk) {
 int kv_cache_position(const KvCache *c, const Chunk *chunk, int j) {
     if (c->window.relative) return j;
     return j < c->frames ? c->frame_numbers[j] : chunk->first + j - c->frames;
+}
+
+void kv_cache_state(KvCache *c, StateFile *f) {
+    int *numbers = c->frame_numbers;
+    c->frames = (int)state_number(f, "cache.frames", c->frames, 0, c->capacity);
+    for (int j = 0; j < c->frames; j++)
+        numbers[j] = (int)state_number(f, "cache.frame_number", numbers[j], 0, INT_MAX / 2);
+    size_t bytes = type_bytes(c->type, c->frames * frame_size(c));
+    for (int i = 0; c->frames && i < c->layers; i++) {
+        state_item(f, "cache.keys", frame_at(c, c->keys, i, 0), bytes);
+        state_item(f, "cache.values", frame_at(c, c->values, i, 0), bytes);
+    }
 }

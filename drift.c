@@ -16,6 +16,7 @@
  * The last line, "drift", has in each column the value furthest from the first chunk's. */
 #include "sora.h"
 
+#include <limits.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -162,6 +163,18 @@ void drift_chunk(Drift *d) {
     fprintf(stderr, "%d\t%.3f", d->chunk++, (d->frames - d->chunk_frames) / rate(d));
     print_measures(values, repetition, lag);
     d->chunk_frames = 0;
+}
+
+void drift_state(Drift *d, StateFile *f) {
+    size_t pixels = sizeof(float) * (size_t)d->format.width * d->format.height;
+    d->frames = (int)state_number(f, "drift.frames", d->frames, 0, INT_MAX / 2);
+    d->chunk = (int)state_number(f, "drift.chunk", d->chunk, 0, INT_MAX / 2);
+    d->chunk_frames = (int)state_number(f, "drift.chunk_frames", d->chunk_frames, 0, d->frames);
+    double *values[] = {d->sums, d->first, d->worst, &d->worst_repetition, &d->worst_lag};
+    for (int i = 0; i < 5; i++) state_item(f, "drift.values", values[i], sizeof(double) * (i < 3 ? MEASURES : 1));
+    state_item(f, "drift.before", d->before, pixels);
+    state_item(f, "drift.thumb", d->thumb, sizeof d->thumb);
+    state_item(f, "drift.changes", d->changes, sizeof(float) * THUMB * (size_t)d->remembered);
 }
 
 void drift_close(Drift *d) {

@@ -257,7 +257,8 @@ int model_frames(const Model *m) {
 
 Settings settings_new(void) {
     return (Settings){.output = "out.y4m", .chroma = 420, .seconds = -1, .guidance = -1, .shift = -1,
-                      .sampler = SAMPLERS, .window = -1, .sink = -1, .strength = -1, .record = true};
+                      .sampler = SAMPLERS, .window = -1, .sink = -1, .strength = -1, .state_seconds = 30,
+                      .record = true};
 }
 
 /* Checks that the model can use the source. A clip gives size and frame rate, unless they were given. */

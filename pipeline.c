@@ -155,10 +155,15 @@ static int count_chunks(int frames, int n, bool alone) {
     return alone && frames ? 1 + ceiling(frames - 1, n) : ceiling(frames, n);
 }
 
+/* The chunk's frames, except those past the clip's end. */
+static int chunk_decoded(const Run *run, Chunk chunk) { return smaller(chunk.frames, run->decoded - chunk.first); }
+
+/* How many video frames the first `latent` latent frames decode to. */
+static int video_frames(const Run *run, int latent) { return latent ? 1 + (latent - 1) * run->model->vae.temporal_stride : 0; }
+
 /* Start time of the chunk's first video frame, in seconds. */
 static double chunk_time(const Run *run, Chunk chunk) {
-    int frame = chunk.first ? 1 + (chunk.first - 1) * run->model->vae.temporal_stride : 0;
-    return (double)frame * run->settings->fps_den / run->settings->fps_num;
+    return (double)video_frames(run, chunk.first) * run->settings->fps_den / run->settings->fps_num;
 }
 
 static int latent_frames(const Run *run, int frames) { return (frames - 1) / run->model->vae.temporal_stride + 1; }
@@ -338,6 +343,22 @@ static void fresh_noise(const Run *run, Noise *noise, Chunk chunk, float *latent
     tap_frames(latents, latent_shape(run, chunk.frames), "noise");
 }
 
+static void generator_state(Generator *g, StateFile *f) {
+    state_item(f, "noise.numbers", g->state, sizeof g->state);
+    g->next = (int)state_number(f, "noise.next", g->next, 0, (int)(sizeof g->state / sizeof *g->state));
+    g->has_spare = state_number(f, "noise.has_spare", g->has_spare, 0, 1);
+    state_item(f, "noise.spare", &g->spare, sizeof g->spare);
+}
+
+static void noise_state(Noise *noise, StateFile *f) {
+    Draw *draw = &noise->initial;
+    generator_state(&draw->generator, f);
+    draw->at = (size_t)state_number(f, "noise.at", (int64_t)draw->at, 0, (int64_t)draw->n);
+    draw->place = (int)state_number(f, "noise.place", draw->place, 0, 16);
+    state_item(f, "noise.block", draw->block, sizeof draw->block);
+    generator_state(&noise->steps, f);
+}
+
 /* ---------------------------------------------------------------- the source: frames -> latents */
 
 /* The encoder at work. It is opened for the source's first frame and closed after its last. */
@@ -424,7 +445,12 @@ typedef struct {
     SourceReader *source;    /* NULL without --extend */
     int index;               /* of the next frame */
     int chunk;               /* chunks that are decoded */
-    double started;          /* when the first step began, in seconds() */
+    int resumed;             /* frames that an earlier run had written */
+    double started, next;    /* when the first step began; before when no state is written; in seconds() */
+    VaeStream *decoder;      /* NULL before the first latent frame */
+    char *state;             /* name of the state file; NULL: none is written */
+    bool kept;               /* the state file exists */
+    bool warned;             /* that the state cannot be written */
     int constant;            /* frames of one colour */
     size_t values, clamped;  /* of the frames that were decoded; those that are -1 or 1 */
 } Video;
@@ -446,9 +472,9 @@ static void show_progress(const Video *video, const char *stage, int done, int t
         progress(stage, done, total);
         return;
     }
-    double made = (double)video->index * run->settings->fps_den / run->settings->fps_num,
-           taken = seconds() - video->started;
-    progress_detail("%s %d/%d, %.1f s of video, speed %.2fx", stage, done, total, made, taken > 0 ? made / taken : 0);
+    double second = (double)run->settings->fps_num / run->settings->fps_den, taken = seconds() - video->started;
+    progress_detail("%s %d/%d, %.1f s of video, speed %.2fx", stage, done, total, video->index / second,
+                    taken > 0 ? (video->index - video->resumed) / second / taken : 0);
     progress("chunk", video->chunk, run->chunks);
 }
 
@@ -533,17 +559,28 @@ static void write_frame(void *to, float *frame) {
 }
 
 /* Opens both files before the work begins, so that a file that cannot be written is reported at once. There is no
- * record beside standard output, a device or a FIFO (files without a temporary name). */
+ * record and no state beside standard output, a device or a FIFO (files without a temporary name). A new run does not
+ * replace another run's state. */
 static Video video_open(const Run *run) {
     const Settings *s = run->settings;
     Video video = {.run = run, .format = format_of(s)};
-    video.file = output_open(s->output);
+    video.state = state_path(s->output);
+    if (!s->resume && !access(video.state, F_OK))
+        die(STATUS_USAGE, "%s: an unfinished run of this output; resume it with --resume, or delete the file", video.state);
+    video.file = s->resume ? output_continue(s->output) : output_open(s->output);
     if (video.file.temporary) {
+        char *stale = format_string("%s.part", video.state);
+        unlink(stale); /* left by a process that was killed while it wrote a state; the lock is ours */
+        free(stale);
         char *record = record_path(s->output);
         if (s->record) video.record = output_open(record);
         else if (!access(record, F_OK))
             warn("%s is the record of an earlier video; --no-record leaves it unchanged", record);
         free(record);
+    }
+    if (!video.file.temporary || !s->arguments.size) {
+        free(video.state);
+        video.state = NULL;
     }
     if (s->preview) video.preview = preview_open();
     if (s->drift) video.drift = drift_open(&video.format);
@@ -554,11 +591,11 @@ static Video video_open(const Run *run) {
 }
 
 /* Writes the file's header, and opens a decoder that writes its frames behind it. */
-static VaeStream *decoder_open(const Run *run, Video *video) {
-    write_header(video);
+static void decoder_open(const Run *run, Video *video) {
+    if (!video->index) write_header(video);
     if (run->settings->mark) video->mark = mark_make(record_bits(run->model, run->settings, &run->inputs));
-    show_progress(video, "frame", 0, run->settings->frames);
-    return vae_open(&run->model->vae, DECODER, run->H, run->W, write_frame, video);
+    show_progress(video, "frame", video->index, run->settings->frames);
+    video->decoder = vae_open(&run->model->vae, DECODER, run->H, run->W, write_frame, video);
 }
 
 /* Commits the video before the record: if the record fails, the video is there; if the video fails, an older video
@@ -567,12 +604,20 @@ static void video_close(Video *video) {
     const Run *run = video->run;
     char sha[65];
     sha256_finish(&video->sha, sha);
+    weights_require_unchanged(run->model->file);
+    if (video->kept) output_sync(&video->file);
     output_commit(&video->file);
     if (video->record.stream) record_write(&video->record, run->model, run->settings, &run->inputs, sha);
+    if (video->kept) {
+        unlink(video->state);
+        outputs_forget(video->state);
+        outputs_advise("%s", "");
+    }
     drift_close(video->drift);
     source_reader_close(video->source);
     warn_of_failure(video);
     free(video->planes);
+    free(video->state);
 }
 
 /* ---------------------------------------------------------------- the loop */
@@ -587,6 +632,8 @@ typedef struct {
 
 /* The state of the denoising loop. */
 typedef struct {
+    int chunk;                           /* index of the current chunk */
+    int step, frame;                     /* denoising steps done in it; latent frames of it that are decoded */
     Arena arena;
     TransformerState state;
     Branch cond, uncond;
@@ -637,13 +684,16 @@ static void load_context(const Run *run, Branch *branch, const Prompt *prompt) {
     profile_end(TRANSFORMER);
 }
 
+/* All chunks are denoised: of the buffers only the last chunk's latents are needed. */
+static bool sampling_done(const Run *run, const Sampling *s) { return s->chunk + 1 == run->chunks && s->frame > 0; }
+
 /* Allocates all but the latents. */
 static void sampling_open(const Run *run, Sampling *s) {
     Arena count = {0};
     take_buffers(&count, run, s);
     s->arena = arena_open(count.used);
     take_buffers(&s->arena, run, s);
-    load_context(run, &s->cond, &run->prompts[0]);
+    load_context(run, &s->cond, &run->prompts[s->prompt]);
     if (run->guided) load_context(run, &s->uncond, &run->negative);
 }
 
@@ -705,7 +755,8 @@ static void flush_cache(const Run *run, Sampling *s) {
 }
 
 /* A prompt takes effect at the first chunk that begins at or after the prompt's time. */
-static void change_prompt(const Run *run, Sampling *s, const Video *video, int index) {
+static void change_prompt(const Run *run, Sampling *s, const Video *video) {
+    int index = s->chunk;
     Chunk chunk = chunk_at(run, index);
     int next = s->prompt;
     while (next + 1 < run->prompt_count && run->prompts[next + 1].time <= chunk_time(run, chunk)) next++;
@@ -719,17 +770,9 @@ static void change_prompt(const Run *run, Sampling *s, const Video *video, int i
     if (prompt_change(run) == FLUSH) flush_cache(run, s);
 }
 
-/* Decodes and writes the chunk's frames, except those past the clip's end. */
-static void decode(const Run *run, VaeStream *decoder, Chunk chunk, const float *latents) {
-    for (int f = 0; f < chunk.frames && chunk.first + f < run->decoded; f++) {
-        profile_begin(VAE_DECODE);
-        vae_push(decoder, latents + f * run->frame_size);
-        profile_end(VAE_DECODE);
-    }
-}
-
-/* One denoising step of a chunk: the transformer, guidance, the sampler. */
-static void denoise_step(const Run *run, Sampling *s, Noise *noise, int index, int step) {
+/* One denoising step of the current chunk: the transformer, guidance, the sampler. */
+static void denoise_step(const Run *run, Sampling *s, Noise *noise) {
+    int index = s->chunk, step = s->step;
     Chunk chunk = chunk_at(run, index);
     const Schedule *schedule = chunk_schedule(run, index);
     float timestep = schedule->timesteps[step], guidance = (float)run->settings->guidance;
@@ -751,6 +794,7 @@ static void denoise_step(const Run *run, Sampling *s, Noise *noise, int index, i
     require_finite(run->model, x, chunk.frames * run->frame_size,
                    reason("latents after step %d of %d%s", step + 1, schedule->steps,
                        run->chunks > 1 ? reason(", chunk %d of %d", index + 1, run->chunks) : ""));
+    s->step++;
 }
 
 static void tap_schedules(const Run *run) {
@@ -764,49 +808,208 @@ static void tap_schedules(const Run *run) {
     }
 }
 
-/* The denoising loop of one chunk. */
-static void denoise(const Run *run, Sampling *s, Noise *noise, const Video *video, int index) {
-    Chunk chunk = chunk_at(run, index);
-    int steps = chunk_schedule(run, index)->steps;
-    s->history.n = chunk.frames * run->frame_size;
-    change_prompt(run, s, video, index);
-    if (index == run->given_chunks) tap_schedules(run);
-    for (int step = 0; step < steps; step++) {
-        show_progress(video, "step", step, steps);
-        denoise_step(run, s, noise, index, step);
-    }
-    if (run->recipe->chunk_frames) {
-        scope(run, index, "");
-        tap_frames(s->latents, latent_shape(run, chunk.frames), "latents");
+/* ---------------------------------------------------------------- the state */
+
+/* What must be equal in the run that resumes. */
+static void identity_state(const Run *run, StateFile *f) {
+    const Model *m = run->model;
+    Bytes arguments = run->settings->arguments;
+    char digest[65];
+    if (!state_same(f, "arguments", arguments.data, arguments.size)) state_refuse(f, "it was replaced meanwhile");
+    if (!state_same(f, "version", SORA_VERSION, strlen(SORA_VERSION)))
+        state_refuse(f, "the run was begun by another version of sora; this is %s", SORA_VERSION);
+    weights_digest(m->file, digest);
+    if (!state_same(f, "model", digest, 64)) state_refuse(f, "the run was begun with another model file");
+    arithmetic_digest(m->precision, digest);
+    if (!state_same(f, "arithmetic", digest, 64))
+        state_refuse(f, "the run was begun with other arithmetic: the %s kernels of this build give other bits in %s",
+                     kernels->name, precision_name(m->precision));
+    if (!state_same(f, "noise", run->inputs.noise, sizeof run->inputs.noise))
+        state_refuse(f, "the run was begun with another --noise file");
+    if (!state_same(f, "embeds", run->inputs.embeds, sizeof run->inputs.embeds))
+        state_refuse(f, "the run was begun with another --embeds file");
+    if (!state_same(f, "negative_embeds", run->inputs.negative_embeds, sizeof run->inputs.negative_embeds))
+        state_refuse(f, "the run was begun with another --negative-embeds file");
+    for (int i = 0; i < run->prompt_count + run->guided; i++) {
+        const Prompt *prompt = i < run->prompt_count ? &run->prompts[i] : &run->negative;
+        if (prompt->ids && !state_same(f, "prompt.ids", prompt->ids, sizeof *prompt->ids * (size_t)prompt->n))
+            state_refuse(f, "the run was begun with other token ids of the %s", prompt->name);
     }
 }
 
-/* All chunks: their latents, the cache for later ones, their frames. */
-static void make_clip(const Run *run, Noise *noise, Video *video) {
+static void position_state(const Run *run, Sampling *s, StateFile *f) {
+    s->chunk = (int)state_number(f, "chunk", s->chunk, 0, run->chunks - 1);
+    int steps = chunk_schedule(run, s->chunk)->steps, frames = chunk_decoded(run, chunk_at(run, s->chunk));
+    s->step = (int)state_number(f, "step", s->step, 1, steps);
+    s->frame = (int)state_number(f, "frame", s->frame, 0, s->step == steps ? frames : 0);
+    s->prompt = (int)state_number(f, "prompt", s->prompt, 0, run->prompt_count - 1);
+}
+
+/* Finds the frames that are written already, and cuts off what follows them. They are in the .part file, or, if the
+ * process was killed between renaming the video and removing the state, in the finished video, from which they are
+ * copied. */
+static void restore_video(Video *video, size_t bytes, const char *sha256, StateFile *f) {
+    const char *places[] = {video->file.temporary, video->file.path};
+    for (int i = 0; i < 2 && video->sha.length != bytes; i++) {
+        Bytes there;
+        char found[65] = "";
+        if (map_file(places[i], &there)) continue;
+        if (there.size >= bytes) sha256_of(there.data, bytes, found);
+        bool equal = !strcmp(found, sha256);
+        if (equal) sha256_add(&video->sha, there.data, bytes);
+        if (equal && i == 1) output_write_at(&video->file, 0, there.data, bytes);
+        unmap_file(there);
+    }
+    if (video->sha.length == bytes) output_cut(&video->file, bytes);
+    else state_refuse(f, "%s does not begin with the %d frames that were written", places[0], video->index);
+}
+
+static void video_state(Video *video, StateFile *f) {
+    Sha256 written = video->sha;
+    char hex[65];
+    sha256_finish(&written, hex);
+    size_t bytes = (size_t)state_number(f, "video.bytes", (int64_t)video->sha.length, 0, INT64_MAX);
+    state_item(f, "video.sha256", hex, 64);
+    video->constant = (int)state_number(f, "video.constant", video->constant, 0, video->index);
+    video->values = (size_t)state_number(f, "video.values", (int64_t)video->values, 0, INT64_MAX);
+    video->clamped = (size_t)state_number(f, "video.clamped", (int64_t)video->clamped, 0, (int64_t)video->values);
+    if (state_is_read(f) && !state_fault(f) && video->file.stream) restore_video(video, bytes, hex, f);
+}
+
+/* Everything that a run changes. Reading first opens the buffers that the position needs. */
+static void run_state(const Run *run, Sampling *s, Noise *noise, Video *video, StateFile *f) {
+    position_state(run, s, f);
+    if (state_fault(f)) return;
+    Chunk chunk = chunk_at(run, s->chunk);
+    int decoded = chunk.first + s->frame;
+    if (state_is_read(f)) {
+        video->index = video_frames(run, decoded);
+        if (s->prompt > 0) prompt_encode(run->model, &run->prompts[s->prompt]);
+        if (!sampling_done(run, s)) sampling_open(run, s);
+        if (decoded) decoder_open(run, video);
+    }
+    s->history.n = chunk.frames * run->frame_size;
+    state_item(f, "latents", s->latents, sizeof(float) * s->history.n);
+    noise_state(noise, f);
+    if (!sampling_done(run, s)) {
+        history_state(&s->history, f);
+        state_item(f, "recent", s->recent, sizeof(float) * run->recached * run->frame_size);
+        kv_cache_state(&s->cond.cache, f);
+        kv_cache_state(&s->uncond.cache, f);
+    }
+    if (decoded) vae_stream_state(video->decoder, f);
+    if (video->drift) drift_state(video->drift, f);
+    video_state(video, f);
+}
+
+/* From now on a failed or interrupted run can be resumed. */
+static void note_state(Video *video) {
+    video->kept = true;
+    outputs_note(video->state, true);
+    outputs_advise("; to resume: sora --resume -o %s", video->run->settings->output);
+}
+
+/* Writes the state if it is time: the first after state_seconds, so that a short run writes none, each further one as
+ * long after the last. If writing takes more than 1.5 of 30 seconds, the pause grows in proportion. Before the last
+ * chunk is decoded (`urgent`) only the age of the run counts. */
+static void save_state(const Run *run, Sampling *s, Noise *noise, Video *video, bool urgent) {
+    double start = seconds(), pause = run->settings->state_seconds;
+    if (!video->state || start < (urgent ? video->started + pause : video->next)) return;
+    weights_require_unchanged(run->model->file);
+    output_sync(&video->file); /* the state counts on these frames */
+    StateFile *f = state_create(video->state);
+    identity_state(run, f);
+    run_state(run, s, noise, video, f);
+    outputs_note(video->file.temporary, true); /* before the rename: from then on the state needs it */
+    const char *why = state_commit(f);
+    outputs_note(video->file.temporary, !why || video->kept);
+    if (!why) note_state(video);
+    else if (!video->warned) warn("%s: cannot write: %s; the run continues without", video->state, why);
+    video->warned = why != NULL;
+    double now = seconds();
+    video->next = now + pause * fmax(1, (now - start) / 1.5);
+}
+
+/* Opens the state to resume from and checks that it is this run's. */
+static StateFile *find_state(const Run *run, const Video *video) {
+    StateFile *f;
+    const char *why = state_open(video->state, &f);
+    if (!why) identity_state(run, f);
+    if (!why) why = state_fault(f);
+    if (why) die(STATUS_USAGE, "%s: %s", video->state, why);
+    return f;
+}
+
+/* state: NULL for a new run. */
+static Sampling sampling_begin(const Run *run, Noise *noise, Video *video, StateFile *state) {
     Sampling s = {.cond.name = "cond", .uncond.name = "uncond"};
-    Encoding encoding = {.run = run};
-    VaeStream *decoder = NULL;
     video->started = seconds();
+    video->next = video->started + run->settings->state_seconds;
     s.latents = allocate(sizeof(float) * run->chunk_frames * run->frame_size);
-    for (int index = 0; index < run->chunks; index++) {
-        Chunk chunk = chunk_at(run, index);
-        begin_chunk(run, &encoding, noise, index, s.latents);
-        if (index == 0) sampling_open(run, &s);
-        if (index >= run->given_chunks) denoise(run, &s, noise, video, index);
-        tap_clip(run, chunk, s.latents, 0, "latents");
-        keep_recent_latents(run, &s, chunk);
-        bool last = index + 1 == run->chunks;
-        if (last) sampling_close(&s);
-        if (!decoder) decoder = decoder_open(run, video);
-        decode(run, decoder, chunk, s.latents);
-        video->chunk++;
-        if (video->drift) drift_chunk(video->drift);
-        if (last) break;
+    if (!state) return s;
+    run_state(run, &s, noise, video, state);
+    const char *why = state_close(state);
+    if (why) die(STATUS_USAGE, "%s: %s", video->state, why);
+    video->chunk = s.chunk;
+    video->resumed = video->index;
+    note_state(video);
+    return s;
+}
+
+/* ---------------------------------------------------------------- the loop */
+
+/* The latents of the current chunk, from the step it has reached. */
+static void make_chunk(const Run *run, Sampling *s, Encoding *encoding, Noise *noise, Video *video) {
+    Chunk chunk = chunk_at(run, s->chunk);
+    bool generated = s->chunk >= run->given_chunks, last = s->chunk + 1 == run->chunks;
+    int steps = generated ? chunk_schedule(run, s->chunk)->steps : 0;
+    s->history.n = chunk.frames * run->frame_size;
+    if (s->step == 0) begin_chunk(run, encoding, noise, s->chunk, s->latents);
+    if (!s->arena.base) sampling_open(run, s); /* after the encoder's buffers */
+    if (s->step == 0 && generated) change_prompt(run, s, video);
+    if (s->step == 0 && s->chunk == run->given_chunks) tap_schedules(run);
+    while (s->step < steps) {
+        show_progress(video, "step", s->step, steps);
+        denoise_step(run, s, noise);
+        save_state(run, s, noise, video, last && s->step == steps);
+    }
+    if (generated && run->recipe->chunk_frames) {
+        scope(run, s->chunk, "");
+        tap_frames(s->latents, latent_shape(run, chunk.frames), "latents");
+    }
+    tap_clip(run, chunk, s->latents, 0, "latents");
+    keep_recent_latents(run, s, chunk);
+    if (last) sampling_close(s);
+}
+
+/* Decodes and writes the chunk's frames, from the frame it has reached, except those past the clip's end. */
+static void decode_chunk(const Run *run, Sampling *s, Noise *noise, Video *video) {
+    int frames = chunk_decoded(run, chunk_at(run, s->chunk));
+    if (!video->decoder) decoder_open(run, video);
+    while (s->frame < frames) {
+        profile_begin(VAE_DECODE);
+        vae_push(video->decoder, s->latents + s->frame * run->frame_size);
+        profile_end(VAE_DECODE);
+        s->frame++;
+        save_state(run, s, noise, video, false);
+    }
+    video->chunk++;
+    if (video->drift) drift_chunk(video->drift);
+}
+
+/* All chunks: their latents, their frames, the cache for later ones. A resumed run starts in the middle. */
+static void make_clip(const Run *run, Noise *noise, Video *video, StateFile *state) {
+    Sampling s = sampling_begin(run, noise, video, state);
+    Encoding encoding = {.run = run};
+    for (; s.chunk < run->chunks; s.chunk++, s.step = s.frame = 0) {
+        if (s.frame == 0) make_chunk(run, &s, &encoding, noise, video);
+        decode_chunk(run, &s, noise, video);
+        if (s.chunk + 1 == run->chunks) break;
         show_progress(video, "cache", 0, 1);
-        fill_cache(run, &s, index, "cache", chunk, s.latents); /* last: the chunk's frames do not wait for it */
+        fill_cache(run, &s, s.chunk, "cache", chunk_at(run, s.chunk), s.latents); /* last: the frames do not wait for it */
     }
     free(s.latents);
-    vae_close(decoder);
+    vae_close(video->decoder);
     scratch_free();
 }
 
@@ -940,13 +1143,37 @@ void generate(Model *model, const Settings *settings) {
     estimate(&run);
     Video video = video_open(&run);
     Noise noise = noise_open(&run); /* first, because a bad --noise file should be reported at once */
+    StateFile *state = settings->resume ? find_state(&run, &video) : NULL;
     progress("text encoder", 0, 1);
     prompt_encode(model, &run.prompts[0]);
     if (run.guided) prompt_encode(model, &run.negative);
     scratch_free();
-    make_clip(&run, &noise, &video);
+    make_clip(&run, &noise, &video, state);
     if (settings->noise) npy_free(&noise.file);
     run_free(&run);
     progress(NULL, 0, 0);
     video_close(&video);
+}
+
+const char *generate_read(Model *model, const Settings *settings, Bytes state) {
+    Run run = run_plan(model, settings);
+    Video video = {.run = &run, .format = format_of(settings)};
+    Noise noise = noise_open(&run);
+    Sampling s = {.latents = allocate(sizeof(float) * run.chunk_frames * run.frame_size)};
+    StateFile *f;
+    const char *why = state_parse(state, &f);
+    for (int i = 0; i < run.prompt_count + run.guided; i++) {
+        Prompt *prompt = i < run.prompt_count ? &run.prompts[i] : &run.negative;
+        if (!prompt->embeds) prompt->embeds = allocate(sizeof(float) * (size_t)prompt->n * model->text_encoder.dim);
+    }
+    if (!why) {
+        identity_state(&run, f);
+        run_state(&run, &s, &noise, &video, f);
+        why = state_close(f);
+    }
+    sampling_close(&s);
+    free(s.latents);
+    vae_close(video.decoder);
+    run_free(&run);
+    return why;
 }

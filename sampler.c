@@ -241,3 +241,8 @@ void sampler_step(const Schedule *schedule, int step, const float *velocity, flo
 bool sampler_needs_noise(const Schedule *schedule, int step) {
     return schedule->sampler == RENOISE && step + 1 < schedule->steps;
 }
+
+void history_state(History *h, StateFile *f) {
+    for (int g = 0; g < PREDICTIONS; g++) state_item(f, "history.x0", h->x0[g], sizeof(float) * h->n);
+    state_item(f, "history.sample", h->sample, sizeof(float) * h->n);
+}

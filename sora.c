@@ -20,7 +20,7 @@
 
 /* The order is that of --help. */
 typedef enum {
-    MODEL, PROMPT, PROMPT_FILE, NEGATIVE, EMBEDS, NEGATIVE_EMBEDS, OUTPUT_FILE,
+    MODEL, PROMPT, PROMPT_FILE, NEGATIVE, EMBEDS, NEGATIVE_EMBEDS, OUTPUT_FILE, RESUME, NO_STATE,
     IMAGE, VIDEO_FILE, STRENGTH, EXTEND,
     SIZE, FRAMES, SECONDS, FPS, CHROMA,
     STEPS, GUIDANCE, SHIFT, SAMPLER_NAME, SEED, NOISE,
@@ -53,6 +53,9 @@ static const struct {
     [VIDEO_FILE] = {"video", 0, "FILE", "a Y4M, for one of the next two options; - is standard input", NULL},
     [STRENGTH] = {"strength", 0, "S", "make it anew from that much noise, from more than 0 to 1", NULL},
     [EXTEND] = {"extend", 0, NULL, "continue it by so many frames or seconds", NULL},
+
+    [RESUME] = {"resume", 0, NULL, "continue an interrupted run from OUTPUT.state", NULL},
+    [NO_STATE] = {"no-state", 0, NULL, "do not write OUTPUT.state during long runs", NULL},
 
     [SIZE] = {"size", 's', "WxH", "width and height in pixels: multiples of 16 for Wan 2.1, of 24 for the demo model",
              "Video"},
@@ -105,6 +108,18 @@ static const struct {
     [VERIFY] = {"verify", 0, "FILE", "whether a Y4M (- is standard input) carries a mark and agrees with FILE.json", NULL},
     [HELP] = {"help", 'h', NULL, "this text", NULL},
     [VERSION] = {"version", 0, NULL, "the version, and the instruction set that is used on this machine", NULL},
+};
+
+/* What a state holds of an option: the text that was given; the value that the run settled on; nothing, because it
+ * belongs to one call and may be given again with --resume; nothing, and it may not be given with --resume. */
+static const enum { AS_GIVEN, AS_VALUE, OF_CALL, NOT_KEPT } kept[OPTIONS] = {
+    [MODEL] = AS_VALUE, [PROMPT] = AS_VALUE, [AT] = AS_VALUE, [NOISE] = AS_VALUE, [SEED] = AS_VALUE,
+    [PRECISION] = AS_VALUE, [ISA] = AS_VALUE, [EMBEDS] = AS_VALUE, [NEGATIVE_EMBEDS] = AS_VALUE,
+    [OUTPUT_FILE] = OF_CALL, [RESUME] = OF_CALL, [THREADS] = OF_CALL, [PREVIEW] = OF_CALL, [PROFILE] = OF_CALL,
+    [QUIET] = OF_CALL, [HELP] = OF_CALL, [VERSION] = OF_CALL,
+    [PROMPT_FILE] = NOT_KEPT, [STORY] = NOT_KEPT, [NO_STATE] = NOT_KEPT, [DUMP] = NOT_KEPT, [DUMP_ONLY] = NOT_KEPT,
+    [CHECK] = NOT_KEPT, [TOLERANCE] = NOT_KEPT, [FEED] = NOT_KEPT, [INFO] = NOT_KEPT, [TOKENIZE] = NOT_KEPT,
+    [VERIFY] = NOT_KEPT, [SAVE_EMBEDS] = NOT_KEPT,
 };
 
 static void print_help(void) {
@@ -245,13 +260,15 @@ static void add_line(Story *story, const char *line) {
 
 typedef struct {
     Settings settings;
-    char *opening;    /* the prompt, if it was the story's line at time 0 */
+    StoryLine opening; /* the prompt, if it was the story's line at time 0 */
+    Text given;        /* the AS_GIVEN options, each "--name=value" and a 0 byte */
+    Option fixed;      /* the first option that --resume does not allow; OPTIONS: none */
     Source source;    /* --image or --video */
     const char *model, *prompt_file, *story_file, *isa, *dump, *dump_only, *check, *verify, *save_embeds;
     int threads;
     double tolerance; /* negative: not given */
     Precision precision;
-    bool profile, info, tokenize, help, version;
+    bool profile, info, tokenize, no_state, help, version;
     bool seeded;      /* --seed was given */
 } Command;
 
@@ -324,6 +341,8 @@ static void apply(Command *c, Option option, const char *value) {
     case INFO: c->info = true; break;
     case TOKENIZE: c->tokenize = true; break;
     case PREVIEW: s->preview = true; break;
+    case RESUME: s->resume = true; break;
+    case NO_STATE: c->no_state = true; break;
     case QUIET: s->quiet = true; break;
     case HELP: c->help = true; break;
     case VERSION: c->version = true; break;
@@ -344,13 +363,21 @@ static Option find_option(const char *text, const char **value) {
     die(STATUS_USAGE, "unknown option '%s'; see --help", text);
 }
 
+/* "--name=value", or "--name" for a switch, and a 0 byte. */
+static void append_argument(Text *arguments, Option option, const char *value) {
+    char *text = value ? format_string("--%s=%s", options[option].name, value) : format_string("--%s", options[option].name);
+    text_append(arguments, text, strlen(text) + 1);
+    free(text);
+}
+
 static Command parse(int argc, char **argv) {
     Command c = {.settings = settings_new(), .isa = "auto", .threads = threads_default(), .tolerance = -1,
-                 .precision = AUTOMATIC};
+                 .precision = AUTOMATIC, .fixed = OPTIONS};
     bool only_prompts = false; /* after "--" */
     for (int i = 1; i < argc; i++) {
         if (only_prompts || argv[i][0] != '-' || !argv[i][1]) {
             set_prompt(&c, argv[i]);
+            c.fixed = PROMPT;
         } else if (!strcmp(argv[i], "--")) {
             only_prompts = true;
         } else {
@@ -362,9 +389,58 @@ static Command parse(int argc, char **argv) {
             if (!value && options[option].argument)
                 die(STATUS_USAGE, "--%s: %s is missing", options[option].name, options[option].argument);
             apply(&c, option, value);
+            if (kept[option] == AS_GIVEN) append_argument(&c.given, option, value);
+            if (kept[option] != OF_CALL && c.fixed == OPTIONS) c.fixed = option;
         }
     }
     return c;
+}
+
+/* ---------------------------------------------------------------- the command line in a state */
+
+/* An absolute path, because --resume may run in another folder. */
+static void append_path(Text *arguments, Option option, const char *path) {
+    char *absolute = realpath(path, NULL);
+    append_argument(arguments, option, absolute ? absolute : path);
+    free(absolute);
+}
+
+/* The command line that makes the same video again. Reading it gives the same text. */
+static void append_arguments(Text *arguments, const Command *c, const Model *model, const char *path) {
+    const Settings *s = &c->settings;
+    char seed[24];
+    snprintf(seed, sizeof seed, "%llu", (unsigned long long)s->seed);
+    append_path(arguments, MODEL, path);
+    if (s->prompt) append_argument(arguments, PROMPT, s->prompt);
+    for (int i = 0; i < s->story.count; i++) append_argument(arguments, AT, s->story.lines[i].line);
+    if (s->noise) append_path(arguments, NOISE, s->noise);
+    if (s->embeds) append_path(arguments, EMBEDS, s->embeds);
+    if (s->negative_embeds) append_path(arguments, NEGATIVE_EMBEDS, s->negative_embeds);
+    append_argument(arguments, SEED, seed);
+    append_argument(arguments, PRECISION, precision_name(model->precision));
+    if (model->precision != F32) append_argument(arguments, ISA, kernels->name);
+    text_append(arguments, c->given.data, c->given.size);
+}
+
+/* The command line of OUTPUT.state, followed by this call's. */
+static Command parse_resumed(const Command *c, int argc, char **argv) {
+    char *path = state_path(c->settings.output);
+    Text stored = {0};
+    if (c->fixed != OPTIONS)
+        die(STATUS_USAGE, "--%s: cannot be given with --resume, which takes it from %s", options[c->fixed].name, path);
+    const char *why = state_arguments(path, &stored), *value;
+    if (why) die(STATUS_USAGE, "--resume: %s: %s", path, why);
+    char **joined = allocate(sizeof *joined * (stored.size + (size_t)argc + 1));
+    int count = 0;
+    joined[count++] = argv[0];
+    for (char *at = (char *)stored.data, *end = at + stored.size; at < end; at += strlen(at) + 1) {
+        if (strncmp(at, "--", 2) || kept[find_option(at, &value)] > AS_VALUE)
+            die(STATUS_USAGE, "--resume: %s: '%s' is not an option of a state", path, at);
+        joined[count++] = at;
+    }
+    for (int i = 1; i < argc; i++) joined[count++] = argv[i];
+    free(path);
+    return parse(count, joined);
 }
 
 /* ---------------------------------------------------------------- defaults: model, seed */
@@ -459,8 +535,8 @@ static void open_source(Command *c) {
 static void prompt_from_story(Command *c) {
     Story *story = &c->settings.story;
     if (!story->count || story->lines[0].time > 0) return;
-    c->opening = story->lines[0].text;
-    set_prompt(c, c->opening);
+    c->opening = story->lines[0];
+    set_prompt(c, c->opening.text);
     memmove(story->lines, story->lines + 1, sizeof *story->lines * (size_t)--story->count);
 }
 
@@ -471,10 +547,12 @@ static void protect_inputs(const Command *c, const char *model) {
     const char *inputs[] = {model, s->noise, s->embeds, s->negative_embeds, c->prompt_file, c->story_file,
                             s->image, s->video};
     const char *output = c->save_embeds ? c->save_embeds : s->output, *lost = NULL;
-    char *record = record_path(output);
+    char *record = record_path(output), *state = state_path(output);
+    const char *written[] = {output, record, state};
     for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++)
-        if (inputs[i] && (same_file(inputs[i], output) || same_file(inputs[i], record))) lost = inputs[i];
-    free(record);
+        for (int j = 0; inputs[i] && j < 3; j++)
+            if (same_file(inputs[i], written[j])) lost = inputs[i];
+    free(record), free(state);
     if (lost)
         die(STATUS_USAGE, "--%s %s: would overwrite the input file %s", c->save_embeds ? "save-embeds" : "output", output,
             lost);
@@ -490,6 +568,9 @@ static void protect_inputs(const Command *c, const char *model) {
 
 static int run(Command *c) {
     Settings *s = &c->settings;
+    Text arguments = {0};
+    const char *pause = getenv("SORA_STATE_SECONDS"); /* for tests */
+    if (pause) s->state_seconds = atof(pause);
     check_combinations(c);
     check_output_name(s->output);
     const char *path = c->model ? c->model : bundled_model();
@@ -514,13 +595,17 @@ static int run(Command *c) {
         if (!c->seeded) s->seed = random_seed();
         if (!c->seeded && (!s->noise || s->sampler == RENOISE) && !s->quiet)
             fprintf(stderr, "seed %llu\n", (unsigned long long)s->seed);
+        if (!c->no_state && !c->dump && !c->check && !s->source) append_arguments(&arguments, c, &model, path);
+        s->arguments = text_bytes(&arguments);
         taps_open(c->dump, c->dump_only, c->check, c->tolerance < 0 ? 1e-4 : c->tolerance, s->feed);
         generate(&model, s);
     }
+    free(arguments.data);
     model_free(&model);
     if (s->source) source_close(&c->source);
     story_free(&s->story);
-    free(c->opening);
+    free(c->opening.line);
+    free(c->given.data);
     if (c->profile) profile_print();
     return taps_report() ? STATUS_OK : STATUS_CHECK;
 }
@@ -534,6 +619,7 @@ int main(int argc, char **argv) {
     standard_streams_keep();
     interrupts_catch();
     Command command = parse(argc, argv);
+    if (command.settings.resume && !command.help && !command.version) command = parse_resumed(&command, argc, argv);
     const char *why = kernels_choose(command.isa);
     if (why) die(STATUS_USAGE, "--isa: %s", why);
     progress_enable(!command.settings.quiet);

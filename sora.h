@@ -40,7 +40,8 @@ Bytes prompt_clean(Bytes prompt);
 
 typedef struct {
     double time; /* seconds; the prompt holds from here on */
-    char *text;
+    char *line;  /* the whole line, time included */
+    const char *text;
 } StoryLine;
 
 typedef struct {
@@ -164,6 +165,8 @@ void transformer_forward(const Transformer *transformer, TransformerState *state
 
 /* ---------------------------------------------------------------- cache.c: keys and values of earlier frames */
 
+typedef struct StateFile StateFile; /* state.c */
+
 /* Which latent frames self attention sees, and which positions RoPE gives them. cache.c has a drawing. */
 typedef struct {
     int size;      /* frames seen in all: sink, earlier frames and the chunk itself */
@@ -190,6 +193,7 @@ void kv_cache_keep(KvCache *cache, const Chunk *chunk); /* keeps the frames that
 void kv_cache_drop(KvCache *cache, int from, int count); /* drops kept frames [from, from + count) */
 /* RoPE position in time of frame j of a pass: the kept frames come first, then the chunk's own. */
 int kv_cache_position(const KvCache *cache, const Chunk *chunk, int j);
+void kv_cache_state(KvCache *cache, StateFile *file); /* the kept frames */
 
 /* ---------------------------------------------------------------- sampler.c: velocity -> next latents */
 
@@ -227,6 +231,32 @@ bool sampler_needs_noise(const Schedule *schedule, int step);
  * ignores the history. noise [n] is read only if sampler_needs_noise(). */
 void sampler_step(const Schedule *schedule, int step, const float *velocity, float *latents, History *history,
                   const float *noise);
+void history_state(History *history, StateFile *file);
+
+/* ---------------------------------------------------------------- state.c: a run on disk, for --resume */
+
+char *state_path(const char *output); /* OUTPUT.state, a new string */
+StateFile *state_create(const char *path);                 /* for writing; errors are reported by state_commit() */
+const char *state_commit(StateFile *file);                 /* fsync, rename; NULL or the reason, then the old file stays */
+const char *state_open(const char *path, StateFile **out); /* for reading, checksum verified; NULL or the reason */
+const char *state_parse(Bytes bytes, StateFile **out);     /* the same from memory; the bytes stay the caller's */
+const char *state_close(StateFile *file);                  /* after reading: NULL or the first thing that did not match */
+/* Reads a state's command line: arguments, each followed by a 0 byte. */
+const char *state_arguments(const char *path, Text *out);
+
+/* The functions below write to a created file and read from an opened one. After an error in reading they do nothing. */
+bool state_is_read(const StateFile *file);
+const char *state_fault(const StateFile *file); /* the error in reading so far, or NULL */
+void state_refuse(StateFile *file, const char *format, ...) PRINTF_LIKE(2, 3); /* adds an error of the caller's */
+void state_item(StateFile *file, const char *name, void *data, size_t bytes);
+/* Writes `value` and returns it, or reads and returns a number from `least` to `most`. */
+int64_t state_number(StateFile *file, const char *name, int64_t value, int64_t least, int64_t most);
+/* Writes `mine` and returns it, or returns the bytes of the file, of any length. */
+Bytes state_bytes(StateFile *file, const char *name, Bytes mine);
+bool state_same(StateFile *file, const char *name, const void *mine, size_t bytes); /* false if the file has others */
+/* SHA-256 of the results of one small call of each kind of kernel. It differs where a build or processor rounds
+ * differently. */
+void arithmetic_digest(Precision precision, char hex[65]);
 
 /* ----------------------------------------------------------- vae.c: frames <-> latents (the causal 3D VAE) */
 
@@ -292,6 +322,7 @@ double vae_flops(const Vae *vae, VaeHalf half, int frames, int H, int W); /* of 
  * latent frame, temporal_stride for every later one. ENCODER: the way back; a latent frame comes out after the clip's
  * first video frame and after every temporal_stride of the later ones. */
 void vae_push(VaeStream *stream, const float *frame);
+void vae_stream_state(VaeStream *stream, StateFile *file); /* between two frames that go in */
 void vae_close(VaeStream *stream); /* accepts NULL */
 
 /* ---------------------------------------------------------------- y4m.c: frames -> file, and back */
@@ -387,6 +418,7 @@ typedef struct Drift Drift;
 Drift *drift_open(const VideoFormat *format);       /* prints the column names */
 void drift_frame(Drift *drift, const float *frame); /* the clip's next frame [3,Y,X] in [-1,1] */
 void drift_chunk(Drift *drift);                     /* ends a chunk: prints its line */
+void drift_state(Drift *drift, StateFile *file);
 void drift_close(Drift *drift);                     /* prints the summary; accepts NULL */
 
 /* ---------------------------------------------------------------- preview.c: frames -> a colour terminal */
@@ -452,6 +484,9 @@ typedef struct {
     bool ppm;                                                   /* the output is a picture; set by settings_complete() */
     Story story;                                                /* the prompts after the first */
     uint64_t seed;
+    Bytes arguments;      /* the command line, for OUTPUT.state; empty: no state is written */
+    double state_seconds; /* shortest time between two states */
+    bool resume;          /* continue from OUTPUT.state */
     bool quiet, record, record_prompt, preview, feed, drift, label, mark;
 } Settings;
 Settings settings_new(void); /* nothing given */
@@ -485,6 +520,8 @@ int prompt_ids(const Model *model, const char *prompt, int32_t *ids);
 void generate(Model *model, const Settings *settings);
 /* Writes the text encoder's output for the prompt to a .npy file, (n, text_dim), which --embeds reads. */
 void embeds_write(Model *model, const char *prompt, const char *path);
+/* Checks and reads a state as generate() does to resume, without the video file. Returns NULL or the reason. */
+const char *generate_read(Model *model, const Settings *settings, Bytes state);
 size_t generate_memory(Model *model, const Settings *settings); /* private memory at its peak; mapped weights excluded */
 
 /* ---------------------------------------------------------------- record.c: OUTPUT.json, how the video was made */

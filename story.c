@@ -68,10 +68,10 @@ const char *story_add(Story *story, Bytes line) {
     if (story->count && from <= story->lines[story->count - 1].time)
         return reason("time %g s is not after %g s, the time of the prompt before it", from,
                       story->lines[story->count - 1].time);
-    char *copy = allocate(text.size + 1);
-    for (size_t i = 0; i < text.size; i++) copy[i] = text.data[i] ? (char)text.data[i] : ' ';
+    char *copy = allocate(line.size + 1);
+    for (size_t i = 0; i < line.size; i++) copy[i] = line.data[i] ? (char)line.data[i] : ' ';
     story->lines = reallocate(story->lines, sizeof *story->lines * (size_t)(story->count + 1));
-    story->lines[story->count++] = (StoryLine){from, copy};
+    story->lines[story->count++] = (StoryLine){from, copy, copy + (text.data - line.data)};
     return NULL;
 }
 
@@ -92,7 +92,7 @@ const char *story_parse(Story *story, Bytes text) {
 }
 
 void story_free(Story *story) {
-    for (int i = 0; i < story->count; i++) free(story->lines[i].text);
+    for (int i = 0; i < story->count; i++) free(story->lines[i].line);
     free(story->lines);
     *story = (Story){0};
 }

@@ -605,6 +605,26 @@ static VaeStream *stream_new(const Vae *vae, VaeHalf half) {
     return s;
 }
 
+static void feat_cache_state(const VaeStream *s, const Grid *grid, const Conv *conv, FeatCache *cache, StateFile *f) {
+    if (conv->kt < 2) return;
+    size_t bytes = (size_t)pixels_of(grid) * row_bytes(s->vae->precision, conv->in);
+    cache->seen = (int)state_number(f, "vae.seen", cache->seen, 0, 2);
+    for (int i = 2 - cache->seen; i < 2; i++) state_item(f, "vae.frame", cache->frames[i], bytes);
+}
+
+/* All other buffers are written before they are read. */
+void vae_stream_state(VaeStream *s, StateFile *f) {
+    for (int i = 0; i < s->list->count; i++) {
+        const VaeLayer *layer = &s->list->layers[i];
+        LayerState *state = &s->states[i];
+        const Grid *grid = &s->grids[state->in];
+        state->started = state_number(f, "vae.started", state->started, 0, 1);
+        state->waiting = state_number(f, "vae.waiting", state->waiting, 0, 1);
+        feat_cache_state(s, grid, &layer->conv1, &state->cache[0], f);
+        feat_cache_state(s, grid, &layer->conv2, &state->cache[1], f);
+    }
+}
+
 void vae_close(VaeStream *s) {
     if (!s) return;
     arena_close(&s->arena);

@@ -84,18 +84,27 @@ const char *read_file(const char *path, size_t limit, Bytes *out);
 
 bool same_file(const char *a, const char *b); /* both paths exist and are the same regular file or folder */
 
-/* An output file. It is written as PATH.PID.part and renamed to PATH when it is complete. Standard output ("-") and
- * paths that are not regular files (/dev/null) are written directly. A failed write dies with STATUS_RESOURCE. */
+/* An output file. It is written as PATH.part and renamed to PATH when it is complete. Standard output ("-") and
+ * paths that are not regular files (/dev/null) are written directly. A failed write dies with STATUS_RESOURCE, and so
+ * does opening a file that another process is writing. */
 typedef struct {
     FILE *stream;
     char *path, *temporary; /* temporary: the .part path; NULL if written directly */
 } OutputFile;
 OutputFile output_open(const char *path);
+OutputFile output_continue(const char *path); /* with what an earlier run wrote; kept, as outputs_note() says */
+void output_cut(OutputFile *out, size_t bytes); /* it goes on behind so many; not on "-" */
 void output_write(OutputFile *out, const void *data, size_t bytes);
 void output_write_at(OutputFile *out, size_t offset, const void *data, size_t bytes); /* not to "-" */
 void output_flush(OutputFile *out);
+void output_sync(OutputFile *out); /* until it is on disk */
 void output_commit(OutputFile *out);
-void outputs_discard(void); /* removes the .part files; async-signal-safe */
+void outputs_discard(bool all); /* removes the .part files, protected ones only with `all`; async-signal-safe */
+/* Adds a file to those that die() and the signal handler remove, or changes its entry. A protected file stays, except
+ * after STATUS_CHECK, when resuming would fail in the same way. The pointer is kept until outputs_forget(path). */
+void outputs_note(char *path, bool protect);
+void outputs_forget(const char *path);
+void outputs_advise(const char *format, ...) PRINTF_LIKE(1, 2); /* appended to the last line of a run that fails */
 /* Opens /dev/null in place of each closed standard stream, in the wrong direction: reading or writing the stream still
  * fails. Otherwise the next file opened would get descriptor 0, 1 or 2, and messages would be written into it. */
 void standard_streams_keep(void);
@@ -263,6 +272,10 @@ typedef struct {
  * bytes in memory, which must outlive *out; `path` is for messages. */
 const char *weights_open(const char *path, WeightFile **out);
 const char *weights_parse(Bytes bytes, const char *path, WeightFile **out);
+/* Dies if the file was written to since it was opened: the weights would be a mixture. */
+void weights_require_unchanged(const WeightFile *file);
+/* SHA-256 of the file's size and of everything before its tensors, which includes export.py's hash of the tensors. */
+void weights_digest(const WeightFile *file, char hex[65]);
 void weights_close(WeightFile *file); /* unmaps the file; NULL is allowed */
 /* Dies with STATUS_USAGE and "PATH: MESSAGE". */
 _Noreturn void weights_refuse(const WeightFile *file, const char *format, ...) PRINTF_LIKE(2, 3);

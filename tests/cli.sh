@@ -186,7 +186,7 @@ streams() {
     meanwhile 'mkdir "$work/clip.y4m"' $small --steps 200 -t 1
     claim "a folder made at the output's path: status 3, not $status" [ $status -eq 3 ]
     claim "a folder made at the output's path: its line" grep -q "clip.y4m: cannot write: .*; .* stays as .*[.]part$" "$work/err"
-    claim "a folder made at the output's path: the .part file stays" grep -aq "^YUV4MPEG2 W32 H16 " "$work"/clip.y4m.*.part
+    claim "a folder made at the output's path: the .part file stays" grep -aq "^YUV4MPEG2 W32 H16 " "$work/clip.y4m.part"
     claim "a folder made at the output's path: no record without its clip" [ ! -e "$work/clip.y4m.json" ]
     rm -r "$work"/clip.y4m*
 
@@ -525,6 +525,127 @@ images() {
     refused 2 "would overwrite the input file .*input.y4m" $anew --video "$work/input.y4m" --strength 1 -o "$work/input.y4m" x
 }
 
+# told STATUS TEXT ARGUMENTS...: as refused, but what is there before stays, and is named clip.y4m.
+told() {
+    expected=$1 text=$2
+    shift 2
+    "$sora" "$@" -o "$work/clip.y4m" >"$work/out" 2>"$work/err" </dev/null
+    status=$?
+    claim "$*: status $expected, not $status" [ "$status" = "$expected" ]
+    claim "$*: one line" [ "$(grep -c ^sora: "$work/err")" -eq 1 ]
+    claim "$*: '$text'" grep -q "^sora: .*$text" "$work/err"
+}
+
+# stopped SIGNAL CONDITION OPTION...: a run that keeps its state all the time gets the signal once the condition holds.
+stopped() {
+    signal=$1 condition=$2
+    shift 2
+    SORA_STATE_SECONDS=0 "$sora" "$@" -o "$work/clip.y4m" 2>"$work/err" &
+    until eval "$condition" || ! kill -0 $! 2>/dev/null; do :; done
+    sleep 0.05
+    kill -$signal $!
+    wait $! 2>/dev/null
+    status=$?
+}
+
+goes_on() { # goes_on NAME: the stopped run ends with the bytes and the record that are expected, and leaves nothing else
+    "$sora" --resume -t 1 -q -o "$work/clip.y4m" 2>"$work/err"
+    status=$?
+    claim "$1: goes on with status 0, not $status" [ $status -eq 0 ]
+    claim "$1: the same clip" cmp "$work/clip.y4m" "$work/expected.y4m"
+    claim "$1: the same record" cmp "$work/clip.y4m.json" "$work/expected.y4m.json"
+    claim "$1: nothing else" [ "$(ls "$work" | grep -c clip)" -eq 2 ]
+}
+
+expect() { # expect OPTION...: what an undisturbed run gives
+    run -q "$@" -o "$work/clip.y4m"
+    claim "a short run keeps no state" [ "$(ls "$work" | grep -c clip)" -eq 2 ]
+    mv "$work/clip.y4m" "$work/expected.y4m"
+    mv "$work/clip.y4m.json" "$work/expected.y4m.json"
+}
+
+state='[ -e "$work/clip.y4m.state" ]'
+
+resuming() {
+    cp $model "$work/mine.gguf"
+    cp $golden/noise.npy "$work/mine.npy"
+    mine="-m $work/mine.gguf $settings --steps 200 --noise $work/mine.npy"
+    expect $mine "a red fox"
+    stopped TERM "$state" $mine "a red fox"
+    claim "interrupted: status 130, not $status" [ $status -eq 130 ]
+    claim "interrupted: how to go on" [ "$(cat "$work/err")" = "sora: interrupted; to resume: sora --resume -o $work/clip.y4m" ]
+    claim "interrupted: no clip" [ ! -e "$work/clip.y4m" ]
+    claim "a state is nobody else's to read" [ -n "$(find "$work/clip.y4m.state" -perm 600)" ]
+    told 2 "clip.y4m.state: an unfinished run of this output; resume it with --resume, or delete the file$" $mine "a red fox"
+    told 2 "--steps: cannot be given with --resume, which takes it from $work/clip.y4m.state$" --resume --steps 3
+    told 2 "--prompt: cannot be given with --resume" --resume "a red fox"
+    told 2 "--no-state: cannot be given with --resume" --resume --no-state
+    cp "$work/clip.y4m.state" "$work/kept.state"
+    head -c 3000 "$work/kept.state" >"$work/clip.y4m.state"
+    told 2 "--resume: $work/clip.y4m.state: truncated or damaged: its SHA-256 does not match$" --resume
+    tr f F <"$work/kept.state" >"$work/clip.y4m.state"
+    told 2 "truncated or damaged" --resume
+    echo hello >"$work/clip.y4m.state"
+    told 2 "not a state of this version of sora" --resume
+    cp "$work/kept.state" "$work/clip.y4m.state"
+    sed 's/fp16/bf16/' "$work/fp16.gguf" >"$work/mine.gguf"
+    told 2 "clip.y4m.state: the run was begun with another model file$" --resume
+    cp $model "$work/mine.gguf"
+    cp tests/goldens/npy/noise.npy "$work/mine.npy"
+    told 2 "clip.y4m.state: the run was begun with another --noise file$" --resume
+    cp $golden/noise.npy "$work/mine.npy"
+    goes_on "interrupted"
+    told 2 "--resume: $work/clip.y4m.state: No such file" --resume
+
+    # Chunk by chunk, with all that moves: a story, a window, a report, a cache that is written anew.
+    chunks="-m $causal/model.gguf --seed 3 --fps 4 --seconds 60 --window 6 --sink 1 --drift --mark --label"
+    story="0.0 a red fox\n2.5 a dog\n9 a cat"
+    printf "$story" >"$work/story"
+    expect $chunks --story "$work/story"
+    tail -n 1 "$work/err" >"$work/drift"
+    stopped KILL "$state" $chunks --story "$work/story"
+    claim "killed: no clip" [ ! -e "$work/clip.y4m" ]
+    printf "0 something else" >"$work/story"
+    goes_on "killed"
+    claim "killed: the same report" [ "$(tail -n 1 "$work/err")" = "$(cat "$work/drift")" ]
+    printf "$story" >"$work/story"
+    rm "$work/clip.y4m"
+    (ulimit -f 800 && SORA_STATE_SECONDS=0 exec "$sora" $chunks --story "$work/story" -o "$work/clip.y4m" 2>"$work/err")
+    claim "no more room: how to go on" [ "$(tail -n 1 "$work/err")" = \
+        "sora: $work/clip.y4m: cannot write: File too large; to resume: sora --resume -o $work/clip.y4m" ]
+    cp "$work/clip.y4m.state" "$work/kept.state"
+    cp "$work/clip.y4m.part" "$work/kept.part"
+    printf "x" | dd of="$work/clip.y4m.part" bs=1 seek=500 conv=notrunc 2>/dev/null
+    told 2 "clip.y4m.state: $work/clip.y4m.part does not begin with the [0-9]* frames that were written$" --resume
+    rm "$work/clip.y4m.part"
+    told 2 "does not begin with the [0-9]* frames" --resume
+    cp "$work/kept.part" "$work/clip.y4m.part"
+    goes_on "no more room"
+    claim "no more room: the same report" [ "$(tail -n 1 "$work/err")" = "$(cat "$work/drift")" ]
+    cp "$work/kept.state" "$work/clip.y4m.state" # as if killed when the file had got its name
+    goes_on "killed after the last frame"
+
+    # Two at once, and none at all.
+    SORA_STATE_SECONDS=0 "$sora" $mine "a red fox" -o "$work/clip.y4m" &
+    first=$!
+    until [ -e "$work/clip.y4m.state" ]; do :; done
+    kill -STOP $first
+    told 3 "clip.y4m: another process is writing it ($work/clip.y4m.part is locked)$" --resume
+    rm "$work/clip.y4m.state"
+    told 3 "clip.y4m: another process is writing it ($work/clip.y4m.part is locked)$" $mine x
+    claim "a second run leaves the first one's file" [ -e "$work/clip.y4m.part" ]
+    kill -KILL $first
+    wait $first 2>/dev/null
+    "$sora" $mine -q "a red fox" -o "$work/clip.y4m" 2>"$work/err"
+    claim "what a killed run left is taken over" [ "$(frames 32 16)" -eq 5 ]
+    SORA_STATE_SECONDS=0 "$sora" --no-state -q $mine -o "$work/clip.y4m" x & sleep 0.1
+    claim "--no-state" [ ! -e "$work/clip.y4m.state" ]
+    wait $!
+    SORA_STATE_SECONDS=0 "$sora" -q $mine -o - x >"$work/out"
+    claim "standard output has no state" [ ! -e ./-.state ]
+    rm -f "$work"/clip*
+}
+
 # The bundled model: tensors compared with diffusers, its defaults, prompts with words that it has not learned.
 demo() {
     for check in "tests/goldens/demo --tolerance 1e-5" "tests/goldens/demo/decoded --tolerance 6e-5"; do
@@ -687,6 +808,7 @@ information
 building
 chunks
 images
+resuming
 demo
 failures
 trust

@@ -14,6 +14,7 @@ static bool enabled;
 static const char *current;
 static char detail[96];
 static double started, stage_started;
+static int stage_first; /* the piece with which the stage began here */
 
 void progress_enable(bool wanted) {
     enabled = wanted && isatty(STDERR_FILENO);
@@ -31,11 +32,11 @@ void progress(const char *stage, int done, int total) {
     fprintf(stderr, "\r\033[K");
     if (stage) {
         double now = seconds();
-        if (!current || strcmp(stage, current)) stage_started = now;
+        if (!current || strcmp(stage, current)) stage_started = now, stage_first = done;
         fprintf(stderr, "%s %d/%d%s%s", stage, done, total, *detail ? ", " : "", detail);
         print_time(now - started);
-        if (done > 0) {
-            print_time((now - stage_started) / done * (total - done));
+        if (done > stage_first) {
+            print_time((now - stage_started) / (done - stage_first) * (total - done));
             fprintf(stderr, " left");
         }
     }

@@ -1,9 +1,11 @@
 /* util.c - error messages, memory, input files, output files and signals.
  *
- * Output files. An output file NAME is written as NAME.PID.part. output_commit() renames it to NAME. die() and the
- * signal handler remove every .part file, so a failed run leaves no incomplete result. Two kinds of output are written
- * directly: standard output, and a path that is not a regular file (/dev/null, a FIFO), because rename() would replace
- * the device. A symbolic link stays; its target is replaced.
+ * Output files. An output file NAME is written as NAME.part. output_commit() renames it to NAME. die() and the
+ * signal handler remove every .part file, except those that --resume needs (outputs_note), so a failed run leaves no
+ * incomplete result. NAME.part is locked (flock) while a process writes it: a second process with the same output is
+ * refused. The .part file of a killed process is not locked and is reused. Two kinds of output are written directly:
+ * standard output, and a path that is not a regular file (/dev/null, a FIFO), because rename() would replace the device. A
+ * symbolic link stays; its target is replaced.
  *
  * Closed pipe. SIGPIPE is ignored, so that write() fails with EPIPE. The failure is reported like a full disk: one
  * line, status 3. If SIGPIPE ended the process, the .part files would stay.
@@ -22,6 +24,7 @@
 #include <stdarg.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -36,27 +39,42 @@ static void replace_controls(char *text) {
         if (!is_printable(rest, &n)) memset(text, '?', n);
 }
 
-static void print_line(const char *prefix, const char *format, va_list arguments) {
+static void print_line(const char *prefix, const char *format, va_list arguments, const char *advice) {
     char text[1024];
     vsnprintf(text, sizeof text, format, arguments);
     replace_controls(text);
     progress(NULL, 0, 0); /* clears the progress line */
-    fprintf(stderr, "%s%s\n", prefix, text);
+    fprintf(stderr, "%s%s%s\n", prefix, text, advice);
+}
+
+/* The end of the last line of a run that fails or is interrupted. The signal handler reads it: it is replaced as a
+ * whole. */
+static const char *volatile advice = "";
+
+void outputs_advise(const char *format, ...) {
+    static char texts[2][512];
+    char *text = advice == texts[0] ? texts[1] : texts[0];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof texts[0], format, arguments);
+    va_end(arguments);
+    replace_controls(text);
+    advice = text;
 }
 
 void die(int status, const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    print_line("sora: ", format, arguments);
+    print_line("sora: ", format, arguments, status == STATUS_CHECK ? "" : advice);
     va_end(arguments);
-    outputs_discard();
+    outputs_discard(status == STATUS_CHECK);
     exit(status);
 }
 
 void warn(const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    print_line("sora: warning: ", format, arguments);
+    print_line("sora: warning: ", format, arguments, "");
     va_end(arguments);
 }
 
@@ -191,23 +209,39 @@ bool same_file(const char *a, const char *b) {
 /* The paths of the .part files. An entry changes only while signals are blocked, so the handler never sees it
  * half-written. */
 enum { MAX_UNFINISHED = 16 };
-static char *volatile unfinished[MAX_UNFINISHED];
+static struct {
+    char *volatile path;
+    volatile bool kept; /* when the run fails */
+} unfinished[MAX_UNFINISHED];
 
-static void unfinished_replace(const char *old, char *new) {
-    sigset_t all, before;
+static void signals_block(sigset_t *before) {
+    sigset_t all;
     sigfillset(&all);
-    sigprocmask(SIG_BLOCK, &all, &before);
+    sigprocmask(SIG_BLOCK, &all, before);
+}
+
+static void unfinished_replace(const char *old, char *new, bool kept) {
+    sigset_t before;
+    signals_block(&before);
     int i = 0;
-    while (i < MAX_UNFINISHED && unfinished[i] != old) i++;
-    if (i < MAX_UNFINISHED) unfinished[i] = new;
+    while (i < MAX_UNFINISHED && unfinished[i].path != old) i++;
+    if (i < MAX_UNFINISHED) unfinished[i].path = new, unfinished[i].kept = kept;
     sigprocmask(SIG_SETMASK, &before, NULL);
     if (i == MAX_UNFINISHED) die(STATUS_RESOURCE, "more than %d output files are open (a bug)", MAX_UNFINISHED);
 }
 
-void outputs_discard(void) {
+void outputs_note(char *path, bool kept) {
+    int i = 0;
+    while (i < MAX_UNFINISHED && unfinished[i].path != path) i++;
+    unfinished_replace(i < MAX_UNFINISHED ? path : NULL, path, kept);
+}
+
+void outputs_forget(const char *path) { unfinished_replace(path, NULL, false); }
+
+void outputs_discard(bool all) {
     for (int i = 0; i < MAX_UNFINISHED; i++) {
-        if (unfinished[i]) unlink(unfinished[i]);
-        unfinished[i] = NULL;
+        if (unfinished[i].path && (all || !unfinished[i].kept)) unlink(unfinished[i].path);
+        unfinished[i].path = NULL;
     }
 }
 
@@ -226,7 +260,33 @@ static char *resolve(const char *path) {
     return target ? target : format_string("%s", path);
 }
 
-OutputFile output_open(const char *path) {
+/* Opens and locks the .part file. If its last owner has renamed or removed it meanwhile, it is opened again. A file
+ * system without locks is used without them. */
+static int open_locked(const char *path, const char *temporary) {
+    struct stat mine, there;
+    for (;;) {
+        int file = open(temporary, O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0666);
+        if (file < 0 || fstat(file, &mine)) die_writing(path);
+        if (!S_ISREG(mine.st_mode)) die(STATUS_RESOURCE, "%s: %s is not a regular file", path, temporary);
+        if (flock(file, LOCK_EX | LOCK_NB) && errno == EWOULDBLOCK)
+            die(STATUS_RESOURCE, "%s: another process is writing it (%s is locked)", path, temporary);
+        if (!stat(temporary, &there) && same_inode(&mine, &there)) return file;
+        close(file);
+    }
+}
+
+static void open_unfinished(OutputFile *out, const char *path, bool goes_on) {
+    sigset_t before;
+    out->temporary = format_string("%s.part", out->path);
+    signals_block(&before); /* the handler must know of the file */
+    int file = open_locked(path, out->temporary);
+    unfinished_replace(NULL, out->temporary, goes_on);
+    sigprocmask(SIG_SETMASK, &before, NULL);
+    if (!goes_on && ftruncate(file, 0)) die_writing(path);
+    out->stream = fdopen(file, "wb");
+}
+
+static OutputFile open_output(const char *path, bool goes_on) {
     if (!*path) die(STATUS_USAGE, "the name of an output file is empty");
     struct stat status, standard;
     bool exists = !stat(path, &status), regular = !exists || S_ISREG(status.st_mode);
@@ -236,15 +296,16 @@ OutputFile output_open(const char *path) {
     /* /dev/stdout and bash's >(command) may be links to pipes. realpath() cannot resolve these. */
     OutputFile out = {NULL, regular ? resolve(path) : format_string("%s", path), NULL};
     if (exists && access(out.path, W_OK)) die_writing(path);
-    if (regular) {
-        out.temporary = format_string("%s.%ld.part", out.path, (long)getpid());
-        unfinished_replace(NULL, out.temporary);
-    }
-    out.stream = fopen(out.temporary ? out.temporary : out.path, "wbe");
+    if (regular) open_unfinished(&out, path, goes_on);
+    else out.stream = fopen(out.path, "wbe");
     if (!out.stream) die_writing(path);
     if (exists && regular) fchmod(fileno(out.stream), status.st_mode & 0777); /* keeps the file's permissions */
     return out;
 }
+
+OutputFile output_open(const char *path) { return open_output(path, false); }
+
+OutputFile output_continue(const char *path) { return open_output(path, true); }
 
 void output_write(OutputFile *out, const void *data, size_t bytes) {
     if (bytes && fwrite(data, 1, bytes, out->stream) != bytes) die_writing(out->path);
@@ -259,16 +320,31 @@ void output_flush(OutputFile *out) {
     if (fflush(out->stream)) die_writing(out->path);
 }
 
+void output_cut(OutputFile *out, size_t bytes) {
+    if (ftruncate(fileno(out->stream), (off_t)bytes) || fseeko(out->stream, (off_t)bytes, SEEK_SET))
+        die_writing(out->path);
+}
+
+void output_sync(OutputFile *out) {
+    output_flush(out);
+    if (fsync(fileno(out->stream))) die_writing(out->path);
+}
+
 void output_commit(OutputFile *out) {
     output_flush(out);
+    int lock = out->temporary ? dup(fileno(out->stream)) : -1; /* held until the file has its name */
     if (out->stream != stdout && fclose(out->stream)) die_writing(out->path);
     if (out->temporary) {
         int error = rename(out->temporary, out->path) ? errno : 0;
-        unfinished_replace(out->temporary, NULL); /* the file is complete: keep it even if rename() failed */
-        if (error)
+        bool complete = error && !access(out->temporary, F_OK);
+        outputs_forget(out->temporary); /* the file is complete: keep it even if rename() failed */
+        if (complete)
             die(STATUS_RESOURCE, "%s: cannot write: %s; the file is complete and stays as %s", out->path,
                 strerror(error), out->temporary);
+        errno = error;
+        if (error) die_writing(out->path);
     }
+    if (lock >= 0) close(lock);
     free(out->temporary);
     free(out->path);
     *out = (OutputFile){NULL, NULL, NULL};
@@ -281,22 +357,24 @@ static volatile sig_atomic_t on_terminal; /* a progress line may be on the scree
 /* Called by signal handlers. Removes the .part files, prints the message and exits. `message` begins with a newline,
  * which ends the progress line. */
 static _Noreturn void end_at_once(const char *message, int exit_status) {
-    outputs_discard();
-    const char *start = on_terminal ? message : message + 1;
-    ssize_t written = write(STDERR_FILENO, start, strlen(start));
-    (void)written;
+    outputs_discard(false);
+    const char *parts[] = {on_terminal ? message : message + 1, advice, "\n"};
+    for (int i = 0; i < 3; i++) {
+        ssize_t written = write(STDERR_FILENO, parts[i], strlen(parts[i]));
+        (void)written;
+    }
     _exit(exit_status);
 }
 
 static void interrupted(int signal_number) {
     (void)signal_number;
-    end_at_once("\nsora: interrupted\n", STATUS_INTERRUPTED);
+    end_at_once("\nsora: interrupted", STATUS_INTERRUPTED);
 }
 
 /* SIGBUS: a page of a mapped file cannot be read, because the file was truncated or its disk failed. */
 static void unreadable(int signal_number) {
     (void)signal_number;
-    end_at_once("\nsora: cannot read an input file: it was truncated while in use, or its disk failed\n", STATUS_USAGE);
+    end_at_once("\nsora: cannot read an input file: it was truncated while in use, or its disk failed", STATUS_USAGE);
 }
 
 void standard_streams_keep(void) {

@@ -45,7 +45,9 @@ typedef struct {
 
 struct WeightFile {
     char *path;
-    Bytes mapping; /* {NULL, 0} if the caller owns the bytes */
+    Bytes bytes;
+    bool mapped;        /* false: the bytes are the caller's */
+    struct stat opened; /* at the time of weights_open() */
     Key *keys;
     Tensor *tensors;
     size_t key_count, tensor_count, alignment;
@@ -314,6 +316,7 @@ static const char *parse(WeightFile *file, Bytes bytes) {
 const char *weights_parse(Bytes bytes, const char *path, WeightFile **out) {
     WeightFile *file = allocate(sizeof *file);
     file->path = format_string("%s", path);
+    file->bytes = bytes;
     const char *why = parse(file, bytes);
     *out = why ? NULL : file;
     if (why) weights_close(file);
@@ -328,9 +331,33 @@ const char *weights_open(const char *path, WeightFile **out) {
     const char *why = map_file(path, &bytes);
     if (why) return why;
     why = weights_parse(bytes, path, out);
-    if (why) unmap_file(bytes);
-    else (*out)->mapping = bytes;
-    return why;
+    if (why) {
+        unmap_file(bytes);
+        return why;
+    }
+    (*out)->mapped = true;
+    if (stat(path, &(*out)->opened)) (*out)->opened = (struct stat){.st_size = 0};
+    return NULL;
+}
+
+/* A file that took its place since then is another: what is mapped is still there. */
+void weights_require_unchanged(const WeightFile *file) {
+    struct stat now;
+    const struct stat *then = &file->opened;
+    if (!file->mapped || stat(file->path, &now) || now.st_dev != then->st_dev || now.st_ino != then->st_ino) return;
+    if (now.st_size != then->st_size || now.st_mtim.tv_sec != then->st_mtim.tv_sec ||
+        now.st_mtim.tv_nsec != then->st_mtim.tv_nsec)
+        weights_refuse(file, "it was written to while it was read");
+}
+
+void weights_digest(const WeightFile *file, char hex[65]) {
+    const Tensor *first = file->tensor_count ? file->tensors : NULL;
+    size_t header = first ? (size_t)(first->data - file->bytes.data) : file->bytes.size;
+    Sha256 sha;
+    sha256_start(&sha);
+    sha256_add(&sha, &file->bytes.size, sizeof file->bytes.size);
+    sha256_add(&sha, file->bytes.data, header);
+    sha256_finish(&sha, hex);
 }
 
 void weights_close(WeightFile *file) {
@@ -342,7 +369,7 @@ void weights_close(WeightFile *file) {
     free(file->keys);
     free(file->tensors);
     free(file->path);
-    if (file->mapping.data) unmap_file(file->mapping);
+    if (file->mapped) unmap_file(file->bytes);
     free(file);
 }
 
