@@ -291,6 +291,7 @@ static const char *load_pieces(Tokenizer *t, const WeightArray *tokens) {
     for (int32_t id = 0; id < t->count; id++) {
         t->pieces[id] = next_string(&cursor);
         const char *why = load_piece(t, id, &smallest);
+        if (!why && t->vocabulary.crowded) why = "the tokenizer's pieces have equal hashes";
         if (why) return why;
     }
     t->unknown_score = rounded(t, smallest - 10);
@@ -315,7 +316,7 @@ static const char *load_ids(Tokenizer *t, const WeightFile *file) {
             return reason("\"sora.tokenizer.added_ids\" holds %d, expected 0 to %d", (int)id, t->count - 1);
         if (t->pieces[id].size) index_add(&t->symbols, (int32_t)id);
     }
-    return NULL;
+    return t->symbols.crowded ? "the tokenizer's pieces have equal hashes" : NULL;
 }
 
 const char *tokenizer_load(const WeightFile *file, Tokenizer **out) {

@@ -164,6 +164,7 @@ typedef struct {
     size_t mask;
     const void *names;
     size_t stride, longest; /* longest: bytes of the longest name */
+    bool crowded;           /* a name could not be added: too many have its hash */
 } Index;
 Index index_new(size_t count, const void *names, size_t stride); /* for at most `count` names */
 int32_t index_add(Index *index, int32_t entry);     /* returns the entry of the same name that it replaces, or -1 */

@@ -5,6 +5,7 @@
 
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 /* ---------------------------------------------------------------- helpers */
 
@@ -394,6 +395,57 @@ static void test_many_names(void) {
     weights_close(file);
 }
 
+/* ---------------------------------------------------------------- files that are made to be slow or large */
+
+/* Names whose hashes, by index.c's FNV-1a, all choose the same of 2048 places; `next` is where the search goes on. */
+static void colliding_name(char name[16], uint32_t *next) {
+    for (uint64_t hash = 1;; ++*next) {
+        int length = sprintf(name, "k%u", *next);
+        hash = 14695981039346656037u;
+        for (int i = 0; i < length; i++) hash = (hash ^ (uint8_t)name[i]) * 1099511628211u;
+        if (!((hash ^ hash >> 32) & 2047)) break;
+    }
+    ++*next;
+}
+
+static void test_collisions(void) {
+    char name[16];
+    Builder b;
+    for (int crowded = 0; crowded < 2; crowded++) {
+        uint32_t next = 0;
+        put_header(&b, 0, 600);
+        for (int i = 0; i < 600; i++) {
+            if (i < (crowded ? 257 : 100)) colliding_name(name, &next);
+            else sprintf(name, "other%d", i);
+            put_key(&b, name, VALUE_U8, 1, 1);
+        }
+        if (crowded) expect_refused(&b, "have equal hashes");
+        else CHECK(!parse_copy(b.data, b.size), "100 names of one hash are refused: %s", parse_copy(b.data, b.size));
+    }
+}
+
+/* A file of 64 GiB without a byte on disk behind its header, which counts as many tensors as would fit. */
+static void test_sparse(void) {
+    char *path = temporary_path("sparse.gguf");
+    FILE *stream = fopen(path, "wb");
+    WeightFile *file = NULL;
+    Builder b;
+    put_header(&b, 2000000000, 0);
+    bool made = stream && fwrite(b.data, 1, b.size, stream) == b.size && !fflush(stream) && !ftruncate(fileno(stream), 1LL << 36);
+    if (stream) fclose(stream);
+    if (made) {
+        memory_note();
+        size_t before = memory_peak();
+        const char *why = weights_open(path, &file);
+        memory_note();
+        CHECK(why && strstr(why, "tensor 1 has a name that is"), "a sparse file: %s", why ? why : "opened");
+        CHECK(memory_peak() - before < 16 << 20, "a sparse file takes %zu bytes of memory", memory_peak() - before);
+    }
+    weights_close(file);
+    remove(path);
+    free(path);
+}
+
 void test_weights(void) {
     WeightFile *file;
     int blocks = 0;
@@ -425,6 +477,8 @@ void test_weights(void) {
     }
     weights_close(file);
     test_unknown_type();
+    test_collisions();
+    test_sparse();
     why = weights_open("tests/no-such-file", &file);
     CHECK(why && !strcmp(why, "No such file or directory") && !file, "a missing file: %s", why);
     test_every_prefix();

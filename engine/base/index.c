@@ -3,10 +3,17 @@
  * It uses open addressing with linear probing. The number of places is a power of two and at least twice the number
  * of names. The hash is the 64-bit FNV-1a (Fowler, Noll, Vo), which reads one byte at a time. So prefixes_next()
  * computes the hashes of all prefixes of a text with one multiplication each. The lower bits of hash ^ hash >> 32
- * choose the place. */
+ * choose the place.
+ *
+ * Names from an untrusted file can be chosen so that all of them hash to one place, which would make n names cost n^2
+ * comparisons. So a name that is not placed after MAX_PROBES comparisons is not added, and the index is `crowded`. Names
+ * that were not chosen so never come near: in a table that is half full, the longest run of taken places is about
+ * 5 log(n), 100 for a billion names. */
 #include "engine/engine.h"
 
 #include <string.h>
+
+enum { MAX_PROBES = 256 };
 
 static const uint64_t HASH_START = 14695981039346656037u;
 
@@ -21,7 +28,7 @@ static uint64_t hash_name(Bytes name) {
 Index index_new(size_t count, const void *names, size_t stride) {
     size_t places = 16;
     while (places < 2 * count) places *= 2;
-    Index index = {allocate(places * sizeof(int32_t)), places - 1, names, stride, 0};
+    Index index = {.places = allocate(places * sizeof(int32_t)), .mask = places - 1, .names = names, .stride = stride};
     memset(index.places, 0xff, places * sizeof(int32_t));
     return index;
 }
@@ -31,22 +38,30 @@ static Bytes name_of(const Index *index, int32_t entry) {
     return *(const Bytes *)bytes;
 }
 
-/* The place that holds the name, or the free place where it belongs. */
+/* The place that holds the name, or the free place where it belongs; NULL if neither is near. */
 static int32_t *find_place(const Index *index, Bytes name, uint64_t hash) {
-    for (size_t p = hash ^ hash >> 32;; p++) {
+    size_t first = hash ^ hash >> 32;
+    for (size_t p = first; p < first + MAX_PROBES; p++) {
         int32_t *place = &index->places[p & index->mask];
         if (*place < 0) return place;
         Bytes other = name_of(index, *place);
         if (other.size == name.size && !memcmp(other.data, name.data, name.size)) return place;
     }
+    return NULL;
 }
 
-int32_t index_find(const Index *index, Bytes name) { return *find_place(index, name, hash_name(name)); }
+static int32_t find(const Index *index, Bytes name, uint64_t hash) {
+    const int32_t *place = find_place(index, name, hash);
+    return place ? *place : -1;
+}
+
+int32_t index_find(const Index *index, Bytes name) { return find(index, name, hash_name(name)); }
 
 int32_t index_add(Index *index, int32_t entry) {
     Bytes name = name_of(index, entry);
-    int32_t *place = find_place(index, name, hash_name(name)), old = *place;
-    *place = entry;
+    int32_t *place = find_place(index, name, hash_name(name)), old = place ? *place : -1;
+    if (place) *place = entry;
+    else index->crowded = true;
     index->longest = larger(index->longest, name.size);
     return old;
 }
@@ -59,7 +74,7 @@ Prefixes index_prefixes(const Index *index, Bytes text) {
 int32_t prefixes_next(Prefixes *walk) {
     while (walk->size < walk->text.size) {
         walk->hash = hash_next(walk->hash, walk->text.data[walk->size++]);
-        int32_t entry = *find_place(walk->index, (Bytes){walk->text.data, walk->size}, walk->hash);
+        int32_t entry = find(walk->index, (Bytes){walk->text.data, walk->size}, walk->hash);
         if (entry >= 0) return entry;
     }
     return -1;

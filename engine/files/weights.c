@@ -156,16 +156,21 @@ static const char *take_value(Reader *reader, Key *key) {
     return take_elements(reader, &key->value);
 }
 
+#define CROWDED "more than 256 names have equal hashes: the file was made to be slow to open"
+
+/* Checks the keys and, if there is an array for them, stores them. */
 static const char *parse_keys(WeightFile *file, Reader *reader) {
     for (size_t i = 0; i < file->key_count; i++) {
-        Key *key = &file->keys[i];
+        Key only_checked, *key = file->keys ? &file->keys[i] : &only_checked;
         if (!take_string(reader, &key->name))
             return reason("key %zu of %zu is cut off", i + 1, file->key_count);
         if (!good_name(key->name)) return reason("key %zu has a name that is " BAD_NAME, i + 1);
         const char *why = take_value(reader, key);
         if (why) return reason("key \"%.*s\" %s", NAMED(key->name), why);
+        if (!file->keys) continue;
         if (index_add(&file->key_index, (int32_t)i) >= 0)
             return reason("key \"%.*s\" appears twice", NAMED(key->name));
+        if (file->key_index.crowded) return CROWDED;
     }
     return NULL;
 }
@@ -208,14 +213,17 @@ static const char *take_tensor(Reader *reader, Tensor *tensor, uint64_t *offset)
 /* Offsets count from the start of the data, which is known after the last tensor's name. They are kept until then. */
 static const char *parse_tensors(WeightFile *file, Reader *reader, uint64_t *offsets) {
     for (size_t i = 0; i < file->tensor_count; i++) {
-        Tensor *tensor = &file->tensors[i];
+        uint64_t offset;
+        Tensor only_checked, *tensor = offsets ? &file->tensors[i] : &only_checked;
         if (!take_string(reader, &tensor->name))
             return reason("tensor %zu of %zu is cut off", i + 1, file->tensor_count);
         if (!good_name(tensor->name)) return reason("tensor %zu has a name that is " BAD_NAME, i + 1);
-        const char *why = take_tensor(reader, tensor, &offsets[i]);
+        const char *why = take_tensor(reader, tensor, offsets ? &offsets[i] : &offset);
         if (why) return reason("tensor \"%.*s\" %s", NAMED(tensor->name), why);
+        if (!offsets) continue;
         if (index_add(&file->tensor_index, (int32_t)i) >= 0)
             return reason("tensor \"%.*s\" appears twice", NAMED(tensor->name));
+        if (file->tensor_index.crowded) return CROWDED;
     }
     return NULL;
 }
@@ -299,6 +307,9 @@ static const char *take_header(WeightFile *file, Reader *reader) {
 static const char *parse(WeightFile *file, Bytes bytes) {
     Reader reader = {bytes.data, bytes.size};
     const char *why = take_header(file, &reader);
+    Reader checked = reader; /* memory is allocated only for names that are there */
+    if (!why) why = parse_keys(file, &checked);
+    if (!why) why = parse_tensors(file, &checked, NULL);
     if (why) return why;
     file->keys = allocate(file->key_count * sizeof(Key));
     file->tensors = allocate(file->tensor_count * sizeof(Tensor));
