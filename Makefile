@@ -2,6 +2,7 @@
 # make demo               generates demo.y4m with the bundled model; PROMPT="a red cross spins at night"
 # make test               runs all tests that need only a C compiler
 # make test-reference     compares with the reference implementations in Python
+# make faults             kills runs and fills disks at FAULTS=1000 moments each, and resumes
 # make sanitize, races    runs the tests under ASan and UBSan, under TSan
 # make fuzz               mutated inputs for all that reads files; FUZZ_SECONDS=20
 # make bench, bench-peers measures this program, and others beside it
@@ -70,8 +71,18 @@ uninstall:
 	rm -f "$(DESTDIR)$(PREFIX)/bin/sora" "$(DESTDIR)$(PREFIX)/share/sora/demo.gguf"
 	rmdir "$(DESTDIR)$(PREFIX)/share/sora" 2>/dev/null || :
 
-test: sora $(BUILD)/run-tests
-	SORA=$(BUILD)/sora $(BUILD)/run-tests
+# A library that makes file operations fail or kills the program at one of them.
+$(BUILD)/shim.so: tests/shim.c
+	@mkdir -p $(dir $@)
+	-$(CC) -O1 -shared -fPIC -o $@ $< -ldl
+
+test: sora $(BUILD)/run-tests $(BUILD)/shim.so
+	SORA=$(BUILD)/sora SHIM=$(BUILD)/shim.so $(BUILD)/run-tests
+
+# Kills and full disks, N of each; --resume must give the same bytes after every one.
+FAULTS ?= 1000
+faults: sora $(BUILD)/run-tests $(BUILD)/shim.so
+	FAULTS=$(FAULTS) SORA=$(BUILD)/sora SHIM=$(BUILD)/shim.so $(BUILD)/run-tests faults
 
 # Tests and fuzzing under ASan and UBSan.
 SANITIZE     = $(MAKE) BUILD=build/sanitize CFLAGS='-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all'
@@ -88,6 +99,10 @@ sanitize:
 races:
 	$(MAKE) BUILD=build/races CFLAGS='-O1 -g -fsanitize=thread' build/races/run-tests
 	build/races/run-tests system kernels pipeline
+
+# build/libfuzzer/fuzz: FUZZ_TARGET=weights build/libfuzzer/fuzz CORPUS-FOLDER
+libfuzzer:
+	$(MAKE) BUILD=build/libfuzzer CC=clang CFLAGS='-O1 -g -DLIBFUZZER -fsanitize=fuzzer-no-link,address,undefined' LDFLAGS=-fsanitize=fuzzer build/libfuzzer/fuzz
 
 fuzz:
 	$(SANITIZE) build/sanitize/fuzz
@@ -143,4 +158,4 @@ clean:
 	rm -rf build/release build/sanitize build/races sora
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d $(BUILD)/*/*/*.d)
-.PHONY: FORCE demo install uninstall test sanitize races fuzz test-reference clean
+.PHONY: FORCE demo install uninstall test faults libfuzzer sanitize races fuzz test-reference clean

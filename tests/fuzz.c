@@ -3,6 +3,9 @@
  *   fuzz SECONDS [TARGET]   fuzzes each target, or TARGET, for SECONDS
  *   fuzz TARGET FILE        runs one input, such as one saved by an earlier run
  *
+ * Compiled with -DLIBFUZZER (make libfuzzer), libFuzzer or AFL++ chooses the inputs of the target $FUZZ_TARGET, which may
+ * not be one with `apart`.
+ *
  * A parser fails if a sanitizer stops it, if it runs longer than MAX_SECONDS_EACH, or if it calls die(), which parsers
  * must not do. The input is then saved as fuzz-TARGET.input. Targets with `apart` may call die(): loading a model
  * reports a wrong shape that way. They run in a child process, where only a crash counts.
@@ -16,6 +19,7 @@
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -196,6 +200,23 @@ static bool run_recipe(Bytes in) {
     return true;
 }
 
+static Model causal; /* for states */
+static Settings causal_settings;
+
+/* The input is a state's body. It gets its first line and a checksum that is right: otherwise nothing would be read. */
+static bool run_state(Bytes in) {
+    static const char magic[] = "sora state 1\n";
+    Text file = {0};
+    char hex[65];
+    text_append(&file, magic, sizeof magic - 1);
+    text_append(&file, in.data, in.size);
+    sha256_of(file.data, file.size, hex);
+    text_append(&file, "sha256 ", 7), text_append(&file, hex, 64), text_append(&file, "\n", 1);
+    bool good = !generate_read(&causal, &causal_settings, text_bytes(&file));
+    free(file.data);
+    return good;
+}
+
 static bool run_model(Bytes in) {
     Model model = {0};
     Settings settings = settings_new();
@@ -225,10 +246,11 @@ static Target targets[] = {
     {.name = "record", .run = run_record},
     {.name = "text", .run = run_text},
     {.name = "story", .run = run_story},
+    {.name = "state", .run = run_state},
     {.name = "recipe", .run = run_recipe, .apart = true},
     {.name = "model", .run = run_model, .apart = true},
 };
-enum { WEIGHTS, NUMPY, VIDEO, STREAM, RECORD, WORDS, STORY, RECIPE, WHOLE_MODEL, TARGETS };
+enum { WEIGHTS, NUMPY, VIDEO, STREAM, RECORD, WORDS, STORY, STATE, RECIPE, WHOLE_MODEL, TARGETS };
 
 /* ---------------------------------------------------------------- running one input */
 
@@ -472,7 +494,36 @@ static void seed_recipes(void) {
     corpus_add(&targets[RECIPE], input_copy(b.data, b.size));
 }
 
+/* The state of a run that ends, in a process of its own, when its video may not grow any more. */
+static void seed_states(void) {
+    static char output[] = "/tmp/sora-fuzz-XXXXXX";
+    int file = mkstemp(output);
+    char *path = state_path(output), *part = format_string("%s.part", output);
+    Bytes bytes = {NULL, 0};
+    causal = model_load("tests/goldens/causal/model.gguf", F32);
+    Settings *s = &causal_settings;
+    *s = settings_new();
+    s->prompt = "a red fox", s->output = output, s->seed = 1, s->width = s->height = 16, s->frames = 401, s->window = 6;
+    s->sink = 1, s->arguments = (Bytes){(const uint8_t *)"--seed=1", 9}, s->state_seconds = 0, s->record = false;
+    settings_complete(s, &causal);
+    fflush(NULL);
+    if (file >= 0 && !fork()) {
+        running = NULL;
+        signal(SIGXFSZ, SIG_IGN);
+        if (!freopen("/dev/null", "w", stderr) || setrlimit(RLIMIT_FSIZE, &(struct rlimit){120000, 120000})) _exit(1);
+        generate(&causal, s);
+        _exit(0);
+    }
+    wait(NULL);
+    if (read_file(path, MAX_INPUT, &bytes) || bytes.size < 100) die(STATUS_CHECK, "no state to fuzz with");
+    corpus_add(&targets[STATE], input_copy(bytes.data + 13, bytes.size - 13 - 72));
+    free((void *)bytes.data);
+    unlink(output), unlink(path), unlink(part);
+    free(path), free(part);
+}
+
 static void seed_all(void) {
+    seed_states();
     seed_tokenizers();
     seed_videos();
     seed_pictures();
@@ -563,6 +614,23 @@ static void fuzz(Target *target, double duration) {
     fflush(stdout);
 }
 
+#ifdef LIBFUZZER
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    static const Target *target;
+    const char *name = getenv("FUZZ_TARGET");
+    if (!target) {
+        nowhere = fopen("/dev/null", "w");
+        kernels_choose("auto");
+        seed_all();
+        for (int t = 0; t < TARGETS; t++)
+            if (name && !strcmp(name, targets[t].name) && !targets[t].apart) target = &targets[t];
+        if (!target) die(STATUS_USAGE, "FUZZ_TARGET: expected weights, npy, y4m, text, story or state");
+    }
+    target->run((Bytes){data, size});
+    return 0;
+}
+#else
 int main(int argc, char **argv) {
     state = (uint64_t)time(NULL) * 0x9e3779b97f4a7c15 + (uint64_t)getpid();
     nowhere = fopen("/dev/null", "w");
@@ -584,3 +652,4 @@ int main(int argc, char **argv) {
     }
     return 0;
 }
+#endif

@@ -70,6 +70,11 @@ static void check_bodies(void) {
     REFUSED(BODY("number 1\n", "12\n123456789012", "4\nsame") "more", "4 bytes follow the last item");
 }
 
+/* Field by field: the padding is anything. */
+static bool same(Thing a, Thing b) {
+    return a.number == b.number && !memcmp(a.values, b.values, sizeof a.values);
+}
+
 static void check_damage(Bytes file, Thing written) {
     Thing thing;
     uint8_t *bytes = (uint8_t *)file.data;
@@ -82,7 +87,7 @@ static void check_damage(Bytes file, Thing written) {
         bytes[i] ^= 1;
     }
     CHECK(!wrong, "%d states with a changed bit are read", wrong);
-    CHECK(!read_thing(file, &thing) && !memcmp(&thing, &written, sizeof thing), "what was written is not what is read");
+    CHECK(!read_thing(file, &thing) && same(thing, written), "what was written is not what is read");
 }
 
 static void check_arithmetic(void) {
@@ -117,6 +122,7 @@ void test_state(void) {
     Bytes still;
     CHECK(!read_file(path, 1 << 16, &still) && !read_thing(still, &thing) && thing.number == 7, "a failed state took the old one's place");
     free((void *)still.data);
+    rmdir(part);
     check_arithmetic();
     free((void *)file.data), free(path), free(part), free(nowhere);
 }
