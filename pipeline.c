@@ -224,6 +224,7 @@ static Run run_plan(Model *m, const Settings *s) {
         run.schedule = schedule_end(&run.schedule, s->strength);
         run.first = schedule_end(&run.first, s->strength);
     }
+    if (s->source) sha256_of(s->source->bytes.data, s->source->bytes.size, run.inputs.source);
     plan_chunks(&run);
     plan_prompts(&run);
     return run;
@@ -391,15 +392,36 @@ static void take_source(const Settings *s, Encoding *e) {
     e->taken++;
 }
 
+static void encoding_open(const Run *run, Encoding *e) {
+    const Settings *s = run->settings;
+    e->run = run;
+    e->source = source_reader_open(s->source, s->width, s->height);
+    e->stream = vae_open(&run->model->vae, ENCODER, run->H, run->W, take_encoded, e);
+    e->frame = allocate(sizeof(float) * 3 * (size_t)s->height * s->width);
+}
+
+/* Reads over the source's first frames. */
+static void source_skip(SourceReader *source, int frames, float *frame) {
+    for (int i = 0; i < frames; i++) source_next(source, frame);
+}
+
+static void encoding_state(const Run *run, Encoding *e, StateFile *f) {
+    const Settings *s = run->settings;
+    e->taken = (int)state_number(f, "source.taken", e->taken, 0, s->source_frames);
+    e->encoded = (int)state_number(f, "source.encoded", e->encoded, 0, run->given + run->redrawn);
+    if (e->taken == 0 || e->taken == s->source_frames) return; /* not open yet, or no longer */
+    if (state_is_read(f)) {
+        encoding_open(run, e);
+        source_skip(e->source, e->taken, e->frame);
+    }
+    vae_stream_state(e->stream, f);
+}
+
 /* latents (frames,C,H,W) = the source's next latent frames */
 static void encode(const Run *run, Encoding *e, int frames, float *latents) {
     const Settings *s = run->settings;
     tap_scope("%s", "");
-    if (!e->stream) {
-        e->source = source_reader_open(s->source, s->width, s->height);
-        e->stream = vae_open(&run->model->vae, ENCODER, run->H, run->W, take_encoded, e);
-        e->frame = allocate(sizeof(float) * 3 * (size_t)s->height * s->width);
-    }
+    if (!e->stream) encoding_open(run, e);
     e->out = latents;
     for (int end = e->encoded + frames; e->encoded < end;) {
         progress("encode", e->taken, s->source_frames);
@@ -634,6 +656,7 @@ typedef struct {
 typedef struct {
     int chunk;                           /* index of the current chunk */
     int step, frame;                     /* denoising steps done in it; latent frames of it that are decoded */
+    Encoding encoding;                   /* of the source */
     Arena arena;
     TransformerState state;
     Branch cond, uncond;
@@ -828,6 +851,8 @@ static void identity_state(const Run *run, StateFile *f) {
         state_refuse(f, "the run was begun with another --noise file");
     if (!state_same(f, "embeds", run->inputs.embeds, sizeof run->inputs.embeds))
         state_refuse(f, "the run was begun with another --embeds file");
+    if (!state_same(f, "source", run->inputs.source, sizeof run->inputs.source))
+        state_refuse(f, "the run was begun with another --%s file", run->settings->image ? "image" : "video");
     if (!state_same(f, "negative_embeds", run->inputs.negative_embeds, sizeof run->inputs.negative_embeds))
         state_refuse(f, "the run was begun with another --negative-embeds file");
     for (int i = 0; i < run->prompt_count + run->guided; i++) {
@@ -839,8 +864,10 @@ static void identity_state(const Run *run, StateFile *f) {
 
 static void position_state(const Run *run, Sampling *s, StateFile *f) {
     s->chunk = (int)state_number(f, "chunk", s->chunk, 0, run->chunks - 1);
-    int steps = chunk_schedule(run, s->chunk)->steps, frames = chunk_decoded(run, chunk_at(run, s->chunk));
-    s->step = (int)state_number(f, "step", s->step, 1, steps);
+    bool generated = s->chunk >= run->given_chunks;
+    int steps = generated ? chunk_schedule(run, s->chunk)->steps : 0;
+    int frames = chunk_decoded(run, chunk_at(run, s->chunk));
+    s->step = (int)state_number(f, "step", s->step, generated, steps);
     s->frame = (int)state_number(f, "frame", s->frame, 0, s->step == steps ? frames : 0);
     s->prompt = (int)state_number(f, "prompt", s->prompt, 0, run->prompt_count - 1);
 }
@@ -862,6 +889,14 @@ static void restore_video(Video *video, size_t bytes, const char *sha256, StateF
     }
     if (video->sha.length == bytes) output_cut(&video->file, bytes);
     else state_refuse(f, "%s does not begin with the %d frames that were written", places[0], video->index);
+}
+
+/* --extend: the source goes on behind the frames of it that are written. */
+static void skip_kept(const Video *video) {
+    const Settings *s = video->run->settings;
+    float *frame = allocate(sizeof(float) * 3 * (size_t)s->height * s->width);
+    source_skip(video->source, smaller(video->index, s->source_frames), frame);
+    free(frame);
 }
 
 static void video_state(Video *video, StateFile *f) {
@@ -887,10 +922,12 @@ static void run_state(const Run *run, Sampling *s, Noise *noise, Video *video, S
         if (s->prompt > 0) prompt_encode(run->model, &run->prompts[s->prompt]);
         if (!sampling_done(run, s)) sampling_open(run, s);
         if (decoded) decoder_open(run, video);
+        if (video->source) skip_kept(video);
     }
     s->history.n = chunk.frames * run->frame_size;
     state_item(f, "latents", s->latents, sizeof(float) * s->history.n);
     noise_state(noise, f);
+    if (run->settings->source) encoding_state(run, &s->encoding, f);
     if (!sampling_done(run, s)) {
         history_state(&s->history, f);
         state_item(f, "recent", s->recent, sizeof(float) * run->recached * run->frame_size);
@@ -959,12 +996,12 @@ static Sampling sampling_begin(const Run *run, Noise *noise, Video *video, State
 /* ---------------------------------------------------------------- the loop */
 
 /* The latents of the current chunk, from the step it has reached. */
-static void make_chunk(const Run *run, Sampling *s, Encoding *encoding, Noise *noise, Video *video) {
+static void make_chunk(const Run *run, Sampling *s, Noise *noise, Video *video) {
     Chunk chunk = chunk_at(run, s->chunk);
     bool generated = s->chunk >= run->given_chunks, last = s->chunk + 1 == run->chunks;
     int steps = generated ? chunk_schedule(run, s->chunk)->steps : 0;
     s->history.n = chunk.frames * run->frame_size;
-    if (s->step == 0) begin_chunk(run, encoding, noise, s->chunk, s->latents);
+    if (s->step == 0) begin_chunk(run, &s->encoding, noise, s->chunk, s->latents);
     if (!s->arena.base) sampling_open(run, s); /* after the encoder's buffers */
     if (s->step == 0 && generated) change_prompt(run, s, video);
     if (s->step == 0 && s->chunk == run->given_chunks) tap_schedules(run);
@@ -1000,9 +1037,8 @@ static void decode_chunk(const Run *run, Sampling *s, Noise *noise, Video *video
 /* All chunks: their latents, their frames, the cache for later ones. A resumed run starts in the middle. */
 static void make_clip(const Run *run, Noise *noise, Video *video, StateFile *state) {
     Sampling s = sampling_begin(run, noise, video, state);
-    Encoding encoding = {.run = run};
     for (; s.chunk < run->chunks; s.chunk++, s.step = s.frame = 0) {
-        if (s.frame == 0) make_chunk(run, &s, &encoding, noise, video);
+        if (s.frame == 0) make_chunk(run, &s, noise, video);
         decode_chunk(run, &s, noise, video);
         if (s.chunk + 1 == run->chunks) break;
         show_progress(video, "cache", 0, 1);

@@ -49,10 +49,8 @@ static void write_chunks(Json *json, const Settings *s) {
 }
 
 /* What the clip began from. */
-static void write_source(Json *json, const Settings *s) {
-    char hex[65];
-    sha256_of(s->source->bytes.data, s->source->bytes.size, hex);
-    json_string(json, s->image ? "image_sha256" : "video_sha256", hex);
+static void write_source(Json *json, const Settings *s, const char *sha256) {
+    json_string(json, s->image ? "image_sha256" : "video_sha256", sha256);
     if (s->strength >= 0) json_double(json, "strength", s->strength);
     if (s->extend) json_int(json, "frames_kept", s->source_frames);
 }
@@ -73,7 +71,7 @@ static void write_settings(Json *json, const Model *model, const Settings *s, co
     if (*inputs->embeds) json_string(json, "embeds_sha256", inputs->embeds);
     if (*inputs->negative_embeds) json_string(json, "negative_embeds_sha256", inputs->negative_embeds);
     if (s->noise) json_string(json, "noise_sha256", inputs->noise);
-    if (s->source) write_source(json, s);
+    if (s->source) write_source(json, s, inputs->source);
     if (!s->noise || s->sampler == RENOISE) json_unsigned(json, "seed", s->seed);
     json_string(json, "precision", precision_name(model->precision));
     if (model->precision != F32) json_string(json, "isa", kernels->name);

@@ -115,6 +115,7 @@ static const struct {
 static const enum { AS_GIVEN, AS_VALUE, OF_CALL, NOT_KEPT } kept[OPTIONS] = {
     [MODEL] = AS_VALUE, [PROMPT] = AS_VALUE, [AT] = AS_VALUE, [NOISE] = AS_VALUE, [SEED] = AS_VALUE,
     [PRECISION] = AS_VALUE, [ISA] = AS_VALUE, [EMBEDS] = AS_VALUE, [NEGATIVE_EMBEDS] = AS_VALUE,
+    [IMAGE] = AS_VALUE, [VIDEO_FILE] = AS_VALUE,
     [OUTPUT_FILE] = OF_CALL, [RESUME] = OF_CALL, [THREADS] = OF_CALL, [PREVIEW] = OF_CALL, [PROFILE] = OF_CALL,
     [QUIET] = OF_CALL, [HELP] = OF_CALL, [VERSION] = OF_CALL,
     [PROMPT_FILE] = NOT_KEPT, [STORY] = NOT_KEPT, [NO_STATE] = NOT_KEPT, [DUMP] = NOT_KEPT, [DUMP_ONLY] = NOT_KEPT,
@@ -416,6 +417,8 @@ static void append_arguments(Text *arguments, const Command *c, const Model *mod
     if (s->noise) append_path(arguments, NOISE, s->noise);
     if (s->embeds) append_path(arguments, EMBEDS, s->embeds);
     if (s->negative_embeds) append_path(arguments, NEGATIVE_EMBEDS, s->negative_embeds);
+    if (s->image) append_path(arguments, IMAGE, s->image);
+    if (s->video) append_path(arguments, VIDEO_FILE, s->video);
     append_argument(arguments, SEED, seed);
     append_argument(arguments, PRECISION, precision_name(model->precision));
     if (model->precision != F32) append_argument(arguments, ISA, kernels->name);
@@ -595,7 +598,8 @@ static int run(Command *c) {
         if (!c->seeded) s->seed = random_seed();
         if (!c->seeded && (!s->noise || s->sampler == RENOISE) && !s->quiet)
             fprintf(stderr, "seed %llu\n", (unsigned long long)s->seed);
-        if (!c->no_state && !c->dump && !c->check && !s->source) append_arguments(&arguments, c, &model, path);
+        bool again = !(s->image && !strcmp(s->image, "-")) && !(s->video && !strcmp(s->video, "-")); /* it can be read */
+        if (!c->no_state && !c->dump && !c->check && again) append_arguments(&arguments, c, &model, path);
         s->arguments = text_bytes(&arguments);
         taps_open(c->dump, c->dump_only, c->check, c->tolerance < 0 ? 1e-4 : c->tolerance, s->feed);
         generate(&model, s);

@@ -527,9 +527,9 @@ size_t generate_memory(Model *model, const Settings *settings); /* private memor
 /* ---------------------------------------------------------------- record.c: OUTPUT.json, how the video was made */
 
 char *record_path(const char *output); /* OUTPUT.json; free() it */
-/* SHA-256 of the files of --noise, --embeds and --negative-embeds; "" where none was given. */
+/* SHA-256 of the files of --noise, --embeds, --negative-embeds, and --image or --video; "" where none was given. */
 typedef struct {
-    char noise[65], embeds[65], negative_embeds[65];
+    char noise[65], embeds[65], negative_embeds[65], source[65];
 } InputHashes;
 /* The 64 bits that a mark carries: the first of the SHA-256 of the part of the record that is known before the run. */
 uint64_t record_bits(const Model *model, const Settings *settings, const InputHashes *inputs);

@@ -31,6 +31,10 @@ static const Clip clips[] = {
                "--seed", "7", "a red fox", NULL}},
     {"chunks", {"-m", "tests/goldens/causal/model.gguf", "-s", "16x16", "-f", "33", "--window", "6", "--sink", "1", "--seed",
                 "7", "--drift", "--mark", "--at", "1 a dog", "a red fox", NULL}},
+    {"extended", {"-m", "tests/goldens/causal/model.gguf", "-s", "48x32", "--video", "tests/goldens/images/clip.y4m", "--extend",
+                  "-f", "16", "--window", "6", "--seed", "7", "a red fox", NULL}},
+    {"anew", {"-m", "tests/goldens/model/model.gguf", "--video", "tests/goldens/images/clip.y4m", "--strength", "0.8", "--steps", "4",
+              "-g", "3", "--shift", "3", "--seed", "7", "a red fox", NULL}},
     {"bundled", {"-m", "models/demo.gguf", "-s", "48x48", "-f", "9", "--steps", "4", "--seed", "1", "--label",
                  "a blue star bounces on the grass", NULL}},
 };
