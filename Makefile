@@ -102,7 +102,7 @@ races:
 
 # build/libfuzzer/fuzz: FUZZ_TARGET=weights build/libfuzzer/fuzz CORPUS-FOLDER
 libfuzzer:
-	$(MAKE) BUILD=build/libfuzzer CC=clang CFLAGS='-O1 -g -DLIBFUZZER -fsanitize=fuzzer-no-link,address,undefined' LDFLAGS=-fsanitize=fuzzer build/libfuzzer/fuzz
+	$(MAKE) BUILD=build/libfuzzer CC=clang CFLAGS='-O1 -g -DLIBFUZZER -Wno-unused-function -fsanitize=fuzzer-no-link,address,undefined' LDFLAGS=-fsanitize=fuzzer build/libfuzzer/fuzz
 
 fuzz:
 	$(SANITIZE) build/sanitize/fuzz

@@ -262,6 +262,7 @@ static void add_line(Story *story, const char *line) {
 typedef struct {
     Settings settings;
     StoryLine opening; /* the prompt, if it was the story's line at time 0 */
+    Text stored;       /* the command line of a state, to which settings point */
     Text given;        /* the AS_GIVEN options, each "--name=value" and a 0 byte */
     Option fixed;      /* the first option that --resume does not allow; OPTIONS: none */
     Source source;    /* --image or --video */
@@ -442,8 +443,10 @@ static Command parse_resumed(const Command *c, int argc, char **argv) {
         joined[count++] = at;
     }
     for (int i = 1; i < argc; i++) joined[count++] = argv[i];
-    free(path);
-    return parse(count, joined);
+    Command resumed = parse(count, joined);
+    resumed.stored = stored;
+    free(joined), free(path);
+    return resumed;
 }
 
 /* ---------------------------------------------------------------- defaults: model, seed */
@@ -609,7 +612,7 @@ static int run(Command *c) {
     if (s->source) source_close(&c->source);
     story_free(&s->story);
     free(c->opening.line);
-    free(c->given.data);
+    free(c->given.data), free(c->stored.data);
     if (c->profile) profile_print();
     return taps_report() ? STATUS_OK : STATUS_CHECK;
 }

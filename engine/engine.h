@@ -92,7 +92,7 @@ typedef struct {
     char *path, *temporary; /* temporary: the .part path; NULL if written directly */
 } OutputFile;
 OutputFile output_open(const char *path);
-OutputFile output_continue(const char *path); /* with what an earlier run wrote; kept, as outputs_note() says */
+OutputFile output_continue(const char *path); /* with what an earlier run wrote, which is protected (outputs_note) */
 void output_cut(OutputFile *out, size_t bytes); /* it goes on behind so many; not on "-" */
 void output_write(OutputFile *out, const void *data, size_t bytes);
 void output_write_at(OutputFile *out, size_t offset, const void *data, size_t bytes); /* not to "-" */

@@ -625,7 +625,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         seed_all();
         for (int t = 0; t < TARGETS; t++)
             if (name && !strcmp(name, targets[t].name) && !targets[t].apart) target = &targets[t];
-        if (!target) die(STATUS_USAGE, "FUZZ_TARGET: expected weights, npy, y4m, text, story or state");
+        if (!target) die(STATUS_USAGE, "FUZZ_TARGET: expected weights, npy, source, stream, record, text, story or state");
     }
     target->run((Bytes){data, size});
     return 0;

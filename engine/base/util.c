@@ -280,7 +280,8 @@ static void open_unfinished(OutputFile *out, const char *path, bool goes_on) {
     out->temporary = format_string("%s.part", out->path);
     signals_block(&before); /* the handler must know of the file */
     int file = open_locked(path, out->temporary);
-    unfinished_replace(NULL, out->temporary, goes_on);
+    bool holds_frames = goes_on && lseek(file, 0, SEEK_END) > 0; /* an empty file is of no use to a later run */
+    unfinished_replace(NULL, out->temporary, holds_frames);
     sigprocmask(SIG_SETMASK, &before, NULL);
     if (!goes_on && ftruncate(file, 0)) die_writing(path);
     out->stream = fdopen(file, "wb");
