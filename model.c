@@ -356,7 +356,7 @@ static void complete_output(Settings *s) {
 static void complete_window(Settings *s, const Model *m) {
     Recipe r = m->recipe;
     const char *given = s->window >= 0 ? "--window" : s->sink >= 0 ? "--sink" : s->positions ? "--positions" : NULL;
-    const char *story = s->story.count ? "--at" : given;
+    const char *story = s->story.count ? "--at or --story" : given;
     if (story && !r.chunk_frames)
         die(STATUS_USAGE, "%s: needs a model that generates in chunks, this one generates the whole clip at once",
             story);

@@ -230,26 +230,30 @@ static uint64_t parse_seed(const char *text) {
     return seed;
 }
 
-/* A file in UTF-8, or in UTF-16 with a byte order mark. */
-static char *read_prompt(const char *path) {
+/* Reads an option's file of at most `most` bytes, in UTF-8, or in UTF-16 with a byte order mark. Returns UTF-8. */
+static Text read_text(Option option, const char *path, size_t most) {
     Bytes bytes;
     Text text = {0};
-    const char *why = read_file(path, 1 << 16, &bytes); /* bytes; far more than 512 tokens */
-    if (why) die(STATUS_USAGE, "--prompt-file %s: %s", path, why);
+    const char *why = read_file(path, most, &bytes);
+    if (why) die(STATUS_USAGE, "--%s %s: %s", options[option].name, path, why);
     if (!text_append_utf16(&text, bytes)) text_append(&text, bytes.data, bytes.size);
     free((void *)bytes.data);
-    if (memchr(text.data, 0, text.size))
-        die(STATUS_USAGE, "--prompt-file %s: byte %zu is 0, expected text in UTF-8, or UTF-16 with a byte order mark",
-            path, (size_t)((uint8_t *)memchr(text.data, 0, text.size) - text.data));
-    return (char *)text.data;
+    const uint8_t *zero = memchr(text.data, 0, text.size);
+    if (zero)
+        die(STATUS_USAGE, "--%s %s: byte %zu is 0, expected text in UTF-8, or UTF-16 with a byte order mark",
+            options[option].name, path, (size_t)(zero - text.data));
+    return text;
+}
+
+static char *read_prompt(const char *path) {
+    return (char *)read_text(PROMPT_FILE, path, 1 << 16).data; /* far more than 512 tokens */
 }
 
 static void read_story(Story *story, const char *path) {
-    Bytes bytes;
-    const char *why = read_file(path, 1 << 20, &bytes);
-    if (!why) why = story_parse(story, bytes);
+    Text text = read_text(STORY, path, 1 << 20);
+    const char *why = story_parse(story, text_bytes(&text));
     if (why) die(STATUS_USAGE, "--story %s: %s", path, why);
-    free((void *)bytes.data);
+    free(text.data);
 }
 
 static void add_line(Story *story, const char *line) {
@@ -275,7 +279,9 @@ typedef struct {
 } Command;
 
 static void set_prompt(Command *c, const char *text) {
-    if (c->settings.prompt) die(STATUS_USAGE, "two prompts: '%s' and '%s'", c->settings.prompt, text);
+    if (c->settings.prompt)
+        die(STATUS_USAGE, "two prompts: '%s' and '%s', expected one, in quotes if it has spaces", c->settings.prompt,
+            text);
     c->settings.prompt = text;
 }
 
@@ -585,7 +591,8 @@ static int run(Command *c) {
     if (!s->prompt && s->story.count)
         die(STATUS_USAGE, "no prompt: the story's first line is at %g seconds, expected a prompt or a line at 0",
             s->story.lines[0].time);
-    if (!s->prompt && (!s->embeds || c->tokenize || c->save_embeds)) die(STATUS_USAGE, "no prompt; see --help");
+    if (!s->prompt && (!s->embeds || c->tokenize || c->save_embeds))
+        die(STATUS_USAGE, "no prompt, expected a sentence: sora \"a red star spins\"; see --help");
     protect_inputs(c, path);
     open_source(c);
     threads_set(c->threads);

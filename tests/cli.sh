@@ -38,7 +38,7 @@ usage() {
     refused 2 "unknown option '-z'" -z x
     refused 2 "--quiet takes no value" --quiet=1 x
     refused 2 "--size: WxH is missing" -m $model x --size
-    refused 2 "two prompts: 'a' and 'b'" -m $model a b
+    refused 2 "two prompts: 'a' and 'b', expected one, in quotes if it has spaces$" -m $model a b
     refused 2 "no prompt" -m $model
     refused 2 "--size: width is 33, expected a multiple of 8, such as 32 or 40$" -m $model --size 33x16 x
     refused 2 "--size: height is 20, expected a multiple of 8, such as 16 or 24$" -m $model --size=32x20 x
@@ -433,7 +433,7 @@ chunks() {
     claim "--drift: columns" [ "$(awk -F '\t' 'NF != 14' "$work/err" | wc -l)" -eq 0 ]
     run $short -f 5 -o "$work/clip.y4m" x
     claim "a clip of 5 frames ends inside a chunk" [ "$(frames 48 32)" -eq 5 ]
-    refused 2 "--at: needs a model that generates in chunks" $small --at "1 a dog" x
+    refused 2 "--at or --story: needs a model that generates in chunks" $small --at "1 a dog" x
     refused 2 "--window: needs a model that generates in chunks" $small --window 3 x
     refused 2 "--window: the window is 2 frames, expected at least a chunk of 3, or 0 for all frames" $short --window 2 x
     refused 2 "--sink: the sink is 3 frames, expected 0 without a window" $short --sink 3 x
@@ -447,11 +447,17 @@ chunks() {
     printf '1 a\n0.5 b\n' >"$work/story"
     refused 2 "--story $work/story: line 2: time 0.5 s is not after 1 s" $short --story "$work/story" x
     refused 2 "--story nowhere: No such file" $short --story nowhere x
+    printf '\377\376x\000\n\000' >"$work/story"
+    refused 2 "--story $work/story: line 1: 'x' does not begin with a time" $short --story "$work/story" x
+    printf '0\000 a\n' >"$work/story"
+    refused 2 "--story $work/story: byte 1 is 0, expected text in UTF-8" $short --story "$work/story"
     refused 2 "no prompt: the story's first line is at 1 seconds" $short --at "1 a"
     refused 2 "two prompts: 'x' and 'a'" $short --at "0 a" x
     run $short -o "$work/clip.y4m" --at "9 a dog" --dump "$work/unused" --dump-only "prompt*" x
     claim "a prompt after the end is not encoded" [ "$(ls "$work/unused" | tr '\n' ' ')" = "prompt.embeds.npy prompt.ids.npy " ]
     claim "a prompt after the end: a warning" grep -q "warning: the prompt at 9 s is not used" "$work/err"
+    run $small -o "$work/clip.y4m" " "
+    claim "an empty prompt: a warning" grep -q "warning: the prompt is empty" "$work/err"
 }
 
 # Pictures and clips to begin from, and a picture as the output.

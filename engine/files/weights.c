@@ -283,7 +283,7 @@ static const char *what_it_is(Reader start) {
     uint64_t header;
     if (take_u64(&start, &header) && header && header <= start.left && *start.at == '{')
         return "this is a safetensors file: convert it with export.py";
-    return "this is not a GGUF file";
+    return "this is not a GGUF file; export.py converts a checkpoint to one";
 }
 
 /* A key has at least 14 bytes, a tensor at least 33. Counts that need more bytes than the file has are refused. */
