@@ -1143,7 +1143,8 @@ static void estimate(const Run *run) {
     if (s->frames > longest && !(run->recipe->chunk_frames && s->window))
         warn("--frames %d: the model was trained on clips of %d frames; motion tends to repeat in longer ones",
              s->frames, longest);
-    if (run->prompts[0].n == 1) warn("the prompt is empty; the model alone decides what the video shows");
+    if (run->prompts[0].ids && run->prompts[0].n == 1)
+        warn("the prompt is empty; the model alone decides what the video shows");
     const Prompt *last = &run->prompts[run->prompt_count - 1];
     if (last->time > chunk_time(run, chunk_at(run, run->chunks - 1)))
         warn("the prompt at %g s is not used: the clip's last chunk begins at %.3g s", last->time,

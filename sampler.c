@@ -9,7 +9,8 @@
  *   euler    FlowMatchEulerDiscreteScheduler: x + (sigma_next - sigma) v.
  *   dpm++    DPMSolverMultistepScheduler, dpmsolver++ of order 2 (arXiv:2211.01095): an exponential integrator in
  *            lambda = log((1 - sigma) / sigma), which extrapolates x0 from this step's and the last step's prediction.
- *            Order 1 is Euler: with alpha = 1 - sigma, -alpha_next expm1(-h) = 1 - sigma_next / sigma.
+ *            h is the change of lambda in a step. The update of order 1 is Euler's: the paper's weight of x0,
+ *            (1 - sigma_next) (1 - e^-h), equals 1 - sigma_next / sigma.
  *   unipc    UniPCMultistepScheduler, bh2 of order 2 (arXiv:2302.04867). The predictor is the update of dpm++. Before
  *            it, the corrector repeats the last step with the x0 that is now known at its end.
  *
@@ -28,8 +29,8 @@
  *
  * Weights are the same float with every C library. Only log1p is called, once a step. For shifts 1, 2, ... 12, a weight
  * would change only if log1p were wrong by more than 600 units in the last place (up to 100 steps) or 3 (up to 1000):
- * tests/test_libm.c. With lambda as a difference of two logarithms, or expm1 in the corrector, one unit is enough from
- * 116 steps on.
+ * tests/test_libm.c. If lambda_change() took the difference of two logarithms, or the corrector called expm1, an error
+ * of one unit would change a weight from 116 steps on.
  *
  * Pitfalls, all upstream's:
  *   - The three schedules differ, although all are called flow sigmas.
@@ -166,8 +167,11 @@ static Weights predictor(const Schedule *schedule, int step) {
 /* From the sample at `step - 1` to a corrected one at `step`, given x0 at both, as multistep_uni_c_bh_update does. Of
  * order 2 from step 2 on, where it solves
  *
- *   [ 1   1 ] [ rho     ]   [ b1 ]        rho weighs the difference of x0 over the step before,
- *   [ rk  1 ] [ rho_now ] = [ b2 ]        rho_now the one over this step */
+ *   [ 1   1 ] [ rho     ]   [ b1 ]        rho is the weight of the change of x0 from step - 2 to step - 1,
+ *   [ rk  1 ] [ rho_now ] = [ b2 ]        rho_now that of its change from step - 1 to step
+ *
+ * rk is minus the h of the step before, divided by this step's h. b1 = phi_2 / phi_1, b2 = 2 phi_3 / phi_1, where
+ * phi_k(-h) = 1/k! - h phi_(k+1)(-h). */
 static Weights corrector(const Schedule *schedule, int step) {
     double ratio = (double)schedule->sigmas[step] / schedule->sigmas[step - 1];
     double rho_now = 0.5, rho_earlier = 0;

@@ -18,10 +18,10 @@
  *   h d       attention heads, width of one head      E       text encoder width (text_dim)
  *   I O       inputs and outputs of a linear layer    K       length of a dot product
  *
- * Arrays are float32, row-major, the last letter innermost. Functions named *_take allocate from an arena; on an arena
- * that only counts they give the size and no memory (engine.h). Functions named *_flops count a multiplication and
- * an addition as two operations. *_memory and *_scratch are in bytes. *_load dies with STATUS_USAGE if the file does
- * not hold the part. */
+ * Arrays are float32, row-major, the last letter innermost. Functions named *_take allocate from an arena. Given an
+ * arena without memory they only count, which tells the size before the run (engine.h). Functions named *_flops count a
+ * multiplication and an addition as two operations. *_memory and *_scratch are in bytes. *_load dies with STATUS_USAGE
+ * if the file does not hold the part. */
 #ifndef SORA_H
 #define SORA_H
 
@@ -197,8 +197,8 @@ void kv_cache_state(KvCache *cache, StateFile *file); /* the kept frames */
 
 /* ---------------------------------------------------------------- sampler.c: velocity -> next latents */
 
-/* UNIPC, EULER and DPM can make a schedule of any length. RENOISE, and EULER again, follow a list that comes with the
- * model. SAMPLERS counts the former, and also means "none given". */
+/* UNIPC, EULER and DPM make a schedule of any length. RENOISE and EULER can follow a list that comes with the model.
+ * SAMPLERS is the number of the first three; in Settings it means that no sampler was given. */
 typedef enum { UNIPC, EULER, DPM, SAMPLERS, RENOISE } Sampler;
 bool sampler_parse(const char *name, Sampler *out); /* "unipc", "euler" or "dpm++"; false for any other name */
 const char *sampler_name(Sampler sampler);

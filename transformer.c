@@ -260,7 +260,8 @@ void transformer_forward(const Transformer *t, TransformerState *s, const TextCo
     float *x = s->x, *y = s->y;                               /* (L,D): residual stream; a layer's input or output */
     float *q = s->wide, *k = q + (size_t)L * D, *v = k + (size_t)(past + L) * D; /* (L,D), (past+L,D), (past+L,D) */
     float *new_k = k + (size_t)past * D, *new_v = v + (size_t)past * D;          /* (L,D): the chunk's rows of k, v */
-    float *e = s->e, *wide = s->wide;                         /* (6,frames,D); (L,D) or (L,ffn_dim), over q k v */
+    float *e = s->e;                                          /* (6,frames,D): the block's shifts, scales and gates */
+    float *wide = s->wide;                                    /* (L,D) or (L,ffn_dim), over q, k, v once they are used */
 #define E(which) (e + (size_t)(which) * frames * D)
     Rope rope_k = s->rope, rope_q = rope_k;
     for (int f = 0; f < cache->frames + frames; f++)

@@ -30,10 +30,10 @@ enum { MAX_HEADER = 79, MAX_SIDE = 32768, MAX_LINE = 1024 };
 /* Pixels per chroma sample, across and down. */
 typedef struct {
     int dx, dy;
-} Sampling;
+} Subsampling;
 
-static Sampling sampling(int chroma) {
-    return (Sampling){chroma == 420 || chroma == 422 ? 2 : 1, chroma == 420 ? 2 : 1};
+static Subsampling subsampling(int chroma) {
+    return (Subsampling){chroma == 420 || chroma == 422 ? 2 : 1, chroma == 420 ? 2 : 1};
 }
 
 static size_t luma_bytes(const VideoFormat *format) {
@@ -42,7 +42,7 @@ static size_t luma_bytes(const VideoFormat *format) {
 
 /* Bytes of one chroma plane; 0 in mono. */
 static size_t chroma_bytes(const VideoFormat *format) {
-    Sampling s = sampling(format->chroma);
+    Subsampling s = subsampling(format->chroma);
     if (format->chroma == 400) return 0;
     return (size_t)((format->width + s.dx - 1) / s.dx) * (size_t)((format->height + s.dy - 1) / s.dy);
 }
@@ -84,7 +84,7 @@ static uint8_t to_byte(float x) {
 }
 
 /* Average over the pixels of a plane (Y,X) that chroma sample (row, column) covers. */
-static float box_average(const float *plane, const VideoFormat *format, Sampling s, int row, int column) {
+static float box_average(const float *plane, const VideoFormat *format, Subsampling s, int row, int column) {
     float sum = 0;
     int count = 0;
     for (int y = row * s.dy; y < (row + 1) * s.dy && y < format->height; y++) {
@@ -102,7 +102,7 @@ void y4m_convert(const VideoFormat *format, const float *frame, uint8_t *out) {
     const float *red = frame, *green = frame + pixels, *blue = frame + 2 * pixels;
     for (size_t i = 0; i < pixels; i++) out[i] = to_byte(125.5f + 109.5f * luma(m, red[i], green[i], blue[i]));
     uint8_t *cb = out + pixels, *cr = cb + chroma_bytes(format);
-    Sampling s = sampling(format->chroma);
+    Subsampling s = subsampling(format->chroma);
     for (int row = 0; row * s.dy < format->height; row++) {
         for (int column = 0; column * s.dx < format->width; column++) {
             float r = box_average(red, format, s, row, column);
@@ -267,7 +267,7 @@ const char *y4m_open(FILE *stream, Sha256 *sha, Y4mReader **out, VideoFormat *fo
 }
 
 void y4m_to_floats(const VideoFormat *format, bool full_range, const uint8_t *planes, float *frame) {
-    Sampling s = sampling(format->chroma);
+    Subsampling s = subsampling(format->chroma);
     Matrix m = matrix(format);
     size_t pixels = luma_bytes(format), chroma_width = (size_t)((format->width + s.dx - 1) / s.dx), i = 0;
     const uint8_t *blue = planes + pixels, *red = blue + chroma_bytes(format);
