@@ -72,8 +72,8 @@ static Precision default_precision(const WeightFile *file) {
 /* A new array of strictly decreasing numbers in (0, most]; NULL if the file does not have the key. */
 static float *load_descending(const WeightFile *file, const char *key, double most, int *count) {
     WeightArray array;
-    if (!weights_array(file, key, &array)) return NULL;
-    if (!array_is_number(&array) || array.count < 1 || array.count > 1000)
+    if (!weights_has(file, key)) return NULL;
+    if (!weights_array(file, key, &array) || !array_is_number(&array) || array.count < 1 || array.count > 1000)
         weights_refuse(file, "%s is not an array of 1 to 1000 numbers", key);
     *count = (int)array.count;
     float *list = allocate(sizeof(float) * array.count);
@@ -368,10 +368,13 @@ static void complete_window(Settings *s, const Model *m) {
     if (why) die(STATUS_USAGE, "%s: %s", given, why);
 }
 
-/* Positions in the latents of all frames that self attention sees at once are counted in an int. */
+/* Positions in the latents of all frames that self attention sees at once are counted in an int. These are the clip's,
+ * rounded up to whole chunks, or those of the window, which is at least a chunk. */
 static void check_positions(const Settings *s, const Model *m) {
+    const Recipe *r = &m->recipe;
     int stride = m->vae.spatial_stride, frames = s->frames / m->vae.temporal_stride + 1;
-    if (m->recipe.chunk_frames && s->window) frames = smaller(frames, s->window);
+    if (r->chunk_frames) frames = ceiling(frames, r->chunk_frames) * r->chunk_frames + r->independent_first_frame;
+    if (r->chunk_frames && s->window) frames = smaller(frames, s->window);
     if ((double)s->width * s->height / stride / stride * frames > INT_MAX)
         die(STATUS_USAGE, "--size %dx%d with --frames %d is %.3g latent positions, expected less than 2^31", s->width,
             s->height, s->frames, (double)s->width * s->height / stride / stride * frames);

@@ -320,7 +320,10 @@ static void apply(Command *c, Option option, const char *value) {
     case ISA: c->isa = value; break;
     case NOISE: s->noise = value; break;
     case AT: add_line(&s->story, value); break;
-    case STORY: read_story(&s->story, c->story_file = value); break;
+    case STORY:
+        if (c->story_file) die(STATUS_USAGE, "two stories: '%s' and '%s'", c->story_file, value);
+        read_story(&s->story, c->story_file = value);
+        break;
     case WINDOW: s->window = (int)parse_integer(WINDOW, value, 0, 1000000); break;
     case SINK: s->sink = (int)parse_integer(SINK, value, 0, 1000000); break;
     case POSITIONS:
@@ -504,12 +507,15 @@ static int print_info(const char *path) {
     return STATUS_OK;
 }
 
-/* Refuses the extensions of other video and picture formats, and says how to convert the Y4M. */
+/* Refuses the extensions of other video and picture formats, and says how to convert the Y4M. Refuses .npy: the file may
+ * be a tensor of --check, or one that --dump will write. */
 static void check_output_name(const char *output) {
     static const char *const others[] = {"mp4", "m4v", "mov", "mkv", "webm", "avi", "gif", "webp", "apng", "png",
                                          "jpg", "jpeg", "mpg", "mpeg", "ts", "ogv", "wmv", "flv", "avif"};
     const char *dot = strrchr(output, '.');
     int stem = dot ? (int)(dot - output) : 0;
+    if (dot && !strcmp(dot, ".npy"))
+        die(STATUS_USAGE, "--output %s: the video is written as Y4M, expected another name; --dump writes .npy", output);
     for (size_t i = 0; dot && i < sizeof others / sizeof *others; i++)
         if (!strcasecmp(dot + 1, others[i]))
             die(STATUS_USAGE, "--output %s: the video is written as Y4M; for %s give -o %.*s.y4m, then: ffmpeg -i "

@@ -314,7 +314,8 @@ typedef struct {
     uint32_t type;       /* of the elements */
     size_t count;
 } WeightArray;
-bool weights_array(const WeightFile *file, const char *key, WeightArray *out); /* false: it is missing */
+bool weights_has(const WeightFile *file, const char *key);
+bool weights_array(const WeightFile *file, const char *key, WeightArray *out); /* false: missing, or no array */
 int64_t array_int(const WeightArray *array, size_t index); /* 0 if the elements are not integers */
 double array_double(const WeightArray *array, size_t index);
 bool array_is_number(const WeightArray *array);

@@ -65,6 +65,7 @@ usage() {
     for name in webm gif mkv mov png; do
         refused 2 "for $name give -o clip.y4m, then: ffmpeg -i clip.y4m clip.$name$" -m $model -o clip.$name x
     done
+    refused 2 "--output $work/some.npy: the video is written as Y4M, expected another name" -m $model -o "$work/some.npy" x
     refused 2 "--threads: '0'" -m $model -t 0 x
     refused 2 "--precision: 'f31'" -m $model --precision f31 x
     refused 2 "--isa: 'pentium'" -m $model --isa pentium x
@@ -114,7 +115,9 @@ input() {
     refused 2 "--frames and --seconds" $small --seconds 1 x
     refused 2 "the name of an output file is empty" $small -o "" x
     cp tests/goldens/npy/f4_3.npy "$work/input.npy"
-    refused 2 "--output .*input.npy: would overwrite the input file .*input.npy" $small --noise "$work/input.npy" -o "$work/input.npy" x
+    ln "$work/input.npy" "$work/input.y4m"
+    refused 2 "--output .*input.y4m: would overwrite the input file .*input.npy" $small --noise "$work/input.npy" -o "$work/input.y4m" x
+    refused 2 "--output .*input.npy: the video is written as Y4M" $small --noise "$work/input.npy" -o "$work/input.npy" x
     echo x >"$work/input.y4m.json"
     refused 2 "--output .*input.y4m: would overwrite the input file .*input.y4m.json" $small --prompt-file "$work/input.y4m.json" -o "$work/input.y4m"
     refused 2 "--dump .*: could overwrite the input file .*input.npy" $small --noise "$work/input.npy" --dump "$work" x
@@ -127,7 +130,7 @@ resources() {
     mkdir "$work/taken.y4m.json"
     refused 3 "taken.y4m.json: cannot write: Is a directory" $small --steps 1000 -f 81 -o "$work/taken.y4m" x
     ln -s "$work/nowhere" "$work/link.y4m"
-    refused 3 "link.y4m: a symbolic link whose target does not exist" $small -o "$work/link.y4m" x
+    refused 3 "link.y4m: a symbolic link that leads to no file: No such file or directory" $small -o "$work/link.y4m" x
     refused 3 "--dump $work/nowhere/below: No such file" $small --dump "$work/nowhere/below" x
     refused 3 "--size 4096x4096 with --frames 4001 needs .* GiB of memory, .* GiB are available" -m $model -s 4096x4096 -f 4001 x
     if [ -c /dev/full ]; then
@@ -444,6 +447,7 @@ chunks() {
     refused 2 "--sampler: this model has a fixed schedule" $short --sampler euler x
     refused 2 "--at: 'soon a dog' does not begin with a time" $short --at "soon a dog" x
     refused 2 "--at: time 2 s is not after 3 s" $short --at "3 a" --at "2 b" x
+    refused 2 "two stories: '$work/story' and '/dev/null'" $short --story "$work/story" --story /dev/null x
     printf '1 a\n0.5 b\n' >"$work/story"
     refused 2 "--story $work/story: line 2: time 0.5 s is not after 1 s" $short --story "$work/story" x
     refused 2 "--story nowhere: No such file" $short --story nowhere x

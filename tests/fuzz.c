@@ -226,7 +226,9 @@ static bool run_model(Bytes in) {
     model.transformer = transformer_load(model.file, F32);
     model.vae = vae_load(model.file, F32);
     model.recipe = recipe_load(model.file);
+    settings.prompt = "a red fox", settings.width = settings.height = 16 << below(11);
     settings_complete(&settings, &model);
+    generate_memory(&model, &settings);
     return true;
 }
 
@@ -535,6 +537,7 @@ static void seed_all(void) {
     seed_files(&targets[NUMPY], "tests/goldens/npy/*.npy");
     seed_files(&targets[NUMPY], "tests/goldens/npy/types/*.npy");
     seed_files(&targets[WHOLE_MODEL], "tests/goldens/model/*.gguf");
+    seed_files(&targets[WHOLE_MODEL], "tests/goldens/causal/*.gguf");
 }
 
 /* ---------------------------------------------------------------- mutations */

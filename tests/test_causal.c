@@ -75,6 +75,9 @@ static void check_recipes(void) {
     check_keys("scheduler.rule=renoise scheduler.timesteps=500,500,", "does not decrease: 500 follows 500");
     check_keys("scheduler.rule=renoise scheduler.timesteps=1001,", "holds 1001, expected more than 0 and at most 1000");
     check_keys("scheduler.rule=renoise scheduler.timesteps=5,0,", "holds 0, expected more than 0");
+    check_keys("scheduler.rule=renoise scheduler.timesteps=1000", "scheduler.timesteps is not an array of 1 to 1000 numbers");
+    check_keys(LIST "scheduler.sigmas=1", "scheduler.sigmas is not an array of 1 to 1000 numbers");
+    check_keys(CHUNKS_OF_3 "scheduler.first_timesteps=1000", "scheduler.first_timesteps is not an array of 1 to 1000");
     check_keys(LIST "scheduler.sigmas=1,0.5,", "scheduler.sigmas has 2 elements, expected 4, one a timestep");
     check_keys(LIST "scheduler.sigmas=1,0.5,0.7,0.1,", "scheduler.sigmas does not decrease");
     check_keys(LIST "scheduler.first_timesteps=1000,", "scheduler.first_timesteps needs causal.chunk_frames, which is missing");
@@ -285,7 +288,25 @@ static void check_runs(void) {
     CHECK(!same(clip, narrow), "bf16 gives the same clip as f32");
 }
 
+/* One frame of 2^20 latent positions, in a model whose chunks have 4096 frames. */
+static void complete_large_chunk(void *argument) {
+    Model model = model_load(argument, F32);
+    Settings s = settings_new();
+    model.recipe.chunk_frames = 4096;
+    s.width = s.height = 16384, s.frames = 1;
+    settings_complete(&s, &model);
+    model_free(&model);
+}
+
+static void check_large_chunk(void) {
+    char output[4096];
+    int status = run_apart(complete_large_chunk, (void *)model_path, output);
+    CHECK(status == STATUS_USAGE && strstr(output, "latent positions, expected less than 2^31"),
+          "a chunk of more than 2^31 latent positions: status %d, %s", status, output);
+}
+
 void test_causal(void) {
+    check_large_chunk();
     check_recipes();
     check_windows();
     check_passes();

@@ -130,6 +130,12 @@ static void test_input(void) {
     CHECK(why && !strcmp(why, "No such file or directory"), "map_file of a missing file: %s", why);
     why = map_file("/tmp", &bytes);
     CHECK(why && strstr(why, "not a regular file"), "map_file of a folder: %s", why);
+    CHECK(!mkfifo(missing, 0600), "mkfifo fails");
+    alarm(10);
+    why = map_file(missing, &bytes);
+    alarm(0);
+    CHECK(why && strstr(why, "not a regular file"), "map_file of a FIFO without a writer: %s", why);
+    unlink(missing);
     write_text(path, "");
     why = map_file(path, &bytes);
     CHECK(why && strstr(why, "empty"), "map_file of an empty file: %s", why);

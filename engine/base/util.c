@@ -152,7 +152,7 @@ void arena_close(Arena *arena) {
 /* ---------------------------------------------------------------- input files */
 
 const char *map_file(const char *path, Bytes *out) {
-    int file = open(path, O_RDONLY | O_CLOEXEC);
+    int file = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK); /* or open() would wait for the writer of a FIFO */
     struct stat status;
     if (file < 0 || fstat(file, &status)) {
         int error = errno;
@@ -255,8 +255,9 @@ static _Noreturn void die_writing(const char *path) {
 static char *resolve(const char *path) {
     struct stat status;
     char *target = realpath(path, NULL);
+    int error = target ? 0 : errno;
     if (!target && !lstat(path, &status) && S_ISLNK(status.st_mode))
-        die(STATUS_RESOURCE, "%s: a symbolic link whose target does not exist", path);
+        die(STATUS_RESOURCE, "%s: a symbolic link that leads to no file: %s", path, strerror(error));
     return target ? target : format_string("%s", path);
 }
 
