@@ -524,8 +524,9 @@ static void seed_states(void) {
     free(path), free(part);
 }
 
-static void seed_all(void) {
-    seed_states();
+/* only: the one target that is fuzzed, or NULL */
+static void seed_all(const char *only) {
+    if (!only || !strcmp(only, "state")) seed_states(); /* takes a while */
     seed_tokenizers();
     seed_videos();
     seed_pictures();
@@ -625,7 +626,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
     if (!target) {
         nowhere = fopen("/dev/null", "w");
         kernels_choose("auto");
-        seed_all();
+        seed_all(name);
         for (int t = 0; t < TARGETS; t++)
             if (name && !strcmp(name, targets[t].name) && !targets[t].apart) target = &targets[t];
         if (!target) die(STATUS_USAGE, "FUZZ_TARGET: expected weights, npy, source, stream, record, text, story or state");
@@ -641,10 +642,10 @@ int main(int argc, char **argv) {
     atexit(on_exit_inside);
     signal(SIGABRT, on_signal);
     signal(SIGALRM, on_signal);
-    seed_all();
     double duration = argc > 1 ? atof(argv[1]) : 20;
     replaying = duration <= 0;
     const char *only = replaying ? argv[1] : argc > 2 ? argv[2] : NULL;
+    seed_all(only);
     for (int t = 0; t < TARGETS; t++) {
         Bytes bytes;
         if (only && strcmp(only, targets[t].name)) continue;
