@@ -40,7 +40,8 @@ def test_the_bundled_model_is_a_checkpoint(tmp_path):
     again = export(ROOT / "models/demo.gguf", tmp_path / "out.gguf")
     assert digest(bundled) == digest(again)
     before, after = ({k: v for k, v in keys(r).items() if not k.startswith("sora.source.")} for r in (bundled, again))
-    assert before == after and before["default.precision"] == "f32"
+    # The exporter has since learned to write more keys; those that the file has keep their values.
+    assert before.items() <= after.items() and before["default.precision"] == "f32"
 
 
 def test_defaults_of_a_weight_file_give_way_to_options(tmp_path, folders):
