@@ -19,7 +19,7 @@ override CFLAGS += -std=c11 -D_POSIX_C_SOURCE=200809L -D_DEFAULT_SOURCE -ffp-con
 OPENMP  ?= $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c -c -o /dev/null - 2>/dev/null && echo 1 || echo 0)
 LOOPS    = $(if $(filter 1,$(OPENMP)),-fopenmp)
 
-STAGES  = prompt story tokenizer text_encoder transformer cache sampler state vae label mark y4m picture record drift preview model pipeline
+STAGES  = prompt story tokenizer text_encoder transformer cache sampler state vae label mark y4m picture record drift preview model plan start video pipeline
 ENGINE  = $(patsubst %.c,%,$(wildcard engine/*/*.c))
 OBJECTS = $(STAGES:%=$(BUILD)/%.o) $(ENGINE:%=$(BUILD)/%.o)
 

@@ -8,8 +8,8 @@
  *   latents -> vae.c -> frames -> y4m.c -> file
  *   file -> picture.c -> frames -> vae.c -> latents, which a clip may begin from
  *
- * model.c loads a weight file and completes a run's settings from it. pipeline.c runs the stages. sora.c is the
- * command line.
+ * model.c loads a weight file and completes a run's settings from it. plan.c, start.c, pipeline.c and video.c run the
+ * stages (pipeline.h). sora.c is the command line.
  *
  * Dimension letters, the same in shape comments, in Python and in tests:
  *   C T H W   latent channels, frames, height, width  F Y X   video frames, rows, columns
@@ -511,18 +511,21 @@ void recipe_free(Recipe *recipe);
 void settings_complete(Settings *settings, const Model *model);
 int model_frames(const Model *model); /* video frames of the clips that the model was trained on */
 
-/* ---------------------------------------------------------------- pipeline.c: the stages in one run */
+/* ---------------------------------------------------------------- plan.c: what a run will do */
 
 /* Cleans and tokenizes a prompt into ids [text_len]. Returns their number, </s> included. */
 int prompt_ids(const Model *model, const char *prompt, int32_t *ids);
+/* Writes the text encoder's output for the prompt to a .npy file, (n, text_dim), which --embeds reads. */
+void embeds_write(Model *model, const char *prompt, const char *path);
+size_t generate_memory(Model *model, const Settings *settings); /* private memory at its peak; mapped weights excluded */
+
+/* ---------------------------------------------------------------- pipeline.c: the stages in one run */
+
 /* Makes the video, and its record. Dies with STATUS_RESOURCE on lack of memory or a failed write, and with STATUS_CHECK
  * on values that are not finite. */
 void generate(Model *model, const Settings *settings);
-/* Writes the text encoder's output for the prompt to a .npy file, (n, text_dim), which --embeds reads. */
-void embeds_write(Model *model, const char *prompt, const char *path);
 /* Checks and reads a state as generate() does to resume, without the video file. Returns NULL or the reason. */
 const char *generate_read(Model *model, const Settings *settings, Bytes state);
-size_t generate_memory(Model *model, const Settings *settings); /* private memory at its peak; mapped weights excluded */
 
 /* ---------------------------------------------------------------- record.c: OUTPUT.json, how the video was made */
 
