@@ -4,14 +4,14 @@ Each subject is a signed distance field: for every pixel, how far it is from the
 the distance clipped over one pixel, so edges are smooth without supersampling.  All frames of a subject are evaluated
 at once, on a square just large enough to hold it, and blended over the background frame by frame.
 
-Units: the frame is 1 wide and 1 high, x to the right, y down; time s runs from 0 to 1 over the clip.  A shape's own
+Units: the frame is 1 wide and 1 high, x to the right, y down; time s is counted in two seconds.  A shape's own
 coordinates u, v have the subject's radius as unit.
 """
 import functools
 
 import numpy as np
 
-from world import FRAMES, SIZE
+from world import FRAMES, SIZE, Scene, Story, first_frame
 
 GROUND = 0.86  # y of the floor on which subjects stand
 RADIUS = {"small": 0.175, "medium": 0.22, "large": 0.275}
@@ -94,18 +94,34 @@ SIDE = {"circle": 0.92, "square": 0.80, "triangle": 0.97, "star": 1.01, "heart":
 
 
 # ---- motions: where the subject is at each time --------------------------------------------------------------------
+#
+# Every motion goes on for ever, and what it does next can be seen from its last second and a half. Who travels turns at
+# the edge. Who falls, bounces or jumps feels one gravity.
+
+CLIP = FRAMES - 1  # frames in the unit of time
+JUMP_LENGTH = 0.4
+GRAVITY = 8 * JUMP / JUMP_LENGTH ** 2
+EDGE = 0.33  # how far from the middle walkers turn
+SMALLEST, LARGEST = 0.45, 1.45  # scale at which who shrinks or grows stays
+
 
 class Track:
     """The way of one subject.
 
     x, y [F]: its centre. scale [F]: its size, relative to the radius. angle [F]: its clockwise turn in radians.
-    stride [F]: the swing of its legs. facing: -1 to the left, 1 to the right, 0 to the viewer.
+    stride [F]: the swing of its legs. facing [F]: -1 to the left, 1 to the right, 0 to the viewer.
     """
 
     def __init__(self, s, x, y, scale=1.0, angle=0.0, stride=0.0, facing=0):
-        self.x, self.y, self.scale, self.angle, self.stride = (np.broadcast_to(np.asarray(a, float), s.shape)
-                                                               for a in (x, y, scale, angle, stride))
-        self.facing = facing
+        self.x, self.y, self.scale, self.angle, self.stride, self.facing = (
+            np.broadcast_to(np.asarray(a, float), s.shape) for a in (x, y, scale, angle, stride, facing))
+
+
+def _turning(x, edge):
+    """(x, 1 or -1: on the way there or back) of who would go on and on to x, but turns `edge` away from the middle."""
+    inside, p = np.abs(x - 0.5) < edge + 1e-9, (x - 0.5 + edge) % (4 * edge)
+    back = ~inside & (p > 2 * edge)
+    return np.where(inside, x, 0.5 + np.where(back, 3 * edge - p, p - edge)), np.where(back, -1, 1)
 
 
 def _parabola(s, start, end):
@@ -115,51 +131,55 @@ def _parabola(s, start, end):
 
 
 def _two_jumps(s):
-    """Height over the ground of who jumps twice, 1 at the top."""
-    return _parabola(s, 0.06, 0.46) + _parabola(s, 0.54, 0.94)
+    """Height over the ground of who jumps twice in each unit of time, 1 at the top."""
+    s = s % 1
+    return _parabola(s, 0.06, 0.06 + JUMP_LENGTH) + _parabola(s, 0.54, 0.54 + JUMP_LENGTH)
 
 
-def _bouncing(s, restitution=0.75, first_fall=0.21):
-    """Height over the ground, 1 at the start: free fall, then arcs that are each `restitution` times as long."""
-    height = np.maximum(1 - (s / first_fall) ** 2, 0)
-    start, length = first_fall, 2 * first_fall * restitution
-    for _ in range(4):
-        height = height + (length / (2 * first_fall)) ** 2 * _parabola(s, start, start + length)
-        start, length = start + length, length * restitution
-    return height
+def _bouncing(s, height):
+    """Height over an elastic ground of who falls from `height`, and comes up to it again."""
+    fall = np.sqrt(2 * height / GRAVITY)
+    return height - GRAVITY / 2 * ((s + fall) % (2 * fall) - fall) ** 2
 
 
 def _legs(s, steps):
-    """Swing of the legs over `steps` strides in the clip: a sine."""
+    """Swing of the legs over `steps` strides in a unit of time: a sine."""
     return np.sin(2 * np.pi * steps * s)
 
 
-def move(motion, s, x0, y0, r, floor):
-    """The Track of a subject. x0, y0: where it would rest in the air; r: radius; floor: its y on the ground."""
+def move(motion, s, x0, y0, r, floor, scale=None, top=None):
+    """The Track of a subject. x0, y0: where it would rest in the air; r: radius; floor: its y on the ground.
+
+    scale: how large it is, at first if it grows or shrinks; top: y from which it falls.
+    """
     reach = 0.48 - r
     sign = -1 if motion.endswith("left") else 1
     ramp = 2 * s - 1
+    size = 1.0 if scale is None else scale
     if motion in ("left", "right"):
-        return Track(s, 0.5 + sign * reach * ramp, y0, facing=sign)
+        x, way = _turning(0.5 + sign * reach * ramp, reach)
+        return Track(s, x, y0, size, facing=sign * way)
     if motion.startswith("walk"):
-        return Track(s, x0 + sign * 0.20 * ramp, floor, stride=_legs(s, 2), facing=sign)
+        x, way = _turning(x0 + sign * 0.20 * ramp, EDGE)
+        return Track(s, x, floor, size, stride=_legs(s, 2), facing=sign * way)
     if motion.startswith("run"):
+        x, way = _turning(0.5 + sign * EDGE * ramp, EDGE)
         bob = 0.03 * np.abs(_legs(s, 3))
-        return Track(s, 0.5 + sign * 0.33 * ramp, floor - bob, angle=0.22 * sign, stride=1.2 * _legs(s, 3), facing=sign)
-    top = 0.04 + r
-    up, down = floor - (floor - top) * s, top + (floor - top) * s
+        return Track(s, x, floor - bob, size, 0.22 * sign * way, 1.2 * _legs(s, 3), sign * way)
+    high = 0.04 + r
+    there = 1 - np.abs(s % 2 - 1)  # from 0 to 1 and back
     return {
-        "up": lambda: Track(s, x0, up),
-        "down": lambda: Track(s, x0, down),
-        "fall": lambda: Track(s, x0, np.minimum(top + (floor - top) * (s / 0.5) ** 2, floor)),
-        "bounce": lambda: Track(s, x0, floor - (floor - top) * _bouncing(s)),
-        "jump": lambda: Track(s, x0, floor - JUMP * _two_jumps(s)),
-        "spin": lambda: Track(s, x0, y0, angle=np.pi * s),
-        "grow": lambda: Track(s, x0, y0, scale=0.45 + 1.0 * s),
-        "shrink": lambda: Track(s, x0, y0, scale=1.45 - 1.0 * s),
-        "loop": lambda: Track(s, 0.5 + 0.19 * np.sin(2 * np.pi * s), 0.47 - 0.19 * np.cos(2 * np.pi * s)),
-        "shake": lambda: Track(s, x0 + 0.05 * np.sin(2 * np.pi * 4 * s), y0),
-        "still": lambda: Track(s, x0, floor),
+        "up": lambda: Track(s, x0, floor - (floor - high) * there, size),
+        "down": lambda: Track(s, x0, high + (floor - high) * there, size),
+        "fall": lambda: Track(s, x0, np.minimum((high if top is None else top) + GRAVITY / 2 * s ** 2, floor), size),
+        "bounce": lambda: Track(s, x0, floor - _bouncing(s, floor - high), size),
+        "jump": lambda: Track(s, x0, floor - JUMP * _two_jumps(s), size),
+        "spin": lambda: Track(s, x0, y0, size, angle=np.pi * s),
+        "grow": lambda: Track(s, x0, y0, np.minimum((SMALLEST if scale is None else scale) + 1.0 * s, LARGEST)),
+        "shrink": lambda: Track(s, x0, y0, np.maximum((LARGEST if scale is None else scale) - 1.0 * s, SMALLEST)),
+        "loop": lambda: Track(s, 0.5 + 0.19 * np.sin(2 * np.pi * s), 0.47 - 0.19 * np.cos(2 * np.pi * s), size),
+        "shake": lambda: Track(s, x0 + 0.05 * np.sin(2 * np.pi * 4 * s), y0, size),
+        "still": lambda: Track(s, x0, floor, size),
     }[motion]()
 
 
@@ -171,37 +191,178 @@ def floor_of(shape, r):
 def relate(relation, s, dx, shapes):
     """Tracks of the two subjects of a relation, by their shapes. dx: how far to the side they are who jump together."""
     ramp, floors = 2 * s - 1, [floor_of(shape, PAIR_RADIUS) for shape in shapes]
-    on_ground = lambda i, x, facing, step=2: Track(
-        s, x, floors[i], stride=_legs(s, step) * (np.abs(np.gradient(x)) > 1e-4), facing=facing)
+    on_ground = lambda i, x, facing, step=2, walks=1: Track(
+        s, x, floors[i], stride=_legs(s, step) * walks, facing=facing)
     if relation == "orbit":
         a = 1.5 * np.pi * s  # a whole turn would carry it by its own width in every latent frame
         return [Track(s, 0.5 + 0.34 * np.sin(a), 0.47 - 0.31 * np.cos(a), scale=0.9), Track(s, 0.5, 0.47, scale=0.9)]
     if relation == "jump together":
         height = JUMP * _two_jumps(s)
         return [Track(s, 0.5 + dx - 0.2, floors[0] - height), Track(s, 0.5 + dx + 0.2, floors[1] - height)]
-    if relation == "chase":
+    if relation == "chase":  # who is chased turns at the edge, and runs past who comes after it
         lead = 0.5 + 0.24 * ramp
-        return [on_ground(0, lead - 0.18, 1, 3), on_ground(1, lead + 0.18, 1, 3)]
+        return [on_ground(0, *_turning(lead - 0.18, 0.42), 3), on_ground(1, *_turning(lead + 0.18, 0.42), 3)]
     if relation == "pass":
-        return [on_ground(0, 0.5 + 0.42 * ramp, 1), Track(s, 0.5, floors[1] - 0.10)]
+        return [on_ground(0, *_turning(0.5 + 0.42 * ramp, 0.42)), Track(s, 0.5, floors[1] - 0.10)]
     touch = (SIDE[shapes[0]] + SIDE[shapes[1]]) * PAIR_RADIUS / 2  # half the distance between their centres
-    speed, restitution = 0.36, 0.75
-    way_in = touch + speed * np.maximum(0.55 - s, 0)
-    if relation == "collide":
-        way_in = way_in + restitution * speed * np.maximum(s - 0.55, 0)
-    return [on_ground(0, 0.5 - way_in, 1), on_ground(1, 0.5 + way_in, -1)]
+    speed, contact = 0.36, 0.55
+    if relation == "meet":
+        way_in, walks = touch + speed * np.maximum(contact - s, 0), s < contact + 1 / CLIP
+    else:  # they collide, and come back from the edges
+        way = 0.42 - touch
+        way_in, walks = touch + np.abs((speed * (s - contact) + way) % (2 * way) - way), 1
+    return [on_ground(0, 0.5 - way_in, 1, walks=walks), on_ground(1, 0.5 + way_in, -1, walks=walks)]
 
 
-def tracks(scene, frames):
-    """The Track of each subject over `frames` frames, and its radius."""
-    s = np.linspace(0, 1, frames)
-    single = len(scene.subjects) == 1
-    radii = [RADIUS[x.size] if single else PAIR_RADIUS for x in scene.subjects]
+# ---- stories: from one sentence to the next ------------------------------------------------------------------------
+
+GLIDE = 0.3  # units of time in which a subject gets from where it is to where it does the next thing
+HOMES = {2: PAIR_HOMES, 3: (1 / 6, 1 / 2, 5 / 6)}  # x of so many who each move on their own
+OUTSIDE = 0.5 + 1.1 * PAIR_RADIUS  # how far from the middle a subject is no longer seen
+
+
+class Act:
+    """What one subject does from frame `begin` on. way: s -> Track, s being `clock` in that frame; r: radius; size: its
+    scale before."""
+
+    def __init__(self, subject, r, way, begin=0, clock=0.0, size=1.0):
+        self.subject, self.r, self.way, self.begin, self.clock, self.size = subject, r, way, begin, clock, size
+        self.gap, self.since = None, begin
+
+    def track(self, frames):
+        """Its Track in these frames."""
+        track = self.way((frames - self.begin) / CLIP + self.clock)
+        if self.gap is not None:
+            p = np.clip((frames - self.since) / (GLIDE * CLIP), 0, 1)
+            left = 1 - p * p * (3 - 2 * p)
+            track.x, track.y, track.scale, track.angle = (
+                a + gap * left for a, gap in zip((track.x, track.y, track.scale, track.angle), self.gap))
+            if self.subject.enters:
+                track.stride = track.stride + _legs(p, 2) * (p < 1)
+        return track
+
+    def pose(self, frame):
+        """[4]: x, y, scale and angle in a frame."""
+        track = self.track(np.array([frame]))
+        return np.array([track.x[0], track.y[0], track.scale[0], track.angle[0]])
+
+    def glide(self, pose, frame):
+        """Itself, but at a pose in a frame, from which it glides to its own way."""
+        self.gap, self.since = None, frame
+        gap = pose - self.pose(frame)
+        gap[3] = (gap[3] + np.pi) % (2 * np.pi) - np.pi
+        self.gap = gap
+        return self
+
+
+def _alone(subject, home, dy, r, **more):
+    """The way of a subject that moves on its own."""
+    return functools.partial(move, subject.motion, x0=home, y0=0.48 + dy, r=r, floor=floor_of(subject.shape, r), **more)
+
+
+def _related(scene, mirrored=False):
+    """The ways of the two subjects of a relation."""
+    def way(i, s):
+        track = relate(scene.relation, s, scene.dx, [x.shape for x in scene.subjects])[i]
+        if mirrored:
+            track.x, track.facing = 1 - track.x, -track.facing
+        return track
+    return [functools.partial(way, i) for i in range(2)]
+
+
+def _first(scene):
+    """The Acts of a scene that nothing comes before."""
     if scene.relation:
-        return list(zip(relate(scene.relation, s, scene.dx, [x.shape for x in scene.subjects]), radii))
-    homes = [0.5 + scene.dx] if single else [home + scene.dx for home in PAIR_HOMES]
-    return [(move(x.motion, s, home, 0.48 + scene.dy, r, floor_of(x.shape, r)), r)
-            for x, home, r in zip(scene.subjects, homes, radii)]
+        return [Act(x, PAIR_RADIUS, way) for x, way in zip(scene.subjects, _related(scene))]
+    if len(scene.subjects) == 1:
+        x, r = scene.subjects[0], RADIUS[scene.subjects[0].size]
+        return [Act(x, r, _alone(x, 0.5 + scene.dx, scene.dy, r))]
+    return [Act(x, PAIR_RADIUS, _alone(x, home + scene.dx, scene.dy, PAIR_RADIUS))
+            for x, home in zip(scene.subjects, PAIR_HOMES)]
+
+
+def _clock(motion, pose, r, floor):
+    """The time at which a motion is where a subject is, as nearly as may be."""
+    (x, y), high = pose[:2], 0.04 + r
+    sign, kind = -1 if motion.endswith("left") else 1, motion.split()[0]
+    if kind in ("walk", "run", "left", "right"):
+        half = {"walk": 0.20, "run": EDGE}.get(kind, 0.48 - r)
+        return 0.5 + np.clip(sign * (x - 0.5), -EDGE, EDGE) / (2 * half)
+    return {"up": (floor - y) / (floor - high), "down": (y - high) / (floor - high),
+            "bounce": np.sqrt(2 * np.clip(y - high, 0, floor - high) / GRAVITY),
+            "loop": np.arctan2(x - 0.5, 0.47 - y) / (2 * np.pi) % 1}.get(motion, 0.0)
+
+
+def _another(x, home, dy, pose, r, size, begin):
+    """The Act of a subject that begins to move on its own."""
+    radius = r * size
+    floor = floor_of(x.shape, radius)
+    way = _alone(x, home, dy, radius, scale=size, top=min(pose[1], floor))
+    return Act(x, r, way, begin, _clock(x.motion, pose, radius, floor), size)
+
+
+def _together(scene, poses, begin):
+    """The Acts of two subjects that begin to do something together, where it brings them least out of their way."""
+    s, found = np.arange(0, 4, 1 / 64), []
+    for mirrored in (False, True):
+        ways = _related(scene, mirrored)
+        tracks = [way(s) for way in ways]
+        far = sum((t.x - pose[0]) ** 2 + (t.y - pose[1]) ** 2 for t, pose in zip(tracks, poses))
+        found.append((far.min(), mirrored, s[far.argmin()], ways))
+    _, _, clock, ways = min(found)
+    return [Act(x, PAIR_RADIUS, way, begin, clock) for x, way in zip(scene.subjects, ways)]
+
+
+def _strange(x, middle, dy):
+    """The pose of a stranger before it comes: from the side that is named, else from where there is more room."""
+    side = {"left": -1, "right": 1}.get(x.enters, -1 if middle > 0.6 else 1)
+    return np.array([0.5 + side * OUTSIDE, 0.5 - OUTSIDE if x.motion == "fall" else 0.48 + dy, 1.0, 0.0])
+
+
+def _next(acts, before, scene, begin):
+    """The Acts of a scene that begins in frame `begin`, after these of the scene before; at the end those who leave."""
+    past = {a.subject.colour: a for a in acts if a.subject in before.subjects}
+    poses = {colour: a.pose(begin) for colour, a in past.items()}
+    middle = np.mean([pose[0] for pose in poses.values()])
+    there = [poses[x.colour] if x.colour in poses else _strange(x, middle, scene.dy) for x in scene.subjects]
+    count = len(scene.subjects)
+    homes = {1: [np.clip(there[0][0], 0.25, 0.75)], 2: [home + scene.dx for home in PAIR_HOMES],
+             3: [1 / 6, 1 / 2, 5 / 6]}[count]  # from left to right
+    homes = [homes[i] for i in np.argsort(np.argsort([pose[0] for pose in there]))]
+    together = scene.relation and _together(scene, there, begin)
+    result = []
+    for i, (x, home, pose) in enumerate(zip(scene.subjects, homes, there)):
+        old = past.get(x.colour)
+        goes_on = old and old.subject.motion == x.motion and before.relation == scene.relation
+        r, size = (old.r, old.size) if old else (PAIR_RADIUS, 1.0)
+        if old and old.subject.motion in ("grow", "shrink") and not goes_on:
+            size = pose[2]
+        if goes_on and count == len(before.subjects):
+            act = old
+        elif goes_on:
+            act = Act(x, r, functools.partial(old.way, x0=home), old.begin, old.clock, old.size).glide(pose, begin)
+        elif scene.relation:
+            act = together[i].glide(pose, begin)
+        else:
+            if x.motion == "fall" and not old:
+                pose = np.array([home, *pose[1:]])
+            act = _another(x, home, scene.dy, pose, r, size, begin).glide(pose, begin)
+        result.append(act)
+    for colour, old in past.items():
+        if colour not in {x.colour for x in scene.subjects}:
+            x = 0.5 + np.sign(poses[colour][0] - 0.5 + 1e-9) * OUTSIDE
+            leave = functools.partial(Track, x=x, y=poses[colour][1], scale=poses[colour][2], angle=poses[colour][3])
+            result.append(Act(old.subject, old.r, leave, begin).glide(poses[colour], begin))
+    return result
+
+
+def acts(story):
+    """[(first frame, scene, Acts)]: what is to be seen from each frame on, front to back."""
+    result = [(0, story.scenes[0], _first(story.scenes[0]))]
+    for start, scene in zip(story.starts[1:], story.scenes[1:]):
+        _, before, done = result[-1]
+        result.append((first_frame(start), scene, _next(done, before, scene, first_frame(start))))
+    return result
 
 
 # ---- backgrounds ---------------------------------------------------------------------------------------------------
@@ -288,12 +449,17 @@ BACKGROUND = {"plain": _plain, "night": _night, "meadow": _meadow, "sunset": _su
               "desert": _desert}
 
 
-@functools.lru_cache(maxsize=32)
-def background(name, size, frames):
-    """float32 [F, size, size, 3]; what drifts in it (snow, bubbles) is one turn further at the end of the clip."""
-    moving = name in ("sea", "snow")
-    stills = [BACKGROUND[name](size, s) for s in (np.linspace(0, 1, frames) if moving else [0.0])]
-    return np.broadcast_to(np.stack(stills), (frames, size, size, 3)).astype(np.float32)
+@functools.lru_cache(maxsize=16)
+def _turn(name, size):
+    """float32 [n, size, size, 3]: the frames in which what drifts in a background (snow, bubbles) makes one turn."""
+    shifts = np.arange(CLIP) / CLIP if name in ("sea", "snow") else [0.0]
+    return np.stack([BACKGROUND[name](size, s) for s in shifts]).astype(np.float32)
+
+
+def background(name, size, frames, first=0):
+    """float32 [frames, size, size, 3], from frame `first` on."""
+    turn = _turn(name, size)
+    return turn[np.arange(first, first + frames) % len(turn)]
 
 
 # ---- subjects over backgrounds -------------------------------------------------------------------------------------
@@ -320,10 +486,10 @@ def subject_layer(subject, track, radius, size):
     inner = np.clip(0.5 - distance - OUTLINE_WIDTH * size, 0, 1)[..., None]
     colour = OUTLINE_COLOUR + inner * (fill - OUTLINE_COLOUR)
     if subject.shape == "character":
-        look = 0.14 * track.facing
+        look, pupil = (a[:, None, None].astype(np.float32) for a in (0.14 * track.facing, 0.224 * track.facing))
         for side in (-0.31, 0.31):
             _paint(colour, (np.hypot(u - side - look, v + 0.42) - 0.25) * scale, (255, 255, 255))
-            _paint(colour, (np.hypot(u - side - 1.6 * look, v + 0.42) - 0.13) * scale, OUTLINE_COLOUR)
+            _paint(colour, (np.hypot(u - side - pupil, v + 0.42) - 0.13) * scale, OUTLINE_COLOUR)
     return colour, np.clip(0.5 - distance, 0, 1)[..., None], corner_x, corner_y
 
 
@@ -340,9 +506,20 @@ def blend(video, layer):
             target += alpha[f][part] * (colour[f][part] - target)
 
 
-def draw(scene, size=SIZE, frames=FRAMES):
-    """uint8 [frames, size, size, 3]. The second subject is drawn first, so the first passes in front of it."""
-    video = background(scene.background, size, frames) * np.float32(scene.light)
-    for subject, (track, radius) in reversed(list(zip(scene.subjects, tracks(scene, frames)))):
-        blend(video, subject_layer(subject, track, radius, size))
+def draw(story, size=SIZE, frames=FRAMES, first=0):
+    """uint8 [frames, size, size, 3]: these frames of a Story, or of a Scene, which is a story without a next sentence.
+
+    Of those who are there the last is drawn first, so the first passes in front of the others.
+    """
+    if isinstance(story, Scene):
+        story = Story((story,), (0,))
+    parts, video = acts(story), np.empty((frames, size, size, 3), np.float32)
+    ends = [begin for begin, _, _ in parts[1:]] + [first + frames]
+    for (begin, scene, doing), end in zip(parts, ends):
+        begin, end = max(begin, first), min(end, first + frames)
+        if begin < end:
+            part, times = video[begin - first:end - first], np.arange(begin, end)
+            part[:] = background(scene.background, size, end - begin, begin) * np.float32(scene.light)
+            for act in reversed(doing):
+                blend(part, subject_layer(act.subject, act.track(times), act.r, size))
     return np.clip(video + 0.5, 0, 255).astype(np.uint8)

@@ -2,6 +2,7 @@
 
     (seed, index) -> Scene -> caption (here)
                            -> pixels  (draw.py)
+    (seed, index) -> Story: Scenes at times -> captions at times, pixels without an end
 
 A Scene is the one record from which both the sentence and the pixels are made, so what the sentence asks for is what
 the clip shows, and following a prompt can be measured (detect.py reads the record back from pixels).  Nothing that the
@@ -17,7 +18,10 @@ import zlib
 
 import numpy as np
 
-SIZE, FRAMES = 96, 33  # of every clip: pixels a side, and frames
+SIZE, FRAMES = 96, 33  # of every two-second clip: pixels a side, and frames
+CHUNK = 3  # latent frames; a sentence of a story begins where a chunk does
+CROWD = 3  # subjects at a time, at most
+WORDS = 23  # of a story's sentence, at most; punctuation marks count
 KINDS = "single", "pair", "relation"  # one subject, two that move on their own, two that do something together
 SHAPES = {
     "circle": ["circle", "circle", "disc", "ball"],
@@ -128,17 +132,41 @@ class Subject:
     colour: str
     size: str
     motion: str
+    enters: str = ""  # in a story, the side that its sentence names: "left" or "right"
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """The record of one clip. dx, dy: offset of the subjects in frame widths; light: brightness of the background."""
+    """The record of one clip, or of a story from one sentence to the next.
+
+    dx, dy: offset of the subjects in frame widths; light: brightness of the background.
+    """
     background: str
     subjects: tuple
     relation: str | None
     dx: float
     dy: float
     light: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Story:
+    """Scenes, one after the other; the last has no end. starts: the latent frame at which each begins, the first 0.
+
+    A scene says all that is to be seen while it lasts. Who has the same colour in the next one is the same subject: it
+    goes on from where it is. Who is new comes in, who is missing there goes out. The place changes by a cut.
+    """
+    scenes: tuple
+    starts: tuple
+
+    def at(self, frame):
+        """The scene of a frame of pixels."""
+        return [s for s, start in zip(self.scenes, self.starts) if first_frame(start) <= frame][-1]
+
+
+def first_frame(latent):
+    """The first frame of pixels that a latent frame stands for: latent frame 0 is one picture, each later one four."""
+    return max(4 * latent - 3, 0)
 
 
 def is_held_out(shape, colour, motion):
@@ -261,6 +289,155 @@ def caption(s, rng):
     if rng.random() < 0.04:
         text = _junk(rng, text)
     return " ".join(text.split()) + ("." if rng.random() < 0.3 else "")
+
+
+# ---- stories -------------------------------------------------------------------------------------------------------
+
+CHANGES = {"motion": 4, "relation": 3, "enter": 3, "leave": 1, "cut": 2}  # what a sentence brings, and how often
+ALOFT = "up", "loop", "spin", "shake", "grow", "shrink"  # who does so is in the air, and may fall
+_COMES = [("{verb} in from the {side}", "{doing} in from the {side}")]
+_GOES = [("moves away", "moving away"), ("goes away", "going away")]
+
+
+class _Teller:
+    """Makes up the scenes of one story."""
+
+    def __init__(self, rng, first, held_out, weights):
+        self.rng, self.held_out, self.weights = rng, held_out, weights
+        self.scenes = [first]
+        self.bulk = {}  # colour: the last of "grow" and "shrink" that its subject did
+        self._remember(first)
+
+    def _remember(self, scene):
+        self.bulk |= {x.colour: x.motion for x in scene.subjects if x.motion in ("grow", "shrink")}
+
+    def _fits(self, subject):
+        return is_held_out(subject.shape, subject.colour, subject.motion) == self.held_out
+
+    def _motion(self, subject, count, new=False):
+        """The subject with another motion, that it can have among `count` subjects; None if there is none."""
+        grown = self.bulk.get(subject.colour)
+        names = [m for m in motions_of(subject.shape)
+                 if m not in (subject.motion, grown) and (count == 1 or m in PAIR_MOTIONS)
+                 and not (count == CROWD and m == "grow") and (m != "fall" or new or subject.motion in ALOFT)]
+        names = [m for m in names if self._fits(dataclasses.replace(subject, motion=m))]
+        return dataclasses.replace(subject, motion=_choose(self.rng, names, self.weights), enters="") if names else None
+
+    def _others(self, subjects, changed):
+        """The subjects, those of the numbers `changed` with another motion."""
+        return tuple(self._motion(x, len(subjects)) if i in changed else x for i, x in enumerate(subjects))
+
+    def _stranger(self, subjects):
+        """A subject of a new colour, that comes to these."""
+        colour = self.rng.choice([c for c in COLOURS if c not in {x.colour for x in subjects} | set(self.bulk)])
+        new = Subject(_choose(self.rng, list(SHAPES), self.weights), str(colour), "medium", "")
+        new = self._motion(new, len(subjects) + 1, new=True)
+        side = str(self.rng.choice(["left", "right"])) if new and new.motion == "still" else ""
+        return new and dataclasses.replace(new, enters=side)
+
+    def _try(self, change):
+        """What comes after the last scene, by one change; None in it, or None, where that change cannot be."""
+        rng, last = self.rng, self.scenes[-1]
+        old = tuple(dataclasses.replace(x, enters="") for x in last.subjects)
+        count, everyone = len(old), range(len(old))
+        plain = not any(x.colour in self.bulk for x in old)
+        if change == "cut":
+            place = _choose(rng, [b for b in BACKGROUNDS if b != last.background], self.weights)
+            return dataclasses.replace(last, background=place, subjects=old)
+        if change == "relation" and count == 2 and plain:
+            relation = _choose(rng, [r for r in RELATIONS if r != last.relation], self.weights)
+            order = [int(i) for i in rng.permutation(2)]
+            return dataclasses.replace(last, relation=relation,
+                                       subjects=tuple(dataclasses.replace(old[i], motion=relation) for i in order))
+        # Who did something together does something else afterwards, and so does who has no room any more.
+        must = {i for i in everyone if last.relation or count == 1 and old[i].motion not in PAIR_MOTIONS}
+        if change == "enter" and count < CROWD and plain and (count > 1 or old[0].size == "small"):
+            subjects = tuple(self._motion(x, count + 1) if i in must else x for i, x in enumerate(old))
+            return dataclasses.replace(last, subjects=(*subjects, self._stranger(old)), relation=None)
+        if change == "leave" and count > 1:
+            gone = int(rng.integers(count))
+            rest, must = old[:gone] + old[gone + 1:], set(range(count - 1)) if last.relation else set()
+            return dataclasses.replace(last, subjects=self._others(rest, must), relation=None)
+        if change == "motion":
+            changed = set(everyone) if last.relation else {int(rng.integers(count))}
+            return dataclasses.replace(last, subjects=self._others(old, changed), relation=None)
+        return None
+
+    def go_on(self):
+        """Adds one scene."""
+        while True:
+            scene = self._try(_choose(self.rng, list(CHANGES), CHANGES))
+            if scene and None not in scene.subjects and all(map(self._fits, scene.subjects)):
+                if scene.relation or [x.motion for x in scene.subjects].count("jump") < 2:
+                    break
+        self.scenes.append(scene)
+        self._remember(scene)
+
+
+def story(seed, index, kinds=KINDS, held_out=False, weights={}, sentences=1, chunks=(4, 12)):
+    """The story number `index` of world `seed`. It begins as the scene of that number, and is no more than that if it
+    has one sentence.
+
+    kinds, held_out, weights: as of `scene`. chunks: how long a sentence lasts, at least and at most. Half of those who
+    are alone at first stay so; the others are small, so that there is room for who comes to them.
+    """
+    first = scene(seed, index, kinds, held_out, weights)
+    rng = np.random.default_rng([seed, index, 2])
+    alone = first.subjects[0] if len(first.subjects) == 1 else None
+    if alone and sentences > 1 and alone.motion in PAIR_MOTIONS and alone.motion not in ("grow", "shrink"):
+        if rng.random() < 0.7:
+            first = dataclasses.replace(first, subjects=(dataclasses.replace(alone, size="small"),))
+    teller = _Teller(rng, first, held_out, weights)
+    for _ in range(sentences - 1):
+        teller.go_on()
+    lengths = rng.integers(chunks[0], chunks[1] + 1, sentences - 1) * CHUNK
+    return Story(tuple(teller.scenes), (0, *(int(t) for t in np.cumsum(lengths))))
+
+
+def _sentence(before, after, rng):
+    """What is new in a scene, in one sentence."""
+    colours = {x.colour: x for x in before.subjects}
+    gone = [x for x in before.subjects if x.colour not in {y.colour for y in after.subjects}]
+    new = [x for x in after.subjects if x.colour not in colours or colours[x.colour].motion != x.motion]
+    if after.relation and (new or before.relation != after.relation or not gone):
+        new = after.subjects
+    if not new and not gone:  # a cut alone: who is there goes on
+        new = [after.subjects[rng.integers(len(after.subjects))]]
+    parts = []
+    for x in gone:
+        parts.append((_noun_phrase(rng, x, False), _GOES[rng.integers(len(_GOES))]))
+    for x in new:
+        forms = MOTIONS.get(x.motion)
+        if x.enters:
+            verb, doing = ("walks", "walking") if x.shape == "character" else ("moves", "moving")
+            forms = [(a.format(verb=verb, side=x.enters), b.format(doing=doing, side=x.enters)) for a, b in _COMES]
+        if not after.relation:
+            parts.append((_noun_phrase(rng, x, len(after.subjects) == 1), forms[rng.integers(len(forms))]))
+    if after.relation and new:
+        names = [_noun_phrase(rng, x, False) for x in after.subjects]
+        event = str(rng.choice(RELATIONS[after.relation])).format(A=names[0], B=names[1])
+    else:
+        joint = str(rng.choice([" and ", " while ", ", "]))
+        event = joint.join(f"{name} is {doing}" if rng.random() < 0.2 else f"{name} {does}"
+                           for name, (does, doing) in parts)
+    place = ""
+    if before.background != after.background or rng.random() < 0.3:
+        place = str(rng.choice(BACKGROUNDS[after.background]))
+    text = f"{event} {place}" if rng.random() < 0.7 or not place else f"{place}, {event}"
+    return " ".join(text.split()) + ("." if rng.random() < 0.3 else "")
+
+
+def story_captions(story, rng):
+    """[(latent frame, text)]: a sentence for each scene of a story, which names what is new in it."""
+    texts = []
+    for before, after in zip((None, *story.scenes), story.scenes):
+        while True:
+            text = _sentence(before, after, rng) if before else caption(after, rng)
+            words = text.replace(",", " ,").replace(".", " .").split()
+            if len(words) <= WORDS and "twice" not in words:  # on a film without an end nothing is counted
+                break
+        texts.append(text)
+    return list(zip(story.starts, texts))
 
 
 def vocabulary():
