@@ -424,14 +424,14 @@ static void test_collisions(void) {
     }
 }
 
-/* A file of 64 GiB without a byte on disk behind its header, which counts as many tensors as would fit. */
+/* A file of 1 GiB without a byte on disk behind its header, which counts as many tensors as would fit. */
 static void test_sparse(void) {
     char *path = temporary_path("sparse.gguf");
     FILE *stream = fopen(path, "wb");
     WeightFile *file = NULL;
     Builder b;
-    put_header(&b, 2000000000, 0);
-    bool made = stream && fwrite(b.data, 1, b.size, stream) == b.size && !fflush(stream) && !ftruncate(fileno(stream), 1LL << 36);
+    put_header(&b, 30000000, 0);
+    bool made = stream && fwrite(b.data, 1, b.size, stream) == b.size && !fflush(stream) && !ftruncate(fileno(stream), 1LL << 30);
     if (stream) fclose(stream);
     if (made) {
         memory_note();
