@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Converts a Wan 2.1 text-to-video checkpoint to one GGUF file, which sora maps into memory.
+"""Converts a checkpoint of Wan 2.1 or 2.2 to one GGUF file, which sora maps into memory.
 
     export/command.py   the command line
     export/sources.py   CHECKPOINT and options  -> which file holds which part

@@ -1,6 +1,6 @@
 /* model.c - a weight file -> a Model, and the settings that a user did not give.
  *
- * model_load() maps a GGUF file, checks its format, and binds tokenizer, text encoder, transformer and VAE to its
+ * model_load() maps a GGUF file, checks its format, and binds tokenizer, text encoder, transformers and VAE to its
  * tensors. The weights are not copied.
  *
  * The file also says how to generate with them. Three groups of keys do, all optional:
@@ -41,14 +41,46 @@ static void check_format(const WeightFile *file) {
     }
 }
 
+/* An image-to-video model reads the latents, a mask of temporal_stride channels, and an encoded picture. */
 static void check_parts(const Model *m) {
-    if (m->transformer.text_dim != m->text_encoder.dim)
-        weights_refuse(m->file, "the text encoder's width is %d, the transformer expects %d",
-                       m->text_encoder.dim, m->transformer.text_dim);
-    if (m->transformer.in_dim != m->vae.z_dim || m->transformer.out_dim != m->vae.z_dim)
-        weights_refuse(m->file,
-                       "the transformer maps %d channels to %d, expected the VAE's %d twice: not a text-to-video model",
-                       m->transformer.in_dim, m->transformer.out_dim, m->vae.z_dim);
+    const Transformer *t = &m->experts->transformer;
+    int z = m->vae.z_dim, channels = m->start == PICTURE ? 2 * z + m->vae.temporal_stride : z;
+    if (t->text_dim != m->text_encoder.dim)
+        weights_refuse(m->file, "the text encoder's width is %d, the transformer expects %d", m->text_encoder.dim,
+                       t->text_dim);
+    if (t->in_dim != channels || t->out_dim != z)
+        weights_refuse(m->file, "the transformer maps %d channels to %d, expected %d to %d in a model of type %s", t->in_dim,
+                       t->out_dim, channels, z, weights_string_or(m->file, "wan.model_type", "t2v"));
+    if (m->recipe.chunk_frames && (m->expert_count > 1 || m->start != TEXT))
+        weights_refuse(m->file, "causal.chunk_frames is %d, expected none in a model of type %s with %d experts",
+                       m->recipe.chunk_frames, weights_string_or(m->file, "wan.model_type", "t2v"), m->expert_count);
+}
+
+static Start load_start(const WeightFile *file) {
+    static const char *const types[] = {[TEXT] = "t2v", [TEXT_OR_PICTURE] = "ti2v", [PICTURE] = "i2v"};
+    const char *type = weights_string_or(file, "wan.model_type", "t2v");
+    for (int i = TEXT; i <= PICTURE; i++)
+        if (!strcmp(type, types[i])) return (Start)i;
+    weights_refuse(file, "wan.model_type is '%s', expected t2v, ti2v or i2v", type);
+}
+
+/* One transformer; or two, if scheduler.boundary says at which noise level the second takes over. */
+static void load_experts(Model *m) {
+    double boundary = weights_double_or(m->file, "scheduler.boundary", 0);
+    if (!(boundary >= 0 && boundary <= 1))
+        weights_refuse(m->file, "scheduler.boundary is %g, expected 0 to 1", boundary);
+    m->experts[0].transformer = transformer_load(m->file, m->precision, "");
+    m->expert_count = 1;
+    if (!weights_has(m->file, "scheduler.boundary")) return;
+    m->experts[0].from = boundary * weights_size_or(m->file, "scheduler.num_train_timesteps", 1 << 20, 1000);
+    m->experts[1].transformer = transformer_load(m->file, m->precision, "transformer_2.");
+    m->expert_count = 2;
+}
+
+int model_expert(const Model *m, double timestep) {
+    int i = 0;
+    while (i + 1 < m->expert_count && timestep < m->experts[i].from) i++;
+    return i;
 }
 
 /* default.precision if the file has it. Else by the type of the transformer's first attention weight and by what this
@@ -196,6 +228,15 @@ void recipe_free(Recipe *r) {
 
 /* ---------------------------------------------------------------- the whole model */
 
+void model_bind(Model *m) {
+    m->text_encoder = text_encoder_load(m->file, m->precision);
+    load_experts(m);
+    m->vae = vae_load(m->file, m->precision);
+    m->start = load_start(m->file);
+    m->recipe = recipe_load(m->file);
+    check_parts(m);
+}
+
 Model model_load(const char *path, Precision precision) {
     Model m = {0};
     const char *why = weights_open(path, &m.file);
@@ -204,18 +245,14 @@ Model model_load(const char *path, Precision precision) {
     why = tokenizer_load(m.file, &m.tokenizer);
     if (why) die(STATUS_USAGE, "%s: %s", path, why);
     m.precision = precision == AUTOMATIC ? default_precision(m.file) : precision;
-    m.text_encoder = text_encoder_load(m.file, m.precision);
-    m.transformer = transformer_load(m.file, m.precision);
-    m.vae = vae_load(m.file, m.precision);
-    m.recipe = recipe_load(m.file);
-    check_parts(&m);
+    model_bind(&m);
     return m;
 }
 
 void model_free(Model *m) {
     recipe_free(&m->recipe);
     vae_free(&m->vae);
-    transformer_free(&m->transformer);
+    for (int i = 0; i < m->expert_count; i++) transformer_free(&m->experts[i].transformer);
     text_encoder_free(&m->text_encoder);
     tokenizer_free(m->tokenizer);
     weights_close(m->file);
@@ -256,19 +293,30 @@ int model_frames(const Model *m) {
 }
 
 Settings settings_new(void) {
-    return (Settings){.output = "out.y4m", .chroma = 420, .seconds = -1, .guidance = -1, .shift = -1,
+    return (Settings){.output = "out.y4m", .chroma = 420, .seconds = -1, .guidance = {-1, -1}, .shift = -1,
                       .sampler = SAMPLERS, .window = -1, .sink = -1, .strength = -1, .state_seconds = 30,
                       .record = true};
 }
 
+static void check_source(const Settings *s, const Model *m) {
+    if (m->start == PICTURE && !s->image)
+        die(STATUS_USAGE, "--image: not given, and this model (%s) makes a clip from a picture and a prompt",
+            weights_string_or(m->file, "general.name", "i2v"));
+    if (s->extend && !m->recipe.chunk_frames)
+        die(STATUS_USAGE, "--extend: needs a model that generates in chunks, this one generates a whole clip at once");
+    if (s->image && m->start == TEXT && !m->recipe.chunk_frames)
+        die(STATUS_USAGE, "--image: needs a model that generates in chunks, or Wan 2.2's TI2V-5B or I2V-A14B; this one "
+            "generates a whole clip from text");
+    if (s->last_image && m->start == TEXT)
+        die(STATUS_USAGE, "--last-image: needs a model such as Wan 2.2's I2V-A14B or TI2V-5B; this one does not take one");
+}
+
 /* Checks that the model can use the source. A clip gives size and frame rate, unless they were given. */
 static void complete_source(Settings *s, const Model *m) {
+    check_source(s, m);
     if (!s->source) return;
-    if (s->strength < 0 && !m->recipe.chunk_frames)
-        die(STATUS_USAGE, "--%s: needs a model that generates in chunks, this one generates a whole clip from text",
-            s->image ? "image" : "extend");
     const VideoFormat *format = &s->source->format;
-    const int *patch = m->transformer.patch_size;
+    const int *patch = m->experts->transformer.patch_size;
     int stride = m->vae.temporal_stride, spatial = m->vae.spatial_stride, frames = s->source->frames;
     s->source_frames = s->image ? 1 : (frames - 1) / stride * stride + 1;
     if (s->image) return;
@@ -352,6 +400,18 @@ static void complete_output(Settings *s) {
     s->chroma = 444;
 }
 
+/* The second expert's guidance is its own, or that of the first if the user gave only that, as in diffusers. */
+static void complete_guidance(Settings *s, const Model *m) {
+    if (s->guidance[1] >= 0 && m->expert_count < 2)
+        die(STATUS_USAGE, "--guidance-2: needs a model with two experts, this one has one transformer");
+    if (s->guidance[0] < 0 && weights_has(m->file, "default.guidance_2"))
+        set_default_number(&s->guidance[1], m, "default.guidance_2", 0, 0);
+    set_default_number(&s->guidance[0], m, "default.guidance", 0, 5.0);
+    if (s->guidance[1] < 0) s->guidance[1] = s->guidance[0];
+    for (int i = 0; i < m->expert_count; i++)
+        if (s->guidance[i] < 1) warn("guidance %g is taken as 1, which is no guidance, as in diffusers", s->guidance[i]);
+}
+
 /* Which earlier frames self attention sees. */
 static void complete_window(Settings *s, const Model *m) {
     Recipe r = m->recipe;
@@ -382,14 +442,13 @@ static void check_positions(const Settings *s, const Model *m) {
 
 void settings_complete(Settings *s, const Model *m) {
     const Vae *vae = &m->vae;
-    const int *patch = m->transformer.patch_size;
+    const int *patch = m->experts->transformer.patch_size;
     complete_source(s, m);
     set_default(&s->width, m, "default.width", 16384, 832);
     set_default(&s->height, m, "default.height", 16384, 480);
     complete_length(s, m);
     complete_schedule(s, m);
-    set_default_number(&s->guidance, m, "default.guidance", 0, 5.0);
-    if (s->guidance < 1) warn("guidance %g is taken as 1, which is no guidance, as in diffusers", s->guidance);
+    complete_guidance(s, m);
     if (!s->negative && !s->negative_embeds) s->negative = weights_string_or(m->file, "default.negative_prompt", "");
     complete_window(s, m);
     check_size("width", s->width, vae->spatial_stride * patch[2]);

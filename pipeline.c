@@ -5,7 +5,8 @@
  * whole loop:
  *
  *   for each chunk:  x = noise, or latents of a source, or a mixture     (frames,C,H,W)
- *     for each step: v = transformer(x, timestep, prompt)
+ *     for each step: the expert that serves the timestep: Wan 2.2 A14B has two transformers, others have one
+ *                    v = transformer(x, timestep, prompt)
  *                    v = u + guidance * (v - u), u = transformer(x, timestep, negative prompt)
  *                    x = sampler_step(x, v)
  *     the decoder turns x into frames; each frame is written at once
@@ -49,6 +50,7 @@ typedef struct {
     Branch cond, uncond;
     History history;
     int prompt;       /* index of the current prompt */
+    int expert;       /* index of the expert for which the branches' text contexts are; negative: for none */
     float *latents;   /* (frames,C,H,W) of the chunk; allocated by itself, outlives the arena */
     float *velocity, *unconditional, *noise; /* (frames,C,H,W); the last two only if they are needed */
     float *timesteps; /* [frames] of the current pass */
@@ -56,7 +58,7 @@ typedef struct {
 } Sampling;
 
 static void take_buffers(Arena *arena, const Run *run, Sampling *s) {
-    const Transformer *t = &run->model->transformer;
+    const Transformer *t = &run->model->experts->transformer;
     size_t elements = run->chunk_frames * run->frame_size, longest = longest_pass(run) * run->frame_size;
     int room = cache_capacity(run), seen = (int)larger(room, run->chunk_frames);
     Type type = run->model->precision == F32 ? TYPE_F32 : TYPE_BF16;
@@ -79,8 +81,7 @@ size_t sampling_memory(const Run *run) {
 }
 
 /* The branch's text context from a prompt's embeds. */
-static void load_context(const Run *run, Branch *branch, const Prompt *prompt) {
-    const Transformer *t = &run->model->transformer;
+static void load_context(const Run *run, const Transformer *t, Branch *branch, const Prompt *prompt) {
     arena_close(&branch->arena);
     branch->arena = arena_open(text_context_memory(run, prompt->n));
     branch->text = text_context_take(&branch->arena, t, prompt->n);
@@ -96,8 +97,7 @@ static bool sampling_done(const Run *run, const Sampling *s) { return s->chunk +
 static void sampling_open(const Run *run, Sampling *s) {
     s->arena = arena_open(sampling_memory(run));
     take_buffers(&s->arena, run, s);
-    load_context(run, &s->cond, &run->prompts[s->prompt]);
-    if (run->guided) load_context(run, &s->uncond, &run->negative);
+    s->expert = -1;
 }
 
 /* Frees all but the latents, which are still to be decoded. */
@@ -108,13 +108,26 @@ static void sampling_close(Sampling *s) {
     scratch_free();
 }
 
-/* velocity (frames,C,H,W) of the chunk's latents, all of whose frames have the same timestep */
+/* The expert that serves a timestep. Its text contexts are computed when it takes over from another. */
+static const Transformer *use_expert(const Run *run, Sampling *s, float timestep) {
+    int expert = model_expert(run->model, timestep);
+    const Transformer *t = &run->model->experts[expert].transformer;
+    if (expert == s->expert) return t;
+    s->expert = expert;
+    load_context(run, t, &s->cond, &run->prompts[s->prompt]);
+    if (run->guided) load_context(run, t, &s->uncond, &run->negative);
+    return t;
+}
+
+/* velocity (frames,C,H,W) of the chunk's latents. All frames have the same timestep, except that held ones have 0. */
 static void run_transformer(const Run *run, Sampling *s, Branch *branch, Chunk chunk, float timestep,
                             const float *latents, float *velocity) {
-    for (int f = 0; f < chunk.frames; f++) s->timesteps[f] = timestep;
+    const Transformer *t = use_expert(run, s, timestep);
+    Planes input[] = {{run->C, latents}, {run->planes, s->encoding.planes}};
+    for (int f = 0; f < chunk.frames; f++) s->timesteps[f] = is_held(run, chunk.first + f) ? 0 : timestep;
     chunk.timesteps = s->timesteps;
     profile_begin(TRANSFORMER);
-    transformer_forward(&run->model->transformer, &s->state, &branch->text, &branch->cache, &chunk, latents, velocity);
+    transformer_forward(t, &s->state, &branch->text, &branch->cache, &chunk, input, velocity);
     profile_end(TRANSFORMER);
 }
 
@@ -168,7 +181,7 @@ static void change_prompt(const Run *run, Sampling *s, const Video *video) {
     show_progress(video, "text encoder", 0, 1);
     tap_scope("%s", "");
     prompt_encode(run->model, &run->prompts[next]); /* only now: the first frame does not wait for later prompts */
-    load_context(run, &s->cond, &run->prompts[next]);
+    s->expert = -1;
     if (prompt_change(run) == RECACHE) recache(run, s, index, chunk.first);
     if (prompt_change(run) == FLUSH) flush_cache(run, s);
 }
@@ -178,11 +191,12 @@ static void denoise_step(const Run *run, Sampling *s, Noise *noise) {
     int index = s->chunk, step = s->step;
     Chunk chunk = chunk_at(run, index);
     const Schedule *schedule = chunk_schedule(run, index);
-    float timestep = schedule->timesteps[step], guidance = (float)run->settings->guidance;
+    float timestep = schedule->timesteps[step];
+    float guidance = (float)run->settings->guidance[model_expert(run->model, timestep)];
     float *x = s->latents, *v = s->velocity, *u = s->unconditional; /* (frames,C,H,W) */
     scope(run, index, reason("step%03d.cond.", step));
     run_transformer(run, s, &s->cond, chunk, timestep, x, v);
-    if (run->guided) {
+    if (guidance > 1) {
         scope(run, index, reason("step%03d.uncond.", step));
         run_transformer(run, s, &s->uncond, chunk, timestep, x, u);
         for (size_t i = 0; i < chunk.frames * run->frame_size; i++) v[i] = u[i] + guidance * (v[i] - u[i]);
@@ -192,6 +206,7 @@ static void denoise_step(const Run *run, Sampling *s, Noise *noise) {
     if (sampler_needs_noise(schedule, step)) fresh_noise(run, noise, chunk, s->noise);
     profile_begin(SAMPLER);
     sampler_step(schedule, step, v, x, &s->history, s->noise);
+    hold_frames(run, &s->encoding, chunk, x);
     profile_end(SAMPLER);
     tap_frames(x, latent_shape(run, chunk.frames), "latents");
     require_finite(run->model, x, chunk.frames * run->frame_size,
@@ -233,6 +248,8 @@ static void identity_state(const Run *run, StateFile *f) {
         state_refuse(f, "the run was begun with another --embeds file");
     if (!state_same(f, "source", run->inputs.source, sizeof run->inputs.source))
         state_refuse(f, "the run was begun with another --%s file", run->settings->image ? "image" : "video");
+    if (!state_same(f, "last_source", run->inputs.last_source, sizeof run->inputs.last_source))
+        state_refuse(f, "the run was begun with another --last-image file");
     if (!state_same(f, "negative_embeds", run->inputs.negative_embeds, sizeof run->inputs.negative_embeds))
         state_refuse(f, "the run was begun with another --negative-embeds file");
     for (int i = 0; i < run->prompt_count + run->guided; i++) {
@@ -385,6 +402,7 @@ static void make_clip(const Run *run, Noise *noise, Video *video, StateFile *sta
         fill_cache(run, &s, s.chunk, "cache", chunk_at(run, s.chunk), s.latents); /* last: the frames do not wait for it */
     }
     free(s.latents);
+    encoding_free(&s.encoding);
     vae_close(video->decoder);
     scratch_free();
 }
@@ -424,6 +442,7 @@ const char *generate_read(Model *model, const Settings *settings, Bytes state) {
     }
     sampling_close(&s);
     free(s.latents);
+    encoding_free(&s.encoding);
     vae_close(video.decoder);
     run_free(&run);
     return why;

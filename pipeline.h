@@ -28,12 +28,15 @@ typedef struct {
     const Recipe *recipe;
     Schedule own;              /* made for this run; none if the model has a fixed one */
     Schedule schedule, first;  /* of all generated chunks but the first; of the first; the last steps with --strength */
-    bool guided;               /* guidance > 1: each step runs the negative prompt, too */
+    bool guided;               /* guidance > 1 in an expert: its steps run the negative prompt, too */
     int prompt_count;
     Prompt *prompts, negative; /* [prompt_count]; the negative one is set if guided */
     int C, T, H, W;            /* latents (T,C,H,W); T is rounded up to whole chunks */
     int decoded;               /* latent frames that are decoded: the first ones of T */
     int given, redrawn;        /* the source's latent frames: kept as they are, or mixed with noise (--strength) */
+    int held;                  /* frames that stay as encoded while the others are denoised: the first, then the last */
+    int planes;                /* channels that the transformer reads beside the latents */
+    int pictured, encoded;     /* video frames that the encoder takes, latent frames that it gives */
     int chunks, given_chunks;  /* number of chunks; the first of them hold the given frames */
     int chunk_frames;          /* frames in a chunk, or the most */
     Window window;             /* size and sink are at most T */
@@ -85,20 +88,27 @@ typedef struct {
 Noise noise_open(Run *run);
 void noise_state(Noise *noise, StateFile *file);
 
-/* The encoder at work. It is opened for the source's first frame and closed after its last. */
+/* The encoder at work, and what it made of pictures. It is opened for its first frame and closed after its last. */
 typedef struct {
     const Run *run;
     SourceReader *source;
     VaeStream *stream;
-    float *frame; /* [3,Y,X] */
-    int taken;    /* frames of the source so far */
-    int encoded;  /* latent frames so far */
-    float *out;   /* where the next one goes */
+    float *frame;   /* [3,Y,X] */
+    int taken;      /* frames so far, of run->pictured */
+    int encoded;    /* latent frames so far */
+    float *out;     /* where the next one goes */
+    size_t stride;  /* from one to the next */
+    float *held;    /* (run->held,C,H,W) */
+    float *planes;  /* (T,run->planes,H,W): mask, encoded picture */
 } Encoding;
+void encoding_free(Encoding *encoding);
 void encoding_state(const Run *run, Encoding *encoding, StateFile *file);
 
 /* latents (frames,C,H,W) = what a chunk begins with: (1 - sigma) * encoded + sigma * noise, or one of the two */
 void begin_chunk(const Run *run, Encoding *encoding, Noise *noise, int index, float *latents);
+bool is_held(const Run *run, int frame);
+/* latents (frames,C,H,W): the chunk's held frames = what was encoded */
+void hold_frames(const Run *run, const Encoding *encoding, Chunk chunk, float *latents);
 /* latents (frames,C,H,W) = the noise that a re-noising step adds */
 void fresh_noise(const Run *run, Noise *noise, Chunk chunk, float *latents);
 /* Reads over the source's next frames. */

@@ -10,13 +10,13 @@
 
 int prompt_ids(const Model *m, const char *prompt, int32_t *ids) {
     Bytes clean = prompt_clean((Bytes){(const uint8_t *)prompt, strlen(prompt)});
-    int n = tokenizer_encode(m->tokenizer, clean, ids, m->transformer.text_len);
+    int n = tokenizer_encode(m->tokenizer, clean, ids, m->experts->transformer.text_len);
     free((void *)clean.data);
     return n;
 }
 
 static Prompt prompt_new(const Model *m, const char *name, double time, const char *text) {
-    Prompt p = {.time = time, .ids = allocate(sizeof(int32_t) * (size_t)m->transformer.text_len)};
+    Prompt p = {.time = time, .ids = allocate(sizeof(int32_t) * (size_t)m->experts->transformer.text_len)};
     snprintf(p.name, sizeof p.name, "%s", name);
     p.n = prompt_ids(m, text, p.ids);
     return p;
@@ -25,7 +25,7 @@ static Prompt prompt_new(const Model *m, const char *name, double time, const ch
 /* Embeds of --embeds or --negative-embeds in the place of a prompt. A file may have axes of 1 in front. */
 static Prompt prompt_read(const Model *m, const char *name, const char *option, const char *path, char sha256[65]) {
     Npy file;
-    int most = m->transformer.text_len, dim = m->text_encoder.dim;
+    int most = m->experts->transformer.text_len, dim = m->text_encoder.dim;
     const char *why = npy_read(path, &file);
     if (why) die(STATUS_USAGE, "%s %s: %s", option, path, why);
     Shape shape = SHAPE(file.shape.n > 1 ? file.shape.d[file.shape.n - 2] : 1, dim);
@@ -58,7 +58,7 @@ void prompt_encode(const Model *m, Prompt *p) {
         tap(p->embeds, SHAPE(p->n, m->text_encoder.dim), "%s.embeds", p->name);
         return;
     }
-    p->n = tap_ids(p->ids, p->n, m->transformer.text_len, m->text_encoder.vocab_size, "%s.ids", p->name);
+    p->n = tap_ids(p->ids, p->n, m->experts->transformer.text_len, m->text_encoder.vocab_size, "%s.ids", p->name);
     p->embeds = allocate(sizeof(float) * (size_t)p->n * m->text_encoder.dim);
     profile_begin(TEXT_ENCODER);
     text_encode(&m->text_encoder, p->ids, p->n, p->embeds);
@@ -109,12 +109,24 @@ double chunk_time(const Run *run, Chunk chunk) {
 
 static int latent_frames(const Run *run, int frames) { return (frames - 1) / run->model->vae.temporal_stride + 1; }
 
+/* What the source becomes, see start.c. */
+static void plan_source(Run *run) {
+    const Settings *s = run->settings;
+    Start start = run->model->start;
+    if (!s->source) return;
+    run->pictured = s->source_frames;
+    if (s->strength >= 0) run->encoded = run->redrawn = latent_frames(run, s->source_frames);
+    else if (start == TEXT) run->encoded = run->given = latent_frames(run, s->source_frames);
+    else if (start == PICTURE) run->pictured = s->frames, run->encoded = run->decoded;
+    else run->pictured = run->encoded = run->held = 1 + (s->last_source != NULL);
+}
+
 static void plan_chunks(Run *run) {
     const Recipe *r = run->recipe;
     const Settings *s = run->settings;
     int n = r->chunk_frames ? r->chunk_frames : run->decoded;
     bool alone = r->independent_first_frame;
-    if (s->source) *(s->strength >= 0 ? &run->redrawn : &run->given) = latent_frames(run, s->source_frames);
+    plan_source(run);
     run->chunk_frames = n;
     run->given_chunks = count_chunks(run->given, n, alone);
     run->chunks = run->given_chunks + count_chunks(run->decoded - run->given, n, alone && !run->given);
@@ -151,9 +163,10 @@ static void plan_prompts(Run *run) {
 }
 
 Run run_plan(Model *m, const Settings *s) {
-    Run run = {.model = m, .settings = s, .recipe = &m->recipe, .guided = s->guidance > 1.0,
-               .C = m->transformer.in_dim};
-    const int *patch = m->transformer.patch_size;
+    const Transformer *t = &m->experts->transformer;
+    const int *patch = t->patch_size;
+    Run run = {.model = m, .settings = s, .recipe = &m->recipe, .C = t->out_dim, .planes = t->in_dim - t->out_dim};
+    for (int i = 0; i < m->expert_count; i++) run.guided |= s->guidance[i] > 1;
     run.decoded = latent_frames(&run, s->frames);
     run.H = s->height / m->vae.spatial_stride;
     run.W = s->width / m->vae.spatial_stride;
@@ -166,6 +179,7 @@ Run run_plan(Model *m, const Settings *s) {
         run.first = schedule_end(&run.first, s->strength);
     }
     if (s->source) sha256_of(s->source->bytes.data, s->source->bytes.size, run.inputs.source);
+    if (s->last_source) sha256_of(s->last_source->bytes.data, s->last_source->bytes.size, run.inputs.last_source);
     plan_chunks(&run);
     plan_prompts(&run);
     return run;
@@ -205,7 +219,7 @@ int cache_capacity(const Run *run) { return run->chunks > 1 ? run->window.size :
 
 size_t text_context_memory(const Run *run, int n) {
     Arena count = {0};
-    text_context_take(&count, &run->model->transformer, n);
+    text_context_take(&count, &run->model->experts->transformer, n);
     return count.used;
 }
 
@@ -225,6 +239,7 @@ static size_t source_stage_memory(const Run *run) {
     if (!s->source) return 0;
     size_t encoded = run->redrawn ? run->chunk_frames * run->frame_size : 0; /* in begin_chunk() */
     return vae_memory(&run->model->vae, ENCODER, run->H, run->W) + source_reader_memory(s->source, s->width, s->height) +
+           (s->last_source ? source_reader_memory(s->last_source, s->width, s->height) : 0) +
            sizeof(float) * ((size_t)3 * s->height * s->width + encoded);
 }
 
@@ -232,7 +247,7 @@ static size_t source_stage_memory(const Run *run) {
  * pipeline.c). Scratch is the memory that linear layers and attention use for packed operands. */
 static size_t run_memory(const Run *run) {
     const TextEncoder *e = &run->model->text_encoder;
-    const Transformer *t = &run->model->transformer;
+    const Transformer *t = &run->model->experts->transformer;
     const Vae *vae = &run->model->vae;
     const VideoFormat format = video_format(run->settings);
     int n = longest_prompt(run, false), encoded = longest_prompt(run, true), L = longest_pass(run) * run->tokens,
@@ -240,14 +255,16 @@ static size_t run_memory(const Run *run) {
     size_t latents = sizeof(float) * run->chunk_frames * run->frame_size,
            noise = latents, /* the copy in to_frame_major() */
            rest = 1 << 20, /* small: the C library's, open files, prompts, schedules */
-           kept = latents + noise + y4m_frame_bytes(&format) + rest,
+           conditions = sizeof(float) * (run->held * run->frame_size + (size_t)run->planes * run->T * run->H * run->W),
+           kept = latents + noise + conditions + y4m_frame_bytes(&format) + rest,
            reading = encoded ? text_encoder_memory(e, encoded) + text_encoder_scratch(e, encoded) : 0,
            encoding = source_stage_memory(run),
            encoding_scratch = encoding ? vae_scratch(vae, ENCODER, run->H, run->W) : 0,
            denoising = sampling_memory(run) + text_context_memory(run, n) +
                        (run->guided ? text_context_memory(run, run->negative.n) : 0),
-           denoising_scratch = larger(text_context_fill_memory(t, n),
-                                      transformer_scratch(t, longest_pass(run), L, keys, n + 1)),
+           filling = text_context_fill_memory(t, n),
+           passing = transformer_scratch(t, longest_pass(run), L, keys, n + 1),
+           denoising_scratch = run->model->expert_count > 1 ? filling + passing : larger(filling, passing),
            decoding = vae_memory(vae, DECODER, run->H, run->W),
            decoding_scratch = vae_scratch(vae, DECODER, run->H, run->W);
     if (run->settings->extend) kept += source_reader_memory(run->settings->source, run->settings->width, run->settings->height);
@@ -262,14 +279,23 @@ static size_t run_memory(const Run *run) {
     return kept + larger(before, run->chunks > 1 ? together + scratch : apart);
 }
 
+/* Steps of a chunk in which the prompt is read; in which the negative one is, too. */
+static int count_steps(const Run *run, int chunk, bool negative) {
+    const Schedule *schedule = chunk_schedule(run, chunk);
+    int count = 0;
+    for (int i = 0; chunk >= run->given_chunks && i < schedule->steps; i++)
+        count += !negative || run->settings->guidance[model_expert(run->model, schedule->timesteps[i])] > 1;
+    return count;
+}
+
 /* All passes of all chunks, for one branch. */
-static double passes_flops(const Run *run, int positions) {
-    const Transformer *t = &run->model->transformer;
+static double passes_flops(const Run *run, int positions, bool negative) {
+    const Transformer *t = &run->model->experts->transformer;
     double flops = 0;
     for (int i = 0; i < run->chunks; i++) {
         Chunk chunk = chunk_at(run, i);
         int seen = smaller(chunk.first + chunk.frames, run->window.size);
-        int steps = i < run->given_chunks ? 0 : chunk_schedule(run, i)->steps, passes = steps + (i + 1 < run->chunks);
+        int passes = count_steps(run, i, negative) + (i + 1 < run->chunks);
         flops += passes * transformer_flops(t, chunk.frames * run->tokens, seen * run->tokens, positions);
     }
     return flops;
@@ -277,14 +303,14 @@ static double passes_flops(const Run *run, int positions) {
 
 static double run_flops(const Run *run) {
     const Model *m = run->model;
-    double flops = passes_flops(run, run->prompts[0].n + 1) +
+    double flops = passes_flops(run, run->prompts[0].n + 1, false) +
                    vae_flops(&m->vae, DECODER, run->decoded, run->H, run->W);
-    if (run->settings->source) flops += vae_flops(&m->vae, ENCODER, run->settings->source_frames, run->H, run->W);
+    if (run->settings->source) flops += vae_flops(&m->vae, ENCODER, run->pictured, run->H, run->W);
     for (int i = -1; i < run->prompt_count; i++) {
         const Prompt *p = i < 0 ? &run->negative : &run->prompts[i];
         if (p->ids) flops += text_encoder_flops(&m->text_encoder, p->n);
     }
-    if (run->guided) flops += passes_flops(run, run->negative.n + 1);
+    if (run->guided) flops += passes_flops(run, run->negative.n + 1, true);
     return flops;
 }
 

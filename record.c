@@ -48,9 +48,16 @@ static void write_chunks(Json *json, const Settings *s) {
     }
 }
 
+/* Settings of models with two experts. The hash of their tensors does not cover the timestep at which they change. */
+static void write_experts(Json *json, const Model *model, const Settings *s) {
+    json_double(json, "guidance_2", s->guidance[1]);
+    json_double(json, "boundary_timestep", model->experts[0].from);
+}
+
 /* What the clip began from. */
-static void write_source(Json *json, const Settings *s, const char *sha256) {
-    json_string(json, s->image ? "image_sha256" : "video_sha256", sha256);
+static void write_source(Json *json, const Settings *s, const InputHashes *inputs) {
+    json_string(json, s->image ? "image_sha256" : "video_sha256", inputs->source);
+    if (s->last_source) json_string(json, "last_image_sha256", inputs->last_source);
     if (s->strength >= 0) json_double(json, "strength", s->strength);
     if (s->extend) json_int(json, "frames_kept", s->source_frames);
 }
@@ -66,12 +73,13 @@ static void write_settings(Json *json, const Model *model, const Settings *s, co
     json_int(json, "steps", s->steps);
     if (model->recipe.schedule.steps) write_timesteps(json, &model->recipe);
     if (model->recipe.chunk_frames) write_chunks(json, s);
-    json_double(json, "guidance", s->guidance);
+    json_double(json, "guidance", s->guidance[0]);
+    if (model->expert_count > 1) write_experts(json, model, s);
     json_double(json, "shift", s->shift);
     if (*inputs->embeds) json_string(json, "embeds_sha256", inputs->embeds);
     if (*inputs->negative_embeds) json_string(json, "negative_embeds_sha256", inputs->negative_embeds);
     if (s->noise) json_string(json, "noise_sha256", inputs->noise);
-    if (s->source) write_source(json, s, inputs->source);
+    if (s->source) write_source(json, s, inputs);
     if (!s->noise || s->sampler == RENOISE) json_unsigned(json, "seed", s->seed);
     json_string(json, "precision", precision_name(model->precision));
     if (model->precision != F32) json_string(json, "isa", kernels->name);

@@ -21,9 +21,9 @@
 /* The order is that of --help. */
 typedef enum {
     MODEL, PROMPT, PROMPT_FILE, NEGATIVE, EMBEDS, NEGATIVE_EMBEDS, OUTPUT_FILE, RESUME, NO_STATE,
-    IMAGE, VIDEO_FILE, STRENGTH, EXTEND,
+    IMAGE, LAST_IMAGE, VIDEO_FILE, STRENGTH, EXTEND,
     SIZE, FRAMES, SECONDS, FPS, CHROMA,
-    STEPS, GUIDANCE, SHIFT, SAMPLER_NAME, SEED, NOISE,
+    STEPS, GUIDANCE, GUIDANCE_2, SHIFT, SAMPLER_NAME, SEED, NOISE,
     AT, STORY, WINDOW, SINK, POSITIONS,
     THREADS, PRECISION, ISA,
     PREVIEW, DRIFT, PROFILE, QUIET,
@@ -50,6 +50,7 @@ static const struct {
 
     [IMAGE] = {"image", 0, "FILE", "the first frame: a PPM, or a Y4M's first frame; - is standard input",
               "Beginning with a picture or a clip"},
+    [LAST_IMAGE] = {"last-image", 0, "FILE", "the last frame, with --image; - is standard input", NULL},
     [VIDEO_FILE] = {"video", 0, "FILE", "a Y4M, for one of the next two options; - is standard input", NULL},
     [STRENGTH] = {"strength", 0, "S", "make it anew from that much noise, from more than 0 to 1", NULL},
     [EXTEND] = {"extend", 0, NULL, "continue it by so many frames or seconds", NULL},
@@ -66,6 +67,7 @@ static const struct {
 
     [STEPS] = {"steps", 0, "N", "number of denoising steps", "Sampling"},
     [GUIDANCE] = {"guidance", 'g', "G", "classifier-free guidance scale; 1 or less turns it off", NULL},
+    [GUIDANCE_2] = {"guidance-2", 0, "G", "the same for the second expert of Wan 2.2 A14B", NULL},
     [SHIFT] = {"shift", 0, "S", "shift of the noise schedule", NULL},
     [SAMPLER_NAME] = {"sampler", 0, "NAME", "unipc, euler or dpm++", NULL},
     [SEED] = {"seed", 0, "N", "seed of the noise, the same as torch's on a CPU (default: random, printed)", NULL},
@@ -115,7 +117,7 @@ static const struct {
 static const enum { AS_GIVEN, AS_VALUE, OF_CALL, NOT_KEPT } kept[OPTIONS] = {
     [MODEL] = AS_VALUE, [PROMPT] = AS_VALUE, [AT] = AS_VALUE, [NOISE] = AS_VALUE, [SEED] = AS_VALUE,
     [PRECISION] = AS_VALUE, [ISA] = AS_VALUE, [EMBEDS] = AS_VALUE, [NEGATIVE_EMBEDS] = AS_VALUE,
-    [IMAGE] = AS_VALUE, [VIDEO_FILE] = AS_VALUE,
+    [IMAGE] = AS_VALUE, [LAST_IMAGE] = AS_VALUE, [VIDEO_FILE] = AS_VALUE,
     [OUTPUT_FILE] = OF_CALL, [RESUME] = OF_CALL, [THREADS] = OF_CALL, [PREVIEW] = OF_CALL, [PROFILE] = OF_CALL,
     [QUIET] = OF_CALL, [HELP] = OF_CALL, [VERSION] = OF_CALL,
     [PROMPT_FILE] = NOT_KEPT, [STORY] = NOT_KEPT, [NO_STATE] = NOT_KEPT, [DUMP] = NOT_KEPT, [DUMP_ONLY] = NOT_KEPT,
@@ -269,7 +271,7 @@ typedef struct {
     Text stored;       /* the command line of a state, to which settings point */
     Text given;        /* the AS_GIVEN options, each "--name=value" and a 0 byte */
     Option fixed;      /* the first option that --resume does not allow; OPTIONS: none */
-    Source source;    /* --image or --video */
+    Source source, last_source; /* --image or --video; --last-image */
     const char *model, *prompt_file, *story_file, *isa, *dump, *dump_only, *check, *verify, *save_embeds;
     int threads;
     double tolerance; /* negative: not given */
@@ -297,6 +299,7 @@ static void apply(Command *c, Option option, const char *value) {
     case SAVE_EMBEDS: c->save_embeds = value; break;
     case OUTPUT_FILE: s->output = value; break;
     case IMAGE: s->image = value; break;
+    case LAST_IMAGE: s->last_image = value; break;
     case VIDEO_FILE: s->video = value; break;
     case STRENGTH: s->strength = parse_number(STRENGTH, value, 0, 1); break;
     case EXTEND: s->extend = true; break;
@@ -305,7 +308,8 @@ static void apply(Command *c, Option option, const char *value) {
     case SECONDS: s->seconds = parse_number(SECONDS, value, 0, 1e5); break;
     case FPS: parse_rate(value, &s->fps_num, &s->fps_den); break;
     case STEPS: s->steps = (int)parse_integer(STEPS, value, 1, 1000); break;
-    case GUIDANCE: s->guidance = parse_number(GUIDANCE, value, 0, 1000); break;
+    case GUIDANCE: s->guidance[0] = parse_number(GUIDANCE, value, 0, 1000); break;
+    case GUIDANCE_2: s->guidance[1] = parse_number(GUIDANCE_2, value, 0, 1000); break;
     case SHIFT: s->shift = parse_number(SHIFT, value, 1e-3, 1000); break;
     case SAMPLER_NAME:
         if (!sampler_parse(value, &s->sampler))
@@ -428,6 +432,7 @@ static void append_arguments(Text *arguments, const Command *c, const Model *mod
     if (s->embeds) append_path(arguments, EMBEDS, s->embeds);
     if (s->negative_embeds) append_path(arguments, NEGATIVE_EMBEDS, s->negative_embeds);
     if (s->image) append_path(arguments, IMAGE, s->image);
+    if (s->last_image) append_path(arguments, LAST_IMAGE, s->last_image);
     if (s->video) append_path(arguments, VIDEO_FILE, s->video);
     append_argument(arguments, SEED, seed);
     append_argument(arguments, PRECISION, precision_name(model->precision));
@@ -490,7 +495,7 @@ static uint64_t random_seed(void) {
 /* ---------------------------------------------------------------- the run */
 
 static void print_ids(const Model *model, const char *prompt) {
-    int limit = model->transformer.text_len;
+    int limit = model->experts->transformer.text_len;
     int32_t *ids = allocate(sizeof *ids * (size_t)limit);
     int n = prompt_ids(model, prompt, ids);
     for (int i = 0; i < n; i++) printf("%d%c", (int)ids[i], i + 1 < n ? ' ' : '\n');
@@ -528,25 +533,25 @@ static void check_combinations(const Command *c) {
     if (c->tolerance >= 0 && !c->check) die(STATUS_USAGE, "--tolerance: needs --check DIR");
     if (s->feed && !c->check) die(STATUS_USAGE, "--feed: needs --check DIR");
     if (s->frames && s->seconds >= 0) die(STATUS_USAGE, "--frames and --seconds: expected one of them, found both");
+    if (s->last_image && !s->image) die(STATUS_USAGE, "--last-image: needs --image FILE, the first frame");
     if (s->image && s->video) die(STATUS_USAGE, "--image and --video: expected one of them, found both");
     if (s->extend && s->strength >= 0) die(STATUS_USAGE, "--extend and --strength: expected one of them, found both");
     if (s->extend && !s->video) die(STATUS_USAGE, "--extend: needs --video FILE");
     if (s->strength >= 0 && !s->video) die(STATUS_USAGE, "--strength: needs --video FILE");
     if (s->video && !s->extend && s->strength < 0) die(STATUS_USAGE, "--video: needs --strength S or --extend");
-    const char *inputs[] = {c->prompt_file, c->story_file, s->image, s->video};
+    const char *inputs[] = {c->prompt_file, c->story_file, s->image, s->last_image, s->video};
     int standard = 0;
-    for (int i = 0; i < 4; i++) standard += inputs[i] && !strcmp(inputs[i], "-");
+    for (int i = 0; i < 5; i++) standard += inputs[i] && !strcmp(inputs[i], "-");
     if (standard > 1) die(STATUS_USAGE, "standard input: %d options read it (-), expected one", standard);
 }
 
-static void open_source(Command *c) {
-    Settings *s = &c->settings;
-    const char *path = s->image ? s->image : s->video;
-    if (!path) return;
-    const char *why = source_open(path, &c->source);
-    if (!why && s->video && c->source.pixels) why = "this is a PPM, expected a Y4M; --image takes a PPM";
-    if (why) die(STATUS_USAGE, "--%s %s: %s", s->image ? "image" : "video", path, why);
-    s->source = &c->source;
+/* Returns the source that an option names; NULL if it was not given. */
+static const Source *open_source(Option option, const char *path, Source *source) {
+    if (!path) return NULL;
+    const char *why = source_open(path, source);
+    if (!why && option == VIDEO_FILE && source->pixels) why = "this is a PPM, expected a Y4M; --image takes a PPM";
+    if (why) die(STATUS_USAGE, "--%s %s: %s", options[option].name, path, why);
+    return source;
 }
 
 /* Moves a story's line at time 0 from the story to the prompt. */
@@ -563,7 +568,7 @@ static void protect_inputs(const Command *c, const char *model) {
     const Settings *s = &c->settings;
     const char *arrays[] = {s->noise, s->embeds, s->negative_embeds};
     const char *inputs[] = {model, s->noise, s->embeds, s->negative_embeds, c->prompt_file, c->story_file,
-                            s->image, s->video};
+                            s->image, s->last_image, s->video};
     const char *output = c->save_embeds ? c->save_embeds : s->output, *lost = NULL;
     char *record = record_path(output), *state = state_path(output);
     const char *written[] = {output, record, state};
@@ -600,7 +605,8 @@ static int run(Command *c) {
     if (!s->prompt && (!s->embeds || c->tokenize || c->save_embeds))
         die(STATUS_USAGE, "no prompt, expected a sentence: sora \"a red star spins\"; see --help");
     protect_inputs(c, path);
-    open_source(c);
+    s->source = open_source(s->image ? IMAGE : VIDEO_FILE, s->image ? s->image : s->video, &c->source);
+    s->last_source = open_source(LAST_IMAGE, s->last_image, &c->last_source);
     threads_set(c->threads);
     profile_begin(LOAD);
     Model model = model_load(path, c->precision);
@@ -614,7 +620,9 @@ static int run(Command *c) {
         if (!c->seeded) s->seed = random_seed();
         if (!c->seeded && (!s->noise || s->sampler == RENOISE) && !s->quiet)
             fprintf(stderr, "seed %llu\n", (unsigned long long)s->seed);
-        bool again = !(s->image && !strcmp(s->image, "-")) && !(s->video && !strcmp(s->video, "-")); /* it can be read */
+        const char *sources[] = {s->image, s->last_image, s->video};
+        bool again = true; /* they can be read */
+        for (int i = 0; i < 3; i++) again &= !sources[i] || strcmp(sources[i], "-");
         if (!c->no_state && !c->dump && !c->check && again) append_arguments(&arguments, c, &model, path);
         s->arguments = text_bytes(&arguments);
         taps_open(c->dump, c->dump_only, c->check, c->tolerance < 0 ? 1e-4 : c->tolerance, s->feed);
@@ -623,6 +631,7 @@ static int run(Command *c) {
     free(arguments.data);
     model_free(&model);
     if (s->source) source_close(&c->source);
+    if (s->last_source) source_close(&c->last_source);
     story_free(&s->story);
     free(c->opening.line);
     free(c->given.data), free(c->stored.data);

@@ -115,7 +115,7 @@ typedef struct {
     const float *head_modulation; /* (2,D): shift, scale */
 } Transformer;
 
-Transformer transformer_load(const WeightFile *file, Precision precision);
+Transformer transformer_load(const WeightFile *file, Precision precision, const char *prefix); /* of its tensors */
 void transformer_free(Transformer *transformer);
 
 /* A prompt as the transformer reads it: keys and values of cross attention in every block, computed once a prompt.
@@ -141,6 +141,12 @@ typedef struct {
 
 typedef struct KvCache KvCache;
 
+/* Some of the channels that a forward pass reads. */
+typedef struct {
+    int channels;
+    const float *values; /* (frames,channels,H,W) */
+} Planes;
+
 /* Buffers of a forward pass, and the RoPE angles of its positions. */
 typedef struct {
     int H, W, tokens;      /* height and width of the latents; tokens in a frame */
@@ -157,11 +163,11 @@ void timestep_sinusoids(float *out, int freq_dim, float timestep); /* (freq_dim)
 /* Of one pass of L tokens, with `keys` keys in self attention and `positions` text positions. */
 double transformer_flops(const Transformer *transformer, int L, int keys, int positions);
 size_t transformer_scratch(const Transformer *transformer, int frames, int L, int keys, int positions);
-/* velocity (frames,out_dim,H,W) from the chunk's latents (frames,in_dim,H,W). First drops the frames that have left the
- * cache's window. Leaves the chunk's keys and values in the cache, where the next pass overwrites them unless
- * kv_cache_keep() is called in between. */
+/* velocity (frames,out_dim,H,W) of the chunk. input: planes that have in_dim channels in all, the latents first. First
+ * drops the frames that have left the cache's window. Leaves the chunk's keys and values in the cache, where the next pass
+ * overwrites them unless kv_cache_keep() is called in between. */
 void transformer_forward(const Transformer *transformer, TransformerState *state, const TextContext *text,
-                         KvCache *cache, const Chunk *chunk, const float *latents, float *velocity);
+                         KvCache *cache, const Chunk *chunk, const Planes *input, float *velocity);
 
 /* ---------------------------------------------------------------- cache.c: keys and values of earlier frames */
 
@@ -467,17 +473,20 @@ typedef struct {
     bool recache_sink;        /* RECACHE drops the sink, too; else it stays as it is */
 } Recipe;
 
+enum { EXPERTS = 2 }; /* the most transformers that a model has */
+
 /* What one run is asked to do. The command line sets what the user gave; settings_complete() sets the rest. */
 typedef struct {
     const char *prompt, *negative, *output, *noise, *producer, *produce_id; /* NULL: not given */
     const char *embeds, *negative_embeds;                       /* files that replace the text encoder; NULL: not given */
     int width, height, frames, fps_num, fps_den, steps, chroma; /* 0: not given */
-    double seconds, guidance, shift;                            /* negative: not given */
+    double seconds, guidance[EXPERTS], shift;                   /* negative: not given */
     Sampler sampler;                                            /* SAMPLERS: not given */
     int window, sink;                                           /* latent frames; negative: not given; window 0: all */
     const char *positions;                                      /* "absolute", "relative"; NULL: not given */
     const char *image, *video;                                  /* at most one: the file of the source */
-    const Source *source;                                       /* NULL: none */
+    const char *last_image;                                     /* --last-image */
+    const Source *source, *last_source;                         /* NULL: none */
     int source_frames;                                          /* of it that are used; set by settings_complete() */
     double strength;                                            /* --strength; negative: not given */
     bool extend;                                                /* the clip begins with the source's own frames */
@@ -491,20 +500,37 @@ typedef struct {
 } Settings;
 Settings settings_new(void); /* nothing given */
 
+/* What a model's clips begin from. */
+typedef enum {
+    TEXT,           /* a prompt */
+    TEXT_OR_PICTURE, /* a picture can be the first frame: its latent frame is not denoised, and has timestep 0 */
+    PICTURE         /* a picture and a prompt: the transformer reads the encoded picture beside the latents */
+} Start;
+
+/* A transformer, and the timesteps that it serves: those from `from` on, up to the expert before it. */
+typedef struct {
+    Transformer transformer;
+    double from;
+} Expert;
+
 typedef struct {
     WeightFile *file;
     Precision precision;
     Tokenizer *tokenizer;
     TextEncoder text_encoder;
-    Transformer transformer;
+    int expert_count;        /* 2 in Wan 2.2 A14B, else 1 */
+    Expert experts[EXPERTS]; /* the one for the most noise first. All have the same sizes; the last serves from 0 on */
     Vae vae;
+    Start start;
     Recipe recipe;
 } Model;
 
 /* Dies with STATUS_USAGE and the reason if the file cannot be used. Precision AUTOMATIC is the file's key
  * default.precision; without that key, F32 for float32 weights and the fastest on this processor for narrower ones. */
 Model model_load(const char *path, Precision precision);
+void model_bind(Model *model); /* the part of it after the tokenizer: all but that is set from the file */
 void model_free(Model *model);
+int model_expert(const Model *model, double timestep); /* index of the expert that serves it */
 Recipe recipe_load(const WeightFile *file);
 void recipe_free(Recipe *recipe);
 /* Sets what was not given to the model's default, and checks all of it. Dies with STATUS_USAGE on a bad setting. */
@@ -530,9 +556,10 @@ const char *generate_read(Model *model, const Settings *settings, Bytes state);
 /* ---------------------------------------------------------------- record.c: OUTPUT.json, how the video was made */
 
 char *record_path(const char *output); /* OUTPUT.json; free() it */
-/* SHA-256 of the files of --noise, --embeds, --negative-embeds, and --image or --video; "" where none was given. */
+/* SHA-256 of the files of --noise, --embeds, --negative-embeds, --image or --video, and --last-image; "" where none was
+ * given. */
 typedef struct {
-    char noise[65], embeds[65], negative_embeds[65], source[65];
+    char noise[65], embeds[65], negative_embeds[65], source[65], last_source[65];
 } InputHashes;
 /* The 64 bits that a mark carries: the first of the SHA-256 of the part of the record that is known before the run. */
 uint64_t record_bits(const Model *model, const Settings *settings, const InputHashes *inputs);

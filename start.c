@@ -1,5 +1,12 @@
 /* start.c - what a chunk's denoising begins with: noise from the seed or a file, the encoded frames of a source, or a
- * mixture of both (--strength). */
+ * mixture of both (--strength). And what a picture becomes, which follows diffusers' WanImageToVideoPipeline:
+ *
+ *   generates in chunks   the encoded picture is a chunk of its own, whose keys and values others look back at
+ *   TI2V-5B               held frames: the picture's latent frame is not denoised, and its timestep is 0
+ *   I2V-A14B              planes: the clip picture, 0, 0, ... is encoded, and read beside the latents in every step. A mask
+ *                         comes first, with a channel for each video frame of a latent one: 1 for a picture, else 0
+ *
+ * --last-image is a second held frame, or the last frame of the clip that becomes planes. */
 #include "pipeline.h"
 
 #include <math.h>
@@ -99,38 +106,70 @@ void noise_state(Noise *noise, StateFile *f) {
 static void take_encoded(void *to, float *latents) {
     Encoding *e = to;
     const Run *run = e->run;
-    tap_frame(latents, latent_shape(run, run->given + run->redrawn), e->encoded++, "encoded");
+    tap_frame(latents, latent_shape(run, run->encoded), e->encoded++, "encoded");
     memcpy(e->out, latents, sizeof(float) * run->frame_size);
-    e->out += run->frame_size;
+    e->out += e->stride;
 }
 
-/* e->frame = the source's next frame, clamped to [-1,1] */
-static void take_source(const Settings *s, Encoding *e) {
-    source_next(e->source, e->frame);
-    for (size_t i = 0, n = (size_t)3 * s->height * s->width; i < n; i++)
+static size_t pixels(const Run *run) { return (size_t)3 * run->settings->height * run->settings->width; }
+
+static void read_last_picture(const Settings *s, float *frame) {
+    SourceReader *reader = source_reader_open(s->last_source, s->width, s->height);
+    source_next(reader, frame);
+    source_reader_close(reader);
+}
+
+/* e->frame = the next frame that is encoded, clamped to [-1,1]: the source's, then zeros, then the last picture */
+static void take_frame(const Run *run, Encoding *e) {
+    const Settings *s = run->settings;
+    Shape picture = SHAPE(3, s->height, s->width);
+    bool first = e->taken < s->source_frames, last = s->last_source && e->taken + 1 == run->pictured;
+    if (first) source_next(e->source, e->frame);
+    else if (last) read_last_picture(s, e->frame);
+    else memset(e->frame, 0, sizeof(float) * pixels(run));
+    for (size_t i = 0; i < pixels(run); i++)
         e->frame[i] = e->frame[i] > 1 ? 1 : e->frame[i] < -1 ? -1 : e->frame[i];
-    if (s->image) tap(e->frame, SHAPE(3, s->height, s->width), "image");
-    else tap_frame(e->frame, SHAPE(3, s->source_frames, s->height, s->width), e->taken, "source");
+    if (first && s->video) tap_frame(e->frame, SHAPE(3, s->source_frames, s->height, s->width), e->taken, "source");
+    else if (first || last) tap(e->frame, picture, first ? "image" : "last_image");
     e->taken++;
+}
+
+static void stream_open(const Run *run, Encoding *e) {
+    vae_close(e->stream);
+    e->stream = vae_open(&run->model->vae, ENCODER, run->H, run->W, take_encoded, e);
 }
 
 static void encoding_open(const Run *run, Encoding *e) {
     const Settings *s = run->settings;
     e->run = run;
     e->source = source_reader_open(s->source, s->width, s->height);
-    e->stream = vae_open(&run->model->vae, ENCODER, run->H, run->W, take_encoded, e);
-    e->frame = allocate(sizeof(float) * 3 * (size_t)s->height * s->width);
+    stream_open(run, e);
+    e->frame = allocate(sizeof(float) * pixels(run));
 }
 
 void source_skip(SourceReader *source, int frames, float *frame) {
     for (int i = 0; i < frames; i++) source_next(source, frame);
 }
 
+static size_t planes_size(const Run *run) { return run->planes ? (size_t)run->T * run->planes * run->H * run->W : 0; }
+
+static void take_conditions(const Run *run, Encoding *e) {
+    e->held = allocate(sizeof(float) * run->held * run->frame_size);
+    e->planes = allocate(sizeof(float) * planes_size(run));
+}
+
+void encoding_free(Encoding *e) {
+    free(e->held);
+    free(e->planes);
+}
+
 void encoding_state(const Run *run, Encoding *e, StateFile *f) {
-    const Settings *s = run->settings;
-    e->taken = (int)state_number(f, "source.taken", e->taken, 0, s->source_frames);
-    e->encoded = (int)state_number(f, "source.encoded", e->encoded, 0, run->given + run->redrawn);
-    if (e->taken == 0 || e->taken == s->source_frames) return; /* not open yet, or no longer */
+    if (state_is_read(f)) take_conditions(run, e);
+    state_item(f, "held", e->held, sizeof(float) * run->held * run->frame_size);
+    state_item(f, "planes", e->planes, sizeof(float) * planes_size(run));
+    e->taken = (int)state_number(f, "source.taken", e->taken, 0, run->pictured);
+    e->encoded = (int)state_number(f, "source.encoded", e->encoded, 0, run->encoded);
+    if (e->taken == 0 || e->taken == run->pictured) return; /* not open yet, or no longer */
     if (state_is_read(f)) {
         encoding_open(run, e);
         source_skip(e->source, e->taken, e->frame);
@@ -138,38 +177,68 @@ void encoding_state(const Run *run, Encoding *e, StateFile *f) {
     vae_stream_state(e->stream, f);
 }
 
-/* latents (frames,C,H,W) = the source's next latent frames */
-static void encode(const Run *run, Encoding *e, int frames, float *latents) {
-    const Settings *s = run->settings;
+/* Writes the next latent frames (C,H,W) to `out`, `stride` floats from one to the next. */
+static void encode(const Run *run, Encoding *e, int frames, float *out, size_t stride) {
     tap_scope("%s", "");
     if (!e->stream) encoding_open(run, e);
-    e->out = latents;
+    e->out = out, e->stride = stride;
     for (int end = e->encoded + frames; e->encoded < end;) {
-        progress("encode", e->taken, s->source_frames);
+        progress("encode", e->taken, run->pictured);
         profile_begin(VAE_ENCODE);
-        take_source(s, e);
+        if (run->held && e->taken) stream_open(run, e); /* each picture is encoded by itself */
+        take_frame(run, e);
         vae_push(e->stream, e->frame);
         profile_end(VAE_ENCODE);
     }
-    require_finite(run->model, latents, frames * run->frame_size, "encoded");
-    if (e->taken < s->source_frames) return;
+    for (int f = 0; f < frames; f++) require_finite(run->model, out + f * stride, run->frame_size, "encoded");
+    if (e->taken < run->pictured) return;
     source_reader_close(e->source);
     vae_close(e->stream);
     free(e->frame);
     scratch_free();
 }
 
+/* The mask's channel k of latent frame t belongs to video frame stride * t + k, less stride - 1: the first latent frame
+ * stands for video frame 0 alone. */
+static void encode_planes(const Run *run, Encoding *e) {
+    size_t plane = (size_t)run->H * run->W, stride = run->planes * plane;
+    int masks = run->planes - run->C;
+    float *last = e->planes + (run->T - 1) * stride;
+    for (size_t i = 0; i < masks * plane; i++) e->planes[i] = 1;
+    for (size_t i = 0; run->settings->last_source && i < plane; i++) last[(masks - 1) * plane + i] = 1;
+    encode(run, e, run->T, e->planes + masks * plane, stride);
+    for (int f = 0; f < run->T; f++)
+        tap_frame(e->planes + f * stride, SHAPE(run->planes, run->T, run->H, run->W), f, "condition");
+}
+
+bool is_held(const Run *run, int frame) {
+    return (run->held > 0 && frame == 0) || (run->held > 1 && frame == run->T - 1);
+}
+
+void hold_frames(const Run *run, const Encoding *e, Chunk chunk, float *latents) {
+    const float *held = e->held;
+    for (int f = 0; f < chunk.frames; f++) {
+        if (!is_held(run, chunk.first + f)) continue;
+        memcpy(latents + f * run->frame_size, held, sizeof(float) * run->frame_size);
+        held += run->frame_size;
+    }
+}
+
 void begin_chunk(const Run *run, Encoding *encoding, Noise *noise, int index, float *latents) {
     Chunk chunk = chunk_at(run, index);
     size_t count = chunk.frames * run->frame_size;
     if (index < run->given_chunks) {
-        encode(run, encoding, chunk.frames, latents);
+        encode(run, encoding, chunk.frames, latents, run->frame_size);
         return;
     }
+    if (run->held || run->planes) take_conditions(run, encoding);
+    if (run->held) encode(run, encoding, run->held, encoding->held, run->frame_size);
+    if (run->planes) encode_planes(run, encoding);
     float *encoded = run->redrawn ? allocate(sizeof(float) * count) : NULL, sigma = chunk_schedule(run, index)->sigmas[0];
-    if (encoded) encode(run, encoding, chunk.frames, encoded);
+    if (encoded) encode(run, encoding, chunk.frames, encoded, run->frame_size);
     initial_noise(run, noise, chunk, latents);
     for (size_t i = 0; encoded && i < count; i++) latents[i] = (1 - sigma) * encoded[i] + sigma * latents[i];
+    hold_frames(run, encoding, chunk, latents);
     free(encoded);
 }
 

@@ -1,8 +1,9 @@
-/* transformer.c - latents, text, timestep -> velocity: the diffusion transformer of Wan 2.1 (Wan Team, 2025).
+/* transformer.c - latents, text, timestep -> velocity: the diffusion transformer of Wan 2.1 and 2.2 (Wan Team, 2025).
  *
  * Takes a chunk's latents (frames,in_dim,H,W), a timestep for each frame, and a prompt as a TextContext. Gives the
- * velocity (frames,out_dim,H,W). Latents are cut into patches of 1 x ph x pw; a patch is a token, and tokens are
- * ordered (t, h, w). L = frames * H/ph * W/pw.
+ * velocity (frames,out_dim,H,W). An image-to-video model reads more channels than it gives: the latents, then an encoded
+ * picture and its mask. Latents are cut into patches of 1 x ph x pw; a patch is a token, and tokens are ordered (t, h, w).
+ * L = frames * H/ph * W/pw.
  *
  *   e0 = time_embedding(sinusoids(timestep))              (frames,D)      linear, silu, linear
  *   e  = time_projection(silu(e0))                        (frames,6,D)
@@ -29,29 +30,32 @@
 #include <stdlib.h>
 #include <string.h>
 
-static AttentionLayers bind_attention(const WeightFile *file, const Transformer *t, int block,
+static AttentionLayers bind_attention(const WeightFile *file, const Transformer *t, const char *block,
                                       const char *name) {
     int D = t->dim;
     return (AttentionLayers){
-        .q = linear_bind(file, t->precision, D, D, BIAS, "blocks.%d.%s.q", block, name),
-        .k = linear_bind(file, t->precision, D, D, BIAS, "blocks.%d.%s.k", block, name),
-        .v = linear_bind(file, t->precision, D, D, BIAS, "blocks.%d.%s.v", block, name),
-        .o = linear_bind(file, t->precision, D, D, BIAS, "blocks.%d.%s.o", block, name),
-        .norm_q = weights_floats(file, D, "blocks.%d.%s.norm_q.weight", block, name),
-        .norm_k = weights_floats(file, D, "blocks.%d.%s.norm_k.weight", block, name),
+        .q = linear_bind(file, t->precision, D, D, BIAS, "%s.%s.q", block, name),
+        .k = linear_bind(file, t->precision, D, D, BIAS, "%s.%s.k", block, name),
+        .v = linear_bind(file, t->precision, D, D, BIAS, "%s.%s.v", block, name),
+        .o = linear_bind(file, t->precision, D, D, BIAS, "%s.%s.o", block, name),
+        .norm_q = weights_floats(file, D, "%s.%s.norm_q.weight", block, name),
+        .norm_k = weights_floats(file, D, "%s.%s.norm_k.weight", block, name),
     };
 }
 
-static TransformerBlock bind_block(const WeightFile *file, const Transformer *t, int i) {
-    return (TransformerBlock){
-        .self_attn = bind_attention(file, t, i, "self_attn"),
-        .cross_attn = bind_attention(file, t, i, "cross_attn"),
-        .ffn_0 = linear_bind(file, t->precision, t->ffn_dim, t->dim, BIAS, "blocks.%d.ffn.0", i),
-        .ffn_2 = linear_bind(file, t->precision, t->dim, t->ffn_dim, BIAS, "blocks.%d.ffn.2", i),
-        .norm3_weight = weights_floats(file, t->dim, "blocks.%d.norm3.weight", i),
-        .norm3_bias = weights_floats(file, t->dim, "blocks.%d.norm3.bias", i),
-        .modulation = weights_floats(file, 6 * t->dim, "blocks.%d.modulation", i),
+static TransformerBlock bind_block(const WeightFile *file, const Transformer *t, const char *prefix, int i) {
+    char *name = format_string("%sblocks.%d", prefix, i);
+    TransformerBlock block = {
+        .self_attn = bind_attention(file, t, name, "self_attn"),
+        .cross_attn = bind_attention(file, t, name, "cross_attn"),
+        .ffn_0 = linear_bind(file, t->precision, t->ffn_dim, t->dim, BIAS, "%s.ffn.0", name),
+        .ffn_2 = linear_bind(file, t->precision, t->dim, t->ffn_dim, BIAS, "%s.ffn.2", name),
+        .norm3_weight = weights_floats(file, t->dim, "%s.norm3.weight", name),
+        .norm3_bias = weights_floats(file, t->dim, "%s.norm3.bias", name),
+        .modulation = weights_floats(file, 6 * t->dim, "%s.modulation", name),
     };
+    free(name);
+    return block;
 }
 
 static int patch_volume(const Transformer *t) {
@@ -80,20 +84,20 @@ static void read_config(const WeightFile *file, Transformer *t) {
 }
 
 /* The embeddings and the head stay in float32 at every precision: they are a small share of the operations. */
-Transformer transformer_load(const WeightFile *file, Precision precision) {
+Transformer transformer_load(const WeightFile *file, Precision precision, const char *prefix) {
     Transformer t = {.precision = precision};
     read_config(file, &t);
     int D = t.dim, patch = patch_volume(&t);
-    t.patch_embedding = linear_bind(file, F32, D, t.in_dim * patch, BIAS, "patch_embedding");
-    t.text_embedding_0 = linear_bind(file, F32, D, t.text_dim, BIAS, "text_embedding.0");
-    t.text_embedding_2 = linear_bind(file, F32, D, D, BIAS, "text_embedding.2");
-    t.time_embedding_0 = linear_bind(file, F32, D, t.freq_dim, BIAS, "time_embedding.0");
-    t.time_embedding_2 = linear_bind(file, F32, D, D, BIAS, "time_embedding.2");
-    t.time_projection_1 = linear_bind(file, F32, 6 * D, D, BIAS, "time_projection.1");
+    t.patch_embedding = linear_bind(file, F32, D, t.in_dim * patch, BIAS, "%spatch_embedding", prefix);
+    t.text_embedding_0 = linear_bind(file, F32, D, t.text_dim, BIAS, "%stext_embedding.0", prefix);
+    t.text_embedding_2 = linear_bind(file, F32, D, D, BIAS, "%stext_embedding.2", prefix);
+    t.time_embedding_0 = linear_bind(file, F32, D, t.freq_dim, BIAS, "%stime_embedding.0", prefix);
+    t.time_embedding_2 = linear_bind(file, F32, D, D, BIAS, "%stime_embedding.2", prefix);
+    t.time_projection_1 = linear_bind(file, F32, 6 * D, D, BIAS, "%stime_projection.1", prefix);
     t.blocks = allocate(sizeof *t.blocks * (size_t)t.num_layers);
-    for (int i = 0; i < t.num_layers; i++) t.blocks[i] = bind_block(file, &t, i);
-    t.head = linear_bind(file, F32, t.out_dim * patch, D, BIAS, "head.head");
-    t.head_modulation = weights_floats(file, 2 * D, "head.modulation");
+    for (int i = 0; i < t.num_layers; i++) t.blocks[i] = bind_block(file, &t, prefix, i);
+    t.head = linear_bind(file, F32, t.out_dim * patch, D, BIAS, "%shead.head", prefix);
+    t.head_modulation = weights_floats(file, 2 * D, "%shead.modulation", prefix);
     return t;
 }
 
@@ -222,12 +226,14 @@ static size_t patch_offset(const Transformer *t, const TransformerState *s, int 
     return (((size_t)(l / s->tokens) * channels + channel) * s->H + row) * s->W + column;
 }
 
-/* x (L,D) from latents: patches are flattened as (C,ph,pw) */
-static void embed_patches(const Transformer *t, TransformerState *s, int L, const float *latents) {
+/* x (L,D) from planes: patches are flattened as (in_dim,ph,pw) */
+static void embed_patches(const Transformer *t, TransformerState *s, int L, const Planes *input) {
     float *out = s->wide;
     for (int l = 0; l < L; l++)
-        for (int c = 0; c < t->in_dim; c++)
-            for (int i = 0; i < patch_volume(t); i++) *out++ = latents[patch_offset(t, s, t->in_dim, c, l, i)];
+        for (int p = 0, left = t->in_dim; left > 0; left -= input[p++].channels)
+            for (int c = 0; c < input[p].channels; c++)
+                for (int i = 0; i < patch_volume(t); i++)
+                    *out++ = input[p].values[patch_offset(t, s, input[p].channels, c, l, i)];
     linear(s->x, s->wide, L, &t->patch_embedding);
 }
 
@@ -253,7 +259,7 @@ static void modulate(float *e, const float *table, int count, int frames, int D,
 }
 
 void transformer_forward(const Transformer *t, TransformerState *s, const TextContext *text, KvCache *cache,
-                         const Chunk *chunk, const float *latents, float *velocity) {
+                         const Chunk *chunk, const Planes *input, float *velocity) {
     int D = t->dim, d = D / t->num_heads, frames = chunk->frames, tokens = s->tokens;
     kv_cache_make_room(cache, frames);
     int L = frames * tokens, past = cache->frames * tokens;   /* tokens of the chunk; cached tokens */
@@ -271,7 +277,7 @@ void transformer_forward(const Transformer *t, TransformerState *s, const TextCo
                         .q_stride = D, .kv_stride = D, .out_stride = D, .scale = 1.0f / sqrtf((float)d)};
 
     embed_time(t, s, chunk);
-    embed_patches(t, s, L, latents);
+    embed_patches(t, s, L, input);
     for (int i = 0; i < t->num_layers; i++) {
         const TransformerBlock *block = &t->blocks[i];
         const AttentionLayers *self = &block->self_attn, *cross = &block->cross_attn;

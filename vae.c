@@ -103,7 +103,7 @@ static VaeLayer *add_layer(VaeLayers *list, VaeLayerKind kind) {
 static const char *name_in(char path[MAX_TENSOR_NAME], const char *format, ...) {
     va_list arguments;
     va_start(arguments, format);
-    vsnprintf(path, MAX_TENSOR_NAME, format, arguments);
+    tensor_name(path, format, arguments);
     va_end(arguments);
     return path;
 }

@@ -65,10 +65,11 @@ static void inspect_frame(Video *video, const float *frame) {
 /* Why a run most likely failed, from its settings. */
 static const char *likely_cause(const Run *run) {
     const Settings *s = run->settings;
-    if (s->guidance > 15) return reason("--guidance %g is more than most models bear", s->guidance);
-    if (!run->recipe->schedule.steps && (s->steps <= 8 || s->guidance <= 1))
+    double guidance = fmax(s->guidance[0], s->guidance[1]);
+    if (guidance > 15) return reason("--guidance %g is more than most models bear", guidance);
+    if (!run->recipe->schedule.steps && (s->steps <= 8 || guidance <= 1))
         return reason("%d steps with guidance %g suit distilled weights only, and those need their own schedule in the file "
-                      "(export.py --recipe)", s->steps, s->guidance);
+                      "(export.py --recipe)", s->steps, guidance);
     if (run->model->precision != F32)
         return reason("numbers beyond the range of %s; try --precision f32", precision_name(run->model->precision));
     return "a schedule or guidance that does not suit the weights, or damaged weights";

@@ -15,6 +15,7 @@
 #define ENGINE_H
 
 #include <float.h>
+#include <stdarg.h>
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -282,6 +283,8 @@ void weights_close(WeightFile *file); /* unmaps the file; NULL is allowed */
 _Noreturn void weights_refuse(const WeightFile *file, const char *format, ...) PRINTF_LIKE(2, 3);
 
 enum { MAX_TENSOR_NAME = 256 }; /* with a 0 at its end; a file with a longer name is refused */
+/* Prints a name. Dies if it is too long for any tensor. */
+void tensor_name(char name[MAX_TENSOR_NAME], const char *format, va_list arguments);
 /* Binds a tensor as a matrix (rows, cols): its inner sizes multiply to cols, its outer sizes to rows. rows = 1 binds a
  * vector. Dies if the tensor is missing, has another shape, or has a type that no product reads. */
 Weight weights_bind(const WeightFile *file, int rows, int cols, const char *name, ...) PRINTF_LIKE(4, 5);

@@ -3,6 +3,7 @@
 import argparse
 import errno
 import hashlib
+import math
 import os
 import shutil
 import signal
@@ -17,7 +18,7 @@ from export.defaults import DEFAULTS, default_keys, option_of, run_defaults
 from export.files import ExportError, is_out_of_memory
 from export.keys import FIXED, model_keys
 from export.lora import open_lora
-from export.parts import KINDS, open_part
+from export.parts import KINDS, expert_note, open_part
 from export.recipes import RECIPES, find_recipe
 from export.sources import find_sources
 from export.tokenizer import find_tokenizer, tokenizer_keys
@@ -29,14 +30,27 @@ FILE_TYPES = {Type.F32: 0, Type.F16: 1, Type.Q4_0: 2, Type.Q4_1: 3, Type.Q8_0: 7
               Type.BF16: 32}  # llama.cpp's LLAMA_FTYPE
 
 
+def check_experts_fit(first, second):
+    """Raises ExportError unless two transformers have the same sizes. A weight file states eps in f32."""
+    for size, value in first.sizes.items():
+        if second.sizes[size] != value and not (size == "eps" and math.isclose(value, second.sizes[size], rel_tol=1e-6)):
+            raise ExportError(f"{second.path}: {size} is {second.sizes[size]}, expected {value} as in the first expert "
+                              f"{first.path}")
+
+
 def check_parts_fit(text, transformer, vae, pieces, tokenizer_path):
     """Raises ExportError unless text width, latent channels and vocabulary agree. pieces: of the tokenizer."""
+    channels, latent = transformer.sizes["in_dim"], transformer.sizes["out_dim"]
+    with_picture = 2 * latent + (1 << sum(vae.sizes["temperal_downsample"]))
     if transformer.sizes["text_dim"] != text.sizes["dim"]:
         raise ExportError(f"{text.path}: the text encoder has width {text.sizes['dim']}, expected "
                           f"{transformer.sizes['text_dim']} for the transformer {transformer.path}")
-    if transformer.sizes["in_dim"] != vae.sizes["z_dim"]:
-        raise ExportError(f"{vae.path}: the VAE has {vae.sizes['z_dim']} latent channels, expected "
-                          f"{transformer.sizes['in_dim']} for the transformer {transformer.path}")
+    if latent != vae.sizes["z_dim"]:
+        raise ExportError(f"{vae.path}: the VAE has {vae.sizes['z_dim']} latent channels, expected {latent} for the "
+                          f"transformer {transformer.path}")
+    if channels not in (latent, with_picture):
+        raise ExportError(f"{transformer.path}: {channels} input channels, expected {latent}, or {with_picture} for an "
+                          "image-to-video model: a model conditioned on other latents cannot be run yet")
     if pieces > text.sizes["vocab_size"]:
         raise ExportError(f"{tokenizer_path}: the tokenizer has {pieces} pieces, expected at most "
                           f"{text.sizes['vocab_size']}, the rows of the text encoder's embedding: give the text "
@@ -86,18 +100,30 @@ def export(args):
     opened, output = {}, check_output(Path(args.output))
     sources, wanted = find_sources(args, opened), TYPES[args.type]
     recipe, note = find_recipe(args, sources)
-    parts = [open_part(name, getattr(sources, name), sources.patterns.get(name, "*"), opened,
-                       recipe and recipe.container) for name in KINDS]
-    text, transformer, vae = parts
+    parts = {name: open_part(name, getattr(sources, name), sources.patterns.get(name, "*"), opened,
+                             recipe and recipe.container) for name in KINDS if getattr(sources, name)}
+    text, transformer, vae = parts["text_encoder"], parts["transformer"], parts["vae"]
+    if sources.expands:
+        transformer.sizes["model_type"] = "ti2v"
     tokenizer_path = find_tokenizer(sources.tokenizer)
     tokenizer = tokenizer_keys(tokenizer_path, opened)
     check_parts_fit(text, transformer, vae, len(tokenizer["tokenizer.ggml.tokens"]), tokenizer_path)
 
+    if sources.transformer_2:
+        check_experts_fit(transformer, parts["transformer_2"])
+        transformer.notes.append(f"two experts: {transformer.path}, then {parts['transformer_2'].path} for low noise")
+    elif args.lora_2:
+        raise ExportError("--lora-2 is given, but there is one transformer, expected --transformer-2, too")
+    else:
+        transformer.notes += expert_note(transformer)
+
     shapes = {name: shape for name, shape, _ in transformer.rows()}
-    loras = [open_lora(option, shapes, args.lora_skip_unmatched, recipe and recipe.lora_alpha) for option in args.lora]
-    planned = [t for part in parts for t in plan(part, wanted, loras if part is transformer else ())]
+    merged = {part: [open_lora(option, shapes, args.lora_skip_unmatched, recipe and recipe.lora_alpha) for option in given]
+              for part, given in (("transformer", args.lora), ("transformer_2", args.lora_2))}
+    loras = [lora for some in merged.values() for lora in some]
+    planned = [t for name, part in parts.items() for t in plan(part, wanted, merged.get(name, ()))]
     matrix = next(t for t in planned if t.name == "blocks.0.self_attn.q.weight")
-    files = [f for f in (*(f for part in parts for f in part.files), tokenizer_path, sources.scheduler,
+    files = [f for f in (*(f for part in parts.values() for f in part.files), tokenizer_path, sources.scheduler,
                          sources.settings, *(f for lora in loras for f in lora.files)) if f]
     spare_sources(output, files)
     check_space(output, planned)
@@ -106,14 +132,14 @@ def export(args):
         **FIXED,
         DIGEST_KEY: NO_DIGEST,
         **default_keys(run_defaults(args, sources, recipe, transformer, vae)),
-        **model_keys(parts),
+        **model_keys(parts.values()),
         "sora.lora": [f"{lora.path.name}:{lora.scale:g}" for lora in loras],
         **source_keys(Path(args.checkpoint) if args.checkpoint else None, files),
         **tokenizer,
     }
     if sources.own:
         keys |= carried_keys(sources.own, keys)
-    notes = [*([note] if note else []), *(n for part in parts for n in part.notes), *(lora.note for lora in loras)]
+    notes = [*([note] if note else []), *(n for part in parts.values() for n in part.notes), *(lora.note for lora in loras)]
     print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     write(output, keys, planned)
     print(f"{output}: {len(planned)} tensors, {output.stat().st_size:,} bytes", file=sys.stderr)
@@ -128,7 +154,7 @@ class Parser(argparse.ArgumentParser):
 
 def arguments(argv):
     """The parsed command line. Every row of DEFAULTS that has a help text is an option. argv: None is sys.argv."""
-    parser = Parser(prog="export.py", description="Converts a Wan 2.1 text-to-video checkpoint to one GGUF file.")
+    parser = Parser(prog="export.py", description="Converts a checkpoint of Wan 2.1 or 2.2 to one GGUF file.")
     parser.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT",
                         help="a diffusers folder, an original release folder, the transformer's file, or a weight file "
                              "that export.py wrote")
@@ -137,11 +163,13 @@ def arguments(argv):
                         help="type of the matrices (default keep: as stored; a type that sora cannot read becomes bf16)")
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]",
                         help="merge a LoRA; can be given several times")
+    parser.add_argument("--lora-2", action="append", default=[], metavar="FILE[:SCALE]",
+                        help="the same for the second expert")
     parser.add_argument("--lora-skip-unmatched", action="store_true",
                         help="leave out LoRA keys that match no tensor, and print their number")
-    for part in ("transformer", "text-encoder", "vae", "tokenizer"):
-        parser.add_argument(f"--{part}", metavar="PATH",
-                            help=f"take the {part.replace('-', ' ')} from this file or folder")
+    for part, what in (("transformer", "transformer"), ("transformer-2", "second expert, the one for low noise,"),
+                       ("text-encoder", "text encoder"), ("vae", "VAE"), ("tokenizer", "tokenizer")):
+        parser.add_argument(f"--{part}", metavar="PATH", help=f"take the {what} from this file or folder")
     schedule = parser.add_argument_group("the schedule for which distilled and causal weights were trained")
     schedule.add_argument("--recipe", choices=RECIPES, metavar="NAME",
                           help=f"the released model whose schedule and chunks the weights have: {', '.join(RECIPES)}")

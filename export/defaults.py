@@ -5,7 +5,7 @@ option of export.py. A value comes from the last of these sources that states it
 
     1. the table
     2. the release, recognised by the transformer's sizes
-    3. scheduler_config.json
+    3. scheduler_config.json and model_index.json, except a shift other than the release's
     4. the transformer's config.json (chunks of causal models)
     5. the weight file that is converted again
     6. sora.json beside the checkpoint
@@ -23,12 +23,15 @@ from export.recipes import RECIPES, schedule
 NEGATIVE_PROMPT = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
                    "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
                    "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
-RELEASED = {  # (dim, num_layers): its name and negative prompt, from the original configuration
-    (1536, 30): {"name": "Wan2.1-T2V-1.3B", "negative_prompt": NEGATIVE_PROMPT},
-    (5120, 40): {"name": "Wan2.1-T2V-14B", "negative_prompt": NEGATIVE_PROMPT},
-    (3072, 30): {"name": "Wan2.2-TI2V-5B", "negative_prompt": NEGATIVE_PROMPT, "width": 1280, "height": 704,
-                 "frames": 121, "fps": "24", "steps": 50, "guidance": 5.0, "shift": 5.0},
+RELEASED = {  # (dim, num_layers, model type, number of experts): its settings, from the original configuration
+    (1536, 30, "t2v", 1): {"name": "Wan2.1-T2V-1.3B"},
+    (5120, 40, "t2v", 1): {"name": "Wan2.1-T2V-14B"},
+    (3072, 30, "ti2v", 1): {"name": "Wan2.2-TI2V-5B", "width": 1280, "height": 704, "frames": 121, "fps": "24",
+                            "steps": 50, "guidance": 5.0, "shift": 5.0},
+    (5120, 40, "t2v", 2): {"name": "Wan2.2-T2V-A14B", "steps": 40, "guidance": 4.0, "guidance_2": 3.0, "shift": 12.0},
+    (5120, 40, "i2v", 2): {"name": "Wan2.2-I2V-A14B", "steps": 40, "guidance": 3.5, "guidance_2": 3.5, "shift": 5.0},
 }
+BOUNDARIES = {"t2v": 0.875, "i2v": 0.9}  # of the releases with two experts, {model type: noise level}
 
 # {class of diffusers: (sora's name, the configuration's key of the shift, the settings that sora implements)}
 SCHEDULERS = {
@@ -70,11 +73,14 @@ DEFAULTS = {
     "fps": Default("default.fps", str, "16", help="frames per second, N or N:D"),
     "steps": Default("default.steps", int, 50, (1, 1000), "denoising steps"),
     "guidance": Default("default.guidance", float, 5.0, (0, 1000), "classifier-free guidance scale"),
+    "guidance_2": Default("default.guidance_2", float, None, (0, 1000), "guidance scale of the second expert"),
     "negative_prompt": Default("default.negative_prompt", str, "", help="negative prompt"),
     "precision": Default("default.precision", str, None, ("f32", "bf16", "int8"), "arithmetic of the large products"),
     "sampler": Default("scheduler.sampler", str, "unipc", tuple(name for name, _, _ in SCHEDULERS.values()),
                        "sampler"),
     "shift": Default("scheduler.shift", float, 3.0, (1e-3, 1000), "time shift of the noise schedule"),
+    "boundary": Default("scheduler.boundary", float, None, (0, 1),
+                        "noise level, 0 to 1, from which on the first expert serves; below it the second"),
     "rule": Default("scheduler.rule", str, None, ("multistep", "renoise", "euler"),
                     "how a step computes the next latents"),
     "timesteps": Default("scheduler.timesteps", list, None, (0, 1000)),  # what the transformer gets
@@ -136,14 +142,31 @@ def causal_defaults(config):
     return stated if "chunk_frames" in stated or stated.get("window") else {}
 
 
+def checkpoint_defaults(sources, transformer):
+    """{name: value} of what the release and the files of a diffusers folder state. Where they disagree, there is a note in
+    transformer.notes: diffusers' converter writes another shift for Wan 2.2 A14B than the release uses."""
+    sizes, experts = transformer.sizes, 1 + bool(sources.transformer_2)
+    released = RELEASED.get((sizes["dim"], sizes["num_layers"], sizes["model_type"], experts), {})
+    values = {"negative_prompt": NEGATIVE_PROMPT} | released if released else {}
+    if experts > 1 and sizes["model_type"] in BOUNDARIES:
+        values["boundary"] = BOUNDARIES[sizes["model_type"]]
+    if sources.scheduler:
+        with reading(sources.scheduler):
+            values |= scheduler_defaults(sources.scheduler)
+    if sources.boundary is not None and experts > 1:
+        values["boundary"] = sources.boundary
+    if values.get("shift") != released.get("shift", values.get("shift")):
+        transformer.notes.append(f"{sources.scheduler}: the shift is {values['shift']:g}, the release's is "
+                                 f"{released['shift']:g}, which is used; --shift {values['shift']:g} for diffusers' clips")
+        values["shift"] = released["shift"]
+    return values
+
+
 def run_defaults(args, sources, recipe, transformer, vae):
     """{name: value} of every default, from all sources. args: of the command line; recipe: of recipes.py, or None;
     transformer, vae: parts. Raises ExportError for a value that is not allowed or does not fit the others."""
     values = {name: row.value for name, row in DEFAULTS.items() if row.value is not None}
-    values.update(RELEASED.get((transformer.sizes["dim"], transformer.sizes["num_layers"]), {}))
-    if sources.scheduler:
-        with reading(sources.scheduler):
-            values.update(scheduler_defaults(sources.scheduler))
+    values.update(checkpoint_defaults(sources, transformer))
     values.update(causal_defaults(transformer.config))
     if sources.own:
         values.update(keys_defaults(sources.own.keys))
@@ -155,7 +178,10 @@ def run_defaults(args, sources, recipe, transformer, vae):
     planned = schedule(args, recipe, shift)
     if planned or args.rule == "multistep":  # the former schedule's lists do not belong to this one
         values = {name: value for name, value in values.items() if name not in OF_A_LIST}
-    values |= planned | (recipe.defaults if recipe else {}) | options
+    chosen = planned | (recipe.defaults if recipe else {}) | options
+    if "guidance" in chosen:
+        values.pop("guidance_2", None)  # it is that of both experts, unless the other is given, too
+    values |= chosen
     where = {name: f"{sources.settings}: {name}" for name in settings} | {name: option_of(name) for name in options}
     for name, value in values.items():
         check_default(where.get(name, name), name, value)
@@ -165,6 +191,7 @@ def run_defaults(args, sources, recipe, transformer, vae):
     check_clip(where, values, transformer.sizes, vae.sizes)
     check_schedule(values, args)
     check_chunks(values)
+    check_experts(values, bool(sources.transformer_2))
     return values
 
 
@@ -229,6 +256,17 @@ def check_chunks(values):
     if window and window < sink + values["chunk_frames"]:
         raise ExportError(f"--window is {window}, expected 0 or at least {sink + values['chunk_frames']}: the sink of "
                           f"{sink} and a chunk of {values['chunk_frames']}")
+
+
+def check_experts(values, two):
+    """Raises ExportError unless a model of two experts, and no other, has a boundary between them."""
+    if two and "boundary" not in values:
+        raise ExportError("two experts, but no boundary between them is known, expected --boundary, such as 0.875")
+    if two and "chunk_frames" in values:
+        raise ExportError("two experts that generate in chunks cannot be run yet")
+    for name in ("boundary", "guidance_2"):
+        if not two and name in values:
+            raise ExportError(f"{option_of(name)} is given, but there is one transformer, expected --transformer-2, too")
 
 
 def is_text(value):

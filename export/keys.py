@@ -1,4 +1,4 @@
-"""Keys: the weight file's keys for the sizes of its three models. One table serves to write a file and to read it
+"""Keys: the weight file's keys for the sizes of its models. One table serves to write a file and to read it
 again.
 
 The names are llama.cpp's for the text encoder, the original release's arguments for the transformer, and diffusers' for
@@ -12,7 +12,7 @@ FORMAT_VERSION = 1
 # {part: {key of the weight file: name of the size in sizes.py}}
 SIZES = {
     "transformer": {
-        **{f"wan.{size}": size for size in ("dim", "ffn_dim", "freq_dim", "in_dim", "out_dim", "num_heads",
+        **{f"wan.{size}": size for size in ("model_type", "dim", "ffn_dim", "freq_dim", "in_dim", "out_dim", "num_heads",
                                             "num_layers", "text_len", "text_dim", "patch_size", "eps")},
         "t5encoder.context_length": "text_len",
     },
@@ -33,14 +33,15 @@ SIZES = {
                                              "latents_mean", "latents_std")},
 }
 
-# Keys with the same value in every weight file.
+SIZES["transformer_2"] = SIZES["transformer"]  # two experts have the same sizes
+
 # What files of earlier versions do not state.
 ASSUMED = {"vae.is_residual": False}
 
+# Keys with the same value in every weight file.
 FIXED = {
     "general.quantization_version": 2,
     "sora.format_version": FORMAT_VERSION,
-    "wan.model_type": "t2v",
     "wan.qk_norm": True,
     "wan.cross_attn_norm": True,
     "wan.patch_embedding_layout": "O,I,T,Y,X",
@@ -52,7 +53,7 @@ FIXED = {
 
 
 def model_keys(parts):
-    """{key: value} of all sizes. parts: the three models."""
+    """{key: value} of all sizes."""
     return {key: part.sizes[size] for part in parts for key, size in SIZES[part.name].items()}
 
 

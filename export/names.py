@@ -63,17 +63,24 @@ RENAMES = {
     ],
 }
 
-# (pattern of a key, the model that has it): models that sora cannot run yet.
+RENAMES["transformer_2"] = RENAMES["transformer"]
+
+# (pattern of a key, the model that has it): models that sora cannot run yet. The first that matches a file's key counts.
 UNSUPPORTED = [
-    (r"\bimg_emb\.|\.[kv]_img\.|image_embedder|\.add_[kv]_proj\.", "an image-to-video model (CLIP image encoder)"),
+    (r"\bemb_pos$|\bpos_embed$", "a first-and-last-frame model (CLIP image encoder)"),
     (r"^vace_", "a VACE model"),
-    (r"\bmotion_encoder\.|\bface_adapter\.", "a Wan-Animate model"),
+    (r"\bmotion_encoder\.|\bface_adapter\.|\bface_encoder\.|\bpose_patch_embedding\.", "a Wan-Animate model"),
+    (r"\bcasual_audio_encoder\.|\baudio_injector\.|\bcond_encoder\.|\bframe_packer\.|\baudio_proj\.|\baudio_cross_attn\.",
+     "a model of speech or sound (Wan-S2V and others)"),
+    (r"\bcontrol_adapter\.|\bref_conv\.|\bcam_encoder\.", "a model of cameras or controls (Wan-Fun and others)"),
+    (r"\bimg_emb\.|\.[kv]_img\.|image_embedder|\.add_[kv]_proj\.|norm_added_[kqv]\.|norm_k_img\.",
+     "an image-to-video model (CLIP image encoder)"),
 ]
 
 # FastWan's gate of sparse attention. Dense attention does not use it.
 GATE = re.compile(r"\.to_gate_compress\.")
 
-# Names of Wan 2.2 A14B's two experts. Their tensors have the same names and shapes as Wan 2.1's 14B.
+# Names of Wan 2.2 A14B's two experts. The tensors of T2V's have the same names and shapes as Wan 2.1's 14B.
 EXPERT = re.compile(r"(high|low)[-_ ]?noise|transformer_2|wan2[._]2|a14b", re.IGNORECASE)
 
 
@@ -108,8 +115,9 @@ def count_upsamples(names):
     return names
 
 
-def refuse_unsupported(path, key):
-    """Raises ExportError if a key belongs to a model that sora cannot run."""
+def refuse_unsupported(path, keys):
+    """Raises ExportError if one of a file's keys belongs to a model that sora cannot run."""
     for pattern, what in UNSUPPORTED:
-        if re.search(pattern, plain_name(key)):
-            raise ExportError(f"{path}: {what} cannot be run yet ({key})")
+        for key in keys:
+            if re.search(pattern, plain_name(key)):
+                raise ExportError(f"{path}: {what} cannot be run yet ({key})")

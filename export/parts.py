@@ -1,6 +1,7 @@
-"""Parts: the three models, opened from its files, renamed and measured.
+"""Parts: the models, opened from their files, renamed and measured.
 
-The table KINDS says what belongs to each part, and which functions of other modules handle it.
+The table KINDS says what belongs to each part, and which functions of other modules handle it. Wan 2.2 A14B has two
+transformers, its experts; all other models have one.
 """
 
 import re
@@ -19,8 +20,8 @@ from export.tables import TEXT_ENCODER, TRANSFORMER, block_rows, vae_rows
 
 @dataclass(frozen=True)
 class Kind:
-    """What belongs to one of the three models."""
-    prefix: str        # of its tensors in the weight file; the VAE shares names with the transformer
+    """What belongs to one of the models."""
+    prefix: str        # of its tensors in the weight file, where it shares names with the transformer
     names: str         # pattern of its tensors in the weight file
     mark: str          # a key that only its config.json has
     measure: Callable  # part -> sizes
@@ -30,15 +31,17 @@ class Kind:
 KINDS = {  # in the order of the weight file
     "text_encoder": Kind("", r"(token_embd|enc)\.", "d_model", text_encoder_sizes,
                          lambda sizes: block_rows(TEXT_ENCODER, sizes)),
-    "transformer": Kind("", r"(?!token_embd\.|enc\.|vae\.)", "ffn_dim", transformer_sizes,
+    "transformer": Kind("", r"(?!token_embd\.|enc\.|vae\.|transformer_2\.)", "ffn_dim", transformer_sizes,
                         lambda sizes: block_rows(TRANSFORMER, sizes)),
+    "transformer_2": Kind("transformer_2.", r"transformer_2\.", "ffn_dim", transformer_sizes,
+                          lambda sizes: block_rows(TRANSFORMER, sizes)),
     "vae": Kind("vae.", r"vae\.", "z_dim", vae_sizes, vae_rows),
 }
 
 
 @dataclass
 class Part:
-    """One of the three models: its tensors by our names, what its config.json states, and its sizes."""
+    """One of the models: its tensors by our names, what its config.json states, and its sizes."""
     name: str
     path: Path
     tensors: dict
@@ -79,7 +82,7 @@ def open_part(name, path, pattern="*", opened=None, container=None):
         part = Part(name, path, rename(name, weights_in(kept)), config, paths + ([config_path] if config else []))
         part.sizes = KINDS[name].measure(part)
         part.signs = signs_of_a_schedule(files, config, len(stored) - len(kept))
-        part.notes = [*(f.note for f in files if f.note), *gate_note(path, len(stored) - len(kept)), *expert_note(part)]
+        part.notes = [*(f.note for f in files if f.note), *gate_note(path, len(stored) - len(kept))]
         return part
 
 
@@ -98,20 +101,26 @@ def gate_note(path, gates):
 
 
 def expert_note(part):
-    """[a note] if a transformer has the size and the name of an expert of Wan 2.2 A14B, else []. A name proves nothing,
-    so such a file is not refused."""
+    """[a note] if a transformer that is given alone has the size and the name of an expert of Wan 2.2 A14B, else []. A name
+    proves nothing, so such a file is not refused."""
     called = EXPERT.search("/".join(part.path.absolute().parts[-2:]))
-    if part.name != "transformer" or part.sizes["dim"] != 5120 or not called:
+    if part.sizes["dim"] != 5120 or not called:
         return []
     return [f"{part.path}: named like an expert of Wan 2.2 A14B ({called[0]}), which alone makes no clip; used as "
-            "Wan 2.1's 14B, whose tensors have the same shapes"]
+            "a whole model. Both experts: --transformer HIGH --transformer-2 LOW"]
 
 
 def own_part(name, path, file):
-    """A part of a weight file that export.py wrote. Its tensors need no renaming, and its keys state the sizes."""
-    kind = KINDS[name]
+    """A part of a weight file that export.py wrote. Its tensors need no renaming, and its keys state the sizes. Its only
+    transformer can be the second expert of another file."""
+    kind = KINDS[name if name != "transformer_2" or has_experts(file) else "transformer"]
     tensors = {key.removeprefix(kind.prefix): t for key, t in file.tensors.items() if re.match(kind.names, key)}
     return Part(name, path, tensors, {}, [file.path], stated_sizes(name, file))
+
+
+def has_experts(file):
+    """Whether a weight file that export.py wrote has two transformers."""
+    return any(key.startswith(KINDS["transformer_2"].prefix) for key in file.tensors)
 
 
 def all_tensors(files):
@@ -119,10 +128,10 @@ def all_tensors(files):
     run."""
     stored = {}
     for file in files:
+        refuse_unsupported(file.path, file.tensors)
         for key, tensor in file.tensors.items():
             if key in stored:
                 raise ExportError(f"{file.path}: {key} is also in {stored[key].file.path}")
-            refuse_unsupported(file.path, key)
             stored[key] = tensor
     return stored
 

@@ -1,4 +1,4 @@
-"""Sizes of the three models, from the shapes of their tensors.
+"""Sizes of the models, from the shapes of their tensors.
 
 Sizes that config.json states must agree with the shapes. Only the transformer's number of heads is in no shape. A
 setting that changes the computation to one that sora does not implement is refused by name.
@@ -89,6 +89,18 @@ def patch_embedding_shape(part):
     return shape_in(part, "patch_embedding.weight", 5)
 
 
+MODEL_TYPES = ("t2v", "ti2v", "i2v")  # text to video; text, and a picture if there is one; a picture and text
+
+
+def model_type(part, sizes):
+    """What the model starts from: one of MODEL_TYPES. An image-to-video model has more input channels than output channels.
+    TI2V-5B's weights are those of a text-to-video model; it alone has 48 channels. A diffusers pipeline states it
+    elsewhere (expand_timesteps in model_index.json)."""
+    if sizes["in_dim"] != sizes["out_dim"]:
+        return "i2v"
+    return "ti2v" if sizes["out_dim"] == 48 or part.config.get("model_type") == "ti2v" else "t2v"
+
+
 def transformer_sizes(part):
     """The arguments of WanModel (wan/modules/model.py). Without config.json the head width is 128, as in every released
     Wan model. Raises ExportError for sizes that do not fit and models that sora cannot run."""
@@ -110,14 +122,12 @@ def transformer_sizes(part):
         "num_heads": heads,
         "eps": stated(part, "eps", 1e-6, 0, 1),
     }
-    if sizes["in_dim"] != sizes["out_dim"]:
-        raise ExportError(f"{part.path}: {sizes['in_dim']} input channels, expected {sizes['out_dim']} as output "
-                          "channels: a model conditioned on images or other latents cannot be run yet")
+    sizes["model_type"] = model_type(part, sizes)
     check_known(part, KNOWN["transformer"])
     check_required(part, [
         ("_class_name", ("WanTransformer3DModel", "WanModel", "CausalWanTransformer3DModel", "CausalWanModel"),
          "that kind of model"),
-        ("model_type", ("t2v", "ti2v"), "that kind of model"),
+        ("model_type", MODEL_TYPES, "that kind of model"),
         ("qk_norm", (True, "rms_norm_across_heads"), "another norm of queries and keys"),
         ("cross_attn_norm", (True,), "a block without it"),
         ("image_dim", (None,), "image conditioning"),
@@ -125,6 +135,8 @@ def transformer_sizes(part):
         ("pos_embed_seq_len", (None,), "a learned position embedding"),
         ("window_size", ([-1, -1],), "local attention"),
     ])
+    if "i2v" in (sizes["model_type"], part.config.get("model_type")):
+        check_stated(part, sizes, {"model_type": "model_type"})
     check_stated(part, sizes | {"head_dim": shape[0] // heads}, {
         "dim": "dim", "in_dim": "in_dim", "in_channels": "in_dim", "out_dim": "out_dim", "out_channels": "out_dim",
         "ffn_dim": "ffn_dim", "freq_dim": "freq_dim", "text_dim": "text_dim", "num_layers": "num_layers",

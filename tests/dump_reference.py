@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs diffusers' WanPipeline on a checkpoint and writes the tensors that `sora --check` compares, as .npy files.
+"""Runs diffusers' Wan pipelines on a checkpoint and writes the tensors that `sora --check` compares, as .npy files.
 
     python tests/dump_reference.py CHECKPOINT DIR --prompt "A red fox" --size 832x480 --frames 17 --steps 4
     ./sora -m model.gguf --check DIR "A red fox" -s 832x480 -f 17 --steps 4 ...
@@ -17,7 +17,7 @@ import diffusers
 import numpy as np
 import torch
 import transformers
-from diffusers import WanPipeline, WanVideoToVideoPipeline
+from diffusers import WanImageToVideoPipeline, WanPipeline, WanVideoToVideoPipeline
 from transformers import PreTrainedTokenizerFast
 
 import schedulers
@@ -36,7 +36,9 @@ class Settings:
     shift: float = 3.0
     sampler: str = "unipc"
     seed: int = 0
+    guidance_2: float | None = None  # of the second expert
     strength: float | None = None  # a clip is made anew
+    pictures: int = 0  # the clip begins with a picture; 2: it ends with another
 
 
 class Recorder:
@@ -48,14 +50,16 @@ class Recorder:
         self.texts = iter(("prompt", "negative"))
         self.passes = 0  # forward passes of the transformer so far
         self.steps = 0  # steps of the sampler so far
-        self.mixed = False  # the clip began as a mixture of a source and noise
+        self.begun = False  # noise and encoded frames are written
+        self.hold = lambda latents: latents  # puts frames that are not denoised in their place
         folder.mkdir(parents=True, exist_ok=True)
         pipe.text_encoder.register_forward_hook(self.on_text)
-        pipe.transformer.register_forward_pre_hook(self.on_noise, with_kwargs=True)
-        for index, block in enumerate(pipe.transformer.blocks):
-            block.register_forward_hook(
-                lambda _, args, out, name=f"block{index:02d}": self.save(self.branch(name), out[0]))
-        pipe.transformer.register_forward_hook(self.on_velocity)
+        for transformer in filter(None, (pipe.transformer, getattr(pipe, "transformer_2", None))):
+            transformer.register_forward_pre_hook(self.on_noise, with_kwargs=True)
+            for index, block in enumerate(transformer.blocks):
+                block.register_forward_hook(
+                    lambda _, args, out, name=f"block{index:02d}": self.save(self.branch(name), out[0]))
+            transformer.register_forward_hook(self.on_velocity)
         pipe.scheduler.step = self.wrap(pipe.scheduler.step, self.on_step)
         if hasattr(pipe.scheduler, "add_noise"):
             pipe.scheduler.add_noise = self.wrap(
@@ -63,7 +67,7 @@ class Recorder:
         else:
             pipe.scheduler.scale_noise = self.wrap(
                 pipe.scheduler.scale_noise, lambda _, encoded, __, noise: self.on_encoded(encoded, noise))
-        pipe.vae.encode = self.wrap(pipe.vae.encode, lambda _, source: self.save("source", source[0]))
+        pipe.vae.encode = self.wrap(pipe.vae.encode, lambda _, source: self.on_source(source[0]))
         pipe.vae.decode = self.wrap(pipe.vae.decode, lambda out, *_: self.save("video", out[0][0]))
 
     @staticmethod
@@ -91,13 +95,17 @@ class Recorder:
         self.save(f"{name}.ids", ids[0, :n].to(torch.int32))
         self.save(f"{name}.embeds", output.last_hidden_state[0, :n])
 
+    def on_source(self, source) -> None:
+        if not self.begun:
+            self.save("source", source)
+
     def on_encoded(self, encoded, noise) -> None:
         self.save("encoded", encoded[0])
         self.save("noise", noise[0])
-        self.mixed = True
+        self.begun = True
 
     def on_noise(self, module, args, kwargs) -> None:
-        if self.passes == 0 and not self.mixed:
+        if self.passes == 0 and not self.begun:
             self.save("noise", kwargs["hidden_states"][0])
 
     def on_velocity(self, module, args, output) -> None:
@@ -105,9 +113,10 @@ class Recorder:
         self.passes += 1
 
     def on_step(self, result, velocity, timestep, before) -> None:
+        latents = self.hold(result[0])[0]
         self.save(f"step{self.steps:03d}.velocity", velocity[0])
-        self.save(f"step{self.steps:03d}.latents", result[0][0])
-        self.save("latents", result[0][0])
+        self.save(f"step{self.steps:03d}.latents", latents)
+        self.save("latents", latents)
         self.steps += 1
 
 
@@ -123,8 +132,8 @@ def float64_arithmetic():
         torch.Tensor.float = to_float
 
 
-def load(checkpoint: Path) -> WanPipeline:
-    """The pipeline in float32. A tokenizer.json is used as it is. (From transformers 5 on, T5Tokenizer would keep the pieces,
+def load(checkpoint: Path, kind: type = WanPipeline) -> WanPipeline:
+    """The pipeline in float32. kind: its class. A tokenizer.json is used as it is. (From transformers 5 on, T5Tokenizer would keep the pieces,
     build its own rules, and take piece 2 as the unknown one; umT5's is 3.)"""
     rules = checkpoint / "tokenizer" / "tokenizer.json"
     given = {}
@@ -133,7 +142,7 @@ def load(checkpoint: Path) -> WanPipeline:
                                                      unk_token="<unk>")
     for library in (diffusers, transformers):
         library.utils.logging.disable_progress_bar()
-    pipe = WanPipeline.from_pretrained(checkpoint, dtype=torch.float32, **given)
+    pipe = kind.from_pretrained(checkpoint, dtype=torch.float32, **given)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -141,32 +150,74 @@ def load(checkpoint: Path) -> WanPipeline:
 @torch.no_grad()
 def dump(checkpoint: Path, folder: Path, settings: Settings, double: bool = False,
          source: np.ndarray | None = None) -> None:
-    """Generates one clip with WanPipeline, or WanVideoToVideoPipeline, and writes its tensors into `folder`.
+    """Generates one clip with WanPipeline, WanVideoToVideoPipeline or WanImageToVideoPipeline, and writes its tensors into
+    `folder`.
 
     checkpoint: a diffusers folder; double: compute and write float64, from the same noise.
-    source: the clip [3, F, Y, X] that is made anew, with settings.strength.
+    source: the clip [3, F, Y, X] that is made anew, with settings.strength; or settings.pictures pictures, as its frames.
     """
-    pipe = load(checkpoint)
+    pipe = load(checkpoint, WanImageToVideoPipeline if settings.pictures else WanPipeline)
     pipe.scheduler = schedulers.configure(settings.sampler, settings.shift)
-    if source is not None:
-        redraw(pipe, folder, settings, source)
+    modules = [m for m in (pipe.text_encoder, pipe.transformer, pipe.transformer_2, pipe.vae) if m]
+    if settings.strength is not None:
+        redraw(pipe, folder, settings, source, modules if double else [])
         return
-    Recorder(pipe, folder, settings.guidance > 1)
+    recorder = Recorder(pipe, folder, settings.guidance > 1)
     width, height = settings.size
-    noise = pipe.prepare_latents(1, pipe.transformer.config.in_channels, height, width, settings.frames,
-                                 torch.float32, "cpu", torch.Generator().manual_seed(settings.seed))
-    if double:
-        for module in (pipe.text_encoder, pipe.transformer, pipe.vae):
-            module.double()
+    noise = WanPipeline.prepare_latents(pipe, 1, pipe.vae.config.z_dim, height, width, settings.frames, torch.float32,
+                                        "cpu", torch.Generator().manual_seed(settings.seed))
+    given = {}
+    if settings.pictures:
+        given = dict(zip(("image", "last_image"), ((torch.from_numpy(p)[None] + 1) / 2 for p in source.swapaxes(0, 1))))
+        record_condition(pipe, recorder)
+    if pipe.config.boundary_ratio is not None:
+        given["guidance_scale_2"] = settings.guidance_2
+    for module in modules if double else ():
+        module.double()
     with float64_arithmetic() if double else contextlib.nullcontext():
-        pipe(settings.prompt, settings.negative, width=width, height=height, num_frames=settings.frames,
-             num_inference_steps=settings.steps, guidance_scale=settings.guidance, latents=noise)
+        pipe(prompt=settings.prompt, negative_prompt=settings.negative, width=width, height=height,
+             num_frames=settings.frames, num_inference_steps=settings.steps, guidance_scale=settings.guidance,
+             latents=noise, **given)
     np.save(folder / "timesteps.npy", pipe.scheduler.timesteps.numpy().astype(np.float32))
     np.save(folder / "sigmas.npy", pipe.scheduler.sigmas.numpy())
 
 
-def redraw(pipe: WanPipeline, folder: Path, settings: Settings, source: np.ndarray) -> None:
-    """Makes the source anew. Of the schedule, time steps and sigmas of the steps that are taken are written."""
+def record_condition(pipe: WanImageToVideoPipeline, recorder: Recorder) -> None:
+    """Writes what prepare_latents() makes of pictures.
+
+    With expand_timesteps diffusers puts the encoded picture into the first latent frame of each step's input, and into
+    the latents after the last step; sora, like the original release, does so after each step. It takes one picture. The
+    last one is treated likewise here, as a frame that is encoded by itself.
+    """
+    prepare = pipe.prepare_latents
+
+    def prepare_and_write(image, *args):
+        *args, last = args
+        recorder.begun = True
+        for name, picture in (("image", image), ("last_image", last)):
+            if picture is not None:
+                recorder.save(name, picture[0])
+        if not pipe.config.expand_timesteps:
+            latents, condition = prepare(image, *args, last)
+            recorder.save("condition", condition[0])
+            recorder.save("encoded", condition[0, -latents.shape[1]:])
+        else:
+            encoded = [prepare(picture, *args, None) for picture in (image, last) if picture is not None]
+            latents, condition, mask = encoded[0]
+            condition = condition.repeat(1, 1, latents.shape[2], 1, 1)
+            if last is not None:
+                condition[:, :, -1:], mask[:, :, -1] = encoded[1][1], 0
+            recorder.hold = lambda x: (1 - mask) * condition + mask * x
+            recorder.save("encoded", torch.cat([e[1] for e in encoded], 2)[0])
+        recorder.save("noise", latents[0])
+        return (latents, condition, mask) if pipe.config.expand_timesteps else (latents, condition)
+
+    pipe.prepare_latents = prepare_and_write
+
+
+def redraw(pipe: WanPipeline, folder: Path, settings: Settings, source: np.ndarray, widened: list) -> None:
+    """Makes the source anew. Of the schedule, time steps and sigmas of the steps that are taken are written. widened: the
+    modules that compute in float64."""
     parts = {name: part for name, part in pipe.components.items() if name != "transformer_2"}
     pipe = WanVideoToVideoPipeline(**parts)
     pipe.vae_scale_factor_spatial = pipe.vae.config.scale_factor_spatial  # it takes a VAE without patches for granted
@@ -174,9 +225,12 @@ def redraw(pipe: WanPipeline, folder: Path, settings: Settings, source: np.ndarr
     recorder = Recorder(pipe, folder, settings.guidance > 1)
     width, height = settings.size
     clip = (torch.from_numpy(source).transpose(0, 1)[None] + 1) / 2  # [1, F, 3, Y, X] in [0, 1]
-    pipe(clip, settings.prompt, settings.negative, width=width, height=height, num_inference_steps=settings.steps,
-         guidance_scale=settings.guidance, strength=settings.strength,
-         generator=torch.Generator().manual_seed(settings.seed))
+    for module in widened:
+        module.double()
+    with float64_arithmetic() if widened else contextlib.nullcontext():
+        pipe(clip, settings.prompt, settings.negative, width=width, height=height, num_inference_steps=settings.steps,
+             guidance_scale=settings.guidance, strength=settings.strength,
+             generator=torch.Generator().manual_seed(settings.seed))
     np.save(folder / "timesteps.npy", pipe.scheduler.timesteps.numpy().astype(np.float32)[-recorder.steps:])
     np.save(folder / "sigmas.npy", pipe.scheduler.sigmas.numpy()[-recorder.steps - 1:])
 

@@ -222,10 +222,7 @@ static bool run_model(Bytes in) {
     Settings settings = settings_new();
     if (weights_parse(in, "fuzz", &model.file)) return false;
     if (tokenizer_load(model.file, &model.tokenizer)) return false;
-    model.text_encoder = text_encoder_load(model.file, F32);
-    model.transformer = transformer_load(model.file, F32);
-    model.vae = vae_load(model.file, F32);
-    model.recipe = recipe_load(model.file);
+    model_bind(&model);
     settings.prompt = "a red fox", settings.width = settings.height = 16 << below(11);
     settings_complete(&settings, &model);
     generate_memory(&model, &settings);

@@ -194,9 +194,10 @@ def write_tokenizer(folder, source):
 # ---------------------------------------------------------------- layouts
 
 def make(folder, seed=0, layout="diffusers", dtype="f32", text_encoder=None, transformer=None, vae=None, shard="2GB",
-         tokenizer=None):
+         tokenizer=None, boundary=None, expand=False):
     """Makes FOLDER. text_encoder, transformer, vae: arguments of the models' classes, over those of the preset small;
-    shard: largest file of a sharded part, such as "500KB"; tokenizer: a file to copy."""
+    shard: largest file of a sharded part, such as "500KB"; tokenizer: a file to copy; boundary: between two transformers,
+    None for one; expand: the pipeline has expand_timesteps, as TI2V-5B's."""
     folder, small = Path(folder), PRESETS["small"]
     folder.mkdir(parents=True)
     pieces = write_tokenizer(folder / ("tokenizer" if layout == "diffusers" else "google/umt5-xxl"),
@@ -205,7 +206,7 @@ def make(folder, seed=0, layout="diffusers", dtype="f32", text_encoder=None, tra
     models = meta_models(text_encoder, {**small["transformer"], **(transformer or {})}, {**small["vae"], **(vae or {})},
                          seed, (pieces or 256300) + 20)
     write = write_diffusers if layout == "diffusers" else write_original
-    write(folder, models, DTYPES[dtype], parse_size(shard), seed)
+    write(folder, models, DTYPES[dtype], parse_size(shard), seed, boundary, expand)
 
 
 def parse_size(text):
@@ -215,7 +216,7 @@ def parse_size(text):
 
 def drawer(model, seed, part):
     """A function from a name to the tensor's slices. Each tensor has its own seed, so file and order do not matter. part: 0
-    text encoder, 1 transformer, 2 VAE."""
+    text encoder, 1 transformer, 2 VAE, 3 second transformer."""
     config, tensors = dict(model.config.to_dict() if part == 0 else model.config), shapes(model)
     order = {name: i for i, name in enumerate(tensors)}
 
@@ -229,10 +230,16 @@ def drawer(model, seed, part):
     return values
 
 
-def write_diffusers(folder, models, dtype, limit, seed):
-    """Writes a folder for each model, a scheduler, and model_index.json, like WanPipeline.save_pretrained."""
-    stems = ("model", "diffusion_pytorch_model", "diffusion_pytorch_model")
-    for part, (name, stem, model) in enumerate(zip(("text_encoder", "transformer", "vae"), stems, models)):
+def write_diffusers(folder, models, dtype, limit, seed, boundary, expand):
+    """Writes a folder for each model, a scheduler, and model_index.json, like WanPipeline.save_pretrained. The shift is
+    the one that diffusers' converter writes for Wan 2.1 and A14B."""
+    text, transformer, vae = models
+    pictures = transformer.config.in_channels != transformer.config.out_channels
+    parts = {"text_encoder": ("model", text), "transformer": ("diffusion_pytorch_model", transformer),
+             "vae": ("diffusion_pytorch_model", vae), "transformer_2": ("diffusion_pytorch_model", transformer)}
+    if boundary is None:
+        del parts["transformer_2"]
+    for part, (name, (stem, model)) in enumerate(parts.items()):
         (folder / name).mkdir()
         write_shards(folder / name, stem, shapes(model), dtype, drawer(model, seed, part), limit)
         save_config = model.config.save_pretrained if name == "text_encoder" else model.save_config
@@ -240,7 +247,10 @@ def write_diffusers(folder, models, dtype, limit, seed):
     UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000,
                             flow_shift=3.0).save_pretrained(folder / "scheduler")
     write_json(folder / "model_index.json", {
-        "_class_name": "WanPipeline", "_diffusers_version": "0.42.1",
+        "_class_name": "WanImageToVideoPipeline" if pictures else "WanPipeline", "_diffusers_version": "0.42.1",
+        "boundary_ratio": boundary, "expand_timesteps": expand,
+        "transformer_2": [None, None] if boundary is None else ["diffusers", "WanTransformer3DModel"],
+        **({"image_encoder": [None, None], "image_processor": [None, None]} if pictures else {}),
         "scheduler": ["diffusers", "UniPCMultistepScheduler"], "text_encoder": ["transformers", "UMT5EncoderModel"],
         "tokenizer": ["transformers", "T5TokenizerFast"], "transformer": ["diffusers", "WanTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLWan"]})
@@ -259,25 +269,30 @@ def original_names(models):
             {our_name("vae", c): n for c, n in zip(count_upsamples(vae), vae)})
 
 
-def write_original(folder, models, dtype, limit, seed):
-    """Writes config.json, the transformer as safetensors, text encoder and VAE as .pth."""
+def write_original(folder, models, dtype, limit, seed, boundary, expand):
+    """Writes text encoder and VAE as .pth, the transformer as safetensors with config.json; two transformers in folders
+    of their own. No file states the boundary between them."""
     names = original_names(models)
 
-    def part(index):
-        draws, tensors = drawer(models[index], seed, index), shapes(models[index])
+    def part(index, drawn):
+        draws, tensors = drawer(models[index], seed, drawn), shapes(models[index])
         return ({ours: tensors[theirs] for ours, theirs in names[index].items()}, dtype,
                 lambda ours: draws(names[index][ours]))
 
     config = models[1].config
-    write_pth(folder / "models_t5_umt5-xxl-enc-bf16.pth", *part(0))
-    write_shards(folder, "diffusion_pytorch_model", *part(1), limit)
-    write_pth(folder / "Wan2.1_VAE.pth", *part(2))
-    write_json(folder / "config.json", {
-        "_class_name": "WanModel", "_diffusers_version": "0.30.0",
-        "dim": config.num_attention_heads * config.attention_head_dim, "eps": config.eps, "ffn_dim": config.ffn_dim,
-        "freq_dim": config.freq_dim, "in_dim": config.in_channels, "model_type": "t2v",
-        "num_heads": config.num_attention_heads, "num_layers": config.num_layers, "out_dim": config.out_channels,
-        "text_len": 512})
+    kind = "i2v" if config.in_channels != config.out_channels else "ti2v" if expand else "t2v"
+    write_pth(folder / "models_t5_umt5-xxl-enc-bf16.pth", *part(0, 0))
+    write_pth(folder / ("Wan2.2_VAE.pth" if expand else "Wan2.1_VAE.pth"), *part(2, 2))
+    experts = {folder: 1} if boundary is None else {folder / "high_noise_model": 1, folder / "low_noise_model": 3}
+    for place, drawn in experts.items():
+        place.mkdir(exist_ok=True)
+        write_shards(place, "diffusion_pytorch_model", *part(1, drawn), limit)
+        write_json(place / "config.json", {
+            "_class_name": "WanModel", "_diffusers_version": "0.30.0",
+            "dim": config.num_attention_heads * config.attention_head_dim, "eps": config.eps,
+            "ffn_dim": config.ffn_dim, "freq_dim": config.freq_dim, "in_dim": config.in_channels, "model_type": kind,
+            "num_heads": config.num_attention_heads, "num_layers": config.num_layers, "out_dim": config.out_channels,
+            "text_len": 512})
 
 
 def main():

@@ -81,7 +81,26 @@ MODELS = {
         "shard": "500KB",
     },
     "spiece.model": {"spiece": True},
+    "two experts": {"boundary": 0.875},
+    "two experts, odd widths": {
+        "boundary": 0.6,
+        "transformer": {"num_attention_heads": 3, "attention_head_dim": 10, "ffn_dim": 77, "num_layers": 3,
+                        "in_channels": 6, "out_channels": 6},
+        "vae": {"base_dim": 11, "z_dim": 6, "dim_mult": [2, 1, 3], "num_res_blocks": 1,
+                "temperal_downsample": [True, True], "scale_factor_spatial": 4},
+    },
+    "pictures, two experts": {"boundary": 0.9, "transformer": {"in_channels": 36}},
+    "pictures, odd widths": {
+        "boundary": 0.5,
+        "transformer": {"num_attention_heads": 3, "attention_head_dim": 10, "ffn_dim": 77, "num_layers": 3,
+                        "in_channels": 16, "out_channels": 6},
+        "vae": {"base_dim": 11, "z_dim": 6, "dim_mult": [2, 1, 3], "num_res_blocks": 1,
+                "temperal_downsample": [True, True], "scale_factor_spatial": 4},
+    },
 }
+MODELS["expanded"] = MODELS["residual VAE"] | {"expand": True}  # time steps for each token, as TI2V-5B
+MODELS["expanded, small"] = MODELS["small residual VAE"] | {"expand": True}
+MODELS["expanded, Wan 2.1's VAE"] = {"expand": True, "transformer": {"num_attention_heads": 3, "attention_head_dim": 16}}
 
 
 @dataclass
@@ -95,13 +114,15 @@ class Case:
         s = self.settings
         words = "no prompt" if not s.prompt else "long prompt" if len(s.prompt) > 99 else "prompt"
         source = "" if s.strength is None else f", a clip anew with {s.strength:g}"
+        source += ("", ", a picture", ", first and last picture")[s.pictures]
         return (f"{self.model}: {s.size[0]}x{s.size[1]} {s.frames}f {s.steps} steps {s.sampler} "
                 f"g{s.guidance:g} shift {s.shift:g}, {words}{source}")
 
 
 def case(model, size, frames, sampler, steps=3, guidance=3.0, shift=3.0, prompt=FOX, negative="blurry, static",
-         seed=7, double=False, strength=None) -> Case:
-    return Case(model, Settings(prompt, negative, size, frames, steps, guidance, shift, sampler, seed, strength), double)
+         seed=7, double=False, strength=None, guidance_2=None, pictures=0) -> Case:
+    return Case(model, Settings(prompt, negative, size, frames, steps, guidance, shift, sampler, seed, guidance_2, strength,
+                                pictures), double)
 
 
 CASES = [
@@ -129,11 +150,29 @@ CASES = [
     case("wan", (48, 32), 9, "unipc", steps=4, strength=0.5),
     case("wan", (32, 48), 17, "euler", strength=1.0, guidance=1.0),
     case("wan", (32, 32), 1, "dpm++", steps=5, strength=0.99),
-    case("odd widths", (48, 32), 5, "dpm++", strength=0.4, guidance=1.5),
-    case("odd widths", (32, 16), 17, "unipc", steps=7, strength=0.3),
+    case("odd widths", (48, 32), 5, "dpm++", strength=0.4, guidance=1.5, double=True),
+    case("odd widths", (32, 16), 17, "unipc", steps=7, strength=0.3, double=True),
     case("three levels with patches", (64, 48), 9, "unipc", strength=0.7),
     case("three levels without patches", (32, 16), 13, "euler", steps=5, strength=0.8),
     case("four levels with patches", (96, 64), 9, "dpm++", steps=4, strength=0.75),
+    *(case("residual VAE", (64, 32), frames, "unipc", steps=2, guidance=1.0, strength=0.5) for frames in (1, 5, 17)),
+    case("two experts", (48, 32), 9, "unipc", steps=6, shift=12.0, guidance=4.0, guidance_2=3.0, double=True),
+    case("two experts", (32, 48), 5, "euler", steps=4, shift=3.0, guidance=4.0, guidance_2=2.0),
+    case("two experts", (32, 48), 5, "dpm++", steps=5, shift=5.0, guidance=1.0),
+    case("two experts, odd widths", (32, 16), 13, "dpm++", steps=4, guidance=2.0),
+    case("two experts, odd widths", (16, 48), 1, "unipc", steps=3, guidance=2.0, guidance_2=3.0),
+    case("expanded", (96, 64), 9, "unipc", shift=5.0),
+    case("expanded", (96, 64), 17, "unipc", shift=5.0, pictures=1, double=True),
+    case("expanded", (64, 64), 9, "euler", pictures=2, guidance=1.0),
+    case("expanded, small", (48, 32), 9, "dpm++", steps=5, pictures=1),
+    case("expanded, small", (32, 32), 5, "unipc", pictures=2),
+    case("expanded, Wan 2.1's VAE", (48, 32), 13, "unipc", steps=4, pictures=1),
+    case("pictures, two experts", (48, 32), 9, "unipc", steps=5, shift=5.0, guidance=3.5, guidance_2=2.5, pictures=1,
+         double=True),
+    case("pictures, two experts", (32, 48), 17, "euler", steps=4, shift=5.0, guidance=3.5, pictures=2),
+    case("pictures, two experts", (32, 32), 5, "dpm++", steps=4, guidance=1.0, pictures=2),
+    case("pictures, odd widths", (32, 16), 13, "unipc", steps=6, guidance=2.0, pictures=1),
+    case("pictures, odd widths", (48, 32), 5, "euler", steps=2, guidance=2.0, pictures=2),
 ]
 
 # (tensor whose weight is changed, first tensor of the run that depends on it)
@@ -149,6 +188,13 @@ PERTURBED = [
     ("head.modulation", "step000.cond.velocity"),
     ("vae.conv2.weight", "video"),
     ("vae.decoder.head.2.bias", "video"),
+]
+PERTURBED_PICTURES = [  # the same in a model of two experts that starts from a picture; the second takes over in step 1
+    ("vae.encoder.conv1.weight", "encoded"),
+    ("patch_embedding.weight", "step000.cond.block00"),
+    ("transformer_2.patch_embedding.weight", "step001.cond.block00"),
+    ("transformer_2.blocks.0.cross_attn.k.weight", "step001.cond.block00"),
+    ("transformer_2.head.modulation", "step001.cond.velocity"),
 ]
 
 
@@ -249,15 +295,33 @@ def export(model: str, work: Path) -> tuple[Path, Path]:
 
 
 def run_sora(sora: Path, weights: Path, s: Settings, reference: Path, dumped: Path,
-             source: Path | None = None) -> subprocess.CompletedProcess:
+             sources: list[Path] = ()) -> subprocess.CompletedProcess:
+    """sources: the clip that is made anew, or the pictures."""
     clip = ["-s", f"{s.size[0]}x{s.size[1]}", "-f", str(s.frames)]
-    if source:  # which says its size and length
-        clip = ["--video", source, "--strength", repr(s.strength)]
+    if s.strength is not None:  # the clip says its size and length
+        clip = ["--video", *sources, "--strength", repr(s.strength)]
+    for option, picture in zip(("--image", "--last-image"), sources if s.pictures else ()):
+        clip += [option, picture]
+    if s.guidance_2 is not None:
+        clip += ["--guidance-2", repr(s.guidance_2)]
     return subprocess.run(
-        [sora, "-t", "1", "-m", weights, "-p", s.prompt, "-n", s.negative, *clip, "--steps", str(s.steps), "-g", repr(s.guidance), "--shift", repr(s.shift),
-         "--sampler", s.sampler, "--seed", str(s.seed), "--precision", "f32", "-q", "-o", dumped.parent / "out.y4m",
-         "--dump", dumped, "--check", reference, "--tolerance", repr(TOLERANCE)],
+        [sora, "-t", "1", "-m", weights, "-p", s.prompt, "-n", s.negative, *clip, "--steps", str(s.steps),
+         "-g", repr(s.guidance), "--shift", repr(s.shift), "--sampler", s.sampler, "--seed", str(s.seed),
+         "--precision", "f32", "-q", "-o", dumped.parent / "out.y4m", "--dump", dumped, "--check", reference,
+         "--tolerance", repr(TOLERANCE)],
         capture_output=True, text=True, errors="replace")
+
+
+def make_sources(s: Settings, work: Path) -> tuple[list[Path], np.ndarray | None]:
+    """(files, their colours [3, F, Y, X]) of the clip that is made anew, or of the pictures; none without either."""
+    count = s.pictures if s.strength is None else s.frames
+    if not count:
+        return [], None
+    planes = clips.make_planes(*s.size, count, seed=1)
+    files = [work / f"source{i}.y4m" for i in range(count if s.pictures else 1)]
+    for file, frames in zip(files, np.split(planes, len(files))):
+        clips.write_y4m(file, frames)
+    return files, clips.colours(planes)
 
 
 def compare_case(case: Case, sora: Path, work: Path, tally: Tally) -> None:
@@ -265,13 +329,9 @@ def compare_case(case: Case, sora: Path, work: Path, tally: Tally) -> None:
     reference, dumped = work / "reference", work / "dumped"
     for folder in (reference, dumped):
         shutil.rmtree(folder, ignore_errors=True)
-    source = colours = None
-    if case.settings.strength is not None:
-        source, planes = work / "source.y4m", clips.make_planes(*case.settings.size, case.settings.frames, seed=1)
-        clips.write_y4m(source, planes)
-        colours = clips.colours(planes)
+    sources, colours = make_sources(case.settings, work)
     dump(checkpoint, reference, case.settings, source=colours)
-    result = run_sora(sora, weights, case.settings, reference, dumped, source)
+    result = run_sora(sora, weights, case.settings, reference, dumped, sources)
     if result.returncode not in (0, 1):
         tally.claim(False, f"{case.name}: exit status {result.returncode}: {result.stderr.strip()}")
         return
@@ -285,14 +345,15 @@ def compare_case(case: Case, sora: Path, work: Path, tally: Tally) -> None:
     tally.claim(agrees == (result.returncode == 0), f"{case.name}: --check says otherwise\n{result.stderr}")
     print(f"{case.name}: {len(expected)} tensors, {worst_of(errors)}", flush=True)
     if case.double:
-        report_double(case, checkpoint, expected, actual, work)
+        report_double(case, checkpoint, colours, expected, actual, work)
 
 
-def report_double(case: Case, checkpoint: Path, expected: dict, actual: dict, work: Path) -> None:
+def report_double(case: Case, checkpoint: Path, colours: np.ndarray | None, expected: dict, actual: dict,
+                  work: Path) -> None:
     """Prints how far both are from the reference in float64. This is no claim."""
     folder = work / "double"
     shutil.rmtree(folder, ignore_errors=True)
-    dump(checkpoint, folder, case.settings, double=True)
+    dump(checkpoint, folder, case.settings, double=True, source=colours)
     exact = tensors(folder)
     for who, what in (("diffusers", expected), ("sora", actual)):
         errors = {name: relative_error(what[name], exact[name]) for name in exact if name in what}
@@ -308,19 +369,19 @@ def perturb(weights: Path, tensor: str, out: Path) -> None:
     values.flush()
 
 
-def test_perturbations(sora: Path, work: Path, tally: Tally) -> None:
-    settings = replace(CASES[0].settings, steps=2)
-    checkpoint, weights = export(CASES[0].model, work)
+def test_perturbations(model: str, perturbed: list, settings: Settings, sora: Path, work: Path, tally: Tally) -> None:
+    checkpoint, weights = export(model, work)
     reference, changed = work / "reference", work / "perturbed.gguf"
     shutil.rmtree(reference, ignore_errors=True)
-    dump(checkpoint, reference, settings)
-    for tensor, first in PERTURBED:
+    sources, colours = make_sources(settings, work)
+    dump(checkpoint, reference, settings, source=colours)
+    for tensor, first in perturbed:
         perturb(weights, tensor, changed)
-        result = run_sora(sora, changed, settings, reference, work / "dumped")
+        result = run_sora(sora, changed, settings, reference, work / "dumped", sources)
         named = re.search(r"the first in order of data flow is (\S+)", result.stderr)
         tally.claim(result.returncode == 1 and named is not None and named[1] == first,
                     f"{tensor} changed: exit status {result.returncode}, names {named and named[1]}, expected {first}")
-    print(f"{len(PERTURBED)} single weights changed", flush=True)
+    print(f"{model}: {len(perturbed)} single weights changed", flush=True)
 
 
 def main() -> None:
@@ -336,7 +397,10 @@ def main() -> None:
     for chosen in (c for c in CASES if args.only in c.name):
         compare_case(chosen, args.sora, args.work, tally)
     if not args.only:
-        test_perturbations(args.sora, args.work, tally)
+        settings = replace(CASES[0].settings, steps=2)
+        test_perturbations("wan", PERTURBED, settings, args.sora, args.work, tally)
+        settings = replace(settings, shift=0.5, pictures=1)
+        test_perturbations("pictures, two experts", PERTURBED_PICTURES, settings, args.sora, args.work, tally)
     tally.report()
 
 

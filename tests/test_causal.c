@@ -164,7 +164,7 @@ typedef struct {
 
 /* The velocity of the last chunk, after passes of all chunks before it. */
 static float *run_passes(const Model *m, const float *latents, Passes p) {
-    const Transformer *t = &m->transformer;
+    const Transformer *t = &m->experts->transformer;
     static const float clean[FRAMES], noisy[FRAMES] = {700, 700};
     size_t n = (size_t)FRAMES * t->in_dim * H * W;
     float *velocity = allocate(sizeof(float) * n), *embeds = allocate(sizeof(float) * 2 * (size_t)t->text_dim);
@@ -179,10 +179,11 @@ static float *run_passes(const Model *m, const float *latents, Passes p) {
         Chunk chunk = {c * FRAMES, FRAMES, noisy};
         bool last = c + 1 == CHUNKS;
         for (int i = 0; i < (last ? 1 : p.noisy); i++) /* the others' latents as noise */
-            transformer_forward(t, &state, &text, &cache, &chunk, latents + (last ? c : c + 1) * n, velocity);
+            transformer_forward(t, &state, &text, &cache, &chunk, &(Planes){t->in_dim, latents + (last ? c : c + 1) * n},
+                                velocity);
         if (last) break;
         chunk.timesteps = clean;
-        transformer_forward(t, &state, &text, &cache, &chunk, latents + c * n, velocity);
+        transformer_forward(t, &state, &text, &cache, &chunk, &(Planes){t->in_dim, latents + c * n}, velocity);
         kv_cache_keep(&cache, &chunk);
     }
     arena_close(&arena);
@@ -191,7 +192,7 @@ static float *run_passes(const Model *m, const float *latents, Passes p) {
 }
 
 static double difference(const Model *m, const float *latents, Passes a, Passes b) {
-    size_t n = (size_t)FRAMES * m->transformer.in_dim * H * W;
+    size_t n = (size_t)FRAMES * m->experts->transformer.in_dim * H * W;
     float *x = run_passes(m, latents, a), *y = run_passes(m, latents, b);
     double error = relative_error(x, y, n);
     bool same = !memcmp(x, y, sizeof(float) * n);
@@ -201,7 +202,7 @@ static double difference(const Model *m, const float *latents, Passes a, Passes 
 
 static void check_passes(void) {
     Model m = model_load(model_path, F32);
-    size_t n = (size_t)CHUNKS * FRAMES * m.transformer.in_dim * H * W;
+    size_t n = (size_t)CHUNKS * FRAMES * m.experts->transformer.in_dim * H * W;
     float *latents = allocate(sizeof(float) * n);
     Generator generator;
     generator_seed(&generator, 3);
@@ -247,7 +248,7 @@ static Bytes run(Variant v) {
     s.prompt = "a red fox", s.output = path, s.width = 48, s.height = 32, s.frames = v.frames, s.seed = 5;
     s.chroma = 444, s.quiet = true, s.record = false, s.positions = v.positions;
     if (v.window) s.window = v.window, s.sink = v.sink;
-    if (v.model) s.steps = 2, s.guidance = 3;
+    if (v.model) s.steps = 2, s.guidance[0] = 3;
     if (v.change) story_add(&s.story, (Bytes){(const uint8_t *)v.change, strlen(v.change)});
     settings_complete(&s, &model);
     generate(&model, &s);

@@ -36,7 +36,7 @@ static void run(void *of) {
     const Variant *v = of;
     Settings s = settings_new();
     s.prompt = v->prompt, s.output = "/dev/null", s.width = v->width, s.height = v->height, s.frames = v->frames;
-    s.guidance = v->guidance, s.steps = v->steps, s.quiet = true;
+    s.guidance[0] = v->guidance, s.steps = v->steps, s.quiet = true;
     if (v->window) s.window = v->window;
     char *line = format_string("0.3 %s", v->at ? v->at : "");
     if (v->at) story_add(&s.story, (Bytes){(const uint8_t *)line, strlen(line)});

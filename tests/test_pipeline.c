@@ -36,7 +36,7 @@ static Bytes make(Model *model, Settings s) {
 static Settings settings_of(int frames) {
     Settings s = settings_new();
     s.negative = "", s.width = 48, s.height = 32, s.frames = frames;
-    s.steps = 2, s.guidance = 3, s.shift = 3, s.sampler = UNIPC, s.seed = 5;
+    s.steps = 2, s.guidance[0] = 3, s.shift = 3, s.sampler = UNIPC, s.seed = 5;
     return s;
 }
 
@@ -213,7 +213,7 @@ static void check_encoder(void) {
 void test_pipeline(void) {
     for (int p = 0; p < PRECISIONS; p++) check_bits((Precision)p);
     Settings other = settings_of(13), chunks = settings_new(), other_chunks;
-    other.width = 32, other.sampler = DPM, other.steps = 3, other.guidance = 1, other.seed = 6;
+    other.width = 32, other.sampler = DPM, other.steps = 3, other.guidance[0] = 1, other.seed = 6;
     chunks.width = 48, chunks.height = 32, chunks.frames = 17, other_chunks = chunks;
     other_chunks.height = 48, other_chunks.frames = 29, other_chunks.window = 5, other_chunks.sink = 1;
     check_again(model_path, settings_of(9), other);

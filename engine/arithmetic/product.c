@@ -257,7 +257,7 @@ Linear linear_bind(const WeightFile *file, Precision precision, int O, int I, in
     char prefix[MAX_TENSOR_NAME];
     va_list arguments;
     va_start(arguments, name);
-    vsnprintf(prefix, sizeof prefix, name, arguments);
+    tensor_name(prefix, name, arguments);
     va_end(arguments);
     Linear layer = {.weight = weights_bind(file, O, I, "%s.weight", prefix), .precision = precision};
     if (with_bias) layer.bias = weights_floats(file, O, "%s.bias", prefix);

@@ -404,13 +404,19 @@ void weights_refuse(const WeightFile *file, const char *format, ...) {
     die(STATUS_USAGE, "%s: %s", file->path, text);
 }
 
-#define FORMAT_NAME(name, format)                        \
-    char name[MAX_TENSOR_NAME];                                 \
-    do {                                                 \
-        va_list arguments;                               \
-        va_start(arguments, format);                     \
-        vsnprintf(name, sizeof name, format, arguments); \
-        va_end(arguments);                               \
+void tensor_name(char name[MAX_TENSOR_NAME], const char *format, va_list arguments) {
+    int length = vsnprintf(name, MAX_TENSOR_NAME, format, arguments);
+    if (length >= MAX_TENSOR_NAME)
+        die(STATUS_USAGE, "tensor \"%.60s...\": a name of %d bytes, expected less than %d", name, length, MAX_TENSOR_NAME);
+}
+
+#define FORMAT_NAME(name, format)             \
+    char name[MAX_TENSOR_NAME];               \
+    do {                                      \
+        va_list arguments;                    \
+        va_start(arguments, format);          \
+        tensor_name(name, format, arguments); \
+        va_end(arguments);                    \
     } while (0)
 
 static const Tensor *need_tensor(const WeightFile *file, const char *name) {

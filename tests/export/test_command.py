@@ -122,8 +122,8 @@ def test_help(capsys):
         command.main(["--help"])
     assert raised.value.code == 0
     page = (ROOT / "docs/options.md").read_text().split("## export.py")[1]
-    listed = set(re.findall(r"(?<![\w-])--[a-z-]+", capsys.readouterr().out))
-    assert len(listed) > 25 and listed == set(re.findall(r"`(?:-\w`, `)?(--[a-z-]+)", page))
+    listed = set(re.findall(r"(?<![\w-])--[a-z\d-]+", capsys.readouterr().out))
+    assert len(listed) > 25 and listed == set(re.findall(r"`(?:-\w`, `)?(--[a-z\d-]+)", page))
 
 
 @pytest.mark.parametrize("option, says", [
