@@ -260,11 +260,10 @@ static size_t run_memory(const Run *run) {
            reading = encoded ? text_encoder_memory(e, encoded) + text_encoder_scratch(e, encoded) : 0,
            encoding = source_stage_memory(run),
            encoding_scratch = encoding ? vae_scratch(vae, ENCODER, run->H, run->W) : 0,
-           denoising = sampling_memory(run) + text_context_memory(run, n) +
+           denoising = sampling_memory(run) + text_context_memory(run, n) + text_context_fill_memory(t, n) +
                        (run->guided ? text_context_memory(run, run->negative.n) : 0),
-           filling = text_context_fill_memory(t, n),
-           passing = transformer_scratch(t, longest_pass(run), L, keys, n + 1),
-           denoising_scratch = run->model->expert_count > 1 ? filling + passing : larger(filling, passing),
+           denoising_scratch = larger(text_context_fill_scratch(t, n),
+                                      transformer_scratch(t, longest_pass(run), L, keys, n + 1)),
            decoding = vae_memory(vae, DECODER, run->H, run->W),
            decoding_scratch = vae_scratch(vae, DECODER, run->H, run->W);
     if (run->settings->extend) kept += source_reader_memory(run->settings->source, run->settings->width, run->settings->height);

@@ -129,7 +129,8 @@ typedef struct {
 TextContext text_context_take(Arena *arena, const Transformer *transformer, int n);
 /* Fills a context that was taken for n tokens from embeds (n, text_dim). */
 void text_context_fill(const Transformer *transformer, const float *embeds, int n, TextContext *context);
-size_t text_context_fill_memory(const Transformer *transformer, int n); /* buffers and scratch of that call */
+size_t text_context_fill_memory(const Transformer *transformer, int n);  /* buffers of that call */
+size_t text_context_fill_scratch(const Transformer *transformer, int n); /* besides: linear layers */
 
 /* The latent frames of one forward pass. A model that does not generate in chunks has one chunk, the whole clip.
  * Latents are frame-major in memory, (T,C,H,W), so that a chunk is contiguous; dumped tensors and --noise are

@@ -139,10 +139,13 @@ void text_context_fill(const Transformer *t, const float *embeds, int n, TextCon
 }
 
 size_t text_context_fill_memory(const Transformer *t, int n) {
-    int D = t->dim, positions = smaller(n + 1, t->text_len);
+    return sizeof(float) * (size_t)smaller(n + 1, t->text_len) * (t->text_dim + 2 * t->dim);
+}
+
+size_t text_context_fill_scratch(const Transformer *t, int n) {
+    int positions = smaller(n + 1, t->text_len);
     size_t products = larger(linear_memory(&t->text_embedding_0, positions), linear_memory(&t->text_embedding_2, positions));
-    return sizeof(float) * (size_t)positions * (t->text_dim + 2 * D) +
-           larger(products, linear_memory(&t->blocks->cross_attn.k, positions));
+    return larger(products, linear_memory(&t->blocks->cross_attn.k, positions));
 }
 
 /* ---------------------------------------------------------------- positions and timesteps */

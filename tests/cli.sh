@@ -464,6 +464,24 @@ chunks() {
     claim "an empty prompt: a warning" grep -q "warning: the prompt is empty" "$work/err"
 }
 
+# Models that start from a picture; two experts.
+pictures() {
+    pictures=tests/goldens/pictures
+    both="-m $pictures/model.gguf -s 32x16 -f 9 --steps 3 -g 3 --guidance-2 2 --shift 3 --sampler unipc --seed 7"
+    ends="--image $pictures/first.y4m --last-image $pictures/last.y4m"
+    run $both $ends -n "the lazy dog" -o "$work/clip.y4m" --check $pictures/planes --tolerance 1e-5 "a red fox"
+    claim "first and last picture, two experts equal diffusers: status 0, not $status" [ $status -eq 0 ]
+    claim "first and last picture, two experts equal diffusers: 25 tensors" grep -q "check passed: 25 tensors within 1e-05" "$work/err"
+    claim "the record has pictures, guidances and boundary" [ "$(grep -c \
+        '"image_sha256"\|"last_image_sha256"\|"guidance": 3\|"guidance_2": 2\|"boundary_timestep": 7' "$work/clip.y4m.json")" -eq 5 ]
+    "$sora" $both --image $pictures/first.y4m --last-image - -n "the lazy dog" -o "$work/clip.y4m" "a red fox" <$pictures/last.y4m 2>"$work/err"
+    claim "the last picture from standard input: status 0, not $?" [ $? -eq 0 ]
+    refused 2 "--image: not given, and this model (Wan) makes a clip from a picture and a prompt" $both x
+    refused 2 "--last-image nowhere.ppm: No such file" $both --image $pictures/first.y4m --last-image nowhere.ppm x
+    refused 2 "standard input: 2 options read it (-), expected one" $both --image - --last-image - x
+    refused 2 "--guidance-2: '-1' is not a number from 0 to 1000" -m $pictures/model.gguf --guidance-2 -1 x
+}
+
 # Pictures and clips to begin from, and a picture as the output.
 images() {
     images=tests/goldens/images
@@ -820,6 +838,7 @@ options
 information
 building
 chunks
+pictures
 images
 resuming
 demo

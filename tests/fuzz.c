@@ -200,8 +200,10 @@ static bool run_recipe(Bytes in) {
     return true;
 }
 
-static Model causal; /* for states */
-static Settings causal_settings;
+/* Two runs whose states are read: one in chunks, one that starts from pictures. */
+static Model state_models[2];
+static Settings state_settings[2];
+static Source picture;
 
 /* The input is a state's body. It gets its first line and a checksum that is right: otherwise nothing would be read. */
 static bool run_state(Bytes in) {
@@ -212,7 +214,8 @@ static bool run_state(Bytes in) {
     text_append(&file, in.data, in.size);
     sha256_of(file.data, file.size, hex);
     text_append(&file, "sha256 ", 7), text_append(&file, hex, 64), text_append(&file, "\n", 1);
-    bool good = !generate_read(&causal, &causal_settings, text_bytes(&file));
+    bool good = false;
+    for (int i = 0; i < 2; i++) good |= !generate_read(&state_models[i], &state_settings[i], text_bytes(&file));
     free(file.data);
     return good;
 }
@@ -224,6 +227,8 @@ static bool run_model(Bytes in) {
     if (tokenizer_load(model.file, &model.tokenizer)) return false;
     model_bind(&model);
     settings.prompt = "a red fox", settings.width = settings.height = 16 << below(11);
+    if (model.start != TEXT) settings.image = "", settings.source = &picture;
+    if (model.start != TEXT && below(2)) settings.last_image = "", settings.last_source = &picture;
     settings_complete(&settings, &model);
     generate_memory(&model, &settings);
     return true;
@@ -493,24 +498,22 @@ static void seed_recipes(void) {
     corpus_add(&targets[RECIPE], input_copy(b.data, b.size));
 }
 
-/* The state of a run that ends, in a process of its own, when its video may not grow any more. */
-static void seed_states(void) {
+/* The state of a run that ends, in a process of its own, when its video may not grow beyond `most` bytes. */
+static void seed_state(Model *model, Settings *s, rlim_t most) {
     static char output[] = "/tmp/sora-fuzz-XXXXXX";
+    strcpy(output + sizeof output - 7, "XXXXXX");
     int file = mkstemp(output);
     char *path = state_path(output), *part = format_string("%s.part", output);
     Bytes bytes = {NULL, 0};
-    causal = model_load("tests/goldens/causal/model.gguf", F32);
-    Settings *s = &causal_settings;
-    *s = settings_new();
-    s->prompt = "a red fox", s->output = output, s->seed = 1, s->width = s->height = 16, s->frames = 401, s->window = 6;
-    s->sink = 1, s->arguments = (Bytes){(const uint8_t *)"--seed=1", 9}, s->state_seconds = 0, s->record = false;
-    settings_complete(s, &causal);
+    s->prompt = "a red fox", s->output = output, s->seed = 1, s->width = s->height = 16, s->frames = 401;
+    s->state_seconds = 0, s->record = false;
+    settings_complete(s, model);
     fflush(NULL);
     if (file >= 0 && !fork()) {
         running = NULL;
         signal(SIGXFSZ, SIG_IGN);
-        if (!freopen("/dev/null", "w", stderr) || setrlimit(RLIMIT_FSIZE, &(struct rlimit){120000, 120000})) _exit(1);
-        generate(&causal, s);
+        if (!freopen("/dev/null", "w", stderr) || setrlimit(RLIMIT_FSIZE, &(struct rlimit){most, most})) _exit(1);
+        generate(model, s);
         _exit(0);
     }
     wait(NULL);
@@ -521,8 +524,22 @@ static void seed_states(void) {
     free(path), free(part);
 }
 
+static void seed_states(void) {
+    Settings *chunks = &state_settings[0], *pictures = &state_settings[1];
+    *chunks = *pictures = settings_new();
+    chunks->window = 6, chunks->sink = 1, chunks->arguments = (Bytes){(const uint8_t *)"--seed=1", 9};
+    pictures->steps = 2, pictures->chroma = 444, pictures->arguments = (Bytes){(const uint8_t *)"--seed=2", 9};
+    pictures->image = pictures->last_image = "", pictures->source = pictures->last_source = &picture;
+    state_models[0] = model_load("tests/goldens/causal/model.gguf", F32);
+    state_models[1] = model_load("tests/goldens/pictures/model.gguf", F32);
+    seed_state(&state_models[0], chunks, 120000);
+    seed_state(&state_models[1], pictures, 250000);
+}
+
 /* only: the one target that is fuzzed, or NULL */
 static void seed_all(const char *only) {
+    const char *why = source_open("tests/goldens/images/picture.ppm", &picture);
+    if (why) die(STATUS_CHECK, "the picture to fuzz with: %s", why);
     if (!only || !strcmp(only, "state")) seed_states(); /* takes a while */
     seed_tokenizers();
     seed_videos();
@@ -536,6 +553,7 @@ static void seed_all(const char *only) {
     seed_files(&targets[NUMPY], "tests/goldens/npy/types/*.npy");
     seed_files(&targets[WHOLE_MODEL], "tests/goldens/model/*.gguf");
     seed_files(&targets[WHOLE_MODEL], "tests/goldens/causal/*.gguf");
+    seed_files(&targets[WHOLE_MODEL], "tests/goldens/pictures/*.gguf");
 }
 
 /* ---------------------------------------------------------------- mutations */

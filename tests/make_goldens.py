@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -211,14 +212,14 @@ def make_model(folder: Path) -> None:
         dump(checkpoint, folder, settings)
 
 
-def make_small(checkpoint: Path) -> Path:
-    """The checkpoint of model.gguf."""
+def make_small(checkpoint: Path, channels: int = 4, **pipeline) -> Path:
+    """The checkpoint of model.gguf. channels: that the transformer reads; pipeline: further arguments of make()."""
     text_encoder = {"d_model": 24, "d_kv": 8, "num_heads": 2, "d_ff": 40, "num_layers": 2}
     transformer = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "num_layers": 2, "freq_dim": 32,
-                   "in_channels": 4, "out_channels": 4}
+                   "in_channels": channels, "out_channels": 4}
     vae = {"base_dim": 6, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [True, True],
            "scale_factor_spatial": 4}
-    make_checkpoint.make(checkpoint, SEED, text_encoder=text_encoder, transformer=transformer, vae=vae)
+    make_checkpoint.make(checkpoint, SEED, text_encoder=text_encoder, transformer=transformer, vae=vae, **pipeline)
     return checkpoint
 
 
@@ -241,6 +242,26 @@ def make_images(folder: Path) -> None:
         box = (left, top, left + scale * width, top + scale * height)
         planes = [Image.fromarray(pixels[..., c] / np.float32(127.5) - np.float32(1)) for c in range(3)]
         np.save(folder / f"{name}.npy", np.stack([p.resize((width, height), Image.Resampling.BICUBIC, box) for p in planes]))
+
+
+def make_pictures(folder: Path) -> None:
+    """first.y4m, last.y4m: two pictures. planes/: the tensors of a clip from one to the other by diffusers, with the weights
+    of model.gguf: an image-to-video model with two experts. held/: the same with the weights of ../model/model.gguf, whose
+    first and last latent frames are held."""
+    planes = clips.make_planes(32, 16, 2, SEED + 1)
+    for i, name in enumerate(("first", "last")):
+        clips.write_y4m(folder / f"{name}.y4m", planes[i:i + 1])
+    settings = Settings(prompt="a red fox", negative="the lazy dog", size=(32, 16), frames=9, steps=3, guidance=3.0,
+                        guidance_2=2.0, shift=3.0, sampler="unipc", seed=7, pictures=2)
+    with TemporaryDirectory() as work:
+        experts = make_small(Path(work) / "experts", channels=12, boundary=0.7)
+        subprocess.run([sys.executable, ROOT / "export.py", experts, "-o", folder / "model.gguf", "--type", "f32"],
+                       check=True)
+        dump(experts, folder / "planes", settings, source=clips.colours(planes))
+        held = make_small(Path(work) / "held", expand=True)
+        dump(held, folder / "held", replace(settings, guidance_2=None), source=clips.colours(planes))
+    for path in folder.glob("*/step*.block*.npy"):
+        path.unlink()
 
 
 def make_demo(folder: Path) -> None:
@@ -288,7 +309,7 @@ def make_quantised(folder: Path) -> None:
 
 
 PARTS = {"weights": make_weights, "noise": make_noise, "sampler": make_sampler, "npy": make_npy, "model": make_model,
-         "images": make_images,
+         "images": make_images, "pictures": make_pictures,
          "demo": make_demo, "quantised": make_quantised}
 
 

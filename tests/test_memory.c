@@ -7,7 +7,7 @@
 #include <string.h>
 
 static const char demo[] = "models/demo.gguf", tiny[] = "tests/goldens/model/model.gguf",
-                  causal[] = "tests/goldens/causal/model.gguf";
+                  causal[] = "tests/goldens/causal/model.gguf", pictures[] = "tests/goldens/pictures/model.gguf";
 
 typedef struct {
     const char *model, *prompt;
@@ -15,6 +15,8 @@ typedef struct {
     double guidance;
     Precision precision;
     const char *at; /* the prompt after 0.3 seconds, or NULL */
+    int images;     /* the clip begins with one, and ends with another */
+    Start start;    /* if there are images: what becomes of them */
 } Variant;
 
 enum { MIB = 1 << 20 };
@@ -42,6 +44,10 @@ static void run(void *of) {
     if (v->at) story_add(&s.story, (Bytes){(const uint8_t *)line, strlen(line)});
     kernels_choose("auto");
     Model model = model_load(v->model, v->precision);
+    Source image;
+    if (v->images && source_open("tests/goldens/images/clip.y4m", &image)) abort();
+    if (v->images) s.source = &image, s.image = "", model.start = v->start;
+    if (v->images > 1) s.last_source = &image, s.last_image = "";
     settings_complete(&s, &model);
     size_t before = memory_peak(), expected = generate_memory(&model, &s);
     generate(&model, &s);
@@ -104,10 +110,17 @@ void test_memory(void) {
     char longest[4 * 512 + 1] = "";
     for (int i = 0; i < 512; i++) strcat(longest, "a b ");
     Variant variants[] = {
-        {demo, "a red star", 240, 240, 1, 1, 0, 3, F32, NULL}, {demo, "a red star", 480, 480, 1, 1, 0, 1, BF16, NULL},
-        {demo, "a red star", 48, 48, 201, 1, 0, 1, INT8, NULL}, {demo, longest, 48, 48, 1, 1, 0, 3, BF16, NULL},
-        {tiny, longest, 32, 32, 1, 1, 0, 3, F32, NULL}, {causal, "a red star", 192, 192, 17, 0, 5, 1, F32, NULL},
-        {causal, "a red star", 64, 64, 61, 0, 5, 3, BF16, NULL}, {causal, "a red star", 48, 48, 33, 0, 5, 1, F32, longest},
+        {demo, "a red star", 240, 240, 1, 1, 0, 3, F32, NULL, 0, TEXT},
+        {demo, "a red star", 480, 480, 1, 1, 0, 1, BF16, NULL, 0, TEXT},
+        {demo, "a red star", 48, 48, 201, 1, 0, 1, INT8, NULL, 0, TEXT},
+        {demo, longest, 48, 48, 1, 1, 0, 3, BF16, NULL, 0, TEXT},
+        {tiny, longest, 32, 32, 1, 1, 0, 3, F32, NULL, 0, TEXT},
+        {causal, "a red star", 192, 192, 17, 0, 5, 1, F32, NULL, 0, TEXT},
+        {causal, "a red star", 64, 64, 61, 0, 5, 3, BF16, NULL, 0, TEXT},
+        {causal, "a red star", 48, 48, 33, 0, 5, 1, F32, longest, 0, TEXT},
+        {pictures, "a red star", 128, 128, 33, 2, 0, 3, F32, NULL, 2, PICTURE},
+        {pictures, longest, 64, 64, 81, 2, 0, 3, F32, NULL, 1, PICTURE},
+        {demo, "a red star", 240, 240, 9, 1, 0, 3, F32, NULL, 2, TEXT_OR_PICTURE},
     };
     for (size_t i = 0; i < sizeof variants / sizeof *variants; i++) expect(run, &variants[i]);
     for (Precision p = F32; p < PRECISIONS; p++) expect(encode, &p);
