@@ -46,6 +46,7 @@ class Recorder:
 
     def __init__(self, pipe: WanPipeline, folder: Path, guided: bool):
         self.folder = folder
+        self.stride = pipe.vae.config.scale_factor_temporal
         self.branches = ("cond", "uncond") if guided else ("cond",)
         self.texts = iter(("prompt", "negative"))
         self.passes = 0  # forward passes of the transformer so far
@@ -97,7 +98,7 @@ class Recorder:
 
     def on_source(self, source) -> None:
         if not self.begun:
-            self.save("source", source)
+            self.save("source", source[:, :1 + (source.shape[1] - 1) // self.stride * self.stride])  # all that is encoded
 
     def on_encoded(self, encoded, noise) -> None:
         self.save("encoded", encoded[0])

@@ -155,7 +155,7 @@ CASES = [
     case("three levels with patches", (64, 48), 9, "unipc", strength=0.7),
     case("three levels without patches", (32, 16), 13, "euler", steps=5, strength=0.8),
     case("four levels with patches", (96, 64), 9, "dpm++", steps=4, strength=0.75),
-    *(case("residual VAE", (64, 32), frames, "unipc", steps=2, guidance=1.0, strength=0.5) for frames in (1, 5, 17)),
+    *(case("residual VAE", (64, 32), frames, "unipc", steps=2, guidance=1.0, strength=0.5) for frames in (1, 2, 5, 9, 17)),
     case("two experts", (48, 32), 9, "unipc", steps=6, shift=12.0, guidance=4.0, guidance_2=3.0, double=True),
     case("two experts", (32, 48), 5, "euler", steps=4, shift=3.0, guidance=4.0, guidance_2=2.0),
     case("two experts", (32, 48), 5, "dpm++", steps=5, shift=5.0, guidance=1.0),

@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+import torch
 from export.defaults import BOUNDARIES, RELEASED, checkpoint_defaults
 from export.parts import Part
 from export.sources import Sources
@@ -155,6 +156,41 @@ def test_layouts_that_disagree_are_told(tmp_path, kind, shift, guidance):
     note, = notes
     assert f"the shift is 3, the release's is {shift:g}, which is used; --shift 3 for diffusers' clips" in note
     assert released(kind, tmp_path, shift) == (values, [])
+
+
+OTHERS = {  # a key of a model that is not run, and its name in the error
+    "img_emb.emb_pos": "first-and-last-frame", "condition_embedder.image_embedder.pos_embed": "first-and-last-frame",
+    "img_emb.proj.0.weight": "CLIP", "blocks.0.cross_attn.k_img.weight": "CLIP", "blocks.0.attn2.norm_added_k.weight": "CLIP",
+    "vace_patch_embedding.weight": "VACE", "face_encoder.norm1.weight": "Wan-Animate",
+    "pose_patch_embedding.weight": "Wan-Animate", "casual_audio_encoder.weights": "Wan-S2V",
+    "audio_injector.injector.0.q.weight": "Wan-S2V", "frame_packer.proj.weight": "Wan-S2V",
+    "audio_proj.proj1.weight": "sound", "control_adapter.conv.weight": "Wan-Fun", "ref_conv.weight": "Wan-Fun",
+    "blocks.0.cam_encoder.weight": "cameras",
+}
+
+
+@pytest.mark.parametrize("key", OTHERS)
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_models_that_are_not_run_are_refused_by_name(tmp_path, folders, capsys, key, prefix):
+    weights = {prefix + k: v for k, v in load_file(folders / "original/diffusion_pytorch_model.safetensors").items()}
+    save_file(weights | {prefix + "img_emb.x.weight": torch.zeros(2)} | {prefix + key: torch.zeros(2)}, tmp_path / "model.safetensors")
+    line = refused(capsys, tmp_path / "out.gguf", folders / "diffusers", "--transformer", tmp_path / "model.safetensors")
+    assert OTHERS[key] in line and "cannot be run yet" in line and key.split(".")[-1] in line
+
+
+@pytest.mark.parametrize("kind", ["flf2v", "vace", "s2v", "animate"])
+def test_kinds_that_are_not_run_are_refused_by_name(tmp_path, folders, capsys, kind):
+    copy = shutil.copytree(folders / "original", tmp_path / "copy")
+    change_json(copy / "config.json", model_type=kind)
+    line = refused(capsys, tmp_path / "out.gguf", copy)
+    assert f"model_type is '{kind}', expected 't2v' or 'ti2v' or 'i2v'" in line
+
+
+@pytest.mark.parametrize("kind", ["WanVACEPipeline", "WanAnimatePipeline", "WanSpeechToVideoPipeline"])
+def test_pipelines_that_are_not_run_are_refused_by_name(tmp_path, folders, capsys, kind):
+    copy = shutil.copytree(folders / "diffusers", tmp_path / "copy")
+    change_json(copy / "model_index.json", _class_name=kind)
+    assert f"a {kind} cannot be run yet" in refused(capsys, tmp_path / "out.gguf", copy)
 
 
 def test_a_picture_as_the_first_frame(tmp_path):
