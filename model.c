@@ -299,14 +299,12 @@ Settings settings_new(void) {
 }
 
 static void check_source(const Settings *s, const Model *m) {
-    if (m->start == PICTURE && !s->image)
+    if (m->start == PICTURE && !s->image && !s->extend)
         die(STATUS_USAGE, "--image: not given, and this model (%s) makes a clip from a picture and a prompt",
             weights_string_or(m->file, "general.name", "i2v"));
-    if (s->extend && !m->recipe.chunk_frames)
-        die(STATUS_USAGE, "--extend: needs a model that generates in chunks, this one generates a whole clip at once");
-    if (s->image && m->start == TEXT && !m->recipe.chunk_frames)
-        die(STATUS_USAGE, "--image: needs a model that generates in chunks, or Wan 2.2's TI2V-5B or I2V-A14B; this one "
-            "generates a whole clip from text");
+    if ((s->image || s->extend) && m->start == TEXT && !m->recipe.chunk_frames)
+        die(STATUS_USAGE, "--%s: needs a model that generates in chunks, or Wan 2.2's TI2V-5B or I2V-A14B; this one "
+            "generates a whole clip from text", s->image ? "image" : "extend");
     if (s->last_image && m->start == TEXT)
         die(STATUS_USAGE, "--last-image: needs a model such as Wan 2.2's I2V-A14B or TI2V-5B; this one does not take one");
 }
@@ -319,6 +317,7 @@ static void complete_source(Settings *s, const Model *m) {
     const int *patch = m->experts->transformer.patch_size;
     int stride = m->vae.temporal_stride, spatial = m->vae.spatial_stride, frames = s->source->frames;
     s->source_frames = s->image ? 1 : (frames - 1) / stride * stride + 1;
+    if (s->extend && m->start != TEXT) s->source_frames = frames; /* the last one alone is encoded */
     if (s->image) return;
     if (!s->width && format->width % (spatial * patch[2]) == 0 && format->height % (spatial * patch[1]) == 0)
         s->width = format->width, s->height = format->height;

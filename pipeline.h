@@ -34,7 +34,8 @@ typedef struct {
     int C, T, H, W;            /* latents (T,C,H,W); T is rounded up to whole chunks */
     int decoded;               /* latent frames that are decoded: the first ones of T */
     int given, redrawn;        /* the source's latent frames: kept as they are, or mixed with noise (--strength) */
-    int held;                  /* frames that stay as encoded while the others are denoised: the first, then the last */
+    int ahead;                 /* video frames of the source that come before all that are decoded */
+    int held;                  /* latent frames that stay as encoded while the others are denoised: the first, then the last */
     int planes;                /* channels that the transformer reads beside the latents */
     int pictured, encoded;     /* video frames that the encoder takes, latent frames that it gives */
     int chunks, given_chunks;  /* number of chunks; the first of them hold the given frames */
@@ -54,7 +55,7 @@ Chunk chunk_at(const Run *run, int index);
 const Schedule *chunk_schedule(const Run *run, int index);
 int chunk_decoded(const Run *run, Chunk chunk); /* the chunk's frames, except those past the clip's end */
 double chunk_time(const Run *run, Chunk chunk); /* start of its first video frame, in seconds */
-int video_frames(const Run *run, int latent);   /* how many the first `latent` latent frames decode to */
+int video_frames(const Run *run, int latent);   /* how many there are when `latent` latent frames are decoded */
 PromptChange prompt_change(const Run *run);
 int longest_pass(const Run *run);   /* of the transformer, in latent frames */
 int cache_capacity(const Run *run); /* in latent frames; 0 for a clip of one chunk */

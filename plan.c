@@ -101,7 +101,9 @@ static int count_chunks(int frames, int n, bool alone) {
 
 int chunk_decoded(const Run *run, Chunk chunk) { return smaller(chunk.frames, run->decoded - chunk.first); }
 
-int video_frames(const Run *run, int latent) { return latent ? 1 + (latent - 1) * run->model->vae.temporal_stride : 0; }
+int video_frames(const Run *run, int latent) {
+    return latent ? run->ahead + 1 + (latent - 1) * run->model->vae.temporal_stride : 0;
+}
 
 double chunk_time(const Run *run, Chunk chunk) {
     return (double)video_frames(run, chunk.first) * run->settings->fps_den / run->settings->fps_num;
@@ -117,7 +119,7 @@ static void plan_source(Run *run) {
     run->pictured = s->source_frames;
     if (s->strength >= 0) run->encoded = run->redrawn = latent_frames(run, s->source_frames);
     else if (start == TEXT) run->encoded = run->given = latent_frames(run, s->source_frames);
-    else if (start == PICTURE) run->pictured = s->frames, run->encoded = run->decoded;
+    else if (start == PICTURE) run->pictured = s->frames - run->ahead, run->encoded = run->decoded;
     else run->pictured = run->encoded = run->held = 1 + (s->last_source != NULL);
 }
 
@@ -167,7 +169,8 @@ Run run_plan(Model *m, const Settings *s) {
     const int *patch = t->patch_size;
     Run run = {.model = m, .settings = s, .recipe = &m->recipe, .C = t->out_dim, .planes = t->in_dim - t->out_dim};
     for (int i = 0; i < m->expert_count; i++) run.guided |= s->guidance[i] > 1;
-    run.decoded = latent_frames(&run, s->frames);
+    if (s->extend && m->start != TEXT) run.ahead = s->source_frames - 1;
+    run.decoded = latent_frames(&run, s->frames - run.ahead);
     run.H = s->height / m->vae.spatial_stride;
     run.W = s->width / m->vae.spatial_stride;
     run.frame_size = (size_t)run.C * run.H * run.W;
@@ -320,7 +323,7 @@ void run_estimate(const Run *run) {
     if (bytes > available)
         die(STATUS_RESOURCE, "--size %dx%d with --frames %d needs %.1f GiB of memory, %.1f GiB are available", s->width,
             s->height, s->frames, bytes / 0x1p30, available / 0x1p30);
-    if (s->frames > longest && !(run->recipe->chunk_frames && s->window))
+    if (s->frames - run->ahead > longest && !(run->recipe->chunk_frames && s->window))
         warn("--frames %d: the model was trained on clips of %d frames; motion tends to repeat in longer ones",
              s->frames, longest);
     if (run->prompts[0].ids && run->prompts[0].n == 1)

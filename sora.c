@@ -50,7 +50,7 @@ static const struct {
 
     [IMAGE] = {"image", 0, "FILE", "the first frame: a PPM, or a Y4M's first frame; - is standard input",
               "Beginning with a picture or a clip"},
-    [LAST_IMAGE] = {"last-image", 0, "FILE", "the last frame, with --image; - is standard input", NULL},
+    [LAST_IMAGE] = {"last-image", 0, "FILE", "the last frame, with --image or --extend; - is standard input", NULL},
     [VIDEO_FILE] = {"video", 0, "FILE", "a Y4M, for one of the next two options; - is standard input", NULL},
     [STRENGTH] = {"strength", 0, "S", "make it anew from that much noise, from more than 0 to 1", NULL},
     [EXTEND] = {"extend", 0, NULL, "continue it by so many frames or seconds", NULL},
@@ -533,7 +533,7 @@ static void check_combinations(const Command *c) {
     if (c->tolerance >= 0 && !c->check) die(STATUS_USAGE, "--tolerance: needs --check DIR");
     if (s->feed && !c->check) die(STATUS_USAGE, "--feed: needs --check DIR");
     if (s->frames && s->seconds >= 0) die(STATUS_USAGE, "--frames and --seconds: expected one of them, found both");
-    if (s->last_image && !s->image) die(STATUS_USAGE, "--last-image: needs --image FILE, the first frame");
+    if (s->last_image && !s->image && !s->extend) die(STATUS_USAGE, "--last-image: needs --image FILE, the first frame");
     if (s->image && s->video) die(STATUS_USAGE, "--image and --video: expected one of them, found both");
     if (s->extend && s->strength >= 0) die(STATUS_USAGE, "--extend and --strength: expected one of them, found both");
     if (s->extend && !s->video) die(STATUS_USAGE, "--extend: needs --video FILE");

@@ -6,7 +6,8 @@
  *   I2V-A14B              planes: the clip picture, 0, 0, ... is encoded, and read beside the latents in every step. A mask
  *                         comes first, with a channel for each video frame of a latent one: 1 for a picture, else 0
  *
- * --last-image is a second held frame, or the last frame of the clip that becomes planes. */
+ * --last-image is a second held frame, or the last frame of the clip that becomes planes. With --extend the picture is the
+ * source's last frame. */
 #include "pipeline.h"
 
 #include <math.h>
@@ -102,6 +103,10 @@ void noise_state(Noise *noise, StateFile *f) {
 
 /* ---------------------------------------------------------------- the source: frames -> latents */
 
+void source_skip(SourceReader *source, int frames, float *frame) {
+    for (int i = 0; i < frames; i++) source_next(source, frame);
+}
+
 /* The encoder's FrameSink. */
 static void take_encoded(void *to, float *latents) {
     Encoding *e = to;
@@ -123,13 +128,14 @@ static void read_last_picture(const Settings *s, float *frame) {
 static void take_frame(const Run *run, Encoding *e) {
     const Settings *s = run->settings;
     Shape picture = SHAPE(3, s->height, s->width);
-    bool first = e->taken < s->source_frames, last = s->last_source && e->taken + 1 == run->pictured;
+    int read = s->source_frames - run->ahead;
+    bool first = e->taken < read, last = s->last_source && e->taken + 1 == run->pictured;
     if (first) source_next(e->source, e->frame);
     else if (last) read_last_picture(s, e->frame);
     else memset(e->frame, 0, sizeof(float) * pixels(run));
     for (size_t i = 0; i < pixels(run); i++)
         e->frame[i] = e->frame[i] > 1 ? 1 : e->frame[i] < -1 ? -1 : e->frame[i];
-    if (first && s->video) tap_frame(e->frame, SHAPE(3, s->source_frames, s->height, s->width), e->taken, "source");
+    if (first && s->video) tap_frame(e->frame, SHAPE(3, read, s->height, s->width), e->taken, "source");
     else if (first || last) tap(e->frame, picture, first ? "image" : "last_image");
     e->taken++;
 }
@@ -145,10 +151,7 @@ static void encoding_open(const Run *run, Encoding *e) {
     e->source = source_reader_open(s->source, s->width, s->height);
     stream_open(run, e);
     e->frame = allocate(sizeof(float) * pixels(run));
-}
-
-void source_skip(SourceReader *source, int frames, float *frame) {
-    for (int i = 0; i < frames; i++) source_next(source, frame);
+    source_skip(e->source, run->ahead, e->frame);
 }
 
 static size_t planes_size(const Run *run) { return run->planes ? (size_t)run->T * run->planes * run->H * run->W : 0; }

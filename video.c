@@ -84,13 +84,11 @@ static void warn_of_failure(const Video *video) {
              likely_cause(video->run));
 }
 
-/* The decoder's FrameSink: converts, writes and flushes one frame. With --extend the source's frames are written as they
- * are, in place of the decoder's, without label and mark. */
-static void write_frame(void *to, float *frame) {
-    Video *video = to;
+/* Converts, writes and flushes one frame. With --extend the source's frames are written as they are, in place of the
+ * decoder's, without label and mark. */
+static void write_frame(Video *video, float *frame) {
     const Settings *s = video->run->settings;
     bool kept = s->extend && video->index < s->source_frames;
-    profile_end(VAE_DECODE);
     profile_begin(OUTPUT);
     if (kept) source_next(video->source, frame);
     tap_frame(frame, SHAPE(3, s->frames, s->height, s->width), video->index, "video");
@@ -106,7 +104,20 @@ static void write_frame(void *to, float *frame) {
     preview_frame(&video->preview, &video->format, frame, video->index); /* may sleep: timed in no stage */
     video->index++;
     show_progress(video, "frame", video->index, s->frames);
+}
+
+/* The decoder's FrameSink. */
+static void take_decoded(void *to, float *frame) {
+    profile_end(VAE_DECODE);
+    write_frame(to, frame);
     profile_resume(VAE_DECODE);
+}
+
+/* The source's frames that come before all that are decoded. */
+static void write_ahead(const Run *run, Video *video) {
+    float *frame = allocate(sizeof(float) * 3 * (size_t)video->format.height * video->format.width);
+    while (video->index < run->ahead) write_frame(video, frame);
+    free(frame);
 }
 
 /* Opens both files before the work begins, so that a file that cannot be written is reported at once. There is no
@@ -145,7 +156,8 @@ void video_decode(const Run *run, Video *video) {
     if (!video->index) write_header(video);
     if (run->settings->mark) video->mark = mark_make(record_bits(run->model, run->settings, &run->inputs));
     show_progress(video, "frame", video->index, run->settings->frames);
-    video->decoder = vae_open(&run->model->vae, DECODER, run->H, run->W, write_frame, video);
+    write_ahead(run, video);
+    video->decoder = vae_open(&run->model->vae, DECODER, run->H, run->W, take_decoded, video);
 }
 
 /* Commits the video before the record: if the record fails, the video is there; if the video fails, an older video

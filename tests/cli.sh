@@ -476,6 +476,17 @@ pictures() {
         '"image_sha256"\|"last_image_sha256"\|"guidance": 3\|"guidance_2": 2\|"boundary_timestep": 7' "$work/clip.y4m.json")" -eq 5 ]
     "$sora" $both --image $pictures/first.y4m --last-image - -n "the lazy dog" -o "$work/clip.y4m" "a red fox" <$pictures/last.y4m 2>"$work/err"
     claim "the last picture from standard input: status 0, not $?" [ $? -eq 0 ]
+    clip=tests/goldens/images/clip.y4m
+    (head -n 1 $clip && tail -c $((6 + 3 * 32 * 16)) $clip) >"$work/ending.y4m"
+    run $both --image "$work/ending.y4m" --chroma 444 -o "$work/clip.y4m" x
+    mv "$work/clip.y4m" "$work/alone.y4m"
+    run -m $pictures/model.gguf --steps 3 -g 3 --guidance-2 2 --shift 3 --sampler unipc --seed 7 \
+        --video $clip --extend -f 8 --chroma 444 -o "$work/clip.y4m" x
+    claim "a clip that goes on from its last frame: status 0, not $status" [ $status -eq 0 ]
+    tail -n +2 "$work/clip.y4m" >"$work/found"
+    tail -n +2 $clip >"$work/wanted"
+    claim "it begins with the clip's 9 frames, of $((6 + 3 * 32 * 16)) bytes each" cmp -n 13878 "$work/found" "$work/wanted"
+    claim "then 8 frames come as from that picture" [ "$(tail -c 12336 "$work/clip.y4m" | cksum)" = "$(tail -c 12336 "$work/alone.y4m" | cksum)" ]
     refused 2 "--image: not given, and this model (Wan) makes a clip from a picture and a prompt" $both x
     refused 2 "--last-image nowhere.ppm: No such file" $both --image $pictures/first.y4m --last-image nowhere.ppm x
     refused 2 "standard input: 2 options read it (-), expected one" $both --image - --last-image - x
@@ -534,7 +545,7 @@ images() {
     refused 2 "--output $work/clip.ppm: a PPM is one picture, and the clip has 5 frames: give --frames 1, or -o $work/clip.y4m" \
         $small -o "$work/clip.ppm" x
     refused 2 "--image: needs a model that generates in chunks, or Wan 2.2's TI2V-5B or I2V-A14B; this one" $small --image $images/picture.ppm x
-    refused 2 "--extend: needs a model that generates in chunks, this one generates a whole clip at once" $anew --video $images/clip.y4m --extend x
+    refused 2 "--extend: needs a model that generates in chunks, or Wan 2.2's TI2V-5B or I2V-A14B; this one" $anew --video $images/clip.y4m --extend x
     refused 2 "--last-image: needs a model such as Wan 2.2's I2V-A14B or TI2V-5B" $short --image $images/picture.ppm --last-image $images/picture.ppm x
     refused 2 "--last-image: needs --image FILE, the first frame" $small --last-image $images/picture.ppm x
     refused 2 "--guidance-2: needs a model with two experts, this one has one transformer" $small --guidance-2 3 x

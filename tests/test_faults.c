@@ -38,6 +38,8 @@ static const Clip clips[] = {
     {"pictures", {"-m", "tests/goldens/pictures/model.gguf", "-s", "32x16", "-f", "13", "--image", "tests/goldens/pictures/first.y4m",
                   "--last-image", "tests/goldens/pictures/last.y4m", "--steps", "4", "-g", "3", "--guidance-2", "2", "--shift", "3",
                   "--seed", "7", "a red fox", NULL}},
+    {"from the last frame", {"-m", "tests/goldens/pictures/model.gguf", "--video", "tests/goldens/images/clip.y4m", "--extend", "-f",
+                             "16", "--steps", "2", "-g", "3", "--shift", "3", "--seed", "7", "a red fox", NULL}},
     {"bundled", {"-m", "models/demo.gguf", "-s", "48x48", "-f", "9", "--steps", "4", "--seed", "1", "--label",
                  "a blue star bounces on the grass", NULL}},
 };

@@ -161,7 +161,7 @@ static void complete(void *of) {
 static void check_settings(void) {
     static const Refused refused[] = {
         {experts_model, "--image: not given, and this model (Wan) makes a clip from a picture and a prompt", PICTURE, false, false, false, 9},
-        {experts_model, "--extend: needs a model that generates in chunks", PICTURE, true, false, true, 8},
+        {text_model, "--extend: needs a model that generates in chunks, or Wan 2.2's", TEXT, false, false, true, 8},
         {text_model, "--last-image: needs a model such as", TEXT, false, true, false, 9},
         {text_model, "--image: needs a model that generates in chunks, or Wan 2.2's", TEXT, true, false, false, 9},
         {text_model, "--frames 1: with --image that frame is given, expected at least 5", TEXT_OR_PICTURE, true, true, false, 1},
