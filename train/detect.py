@@ -26,7 +26,17 @@ PAIR_SCALE = 0.5  # of two subjects no size is asked, and a misread shape must n
 WORST = 27.0  # no frame counts more than this, so that a hidden or cut-off subject spoils little
 ODD, REST = 4.0, 0.5  # a mean cost above the first, or above the second and that of rest, is no motion of the world's
 SECOND = 0.08  # another subject has at least this share of the largest one's area
+STEP = 1 / 64  # of two seconds: between the times at which a window is thought to begin
+# Times in which a motion has shown all its windows. What is missing looks like another: who turned at the edge goes the
+# other way.
+SPAN = {"right": 2, "walk right": 3.3, "run right": 2, "up": 2, "fall": 0.15, "bounce": 0.55, "jump": 1, "spin": 2,
+        "grow": 1.1, "shrink": 1.1, "loop": 1, "shake": 0.25, "still": STEP, "orbit": 4 / 3, "meet": 0.6,
+        "jump together": 1, "chase": 3.5, "pass": 2, "collide": 1.6}
+TEXTURED = {"night": (0.0, 0.72), "meadow": (0.86, 1.0), "sea": (0.0, 0.78), "snow": (0.0, 0.74)}  # rows of the dots
+LOOKS_LIKE = {"left": "right", "walk left": "walk right", "run left": "run right", "down": "up", "fall": "still"}
+GROUNDED = "up", "fall", "bounce", "jump", "still", "walk right", "run right"  # these know where the ground is
 THERE = 0.75  # of all frames: a subject is to be seen in so many, and in one shape; drawn ones are in 0.76 and more
+TEXTURE = 0.5  # dots of a background that are weaker than so, of what they should be, are not there
 GHOST = 0.15  # a colour with more than this share of its pixels astray, in half of the frames, is there twice
 
 
@@ -98,9 +108,11 @@ def _follow(colour, mask):
     return Seen(colour, centre, count / size ** 2, mask, astray)
 
 
-def _is_solid(seen):
-    """Whether there is something left of it after two pixels are taken off all around; a gleam or an outline is not."""
-    return np.median(_erode(_erode(seen.mask)).mean((1, 2))) > 0.0008
+def _is_solid(seen, begun):
+    """Whether there is something left of it after two pixels are taken off all around; a gleam or an outline is not.
+    In a longer clip who has shrunk may stay so small that only one can be; but snowflakes are as large."""
+    core = _erode(seen.mask)
+    return np.median((_erode(core) if begun or seen.colour == "white" else core).mean((1, 2))) > 0.0008
 
 
 def _are_eyes(seen, others):
@@ -111,11 +123,12 @@ def _are_eyes(seen, others):
     return seen.colour == "white" and (seen.mask & boxes).sum() > 0.5 * seen.mask.sum()
 
 
-def subjects_of(video):
+def subjects_of(video, begun=True):
     """The subjects seen in uint8 [F, S, S, 3], the largest first."""
     seen = [_follow(colour, mask) for colour, mask in colour_masks(video).items()]
-    seen = sorted(filter(_is_solid, seen), key=lambda s: -np.median(s.area))
-    seen = [s for s in seen if np.median(s.area) > SECOND * np.median(seen[0].area)]
+    seen = sorted((s for s in seen if _is_solid(s, begun)), key=lambda s: -np.median(s.area))
+    least = SECOND * max((np.median(s.area) for s in seen), default=0)
+    seen = [s for s in seen if np.median(s.area) > least / (1 if begun or s.colour == "white" else 2)]
     return [s for s in seen if not _are_eyes(s, [other for other in seen if other is not s])]
 
 
@@ -204,23 +217,23 @@ def _centre_offset(shape):
 
 
 def _cost(seen, track, radius, free_x, free_y, free_scale=0.0):
-    """Mean squared error per frame between what was seen and a track; how much the track may be moved, and (as a
-    logarithm) scaled, to fit."""
-    size = seen.mask.shape[1]
-    visible = seen.visible
+    """[...]: mean squared error per frame between what was seen and tracks [..., F]; how much a track may be moved, and
+    (as a logarithm) scaled, to fit."""
+    size, visible = seen.mask.shape[1], seen.visible
     offset = _centre_offset(seen.shape) * radius * track.scale
     dx = seen.centre[:, 0] - track.x + offset * np.sin(track.angle)
     dy = seen.centre[:, 1] - track.y - offset * np.cos(track.angle)
-    expected = np.array([fill_area(seen.shape, round(radius * a, 2), size) for a in track.scale])
-    ds = 0.5 * np.log(np.maximum(seen.area, 1e-5) / expected)
-    dx, dy, ds = (d - np.clip(np.median(d[visible]), -free, free)
+    scales, which = np.unique(track.scale, return_inverse=True)
+    expected = np.array([fill_area(seen.shape, round(radius * a, 2), size) for a in scales])[which]
+    ds = 0.5 * np.log(np.maximum(seen.area, 1e-5) / expected.reshape(track.scale.shape))
+    dx, dy, ds = (d - np.clip(np.median(d[..., visible], -1, keepdims=True), -free, free)
                   for d, free in ((dx, free_x), (dy, free_y), (ds, free_scale)))
     error = (dx / POSITION) ** 2 + (dy / POSITION) ** 2 + (ds / LOG_SCALE) ** 2
     if seen.shape != "circle":
         period = 2 * np.pi / SYMMETRY[seen.shape]
         turn = (seen.angle - track.angle + period / 2) % period - period / 2
         error = error + np.minimum((turn / (ANGLE * period)) ** 2, 4)
-    return np.minimum(error[visible], WORST).mean()
+    return np.minimum(error[..., visible], WORST).mean(-1)
 
 
 def _moves(seen, cost):
@@ -230,35 +243,79 @@ def _moves(seen, cost):
     return cost < min(ODD, REST + _cost(seen, rest, draw.PAIR_RADIUS, 1, 1, 9))
 
 
-def _single(seen):
+def _times(frames, span):
+    """Times [N, F] of the frames of a window that begins anywhere in a span; of a clip from its beginning if it is 0."""
+    return np.arange(0, max(span, STEP), STEP)[:, None] + np.arange(frames) / draw.CLIP
+
+
+def _former(motion, s, x0, y0, r, floor):
+    """The Track of who falls or bounces in the clips of models that learned it when there was not yet one gravity."""
+    top, height = 0.04 + r, np.maximum(1 - (s / 0.21) ** 2, 0)
+    if motion == "fall":
+        return draw.Track(s, x0, np.minimum(top + (floor - top) * (s / 0.5) ** 2, floor))
+    start, length = 0.21, 0.42 * 0.75
+    for _ in range(4):
+        height = height + (length / 0.42) ** 2 * draw.parabola(s, start, start + length)
+        start, length = start + length, length * 0.75
+    return draw.Track(s, x0, floor - (floor - top) * height)
+
+
+def _radius(seen):
+    """The radius of a subject, by its area."""
+    radii = np.arange(6, 46) / 100
+    areas = [fill_area(seen.shape, round(r, 2), seen.mask.shape[1]) for r in radii]
+    return float(np.interp(np.median(seen.area[seen.visible]), areas, radii))
+
+
+def _least(seen, motion, r, home, begun, free_x=0.07, free_scale=0.0):
+    """The cost of a motion at the place and time where it fits best. r: radius; home: x where it rests."""
+    s, moves = _times(len(seen.area), 0 if begun else SPAN[motion]), [draw.move]
+    if begun and motion in ("fall", "bounce"):
+        moves.append(_former)
+    floor = draw.floor_of(seen.shape, r)
+    free_y = 0.06 if begun or motion not in GROUNDED else 0.03
+    return min(float(_cost(seen, move(motion, s, home, 0.48, r, floor), r, free_x, free_y, free_scale).min())
+               for move in moves)
+
+
+def _single(seen, begun):
     """(motion, size) of a subject that is alone; the motion is None if it is none of the world's."""
-    s = np.linspace(0, 1, len(seen.area))
     costs = {}
     for motion in world.motions_of(seen.shape):
-        for size in ("medium",) if motion in ("grow", "shrink") else world.SIZES:
-            r = draw.RADIUS[size]
-            track = draw.move(motion, s, 0.5, 0.48, r, draw.floor_of(seen.shape, r))
-            costs[motion, size] = _cost(seen, track, r, 0.07, 0.06)
+        sizes = ("medium",) if motion in ("grow", "shrink") else world.SIZES
+        if not begun and motion in SPAN:
+            costs |= _anywhere(seen, motion, 0.5, 0.5)
+        elif begun:
+            costs |= {(motion, size): _least(seen, motion, draw.RADIUS[size], 0.5, True) for size in sizes}
     motion, size = min(costs, key=costs.get)
     return motion if _moves(seen, costs[motion, size]) else None, size
 
 
-def _pair_motion(seen):
-    """(cost, motion) of a subject that has a companion but moves on its own."""
-    s, r = np.linspace(0, 1, len(seen.area)), draw.PAIR_RADIUS
-    home = draw.PAIR_HOMES[int(np.median(seen.centre[:, 0]) > 0.5)]
-    floor = draw.floor_of(seen.shape, r)
+def _anywhere(seen, motion, home, free_x):
+    """{(motion, size): cost} in a window that begins at any time; the size is the radius's nearest."""
+    radii = (draw.PAIR_RADIUS, draw.RADIUS["medium"]) if motion in ("grow", "shrink") else (_radius(seen),)
+    size = min(draw.RADIUS, key=lambda name: abs(np.log(draw.RADIUS[name] / radii[-1])))
+    free_scale = 0.1 if len(radii) == 1 else 0.25
+    return {(motion, size): min(_least(seen, motion, r, home, False, free_x, free_scale) for r in radii)}
+
+
+def _pair_motion(seen, begun, homes=draw.PAIR_HOMES):
+    """(cost, motion) of a subject that has company but moves on its own; homes: where it may do so."""
+    home = min(homes, key=lambda x: abs(x - np.median(seen.centre[:, 0])))
     motions = [m for m in world.motions_of(seen.shape) if m in world.PAIR_MOTIONS]
-    return min((_cost(seen, draw.move(m, s, home, 0.48, r, floor), r, 0.07, 0.06, PAIR_SCALE), m) for m in motions)
+    if begun:
+        return min((_least(seen, m, draw.PAIR_RADIUS, home, True, 0.07, PAIR_SCALE), m) for m in motions)
+    return min((cost, m) for m in motions if m in SPAN for cost in _anywhere(seen, m, home, 0.07).values())
 
 
-def _relation(seen):
+def _relation(seen, begun):
     """(cost, relation, subjects in the order of their roles)."""
-    s, best = np.linspace(0, 1, len(seen[0].area)), (np.inf, None, seen)
+    best = (np.inf, None, seen)
     for order in (seen, seen[::-1]):
-        for relation in world.RELATIONS:
-            found = draw.relate(relation, s, 0.0, [x.shape for x in order])
-            cost = sum(_cost(x, t, draw.PAIR_RADIUS, 0.06, 0.02, PAIR_SCALE) for x, t in zip(order, found))
+        for relation, mirrored in itertools.product(world.RELATIONS, (False,) if begun else (False, True)):
+            s = _times(len(seen[0].area), 0 if begun else SPAN[relation])
+            found = draw.relate(relation, s, 0.0, [x.shape for x in order], mirrored)
+            cost = sum(_cost(x, t, draw.PAIR_RADIUS, 0.06, 0.02, PAIR_SCALE) for x, t in zip(order, found)).min()
             if cost < best[0]:
                 best = (cost, relation, order)
     return best
@@ -271,16 +328,16 @@ def _is_behind(seen, other):
     return left < left_of_other
 
 
-def _actions(seen):
+def _actions(seen, begun):
     """(relation or None, subjects in the order of their roles, (motion or None, size) of each)."""
     if len(seen) == 1:
-        return None, seen, [_single(seen[0])]
-    alone = [_pair_motion(x) for x in seen]
+        return None, seen, [_single(seen[0], begun)]
+    alone = [_pair_motion(x, begun, draw.HOMES[min(len(seen), 3)]) for x in seen]
     relation, order, cost = None, seen, np.inf
-    if all(motion == "jump" for _, motion in alone):
+    if len(seen) == 2 and all(motion == "jump" for _, motion in alone):
         relation, cost = "jump together", max(c for c, _ in alone)
     elif len(seen) == 2:
-        together, found, order = _relation(seen)
+        together, found, order = _relation(seen, begun)
         if together < sum(c for c, _ in alone):
             relation, cost = found, together / 3  # not a half: one of them may be hidden for a while
     if relation is None:
@@ -306,28 +363,63 @@ def background_of(video, seen):
     return min(errors, key=errors.get)
 
 
-def detect(video):
+def _small_things(pixels):
+    """What of grey pictures [F, S, S] is no larger than a few pixels, eight of which are left out on every side."""
+    x = pixels - sum(np.roll(pixels, shift, axis) for shift in (-4, 4) for axis in (1, 2)) / 4
+    return x[:, 8:-8, 8:-8]
+
+
+@functools.lru_cache
+def _texture(name, size):
+    """What is small in one turn of a background, between the rows where its dots are."""
+    x = _small_things(draw.background(name, size, draw.CLIP).mean(-1))
+    y = (np.arange(size) + 0.5)[8:-8, None] / size
+    top, bottom = TEXTURED[name]
+    return x * ((y > top) & (y < bottom))
+
+
+def texture_of(video, seen, name):
+    """How strong a background's dots are, compared with drawn ones, 1, and moving as they do: stars and flowers stand
+    still, bubbles rise, snow falls. None where there are none, or too few that nobody hides."""
+    if name not in TEXTURED:
+        return None
+    free = ~functools.reduce(np.logical_or, (_dilate(_dilate(_dilate(_dilate(x.mask)))) for x in seen),
+                             np.zeros(video.shape[:3], bool))[:, 8:-8, 8:-8]
+    there, drawn = _small_things(video.astype(np.float32).mean(-1)) * free, _texture(name, video.shape[1])
+    best = 0.0
+    for phase in range(draw.CLIP if name in ("sea", "snow") else 1):
+        pattern = drawn[(np.arange(len(video)) + phase) % len(drawn)] * free
+        best = max(best, float((there * pattern).sum() / np.maximum((pattern * pattern).sum(), 1)))
+    return best
+
+
+def detect(video, begun=True):
     """uint8 [F, S, S, 3] -> {"background", "relation", "count", "subjects": [{"shape", "colour", "size", "motion"}]}.
 
-    A shape, motion or relation that is none of the world's is None.  count is None if a subject is not there all the
-    time, or a second, smaller one of it is; two of about one size come out as a wrong shape, size or motion.
+    begun: the clip shows how its motions begin; else it is a window of a longer one, from anywhere. A shape, motion or
+    relation that is none of the world's is None.  count is None if a subject is not there all the time, or a second,
+    smaller one of it is; two of about one size come out as a wrong shape, size or motion.
     """
-    seen = subjects_of(video)
+    seen = subjects_of(video, begun)
     for x in seen:
         recognise(x, [other for other in seen if other is not x])
-    relation, order, motions = _actions(seen) if seen else (None, [], [])
+    relation, order, motions = _actions(seen, begun) if seen else (None, [], [])
     steady = all(x.visible.mean() > THERE and x.astray < GHOST for x in seen)
-    return {"background": background_of(video, seen), "relation": relation, "count": len(seen) if steady else None,
-            "subjects": [dict(shape=x.shape if x.constant > THERE else None, colour=x.colour, size=size, motion=motion)
+    place = background_of(video, seen)
+    return {"background": place, "relation": relation, "count": len(seen) if steady else None,
+            "texture": texture_of(video, seen, place), "subjects": [dict(shape=x.shape if x.constant > THERE else None, colour=x.colour, size=size, motion=motion)
                          for x, (motion, size) in zip(order, motions)]}
 
 
-ATTRIBUTES = ("all", "background", "shape", "colour", "size", "motion", "relation", "roles", "count")
+ATTRIBUTES = ("all", "background", "shape", "colour", "size", "motion", "relation", "roles", "count", "texture")
 SYMMETRIC = ("meet", "jump together", "collide")  # relations whose two subjects have the same role
 
 
-def compare(scene, found):
+def compare(scene, found, begun=True):
     """{attribute: True or False} for every attribute that the scene asks for.
+
+    Of a window from anywhere (begun: False) also whether the background's texture is there; nobody asks which way
+    somebody goes who has turned since, or how who lies there fell.
 
     Subjects are matched by their colours; one that is missing is matched with one of a colour that nobody asked for.
     """
@@ -340,11 +432,14 @@ def compare(scene, found):
         match = by_colour.get(subject.colour) or (strangers.pop(0) if strangers else nothing)
         marks[f"colour{i}"] = match["colour"] == subject.colour
         marks[f"shape{i}"] = match["shape"] == subject.shape
-        marks[f"motion{i}"] = match["motion"] == subject.motion
+        accepted = subject.motion, None if begun else LOOKS_LIKE.get(subject.motion)
+        marks[f"motion{i}"] = match["motion"] is not None and match["motion"] in accepted
         if len(scene.subjects) == 1:
             marks[f"size{i}"] = match["size"] == subject.size
     if scene.relation and scene.relation not in SYMMETRIC:
         marks["roles"] = [x["colour"] for x in found["subjects"]] == asked
+    if not begun and found["texture"] is not None:
+        marks["texture"] = found["texture"] > TEXTURE
     return marks
 
 

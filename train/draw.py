@@ -103,6 +103,7 @@ JUMP_LENGTH = 0.4
 GRAVITY = 8 * JUMP / JUMP_LENGTH ** 2
 EDGE = 0.33  # how far from the middle walkers turn
 SMALLEST, LARGEST = 0.45, 1.45  # scale at which who shrinks or grows stays
+LEAST = 0.11  # radius: in a story nobody becomes smaller
 
 
 class Track:
@@ -124,7 +125,7 @@ def _turning(x, edge):
     return np.where(inside, x, 0.5 + np.where(back, 3 * edge - p, p - edge)), np.where(back, -1, 1)
 
 
-def _parabola(s, start, end):
+def parabola(s, start, end):
     """0 outside [start, end], and the arc of a throw of height 1 inside."""
     p = np.clip((s - start) / (end - start), 0, 1)
     return 4 * p * (1 - p)
@@ -133,7 +134,7 @@ def _parabola(s, start, end):
 def _two_jumps(s):
     """Height over the ground of who jumps twice in each unit of time, 1 at the top."""
     s = s % 1
-    return _parabola(s, 0.06, 0.06 + JUMP_LENGTH) + _parabola(s, 0.54, 0.54 + JUMP_LENGTH)
+    return parabola(s, 0.06, 0.06 + JUMP_LENGTH) + parabola(s, 0.54, 0.54 + JUMP_LENGTH)
 
 
 def _bouncing(s, height):
@@ -166,7 +167,7 @@ def move(motion, s, x0, y0, r, floor, scale=None, top=None):
         x, way = _turning(0.5 + sign * EDGE * ramp, EDGE)
         bob = 0.03 * np.abs(_legs(s, 3))
         return Track(s, x, floor - bob, size, 0.22 * sign * way, 1.2 * _legs(s, 3), sign * way)
-    high = 0.04 + r
+    high, smallest = 0.04 + r, SMALLEST if scale is None else max(SMALLEST, LEAST * scale / r)
     there = 1 - np.abs(s % 2 - 1)  # from 0 to 1 and back
     return {
         "up": lambda: Track(s, x0, floor - (floor - high) * there, size),
@@ -176,7 +177,7 @@ def move(motion, s, x0, y0, r, floor, scale=None, top=None):
         "jump": lambda: Track(s, x0, floor - JUMP * _two_jumps(s), size),
         "spin": lambda: Track(s, x0, y0, size, angle=np.pi * s),
         "grow": lambda: Track(s, x0, y0, np.minimum((SMALLEST if scale is None else scale) + 1.0 * s, LARGEST)),
-        "shrink": lambda: Track(s, x0, y0, np.maximum((LARGEST if scale is None else scale) - 1.0 * s, SMALLEST)),
+        "shrink": lambda: Track(s, x0, y0, np.maximum((LARGEST if scale is None else scale) - 1.0 * s, smallest)),
         "loop": lambda: Track(s, 0.5 + 0.19 * np.sin(2 * np.pi * s), 0.47 - 0.19 * np.cos(2 * np.pi * s), size),
         "shake": lambda: Track(s, x0 + 0.05 * np.sin(2 * np.pi * 4 * s), y0, size),
         "still": lambda: Track(s, x0, floor, size),
@@ -188,8 +189,13 @@ def floor_of(shape, r):
     return GROUND - FOOT[shape] * r
 
 
-def relate(relation, s, dx, shapes):
+def relate(relation, s, dx, shapes, mirrored=False):
     """Tracks of the two subjects of a relation, by their shapes. dx: how far to the side they are who jump together."""
+    if mirrored:
+        tracks = relate(relation, s, -dx, shapes)
+        for track in tracks:
+            track.x, track.facing = 1 - track.x, -track.facing
+        return tracks
     ramp, floors = 2 * s - 1, [floor_of(shape, PAIR_RADIUS) for shape in shapes]
     on_ground = lambda i, x, facing, step=2, walks=1: Track(
         s, x, floors[i], stride=_legs(s, step) * walks, facing=facing)
@@ -262,12 +268,8 @@ def _alone(subject, home, dy, r, **more):
 
 def _related(scene, mirrored=False):
     """The ways of the two subjects of a relation."""
-    def way(i, s):
-        track = relate(scene.relation, s, scene.dx, [x.shape for x in scene.subjects])[i]
-        if mirrored:
-            track.x, track.facing = 1 - track.x, -track.facing
-        return track
-    return [functools.partial(way, i) for i in range(2)]
+    shapes = [x.shape for x in scene.subjects]
+    return [lambda s, i=i: relate(scene.relation, s, scene.dx, shapes, mirrored)[i] for i in range(2)]
 
 
 def _first(scene):
@@ -326,8 +328,7 @@ def _next(acts, before, scene, begin):
     middle = np.mean([pose[0] for pose in poses.values()])
     there = [poses[x.colour] if x.colour in poses else _strange(x, middle, scene.dy) for x in scene.subjects]
     count = len(scene.subjects)
-    homes = {1: [np.clip(there[0][0], 0.25, 0.75)], 2: [home + scene.dx for home in PAIR_HOMES],
-             3: [1 / 6, 1 / 2, 5 / 6]}[count]  # from left to right
+    homes = [np.clip(there[0][0], 0.25, 0.75)] if count == 1 else [x + scene.dx * (count == 2) for x in HOMES[count]]
     homes = [homes[i] for i in np.argsort(np.argsort([pose[0] for pose in there]))]
     together = scene.relation and _together(scene, there, begin)
     result = []

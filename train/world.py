@@ -216,7 +216,11 @@ def scene(seed, index, kinds=KINDS, held_out=False, weights={}):
     kinds: drawn from evenly. held_out: False never gives a scene with a held-out combination, True gives only scenes in
     which every subject is one. weights: as of LEARNED_LAST.
     """
-    rng = np.random.default_rng([seed, index])
+    return _scene(np.random.default_rng([seed, index]), kinds, held_out, weights)
+
+
+def _scene(rng, kinds, held_out, weights):
+    """The next scene that a generator gives."""
     kind = str(rng.choice(kinds))
     while True:
         s = _try_scene(rng, kind, weights)
@@ -319,6 +323,7 @@ class _Teller:
         grown = self.bulk.get(subject.colour)
         names = [m for m in motions_of(subject.shape)
                  if m not in (subject.motion, grown) and (count == 1 or m in PAIR_MOTIONS)
+                 and (m, subject.size) not in (("grow", "large"), ("shrink", "small"))
                  and not (count == CROWD and m == "grow") and (m != "fall" or new or subject.motion in ALOFT)]
         names = [m for m in names if self._fits(dataclasses.replace(subject, motion=m))]
         return dataclasses.replace(subject, motion=_choose(self.rng, names, self.weights), enters="") if names else None
@@ -375,14 +380,15 @@ class _Teller:
 
 
 def story(seed, index, kinds=KINDS, held_out=False, weights={}, sentences=1, chunks=(4, 12)):
-    """The story number `index` of world `seed`. It begins as the scene of that number, and is no more than that if it
-    has one sentence.
+    """The story number `index` of world `seed`; it begins as the scene of that number.
 
     kinds, held_out, weights: as of `scene`. chunks: how long a sentence lasts, at least and at most. Half of those who
     are alone at first stay so; the others are small, so that there is room for who comes to them.
     """
-    first = scene(seed, index, kinds, held_out, weights)
-    rng = np.random.default_rng([seed, index, 2])
+    rng = np.random.default_rng([seed, index])
+    first = _scene(rng, kinds, held_out, weights)
+    while len(first.subjects) == 2 and "shrink" in {x.motion for x in first.subjects}:  # for ever too small to be seen
+        first = _scene(rng, kinds, held_out, weights)
     alone = first.subjects[0] if len(first.subjects) == 1 else None
     if alone and sentences > 1 and alone.motion in PAIR_MOTIONS and alone.motion not in ("grow", "shrink"):
         if rng.random() < 0.7:
