@@ -244,7 +244,7 @@ def _moves(seen, cost):
 
 
 def _times(frames, span):
-    """Times [N, F] of the frames of a window that begins anywhere in a span; of a clip from its beginning if it is 0."""
+    """Times [N, F] of the frames of a window that begins anywhere in a span, or, if that is 0, of a clip."""
     return np.arange(0, max(span, STEP), STEP)[:, None] + np.arange(frames) / draw.CLIP
 
 
@@ -394,7 +394,8 @@ def texture_of(video, seen, name):
 
 
 def detect(video, begun=True):
-    """uint8 [F, S, S, 3] -> {"background", "relation", "count", "subjects": [{"shape", "colour", "size", "motion"}]}.
+    """uint8 [F, S, S, 3] -> {"background", "texture", "relation", "count", "subjects": [{"shape", "colour", "size",
+    "motion"}]}.
 
     begun: the clip shows how its motions begin; else it is a window of a longer one, from anywhere. A shape, motion or
     relation that is none of the world's is None.  count is None if a subject is not there all the time, or a second,
@@ -406,20 +407,21 @@ def detect(video, begun=True):
     relation, order, motions = _actions(seen, begun) if seen else (None, [], [])
     steady = all(x.visible.mean() > THERE and x.astray < GHOST for x in seen)
     place = background_of(video, seen)
-    return {"background": place, "relation": relation, "count": len(seen) if steady else None,
-            "texture": texture_of(video, seen, place), "subjects": [dict(shape=x.shape if x.constant > THERE else None, colour=x.colour, size=size, motion=motion)
+    return {"background": place, "texture": texture_of(video, seen, place), "relation": relation,
+            "count": len(seen) if steady else None,
+            "subjects": [dict(shape=x.shape if x.constant > THERE else None, colour=x.colour, size=size, motion=motion)
                          for x, (motion, size) in zip(order, motions)]}
 
 
-ATTRIBUTES = ("all", "background", "shape", "colour", "size", "motion", "relation", "roles", "count", "texture")
+ATTRIBUTES = ("all", "background", "shape", "colour", "size", "motion", "relation", "roles", "count")
 SYMMETRIC = ("meet", "jump together", "collide")  # relations whose two subjects have the same role
 
 
-def compare(scene, found, begun=True):
+def compare(scene, found, begun=True, sizes=True):
     """{attribute: True or False} for every attribute that the scene asks for.
 
     Of a window from anywhere (begun: False) also whether the background's texture is there; nobody asks which way
-    somebody goes who has turned since, or how who lies there fell.
+    somebody goes who has turned since, or how who lies there fell. sizes: whether they are asked of who is alone.
 
     Subjects are matched by their colours; one that is missing is matched with one of a colour that nobody asked for.
     """
@@ -434,7 +436,7 @@ def compare(scene, found, begun=True):
         marks[f"shape{i}"] = match["shape"] == subject.shape
         accepted = subject.motion, None if begun else LOOKS_LIKE.get(subject.motion)
         marks[f"motion{i}"] = match["motion"] is not None and match["motion"] in accepted
-        if len(scene.subjects) == 1:
+        if sizes and len(scene.subjects) == 1 and (begun or subject.motion not in ("grow", "shrink")):
             marks[f"size{i}"] = match["size"] == subject.size
     if scene.relation and scene.relation not in SYMMETRIC:
         marks["roles"] = [x["colour"] for x in found["subjects"]] == asked
@@ -444,22 +446,34 @@ def compare(scene, found, begun=True):
 
 
 def shares(marks):
-    """{attribute: share right, of two subjects together, "all": share of clips in which every attribute is right}."""
+    """{attribute: share right, of all subjects together, "all": share of clips in which every attribute is right}."""
     right = {}
     for clip in marks:
         for name, ok in [*clip.items(), ("all", all(clip.values()))]:
-            right.setdefault(name.rstrip("01"), []).append(ok)
-    return {name: float(np.mean(right[name])) for name in ATTRIBUTES if name in right}
+            right.setdefault(name.rstrip("012"), []).append(ok)
+    return {name: float(np.mean(right[name])) for name in (*ATTRIBUTES, "texture") if name in right}
 
 
-def account(clips, seed, held_out=False):
-    """The shares of right answers on drawn clips, and the clips that were misread."""
+def account(clips, seed, held_out=False, long=False):
+    """The shares of right answers on drawn clips, and what was misread.
+
+    long: by turns a window of a scene, from its tenth second to its sixtieth, and one of each sentence of a story.
+    """
     marks, wrong = [], []
     for i in range(clips):
-        scene = world.scene(seed, i, held_out=held_out)
-        marks.append(compare(scene, detect(draw.draw(scene))))
-        if not all(marks[-1].values()):
-            wrong.append((i, scene, [n for n, ok in marks[-1].items() if not ok]))
+        if not long:
+            looks = [(world.scene(seed, i, held_out=held_out), 0, True)]
+        elif i % 2:
+            story = world.story(seed, i, held_out=held_out, sentences=6)
+            looks = [(story, world.first_frame(start) + draw.CLIP // 2, False) for start in story.starts]
+        else:
+            looks = [(world.story(seed, i, held_out=held_out), int(np.random.default_rng(i).integers(160, 960)), False)]
+        for look, first, begun in looks:
+            scene = look if begun else look.at(first)
+            video = draw.draw(look, frames=draw.CLIP + begun, first=first)
+            marks.append(compare(scene, detect(video, begun), begun, begun or len(look.scenes) == 1))
+            if not all(marks[-1].values()):
+                wrong.append((i, scene, [n for n, ok in marks[-1].items() if not ok]))
     return shares(marks), wrong
 
 
@@ -468,8 +482,9 @@ def main():
     parser.add_argument("--clips", type=int, default=300)
     parser.add_argument("--seed", type=int, default=SEED, help="of the scenes; the default had no part in tuning")
     parser.add_argument("--held-out", action="store_true")
+    parser.add_argument("--long", action="store_true", help="windows of scenes without an end and of stories")
     args = parser.parse_args()
-    found, wrong = account(args.clips, args.seed, args.held_out)
+    found, wrong = account(args.clips, args.seed, args.held_out, args.long)
     for index, scene, attributes in wrong:
         print(index, scene, attributes)
     print(f"clips={args.clips}", *(f"{name}={share:.4f}" for name, share in found.items()))

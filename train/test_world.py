@@ -114,6 +114,38 @@ def test_the_detector_reads_clips_that_it_never_saw():
     assert np.mean(list(shares.values())) >= 0.99, shares
 
 
+def test_the_detector_reads_windows_of_stories():
+    for story in STORIES[:4]:
+        for start, scene in zip(story.starts[1:], story.scenes[1:]):
+            video = draw.draw(story, frames=32, first=world.first_frame(start) + 16)
+            marks = detect.compare(scene, detect.detect(video, begun=False), begun=False, sizes=False)
+            assert all(marks.values()), (story, scene, marks)
+
+
+def test_a_background_without_its_dots_is_seen():
+    for name in detect.TEXTURED:
+        video = draw.background(name, 96, 32, first=100).astype(np.uint8)
+        assert detect.texture_of(video, [], name) > 0.8
+        blurred = sum(np.roll(video.astype(float), (i, j), (1, 2)) for i in range(-3, 4) for j in range(-3, 4)) / 49
+        assert detect.texture_of(blurred.astype(np.uint8), [], name) < detect.TEXTURE
+        if name in ("sea", "snow"):
+            assert detect.texture_of(np.repeat(video[:1], 32, 0), [], name) < detect.TEXTURE
+
+
+def test_who_falls_bounces_or_jumps_feels_one_gravity():
+    for motion in ("fall", "bounce", "jump"):
+        for scene in singles(motion):
+            track = draw.acts(world.Story((scene,), (0,)))[0][2][0].track(np.arange(200))
+            assert np.isclose(np.max(np.diff(track.y, 2)) * draw.CLIP ** 2, draw.GRAVITY), (motion, scene)
+
+
+def test_who_collides_keeps_momentum_and_speed():
+    s = np.arange(200) / draw.CLIP
+    a, b = draw.relate("collide", s, 0.0, ["star", "cross"])
+    assert np.allclose(np.diff(a.x) + np.diff(b.x), 0)
+    assert np.isclose(np.quantile(np.abs(np.diff(a.x)), 0.2), np.abs(np.diff(a.x)).max())
+
+
 def wrong(scene, video):
     """The attributes of a scene that the detector does not see in a clip."""
     return {name for name, ok in detect.compare(scene, detect.detect(video)).items() if not ok}

@@ -231,6 +231,22 @@ def _scene(rng, kinds, held_out, weights):
             return s
 
 
+# What is hardest to draw and to see: {shape, motion, relation: how often}, and colours that are dark like the outlines.
+HARD = {**{name: 0 for name in (*SHAPES, *MOTIONS, *RELATIONS, "large")}, "medium": 1e-9, "star": 1, "cross": 1,
+        "character": 1, "bounce": 1, "jump": 1, "spin": 1, "loop": 1, "shake": 1, "left": 1, "right": 1, "run left": 1,
+        "run right": 1, "orbit": 1, "chase": 1, "pass": 1, "jump together": 1}
+DARK = "green", "blue", "purple"
+
+
+def hard_scene(seed, index, held_out=False):
+    """The scene number `index` of those that are hard."""
+    rng = np.random.default_rng([seed, index])
+    while True:
+        s = _scene(rng, KINDS, held_out, HARD)
+        if all(x.colour in DARK for x in s.subjects):
+            return s
+
+
 def _noun_phrase(rng, subject, alone):
     """"a small red star", "the star that is red", "one big happy blue box" ...; if it is alone, perhaps "a star"."""
     noun, colour = rng.choice(SHAPES[subject.shape]), rng.choice(COLOURS[subject.colour])
@@ -298,6 +314,7 @@ def caption(s, rng):
 # ---- stories -------------------------------------------------------------------------------------------------------
 
 CHANGES = {"motion": 4, "relation": 3, "enter": 3, "leave": 1, "cut": 2}  # what a sentence brings, and how often
+ONCE = "fall", "grow", "shrink"  # motions that come to an end
 ALOFT = "up", "loop", "spin", "shake", "grow", "shrink"  # who does so is in the air, and may fall
 _COMES = [("{verb} in from the {side}", "{doing} in from the {side}")]
 _GOES = [("moves away", "moving away"), ("goes away", "going away")]
@@ -407,9 +424,11 @@ def _sentence(before, after, rng):
     new = [x for x in after.subjects if x.colour not in colours or colours[x.colour].motion != x.motion]
     if after.relation and (new or before.relation != after.relation or not gone):
         new = after.subjects
-    if not new and not gone:  # a cut alone: who is there goes on
-        new = [after.subjects[rng.integers(len(after.subjects))]]
     parts = []
+    if not new and not gone:  # a cut alone: who is there goes on, or has done what there was to do
+        x = after.subjects[rng.integers(len(after.subjects))]
+        new = [x] if x.motion not in ONCE else []
+        parts = [] if new else [("there is", (_noun_phrase(rng, x, False),) * 2)]
     for x in gone:
         parts.append((_noun_phrase(rng, x, False), _GOES[rng.integers(len(_GOES))]))
     for x in new:
@@ -424,7 +443,7 @@ def _sentence(before, after, rng):
         event = str(rng.choice(RELATIONS[after.relation])).format(A=names[0], B=names[1])
     else:
         joint = str(rng.choice([" and ", " while ", ", "]))
-        event = joint.join(f"{name} is {doing}" if rng.random() < 0.2 else f"{name} {does}"
+        event = joint.join(f"{name} is {doing}" if doing.endswith("ing") and rng.random() < 0.2 else f"{name} {does}"
                            for name, (does, doing) in parts)
     place = ""
     if before.background != after.background or rng.random() < 0.3:
