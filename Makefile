@@ -19,7 +19,8 @@ override CFLAGS += -std=c11 -D_POSIX_C_SOURCE=200809L -D_DEFAULT_SOURCE -ffp-con
 OPENMP  ?= $(shell echo 'int main(void){return 0;}' | $(CC) -fopenmp -x c -c -o /dev/null - 2>/dev/null && echo 1 || echo 0)
 LOOPS    = $(if $(filter 1,$(OPENMP)),-fopenmp)
 
-STAGES  = prompt story tokenizer text_encoder transformer cache sampler state vae label mark y4m picture record drift preview model plan start video pipeline
+STAGES  = prompt story tokenizer text_encoder transformer cache sampler easycache state vae label \
+          mark y4m picture record drift preview model plan start video pipeline
 ENGINE  = $(patsubst %.c,%,$(wildcard engine/*/*.c))
 OBJECTS = $(STAGES:%=$(BUILD)/%.o) $(ENGINE:%=$(BUILD)/%.o)
 
@@ -124,11 +125,13 @@ $(BUILD)/mark_tool: $(BUILD)/tests/mark_tool.o $(filter-out $(BUILD)/mark.o,$(OB
 # umT5's own tokenizer, if there is a copy.
 UMT5 ?= $(wildcard ../shared/fixtures/umt5-tokenizer/tokenizer.json.gz)
 
+# madebyollin/taehv's taehv.py, if it is given: TAEHV=taehv.py
 test-reference: sora $(BUILD)/mark_tool $(if $(filter .venv/%,$(PYTHON)),.venv/installed)
 	$(PYTHON) -m pytest -q tests/export
 	$(PYTHON) -m pytest -q train
 	$(PYTHON) tests/reference_tokenizer.py $(UMT5:%=--umt5 %)
 	$(PYTHON) tests/reference.py
+	$(PYTHON) tests/reference_tiny.py $(TAEHV:%=--taehv %)
 	$(PYTHON) tests/reference_causal.py
 	$(PYTHON) tests/reference_chunks.py
 	$(PYTHON) tests/reference_check.py

@@ -9,6 +9,7 @@
     export/names.py       keys of any layout    -> our names; refuses what sora cannot run
     export/quantised.py   fp8, int8, scales     -> weights
     export/sizes.py       shapes, config.json   -> sizes of the model
+    export/tiny.py        TAEHV's tensors       -> those that sora reads
     export/tables.py      sizes                 -> every tensor: name, shape, type rule
     export/tokenizer.py tokenizer               -> pieces and rules
     export/lora.py      LoRA files              -> changes of the transformer's tensors

@@ -294,8 +294,8 @@ int model_frames(const Model *m) {
 
 Settings settings_new(void) {
     return (Settings){.output = "out.y4m", .chroma = 420, .seconds = -1, .guidance = {-1, -1}, .shift = -1,
-                      .sampler = SAMPLERS, .window = -1, .sink = -1, .strength = -1, .state_seconds = 30,
-                      .record = true};
+                      .sampler = SAMPLERS, .decoder = DECODER, .window = -1, .sink = -1, .strength = -1,
+                      .state_seconds = 30, .record = true};
 }
 
 static void check_source(const Settings *s, const Model *m) {
@@ -388,6 +388,19 @@ static void complete_schedule(Settings *s, const Model *m) {
         die(STATUS_USAGE, "--strength: %g of %d steps is none, expected at least %.4g", s->strength, steps, 1.0 / steps);
 }
 
+/* Steps are left out only of a schedule that is long enough, in a model that makes the whole clip at once. */
+static void check_easycache(const Settings *s, const Model *m) {
+    if (!s->easycache) return;
+    if (m->recipe.chunk_frames)
+        die(STATUS_USAGE, "--easycache: needs a model that generates the whole clip at once, this one generates chunks");
+    if (m->recipe.schedule.steps)
+        die(STATUS_USAGE, "--easycache: needs a schedule of any length, this model has a fixed one");
+    int steps = s->strength >= 0 ? smaller((int)(s->steps * s->strength), s->steps) : s->steps;
+    if (steps < EASYCACHE_FIRST + 2)
+        die(STATUS_USAGE, "--easycache: the first %d steps and the last are always computed, expected at least %d "
+            "steps, found %d", EASYCACHE_FIRST, EASYCACHE_FIRST + 2, steps);
+}
+
 /* A PPM has one frame, with as much chroma as luma. */
 static void complete_output(Settings *s) {
     const char *dot = strrchr(s->output, '.');
@@ -450,6 +463,9 @@ void settings_complete(Settings *s, const Model *m) {
     complete_guidance(s, m);
     if (!s->negative && !s->negative_embeds) s->negative = weights_string_or(m->file, "default.negative_prompt", "");
     complete_window(s, m);
+    check_easycache(s, m);
+    if (s->decoder == TINY && !vae->halves[TINY].count)
+        die(STATUS_USAGE, "--decoder tiny: the model file has none; export.py --vae-tiny FILE adds one");
     check_size("width", s->width, vae->spatial_stride * patch[2]);
     check_size("height", s->height, vae->spatial_stride * patch[1]);
     check_positions(s, m);

@@ -8,6 +8,7 @@
  *     for each step: the expert that serves the timestep: Wan 2.2 A14B has two transformers, others have one
  *                    v = transformer(x, timestep, prompt)
  *                    v = u + guidance * (v - u), u = transformer(x, timestep, negative prompt)
+ *                    (or v and u without the transformer: easycache.c)
  *                    x = sampler_step(x, v)
  *     the decoder turns x into frames; each frame is written at once
  *     one more pass of x fills the KV cache, if another chunk follows
@@ -44,11 +45,13 @@ typedef struct {
 typedef struct {
     int chunk;                           /* index of the current chunk */
     int step, frame;                     /* denoising steps done in it; latent frames of it that are decoded */
+    int left_out;                        /* passes of the transformer, by --easycache */
     Encoding encoding;                   /* of the source */
     Arena arena;
     TransformerState state;
     Branch cond, uncond;
     History history;
+    EasyCache easy;   /* set with --easycache */
     int prompt;       /* index of the current prompt */
     int expert;       /* index of the expert for which the branches' text contexts are; negative: for none */
     float *latents;   /* (frames,C,H,W) of the chunk; allocated by itself, outlives the arena */
@@ -66,6 +69,7 @@ static void take_buffers(Arena *arena, const Run *run, Sampling *s) {
     s->cond.cache = kv_cache_take(arena, t, run->window, room, run->tokens, type);
     s->uncond.cache = kv_cache_take(arena, t, run->window, run->guided ? room : 0, run->tokens, type);
     s->history = history_take(arena, elements);
+    if (run->settings->easycache) s->easy = easycache_take(arena, elements, run->guided);
     s->velocity = arena_floats(arena, longest);
     s->unconditional = arena_floats(arena, run->guided ? elements : 0);
     s->noise = arena_floats(arena, sampler_needs_noise(&run->first, 0) || sampler_needs_noise(&run->schedule, 0)
@@ -187,22 +191,31 @@ static void change_prompt(const Run *run, Sampling *s, const Video *video) {
 }
 
 /* One denoising step of the current chunk: the transformer, guidance, the sampler. */
-static void denoise_step(const Run *run, Sampling *s, Noise *noise) {
+static void denoise_step(const Run *run, Sampling *s, Noise *noise, Video *video) {
     int index = s->chunk, step = s->step;
     Chunk chunk = chunk_at(run, index);
     const Schedule *schedule = chunk_schedule(run, index);
     float timestep = schedule->timesteps[step];
-    float guidance = (float)run->settings->guidance[model_expert(run->model, timestep)];
-    float *x = s->latents, *v = s->velocity, *u = s->unconditional; /* (frames,C,H,W) */
-    scope(run, index, reason("step%03d.cond.", step));
-    run_transformer(run, s, &s->cond, chunk, timestep, x, v);
-    if (guidance > 1) {
+    int expert = model_expert(run->model, timestep);
+    float guidance = (float)run->settings->guidance[expert];
+    double most = run->settings->easycache;
+    float *x = s->latents, *v = s->velocity, *u = guidance > 1 ? s->unconditional : NULL; /* (frames,C,H,W) */
+    if (step && expert != model_expert(run->model, schedule->timesteps[step - 1]))
+        s->easy.known = 0; /* nothing of the expert that takes over */
+    if (most && easycache_leaves_out(&s->easy, most, step, schedule->steps, x)) {
+        easycache_velocity(&s->easy, x, v, u);
+        s->left_out += u ? 2 : 1;
+    } else {
+        scope(run, index, reason("step%03d.cond.", step));
+        run_transformer(run, s, &s->cond, chunk, timestep, x, v);
         scope(run, index, reason("step%03d.uncond.", step));
-        run_transformer(run, s, &s->uncond, chunk, timestep, x, u);
-        for (size_t i = 0; i < chunk.frames * run->frame_size; i++) v[i] = u[i] + guidance * (v[i] - u[i]);
+        if (u) run_transformer(run, s, &s->uncond, chunk, timestep, x, u);
+        if (most) easycache_keep(&s->easy, x, v, u);
     }
+    for (size_t i = 0; u && i < chunk.frames * run->frame_size; i++) v[i] = u[i] + guidance * (v[i] - u[i]);
     scope(run, index, reason("step%03d.", step));
     tap_frames(v, latent_shape(run, chunk.frames), "velocity");
+    video_guess(run, video, x, v, schedule->sigmas[step]);
     if (sampler_needs_noise(schedule, step)) fresh_noise(run, noise, chunk, s->noise);
     profile_begin(SAMPLER);
     sampler_step(schedule, step, v, x, &s->history, s->noise);
@@ -265,6 +278,7 @@ static void position_state(const Run *run, Sampling *s, StateFile *f) {
     int steps = generated ? chunk_schedule(run, s->chunk)->steps : 0;
     int frames = chunk_decoded(run, chunk_at(run, s->chunk));
     s->step = (int)state_number(f, "step", s->step, generated, steps);
+    s->left_out = (int)state_number(f, "left_out", s->left_out, 0, 2 * s->step);
     s->frame = (int)state_number(f, "frame", s->frame, 0, s->step == steps ? frames : 0);
     s->prompt = (int)state_number(f, "prompt", s->prompt, 0, run->prompt_count - 1);
 }
@@ -287,6 +301,7 @@ static void run_state(const Run *run, Sampling *s, Noise *noise, Video *video, S
     if (run->settings->source) encoding_state(run, &s->encoding, f);
     if (!sampling_done(run, s)) {
         history_state(&s->history, f);
+        if (run->settings->easycache) easycache_state(&s->easy, run->guided, f);
         state_item(f, "recent", s->recent, sizeof(float) * run->recached * run->frame_size);
         kv_cache_state(&s->cond.cache, f);
         kv_cache_state(&s->uncond.cache, f);
@@ -364,7 +379,7 @@ static void make_chunk(const Run *run, Sampling *s, Noise *noise, Video *video) 
     if (s->step == 0 && s->chunk == run->given_chunks) tap_schedules(run);
     while (s->step < steps) {
         show_progress(video, "step", s->step, steps);
-        denoise_step(run, s, noise);
+        denoise_step(run, s, noise, video);
         save_state(run, s, noise, video, last && s->step == steps);
     }
     if (generated && run->recipe->chunk_frames) {
@@ -401,6 +416,8 @@ static void make_clip(const Run *run, Noise *noise, Video *video, StateFile *sta
         show_progress(video, "cache", 0, 1);
         fill_cache(run, &s, s.chunk, "cache", chunk_at(run, s.chunk), s.latents); /* last: the frames do not wait for it */
     }
+    video->left_out = s.left_out;
+    profile_left_out(video->left_out);
     free(s.latents);
     encoding_free(&s.encoding);
     vae_close(video->decoder);

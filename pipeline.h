@@ -136,11 +136,14 @@ typedef struct {
     bool kept;               /* the state file exists */
     bool warned;             /* that the state cannot be written */
     int constant;            /* frames of one colour */
+    int left_out;            /* passes of the transformer, by --easycache */
     size_t values, clamped;  /* of the frames that were decoded; those that are -1 or 1 */
 } Video;
 VideoFormat video_format(const Settings *settings);
 Video video_open(const Run *run);
 void video_decode(const Run *run, Video *video); /* writes the file's header, and opens the decoder */
+/* --preview, with a tiny decoder: draws the first frame of what a step takes the finished chunk for, x - sigma * v. */
+void video_guess(const Run *run, Video *video, const float *x, const float *v, float sigma);
 void video_close(Video *video);
 void video_state(Video *video, StateFile *file);
 /* One line on a terminal: "step 3/20", or in models that generate in chunks

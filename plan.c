@@ -267,8 +267,12 @@ static size_t run_memory(const Run *run) {
                        (run->guided ? text_context_memory(run, run->negative.n) : 0),
            denoising_scratch = larger(text_context_fill_scratch(t, n),
                                       transformer_scratch(t, longest_pass(run), L, keys, n + 1)),
-           decoding = vae_memory(vae, DECODER, run->H, run->W),
-           decoding_scratch = vae_scratch(vae, DECODER, run->H, run->W);
+           guessing = run->settings->preview && vae->halves[TINY].count
+                          ? vae_memory(vae, TINY, run->H, run->W) + sizeof(float) * run->frame_size : 0,
+           guessing_scratch = guessing ? vae_scratch(vae, TINY, run->H, run->W) : 0,
+           decoding = vae_memory(vae, run->settings->decoder, run->H, run->W),
+           decoding_scratch = vae_scratch(vae, run->settings->decoder, run->H, run->W);
+    denoising += guessing, denoising_scratch = larger(denoising_scratch, guessing_scratch);
     if (run->settings->extend) kept += source_reader_memory(run->settings->source, run->settings->width, run->settings->height);
     for (int i = 0; i < run->prompt_count; i++) kept += sizeof(float) * (size_t)run->prompts[i].n * e->dim;
     size_t before = larger(reading, encoding + encoding_scratch),
@@ -306,7 +310,7 @@ static double passes_flops(const Run *run, int positions, bool negative) {
 static double run_flops(const Run *run) {
     const Model *m = run->model;
     double flops = passes_flops(run, run->prompts[0].n + 1, false) +
-                   vae_flops(&m->vae, DECODER, run->decoded, run->H, run->W);
+                   vae_flops(&m->vae, run->settings->decoder, run->decoded, run->H, run->W);
     if (run->settings->source) flops += vae_flops(&m->vae, ENCODER, run->pictured, run->H, run->W);
     for (int i = -1; i < run->prompt_count; i++) {
         const Prompt *p = i < 0 ? &run->negative : &run->prompts[i];

@@ -101,19 +101,34 @@ static void move_to_start(PreviewSize drawn, PreviewSize size) {
     if (drawn.rows && (drawn.rows != size.rows || drawn.columns != size.columns)) fprintf(stderr, "\033[J");
 }
 
-void preview_frame(Preview *preview, const VideoFormat *format, const float *frame, int index) {
+/* The largest picture for the window; 0 rows if nothing is to be drawn. */
+static PreviewSize size_now(const Preview *preview, const VideoFormat *format) {
     struct winsize window = {0};
-    if (!preview->enabled || ioctl(STDERR_FILENO, TIOCGWINSZ, &window) || window.ws_col < 2 ||
-        window.ws_row < 4)
-        return;
-    double time = (double)index * format->rate_den / format->rate_num;
-    if (!preview->drawn.rows) preview->start = seconds() - time;
-    wait_until(preview->start + time);
-    PreviewSize size = preview_fit(format->width, format->height, window.ws_col, window.ws_row - 2);
+    if (!preview->enabled || ioctl(STDERR_FILENO, TIOCGWINSZ, &window) || window.ws_col < 2 || window.ws_row < 4)
+        return (PreviewSize){0};
+    return preview_fit(format->width, format->height, window.ws_col, window.ws_row - 2);
+}
+
+static void draw(Preview *preview, const VideoFormat *format, const float *frame, PreviewSize size) {
     char *text = allocate(preview_room(size));
     size_t length = preview_render(frame, format->width, format->height, size, preview->true_colour, text);
     move_to_start(preview->drawn, size);
     fwrite(text, 1, length, stderr);
     free(text);
     preview->drawn = size;
+}
+
+void preview_frame(Preview *preview, const VideoFormat *format, const float *frame, int index) {
+    PreviewSize size = size_now(preview, format);
+    if (!size.rows) return;
+    double time = (double)index * format->rate_den / format->rate_num;
+    if (!preview->plays) preview->start = seconds() - time;
+    preview->plays = true;
+    wait_until(preview->start + time);
+    draw(preview, format, frame, size);
+}
+
+void preview_guess(Preview *preview, const VideoFormat *format, const float *frame) {
+    PreviewSize size = size_now(preview, format);
+    if (size.rows) draw(preview, format, frame, size);
 }

@@ -75,6 +75,8 @@ static void write_settings(Json *json, const Model *model, const Settings *s, co
     if (model->recipe.chunk_frames) write_chunks(json, s);
     json_double(json, "guidance", s->guidance[0]);
     if (model->expert_count > 1) write_experts(json, model, s);
+    if (s->easycache) json_double(json, "easycache", s->easycache);
+    if (s->decoder == TINY) json_string(json, "decoder", "tiny");
     json_double(json, "shift", s->shift);
     if (*inputs->embeds) json_string(json, "embeds_sha256", inputs->embeds);
     if (*inputs->negative_embeds) json_string(json, "negative_embeds_sha256", inputs->negative_embeds);
@@ -165,12 +167,13 @@ uint64_t record_bits(const Model *model, const Settings *settings, const InputHa
 }
 
 void record_write(OutputFile *file, const Model *model, const Settings *settings, const InputHashes *inputs,
-                  const char *y4m_sha256) {
+                  const char *y4m_sha256, int passes_left_out) {
     Json json = describe(model, settings, inputs);
     char hex[65];
     sha256_of(json.text.data, json.text.size, hex);
     json_string(&json, "record_sha256", hex); /* of the text before this key */
     json_string(&json, "y4m_sha256", y4m_sha256);
+    if (settings->easycache) json_int(&json, "passes_left_out", passes_left_out);
     json_close(&json);
     output_write(file, json.text.data, json.text.size);
     output_commit(file);

@@ -23,9 +23,9 @@ typedef enum {
     MODEL, PROMPT, PROMPT_FILE, NEGATIVE, EMBEDS, NEGATIVE_EMBEDS, OUTPUT_FILE, RESUME, NO_STATE,
     IMAGE, LAST_IMAGE, VIDEO_FILE, STRENGTH, EXTEND,
     SIZE, FRAMES, SECONDS, FPS, CHROMA,
-    STEPS, GUIDANCE, GUIDANCE_2, SHIFT, SAMPLER_NAME, SEED, NOISE,
+    STEPS, GUIDANCE, GUIDANCE_2, SHIFT, SAMPLER_NAME, SEED, NOISE, EASYCACHE,
     AT, STORY, WINDOW, SINK, POSITIONS,
-    THREADS, PRECISION, ISA,
+    THREADS, PRECISION, ISA, DECODER_NAME,
     PREVIEW, DRIFT, PROFILE, QUIET,
     RECORD_PROMPT, NO_RECORD, LABEL, MARK, PRODUCER, PRODUCE_ID,
     DUMP, DUMP_ONLY, CHECK, TOLERANCE, FEED,
@@ -73,6 +73,8 @@ static const struct {
     [SEED] = {"seed", 0, "N", "seed of the noise, the same as torch's on a CPU (default: random, printed)", NULL},
     [NOISE] = {"noise", 0, "FILE", "initial noise [C,T,H,W] from a .npy file, instead of the seed's", NULL},
 
+    [EASYCACHE] = {"easycache", 0, "X", "leave out steps while the change that is missed stays below X, as 0.05", NULL},
+
     [AT] = {"at", 0, "\"TIME TEXT\"", "change the prompt to TEXT at TIME (12, 12.5 or 1:05); may be repeated",
             "Only for models that generate in chunks"},
     [STORY] = {"story", 0, "FILE", "read lines of TIME TEXT from FILE; - is standard input; time 0 is the prompt", NULL},
@@ -83,6 +85,8 @@ static const struct {
     [THREADS] = {"threads", 't', "N", "number of threads (default: all available cores)", "Speed"},
     [PRECISION] = {"precision", 0, "TYPE", "arithmetic of the large matrix products: f32, bf16 or int8", NULL},
     [ISA] = {"isa", 0, "NAME", "instruction set: auto, naive, generic, avx2, avx512[vnni|bf16], amx, neon[dotprod]", NULL},
+
+    [DECODER_NAME] = {"decoder", 0, "full|tiny", "VAE decoder; tiny is faster and coarser, if the model has one", NULL},
 
     [PREVIEW] = {"preview", 0, NULL, "draw the frames in a colour terminal as they are decoded", "Reports"},
     [DRIFT] = {"drift", 0, NULL, "print for each chunk how colours, sharpness and motion have changed", NULL},
@@ -315,6 +319,7 @@ static void apply(Command *c, Option option, const char *value) {
         if (!sampler_parse(value, &s->sampler))
             die(STATUS_USAGE, "--sampler: '%s' is not unipc, euler or dpm++", value);
         break;
+    case EASYCACHE: s->easycache = parse_number(EASYCACHE, value, 0, 1e9); break;
     case SEED: s->seed = parse_seed(value); c->seeded = true; break;
     case THREADS: c->threads = (int)parse_integer(THREADS, value, 1, MAX_THREADS); break;
     case PRECISION:
@@ -322,6 +327,11 @@ static void apply(Command *c, Option option, const char *value) {
             die(STATUS_USAGE, "--precision: '%s' is not f32, bf16 or int8", value);
         break;
     case ISA: c->isa = value; break;
+    case DECODER_NAME:
+        if (strcmp(value, "full") && strcmp(value, "tiny"))
+            die(STATUS_USAGE, "--decoder: '%s' is not full or tiny", value);
+        s->decoder = !strcmp(value, "tiny") ? TINY : DECODER;
+        break;
     case NOISE: s->noise = value; break;
     case AT: add_line(&s->story, value); break;
     case STORY:

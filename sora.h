@@ -240,6 +240,28 @@ void sampler_step(const Schedule *schedule, int step, const float *velocity, flo
                   const float *noise);
 void history_state(History *history, StateFile *file);
 
+/* ---------------------------------------------------------------- easycache.c: a velocity without the transformer */
+
+/* What is kept of earlier steps. Arrays are (frames,C,H,W). */
+typedef struct {
+    size_t n;             /* elements of an array */
+    float *latest;        /* latents of the last step */
+    float *x;             /* those of the last computed step */
+    float *cond, *uncond; /* the branches' velocities at that step; uncond only with guidance */
+    double rate;          /* change of the velocity by change of the latents, at the last computed step */
+    double error;         /* change that was left out since then, relative to the velocity */
+    int known;            /* computed steps so far, at most 2: from 2 on there is a rate */
+} EasyCache;
+enum { EASYCACHE_FIRST = 10 }; /* steps that are always computed; the last step is, too */
+EasyCache easycache_take(Arena *arena, size_t n, bool guided);
+/* Whether the step can be left out, given its latents x. Call it once for every step, in order. */
+bool easycache_leaves_out(EasyCache *cache, double most, int step, int steps, const float *x);
+/* Call it after a computed step. uncond may be NULL. */
+void easycache_keep(EasyCache *cache, const float *x, const float *cond, const float *uncond);
+/* The velocities of a step that is left out. uncond may be NULL. */
+void easycache_velocity(const EasyCache *cache, const float *x, float *cond, float *uncond);
+void easycache_state(EasyCache *cache, bool guided, StateFile *file);
+
 /* ---------------------------------------------------------------- state.c: a run on disk, for --resume */
 
 char *state_path(const char *output); /* OUTPUT.state, a new string */
@@ -273,12 +295,14 @@ typedef struct {
     int up, stride;          /* 1 or 2: it reads every pixel up x up times, and steps over stride x stride of them */
 } Conv;
 
-/* Each half is a list of layers. What each kind does with a frame x (pixels, channels): */
+/* Each half is a list of layers, and the tiny decoder is one. What each kind does with a frame x (pixels, channels): */
 typedef enum {
     CONVOLUTION,    /* x = conv1(x), or conv1(silu(norm1(x))) if there is a norm1 */
     RESIDUAL,       /* x = shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x)))))) */
     ATTENTION,      /* x = x + conv2(attention(conv1(norm1(x)))), over the pixels of the frame */
-    UPSAMPLE_TIME,  /* two frames of conv1(x); the clip's first frame passes unchanged, as one frame */
+    MEMORY,         /* x = relu(x + conv3(relu(conv2(relu(conv1(x, x of the frame before)))))) */
+    RELU,           /* x = max(x, 0) */
+    UPSAMPLE_TIME,  /* two frames of conv1(x); if kt is 3, the clip's first frame passes unchanged, as one frame */
     DOWNSAMPLE_TIME, /* one frame of conv1 of two; the clip's first frame passes unchanged */
     KEEP_FRAME,     /* keeps x for the ADD_MEANS or ADD_COPIES at index `partner` */
     ADD_MEANS,      /* x = x + means of what was kept, over pixels, frames and channels */
@@ -294,7 +318,7 @@ typedef struct {
 typedef struct {
     VaeLayerKind kind;
     const float *norm1, *norm2; /* (I) of conv1 and conv2, or NULL */
-    Conv conv1, conv2, shortcut;
+    Conv conv1, conv2, conv3, shortcut;
     Shortcut past; /* of KEEP_FRAME, ADD_MEANS and ADD_COPIES */
 } VaeLayer;
 
@@ -303,7 +327,7 @@ typedef struct {
     VaeLayer *layers; /* [count] */
 } VaeLayers;
 
-typedef enum { ENCODER, DECODER, HALVES } VaeHalf;
+typedef enum { ENCODER, DECODER, TINY, HALVES } VaeHalf; /* TINY: another decoder, if the file has it */
 
 typedef struct {
     int z_dim, patch_size, temporal_stride, spatial_stride; /* strides: video frames and pixels per latent */
@@ -326,8 +350,8 @@ size_t vae_scratch(const Vae *vae, VaeHalf half, int H, int W); /* besides, in v
 double vae_flops(const Vae *vae, VaeHalf half, int frames, int H, int W); /* of so many frames that go in */
 /* Takes the clip's next frame, and hands each frame that comes out to the sink as soon as it is ready.
  * DECODER: in, a normalised latent frame (z_dim,H,W); out, video frames [3,Y,X] clamped to [-1,1]: 1 for the clip's first
- * latent frame, temporal_stride for every later one. ENCODER: the way back; a latent frame comes out after the clip's
- * first video frame and after every temporal_stride of the later ones. */
+ * latent frame, temporal_stride for every later one. TINY: the same. ENCODER: the way back; a latent frame comes out
+ * after the clip's first video frame and after every temporal_stride of the later ones. */
 void vae_push(VaeStream *stream, const float *frame);
 void vae_stream_state(VaeStream *stream, StateFile *file); /* between two frames that go in */
 void vae_close(VaeStream *stream); /* accepts NULL */
@@ -442,7 +466,8 @@ size_t preview_render(const float *frame, int width, int height, PreviewSize siz
 
 typedef struct {
     bool enabled, true_colour;
-    PreviewSize drawn; /* the picture on the screen; 0 rows before the first frame */
+    PreviewSize drawn; /* the picture on the screen; 0 rows before the first */
+    bool plays;        /* frames are drawn, not only guesses */
     double start;      /* when frame 0 was due, by seconds() */
 } Preview;
 /* Draws on standard error. Warns, and draws nothing, if that is not a colour terminal. */
@@ -450,6 +475,7 @@ Preview preview_open(void);
 /* Draws frame `index` over the previous one. Waits until the frame is due by the clip's frame rate. Draws nothing if
  * the preview is not enabled or the window is too small. */
 void preview_frame(Preview *preview, const VideoFormat *format, const float *frame, int index);
+void preview_guess(Preview *preview, const VideoFormat *format, const float *frame); /* draws it at once */
 
 /* ---------------------------------------------------------------- model.c: a weight file, and a run's settings */
 
@@ -490,6 +516,8 @@ typedef struct {
     const Source *source, *last_source;                         /* NULL: none */
     int source_frames;                                          /* of it that are used; set by settings_complete() */
     double strength;                                            /* --strength; negative: not given */
+    double easycache;                                           /* --easycache; 0: every step is computed */
+    VaeHalf decoder;                                            /* DECODER or TINY */
     bool extend;                                                /* the clip begins with the source's own frames */
     bool ppm;                                                   /* the output is a picture; set by settings_complete() */
     Story story;                                                /* the prompts after the first */
@@ -564,9 +592,9 @@ typedef struct {
 } InputHashes;
 /* The 64 bits that a mark carries: the first of the SHA-256 of the part of the record that is known before the run. */
 uint64_t record_bits(const Model *model, const Settings *settings, const InputHashes *inputs);
-/* Writes and commits the record. */
+/* Writes and commits the record. passes_left_out: of the transformer, by --easycache. */
 void record_write(OutputFile *file, const Model *model, const Settings *settings, const InputHashes *inputs,
-                  const char *y4m_sha256);
+                  const char *y4m_sha256, int passes_left_out);
 /* Prints what a record says, whatever text that may be, and returns whether it agrees with itself, with the SHA-256 of the
  * video beside it and with the video's mark, if there is one. */
 bool record_check(FILE *out, Bytes record, const char *y4m_sha256, const MarkFound *mark);

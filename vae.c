@@ -34,12 +34,22 @@
  * KEEP_FRAME keeps what enters the level; ADD_MEANS adds means of it to what leaves the encoder's level, ADD_COPIES copies
  * of it to what leaves the decoder's. Its upsampling convolutions keep the number of channels.
  *
+ * The tiny decoder (TAEHV's taew2_1 and taew2_2) is one more list, for the same latents: much less work, less detail. It
+ * looks back one frame in each MEMORY block.
+ *
+ *   tiny:  3 tanh(latents / 3) -> conv, ReLU -> levels -> ReLU, conv
+ *     level: three MEMORY blocks; a 1x1 convolution, which makes two frames of one in the last two levels; a convolution
+ *            that reads every pixel 2 x 2 times
+ *
+ * Of the clip's first latent frame it makes four frames, too. The first three are dropped, as upstream does.
+ *
  * A frame is stored as (pixels, channels). A convolution is a product whose rows are runs of channels at shifted
  * pixels (product.c). Padding and the upsampled image are not stored: locate_pixel() gives their addresses.
  *
- * Follows AutoencoderKLWan of diffusers, and wan/modules/vae.py and vae2_2.py of the original releases; the weight names
- * are those of the former. Its RMS_norm is x / |x| * sqrt(channels) * gamma, where |x| is over channels. Of the
- * distribution that the encoder gives, only the mean is used (diffusers' sample_mode "argmax"). */
+ * Follows AutoencoderKLWan of diffusers, and wan/modules/vae.py and vae2_2.py of the original releases; the weight
+ * names are those of the former. The tiny decoder follows taehv.py of madebyollin/taehv. RMS_norm is x / |x| *
+ * sqrt(channels) * gamma, where |x| is over channels. Of the distribution that the encoder gives, only the mean is
+ * used (diffusers' sample_mode "argmax"). */
 #include "sora.h"
 
 #include <math.h>
@@ -74,12 +84,12 @@ static Levels read_levels(const WeightFile *file) {
     return levels;
 }
 
-static Conv bind_conv(const WeightFile *file, Precision precision, int O, int I, int kt, int k,
+static Conv bind_conv(const WeightFile *file, Precision precision, int O, int I, int kt, int k, int with_bias,
                       const char *name) {
     Conv conv = {.kt = kt, .kh = k, .kw = k, .in = I, .out = O, .up = 1, .stride = 1};
     if (I > MAX_CHANNELS)
         weights_refuse(file, "vae.%s has %d input channels, expected at most %d", name, I, MAX_CHANNELS);
-    conv.layer = linear_bind(file, precision, O, kt * k * k * I, BIAS, "vae.%s", name);
+    conv.layer = linear_bind(file, precision, O, kt * k * k * I, with_bias, "vae.%s", name);
     return conv;
 }
 
@@ -116,24 +126,24 @@ static void bind_residual(const WeightFile *file, Vae *vae, VaeLayers *list, int
     char path[MAX_TENSOR_NAME];
     VaeLayer *layer = add_layer(list, RESIDUAL);
     layer->norm1 = weights_floats(file, I, "vae.%s.residual.0.gamma", name);
-    layer->conv1 = bind_conv(file, vae->precision, O, I, 3, 3, PATH("%s.residual.2", name));
+    layer->conv1 = bind_conv(file, vae->precision, O, I, 3, 3, BIAS, PATH("%s.residual.2", name));
     layer->norm2 = weights_floats(file, O, "vae.%s.residual.3.gamma", name);
-    layer->conv2 = bind_conv(file, vae->precision, O, O, 3, 3, PATH("%s.residual.6", name));
-    if (I != O) layer->shortcut = bind_conv(file, vae->precision, O, I, 1, 1, PATH("%s.shortcut", name));
+    layer->conv2 = bind_conv(file, vae->precision, O, O, 3, 3, BIAS, PATH("%s.residual.6", name));
+    if (I != O) layer->shortcut = bind_conv(file, vae->precision, O, I, 1, 1, BIAS, PATH("%s.shortcut", name));
 }
 
 static void bind_attention(const WeightFile *file, Vae *vae, VaeLayers *list, int C, const char *name) {
     char path[MAX_TENSOR_NAME];
     VaeLayer *layer = add_layer(list, ATTENTION);
     layer->norm1 = weights_floats(file, C, "vae.%s.norm.gamma", name);
-    layer->conv1 = bind_conv(file, vae->precision, 3 * C, C, 1, 1, PATH("%s.to_qkv", name));
-    layer->conv2 = bind_conv(file, vae->precision, C, C, 1, 1, PATH("%s.proj", name));
+    layer->conv1 = bind_conv(file, vae->precision, 3 * C, C, 1, 1, BIAS, PATH("%s.to_qkv", name));
+    layer->conv2 = bind_conv(file, vae->precision, C, C, 1, 1, BIAS, PATH("%s.proj", name));
 }
 
 static Conv *bind_convolution(const WeightFile *file, Vae *vae, VaeLayers *list, int O, int I, int kt, int k,
                               const char *name) {
     VaeLayer *layer = add_layer(list, CONVOLUTION);
-    layer->conv1 = bind_conv(file, vae->precision, O, I, kt, k, name);
+    layer->conv1 = bind_conv(file, vae->precision, O, I, kt, k, BIAS, name);
     return &layer->conv1;
 }
 
@@ -182,7 +192,7 @@ static void bind_encoder(const WeightFile *file, Vae *vae, const Levels *levels)
         bind_convolution(file, vae, list, out, out, 1, 3, PATH("encoder.downsamples.%d.resample.1", index))->stride = 2;
         if (levels->temporal[i])
             add_layer(list, DOWNSAMPLE_TIME)->conv1 =
-                bind_conv(file, vae->precision, out, out, 3, 1, PATH("encoder.downsamples.%d.time_conv", index));
+                bind_conv(file, vae->precision, out, out, 3, 1, BIAS, PATH("encoder.downsamples.%d.time_conv", index));
         end_shortcut(list, keep, ADD_MEANS, in, out, 1 + levels->temporal[i], 2);
         index++;
     }
@@ -206,12 +216,46 @@ static void bind_decoder(const WeightFile *file, Vae *vae, const Levels *levels)
         if (i == 0) break;
         if (levels->temporal[i - 1])
             add_layer(list, UPSAMPLE_TIME)->conv1 =
-                bind_conv(file, vae->precision, 2 * out, out, 3, 1, PATH("decoder.upsamples.%d.time_conv", index));
+                bind_conv(file, vae->precision, 2 * out, out, 3, 1, BIAS,
+                          PATH("decoder.upsamples.%d.time_conv", index));
         width = levels->residual ? out : out / 2;
         bind_convolution(file, vae, list, width, out, 1, 3, PATH("decoder.upsamples.%d.resample.1", index++))->up = 2;
         end_shortcut(list, keep, ADD_COPIES, in, out, 1 + levels->temporal[i - 1], 2);
     }
     bind_head(file, vae, list, patch_channels(vae), width, "decoder");
+}
+
+static void bind_memory(const WeightFile *file, Vae *vae, VaeLayers *list, int n, int index) {
+    char path[MAX_TENSOR_NAME];
+    VaeLayer *layer = add_layer(list, MEMORY);
+    layer->conv1 = bind_conv(file, vae->precision, n, n, 2, 3, BIAS, PATH("tiny.%d.conv.0", index));
+    layer->conv2 = bind_conv(file, vae->precision, n, n, 1, 3, BIAS, PATH("tiny.%d.conv.2", index));
+    layer->conv3 = bind_conv(file, vae->precision, n, n, 1, 3, BIAS, PATH("tiny.%d.conv.4", index));
+}
+
+/* tiny.N is decoder.N of taehv.py, whose activations and upsamplings are counted, too. */
+static void bind_tiny(const WeightFile *file, Vae *vae) {
+    enum { WIDTHS = 4 };
+    VaeLayers *list = &vae->halves[TINY];
+    char path[MAX_TENSOR_NAME];
+    int width[WIDTHS], index = 3;
+    if (vae->temporal_stride != 4 || vae->spatial_stride != 8 * vae->patch_size)
+        weights_refuse(file, "vae.tiny is for a VAE with strides 4 and %d, found %d and %d", 8 * vae->patch_size,
+                       vae->temporal_stride, vae->spatial_stride);
+    weights_sizes(file, "vae.tiny.widths", MAX_CHANNELS, width, WIDTHS);
+    bind_convolution(file, vae, list, width[0], vae->z_dim, 1, 3, "tiny.1");
+    add_layer(list, RELU);
+    for (int i = 0; i + 1 < WIDTHS; i++, index += 3) {
+        int n = width[i], frames = i ? 2 : 1;
+        for (int j = 0; j < 3; j++) bind_memory(file, vae, list, n, index++);
+        add_layer(list, i ? UPSAMPLE_TIME : CONVOLUTION)->conv1 =
+            bind_conv(file, vae->precision, frames * n, n, 1, 1, NO_BIAS, PATH("tiny.%d.conv", index + 1));
+        VaeLayer *up = add_layer(list, CONVOLUTION);
+        up->conv1 = bind_conv(file, vae->precision, width[i + 1], n, 1, 3, NO_BIAS, PATH("tiny.%d", index + 2));
+        up->conv1.up = 2;
+    }
+    add_layer(list, RELU);
+    bind_convolution(file, vae, list, patch_channels(vae), width[WIDTHS - 1], 1, 3, PATH("tiny.%d", index + 1));
 }
 
 Vae vae_load(const WeightFile *file, Precision precision) {
@@ -226,6 +270,7 @@ Vae vae_load(const WeightFile *file, Precision precision) {
     vae.latents_std = config_floats(file, "vae.latents_std", vae.z_dim);
     bind_encoder(file, &vae, &levels);
     bind_decoder(file, &vae, &levels);
+    if (weights_has(file, "vae.tiny.widths")) bind_tiny(file, &vae);
     return vae;
 }
 
@@ -246,10 +291,10 @@ typedef struct {
     float *wide;                 /* (pixels, wide_channels): q, k and v; or the two frames of UPSAMPLE_TIME */
 } Grid;
 
-/* The two previous input frames of a convolution over time. */
+/* The previous input frames of a convolution over time, kt - 1 of them, the newest last. */
 typedef struct {
-    char *frames[2]; /* row operands, the older first */
-    int seen;        /* how many of the two there have been, 0 to 2 */
+    char *frames[2]; /* row operands */
+    int seen;        /* how many of them there have been */
 } FeatCache;
 
 /* What a layer keeps from frame to frame. */
@@ -271,6 +316,7 @@ struct VaeStream {
     float *x, *t;       /* (pixels, channels): the frame; the hidden frame of a residual block */
     char *zeros;        /* a row operand of zeros: a pixel of the padding */
     float *frame;       /* what comes out: a video frame [3,Y,X] or a latent frame (z_dim,H,W) */
+    int dropped;        /* TINY: frames still to be dropped */
     FrameSink *sink;
     void *to;
 };
@@ -313,27 +359,29 @@ static void run_conv(const ConvInput *input, float *out, int mode) {
     product(out, rows, &conv->layer, mode);
 }
 
-/* The buffers rotate: operands -> cache, the newer cached frame becomes the older, the older one becomes operands. */
-static void cache_frame(Grid *grid, FeatCache *cache) {
-    char *oldest = cache->frames[0];
-    cache->frames[0] = cache->frames[1];
+/* The buffers rotate: operands -> cache, each cached frame becomes the older one, the oldest becomes operands. */
+static void cache_frame(Grid *grid, FeatCache *cache, int kept) {
+    char *oldest = cache->frames[2 - kept];
+    if (kept == 2) cache->frames[0] = cache->frames[1];
     cache->frames[1] = grid->operands;
-    cache->seen = smaller(cache->seen + 1, 2);
+    cache->seen = smaller(cache->seen + 1, kept);
     grid->operands = oldest;
 }
 
-/* out (pixels, O) = or += conv of the frame in grid->operands and, if kt is 3, of the two frames in its cache, which the
- * frame then enters. */
+/* out (pixels, O) = or += conv of the frame in grid->operands and of the kt - 1 frames in its cache, which the frame
+ * then enters. */
 static void convolve(const VaeStream *s, Grid *grid, const Conv *conv, FeatCache *cache, float *out, int mode) {
     ConvInput input = {.conv = conv, .frames = {grid->operands}, .zeros = s->zeros, .pixel = row_bytes(s->vae->precision, conv->in),
                  .height = grid->height * conv->up, .width = grid->width * conv->up};
     input.columns = input.width / conv->stride;
-    if (conv->kt > 1) {
-        input.frames[0] = cache->frames[0], input.frames[1] = cache->frames[1], input.frames[2] = grid->operands;
-        input.skip = 2 - cache->seen;
+    int kept = conv->kt - 1;
+    if (kept) {
+        for (int i = 0; i < kept; i++) input.frames[i] = cache->frames[2 - kept + i];
+        input.frames[kept] = grid->operands;
+        input.skip = kept - cache->seen;
     }
     run_conv(&input, out, mode);
-    if (conv->kt > 1) cache_frame(grid, cache);
+    if (kept) cache_frame(grid, cache, kept);
 }
 
 /* ---------------------------------------------------------------- layers */
@@ -367,6 +415,20 @@ static void residual(VaeStream *s, Grid *grid, const VaeLayer *layer, LayerState
     convolve(s, grid, &layer->conv2, &state->cache[1], s->x, ACCUMULATE);
 }
 
+static void memory(VaeStream *s, Grid *grid, const VaeLayer *layer, LayerState *state) {
+    int n = layer->conv1.in;
+    size_t count = (size_t)pixels_of(grid) * n;
+    to_operands(s, grid, s->x, n);
+    convolve(s, grid, &layer->conv1, &state->cache[0], s->t, REPLACE);
+    relu(s->t, s->t, count);
+    to_operands(s, grid, s->t, n);
+    convolve(s, grid, &layer->conv2, NULL, s->t, REPLACE);
+    relu(s->t, s->t, count);
+    to_operands(s, grid, s->t, n);
+    convolve(s, grid, &layer->conv3, NULL, s->x, ACCUMULATE);
+    relu(s->x, s->x, count);
+}
+
 /* Self attention with one head over the pixels of one frame. conv1 is to_qkv, conv2 is proj. */
 static void attend(VaeStream *s, Grid *grid, const VaeLayer *layer) {
     int C = layer->conv2.in, pixels = pixels_of(grid);
@@ -391,7 +453,7 @@ static void copy_half(VaeStream *s, const Grid *grid, int C, int half) {
 /* Returns whether x goes on: unchanged if it is the clip's first frame, as conv1 of the pair if it is the second of one. */
 static bool downsample_time(VaeStream *s, Grid *grid, const VaeLayer *layer, LayerState *state) {
     to_operands(s, grid, s->x, layer->conv1.in);
-    if (!state->started || !state->waiting) cache_frame(grid, &state->cache[0]);
+    if (!state->started || !state->waiting) cache_frame(grid, &state->cache[0], 2);
     else convolve(s, grid, &layer->conv1, &state->cache[0], s->x, REPLACE);
     bool goes_on = !state->started || state->waiting;
     state->waiting = state->started && !state->waiting;
@@ -476,13 +538,28 @@ static void give_frame(VaeStream *s, const Grid *grid) {
             }
 }
 
+/* 3 tanh(x / 3), without libm, whose last bits differ from system to system: the exponential is a series in a small
+ * number, squared as often as that was halved. */
+static float bounded(float x) {
+    double z = -2 / 3.0 * fabs((double)x), e = 1;
+    int halvings = 0;
+    if (z < -50) return x < 0 ? -3 : 3;
+    for (; z < -0.5; z /= 2) halvings++;
+    for (int k = 14; k > 0; k--) e = 1 + z / k * e;
+    for (; halvings > 0; halvings--) e *= e;
+    double y = 3 * (1 - e) / (1 + e);
+    return (float)(x < 0 ? -y : y);
+}
+
 static void take_latents(VaeStream *s, const Grid *grid, const float *latents) {
     const Vae *vae = s->vae;
     int z = vae->z_dim;
     size_t pixels = (size_t)pixels_of(grid);
     for (int c = 0; c < z; c++)
-        for (size_t i = 0; i < pixels; i++)
-            s->x[i * z + c] = latents[c * pixels + i] * vae->latents_std[c] + vae->latents_mean[c];
+        for (size_t i = 0; i < pixels; i++) {
+            float value = latents[c * pixels + i];
+            s->x[i * z + c] = s->half == TINY ? bounded(value) : value * vae->latents_std[c] + vae->latents_mean[c];
+        }
 }
 
 /* x holds z_dim means, then as many logarithms of variances, which are not used. */
@@ -506,6 +583,8 @@ static void push(VaeStream *s, int index) {
         case CONVOLUTION: convolution(s, grid, layer, state); break;
         case RESIDUAL: residual(s, grid, layer, state); break;
         case ATTENTION: attend(s, grid, layer); break;
+        case MEMORY: memory(s, grid, layer, state); break;
+        case RELU: relu(s->x, s->x, (size_t)pixels_of(grid) * s->list->layers[index - 1].conv1.out); break;
         case KEEP_FRAME: keep(s, grid, layer, state); break;
         case ADD_MEANS: add_means(s, grid, state, &layer->past); break;
         case ADD_COPIES: add_copies(s, grid, state, &layer->past); break;
@@ -513,7 +592,7 @@ static void push(VaeStream *s, int index) {
             if (!downsample_time(s, grid, layer, state)) return;
             break;
         case UPSAMPLE_TIME:
-            if (!state->started) {
+            if (layer->conv1.kt > 1 && !state->started) {
                 state->started = true;
                 break;
             }
@@ -524,15 +603,19 @@ static void push(VaeStream *s, int index) {
             copy_half(s, grid, layer->conv1.in, 1);
         }
     }
+    if (s->dropped) {
+        s->dropped--;
+        return;
+    }
     const Grid *last = &s->grids[s->states[index - 1].out];
-    if (s->half == DECODER) give_frame(s, last);
-    else give_latents(s, last);
+    if (s->half == ENCODER) give_latents(s, last);
+    else give_frame(s, last);
     s->sink(s->to, s->frame);
 }
 
 void vae_push(VaeStream *s, const float *frame) {
-    if (s->half == DECODER) take_latents(s, &s->grids[0], frame);
-    else take_frame(s, &s->grids[0], frame);
+    if (s->half == ENCODER) take_frame(s, &s->grids[0], frame);
+    else take_latents(s, &s->grids[0], frame);
     push(s, 0);
 }
 
@@ -541,7 +624,7 @@ void vae_push(VaeStream *s, const float *frame) {
 /* Sets the size and channels of each grid, and the grids of each layer. H, W: of the latents. Returns the last grid. */
 static Grid *size_grids(VaeStream *s, int H, int W) {
     Grid *grid = s->grids;
-    int times = s->half == DECODER ? 1 : s->vae->spatial_stride / s->vae->patch_size;
+    int times = s->half == ENCODER ? s->vae->spatial_stride / s->vae->patch_size : 1;
     *grid = (Grid){.height = H * times, .width = W * times};
     for (int i = 0; i < s->list->count; i++) {
         const VaeLayer *layer = &s->list->layers[i];
@@ -568,8 +651,7 @@ static char *take_operands(const VaeStream *s, Arena *arena, const Grid *grid) {
 
 /* Cached frames are as large as grid->operands, because convolve() exchanges the two. */
 static void take_cache(VaeStream *s, Arena *arena, const Grid *grid, const Conv *conv, FeatCache *cache) {
-    if (conv->kt > 1)
-        for (int i = 0; i < 2; i++) cache->frames[i] = take_operands(s, arena, grid);
+    for (int i = 3 - conv->kt; conv->out && i < 2; i++) cache->frames[i] = take_operands(s, arena, grid);
 }
 
 /* All grids share one x and one t, because one layer runs at a time. */
@@ -595,12 +677,14 @@ static void take_buffers(VaeStream *s, Arena *arena, int H, int W) {
     s->x = arena_floats(arena, floats);
     s->t = arena_floats(arena, floats);
     s->zeros = arena_take(arena, row_bytes(s->vae->precision, (int)channels));
-    s->frame = arena_floats(arena, (size_t)pixels_of(last) * (s->half == DECODER ? patch_channels(s->vae) : s->vae->z_dim));
+    int given = s->half == ENCODER ? s->vae->z_dim : patch_channels(s->vae); /* channels of what comes out */
+    s->frame = arena_floats(arena, (size_t)pixels_of(last) * given);
 }
 
 static VaeStream *stream_new(const Vae *vae, VaeHalf half) {
     VaeStream *s = allocate(sizeof *s);
-    *s = (VaeStream){.vae = vae, .half = half, .list = &vae->halves[half]};
+    *s = (VaeStream){.vae = vae, .half = half, .list = &vae->halves[half],
+                     .dropped = half == TINY ? vae->temporal_stride - 1 : 0};
     s->states = allocate(sizeof *s->states * (size_t)s->list->count);
     return s;
 }
@@ -608,12 +692,13 @@ static VaeStream *stream_new(const Vae *vae, VaeHalf half) {
 static void feat_cache_state(const VaeStream *s, const Grid *grid, const Conv *conv, FeatCache *cache, StateFile *f) {
     if (conv->kt < 2) return;
     size_t bytes = (size_t)pixels_of(grid) * row_bytes(s->vae->precision, conv->in);
-    cache->seen = (int)state_number(f, "vae.seen", cache->seen, 0, 2);
+    cache->seen = (int)state_number(f, "vae.seen", cache->seen, 0, conv->kt - 1);
     for (int i = 2 - cache->seen; i < 2; i++) state_item(f, "vae.frame", cache->frames[i], bytes);
 }
 
 /* All other buffers are written before they are read. */
 void vae_stream_state(VaeStream *s, StateFile *f) {
+    s->dropped = (int)state_number(f, "vae.dropped", s->dropped, 0, s->dropped);
     for (int i = 0; i < s->list->count; i++) {
         const VaeLayer *layer = &s->list->layers[i];
         LayerState *state = &s->states[i];
@@ -646,10 +731,10 @@ size_t vae_scratch(const Vae *vae, VaeHalf half, int H, int W) {
     size_grids(s, H, W);
     for (int i = 0; i < s->list->count; i++) {
         const VaeLayer *layer = &s->list->layers[i];
-        const Conv *convs[] = {&layer->conv1, &layer->conv2, &layer->shortcut};
+        const Conv *convs[] = {&layer->conv1, &layer->conv2, &layer->conv3, &layer->shortcut};
         int pixels = pixels_of(&s->grids[s->states[i].out]);
         if (layer->kind == ATTENTION) most = larger(most, attention_memory(vae->precision, pixels, 1, layer->conv2.in));
-        for (int j = 0; j < 3; j++)
+        for (int j = 0; j < 4; j++)
             if (convs[j]->out)
                 most = larger(most, product_memory(&convs[j]->layer, pixels));
     }
@@ -677,17 +762,18 @@ double vae_flops(const Vae *vae, VaeHalf half, int count, int H, int W) {
     size_grids(s, H, W);
     for (int i = 0; i < s->list->count; i++) {
         const VaeLayer *layer = &s->list->layers[i];
-        const Conv *convs[] = {&layer->conv1, &layer->conv2, &layer->shortcut};
+        const Conv *convs[] = {&layer->conv1, &layer->conv2, &layer->conv3, &layer->shortcut};
         double area = pixels_of(&s->grids[s->states[i].out]);
         if (layer->kind == ATTENTION) sum += 4.0 * frames * area * area * layer->conv2.in;
         if (layer->kind == DOWNSAMPLE_TIME) frames = (frames - 1) / 2; /* the clip's first passes */
-        if (layer->kind == UPSAMPLE_TIME) frames--;
-        for (int j = 0; j < 3; j++) {
-            bool deep = convs[j]->kt == 3 && layer->kind != DOWNSAMPLE_TIME;
-            sum += conv_flops(convs[j], frames, area, !deep ? 0 : frames > 1 ? 3 : 2); /* 2 of 3 in its first frame, then 1 */
+        bool passes = layer->kind == UPSAMPLE_TIME && layer->conv1.kt > 1; /* the clip's first */
+        if (passes) frames--;
+        for (int j = 0; j < 4; j++) {
+            int kept = layer->kind == DOWNSAMPLE_TIME ? 0 : convs[j]->kt - 1; /* of 2, none are there at first, then 1 */
+            sum += conv_flops(convs[j], frames, area, kept == 2 && frames > 1 ? 3 : kept > 0 ? kept : 0);
         }
         if (layer->kind == DOWNSAMPLE_TIME) frames++;
-        if (layer->kind == UPSAMPLE_TIME) frames = 2 * frames + 1;
+        if (layer->kind == UPSAMPLE_TIME) frames = 2 * frames + passes;
     }
     vae_close(s);
     return sum;

@@ -157,7 +157,22 @@ void video_decode(const Run *run, Video *video) {
     if (run->settings->mark) video->mark = mark_make(record_bits(run->model, run->settings, &run->inputs));
     show_progress(video, "frame", video->index, run->settings->frames);
     write_ahead(run, video);
-    video->decoder = vae_open(&run->model->vae, DECODER, run->H, run->W, take_decoded, video);
+    video->decoder = vae_open(&run->model->vae, run->settings->decoder, run->H, run->W, take_decoded, video);
+}
+
+static void draw_guess(void *to, float *frame) {
+    Video *video = to;
+    preview_guess(&video->preview, &video->format, frame);
+}
+
+void video_guess(const Run *run, Video *video, const float *x, const float *v, float sigma) {
+    if (!video->preview.enabled || !run->model->vae.halves[TINY].count) return;
+    float *guess = allocate(sizeof(float) * run->frame_size);
+    for (size_t i = 0; i < run->frame_size; i++) guess[i] = x[i] - sigma * v[i];
+    VaeStream *decoder = vae_open(&run->model->vae, TINY, run->H, run->W, draw_guess, video);
+    vae_push(decoder, guess);
+    vae_close(decoder);
+    free(guess);
 }
 
 /* Commits the video before the record: if the record fails, the video is there; if the video fails, an older video
@@ -169,7 +184,8 @@ void video_close(Video *video) {
     weights_require_unchanged(run->model->file);
     if (video->kept) output_sync(&video->file);
     output_commit(&video->file);
-    if (video->record.stream) record_write(&video->record, run->model, run->settings, &run->inputs, sha);
+    if (video->record.stream)
+        record_write(&video->record, run->model, run->settings, &run->inputs, sha, video->left_out);
     if (video->kept) {
         unlink(video->state);
         outputs_forget(video->state);

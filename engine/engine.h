@@ -190,6 +190,7 @@ void profile_begin(Stage stage);
 void profile_end(Stage stage);
 void profile_resume(Stage stage); /* like begin, but does not count a new call: after another stage ran in between */
 void profile_flops(double count); /* adds to the running stage */
+void profile_left_out(int passes); /* of the transformer; printed unless it is 0 */
 void profile_print(void);         /* prints the lines of --profile on standard error */
 
 /* ---------------------------------------------------------------- progress.c: the progress line */
@@ -481,6 +482,7 @@ void l2_norm_silu(Precision precision, void *rows, const float *x, int L, int n,
 /* Each `each` rows have a scale and a shift (n) of their own, one set after the other; add_gated's gates likewise. */
 void layer_norm(float *y, const float *x, int L, int n, float eps, const float *scale, const float *shift, int each);
 void silu(float *y, const float *x, size_t n);
+void relu(float *y, const float *x, size_t n); /* max(x, 0); NaN stays NaN */
 void gelu(float *y, const float *x, size_t n);
 void add(float *y, const float *x, size_t n);                                      /* y += x */
 void multiply(float *y, const float *x, size_t n);                                 /* y *= x */

@@ -57,6 +57,14 @@ def check_parts_fit(text, transformer, vae, pieces, tokenizer_path):
                           "encoder's own tokenizer with --tokenizer")
 
 
+def check_tiny_fits(tiny, vae):
+    """Raises ExportError unless the tiny decoder is for the VAE's latents and patches."""
+    for size, what in (("z_dim", "latent channels"), ("out_channels", "channels of a patch of pixels")):
+        if tiny.sizes[size] != vae.sizes[size]:
+            raise ExportError(f"{tiny.path}: the tiny decoder has {tiny.sizes[size]} {what}, expected "
+                              f"{vae.sizes[size]} for the VAE {vae.path}")
+
+
 def sha256_of(path, bar):
     """The SHA-256 of a file as hex digits. bar: a progress bar in bytes."""
     digest = hashlib.sha256()
@@ -108,6 +116,8 @@ def export(args):
     tokenizer_path = find_tokenizer(sources.tokenizer)
     tokenizer = tokenizer_keys(tokenizer_path, opened)
     check_parts_fit(text, transformer, vae, len(tokenizer["tokenizer.ggml.tokens"]), tokenizer_path)
+    if "vae_tiny" in parts:
+        check_tiny_fits(parts["vae_tiny"], vae)
 
     if sources.transformer_2:
         check_experts_fit(transformer, parts["transformer_2"])
@@ -170,6 +180,7 @@ def arguments(argv):
     for part, what in (("transformer", "transformer"), ("transformer-2", "second expert, the one for low noise,"),
                        ("text-encoder", "text encoder"), ("vae", "VAE"), ("tokenizer", "tokenizer")):
         parser.add_argument(f"--{part}", metavar="PATH", help=f"take the {what} from this file or folder")
+    parser.add_argument("--vae-tiny", metavar="FILE", help="add a tiny decoder, TAEHV's taew2_1 or taew2_2")
     schedule = parser.add_argument_group("the schedule for which distilled and causal weights were trained")
     schedule.add_argument("--recipe", choices=RECIPES, metavar="NAME",
                           help=f"the released model whose schedule and chunks the weights have: {', '.join(RECIPES)}")

@@ -31,6 +31,7 @@ SIZES = {
                                              "in_channels", "out_channels", "patch_size", "temperal_downsample",
                                              "is_residual",
                                              "latents_mean", "latents_std")},
+    "vae_tiny": {"vae.tiny.widths": "widths", "vae.z_dim": "z_dim", "vae.out_channels": "out_channels"},
 }
 
 SIZES["transformer_2"] = SIZES["transformer"]  # two experts have the same sizes

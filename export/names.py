@@ -61,6 +61,7 @@ RENAMES = {
         (r"\.norm2\.", r".residual.3."),
         (r"(coder\.\w+\.\d+)\.conv2\.", r"\1.residual.6."),
     ],
+    "vae_tiny": [(r"^decoder\.", "")],
 }
 
 RENAMES["transformer_2"] = RENAMES["transformer"]
@@ -77,8 +78,8 @@ UNSUPPORTED = [
      "an image-to-video model (CLIP image encoder)"),
 ]
 
-# FastWan's gate of sparse attention. Dense attention does not use it.
-GATE = re.compile(r"\.to_gate_compress\.")
+# {part: what of it is left out}. FastWan's gate belongs to sparse attention; attention is dense here.
+UNUSED = {"transformer": re.compile(r"\.to_gate_compress\."), "vae_tiny": re.compile(r"^encoder\.")}
 
 # Names of Wan 2.2 A14B's two experts. The tensors of T2V's have the same names and shapes as Wan 2.1's 14B.
 EXPERT = re.compile(r"(high|low)[-_ ]?noise|transformer_2|wan2[._]2|a14b", re.IGNORECASE)

@@ -12,10 +12,11 @@ from typing import Callable
 from export.containers import open_file
 from export.files import ExportError, read_json, reading, weight_files
 from export.keys import stated_sizes
-from export.names import EXPERT, GATE, SHARED, TIED, count_upsamples, our_name, plain_name, refuse_unsupported
+from export.names import EXPERT, SHARED, TIED, UNUSED, count_upsamples, our_name, plain_name, refuse_unsupported
 from export.quantised import weights_in
-from export.sizes import text_encoder_sizes, transformer_sizes, vae_sizes
-from export.tables import TEXT_ENCODER, TRANSFORMER, block_rows, vae_rows
+from export.sizes import text_encoder_sizes, tiny_sizes, transformer_sizes, vae_sizes
+from export.tables import TEXT_ENCODER, TRANSFORMER, block_rows, tiny_rows, vae_rows
+from export.tiny import tiny_tensors
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Kind:
     mark: str          # a key that only its config.json has
     measure: Callable  # part -> sizes
     rows: Callable     # sizes -> (name, shape, type rule) of every tensor, in order of use
+    adapt: Callable = lambda tensors: tensors  # {name: tensor} as the tables have them
 
 
 KINDS = {  # in the order of the weight file
@@ -35,7 +37,8 @@ KINDS = {  # in the order of the weight file
                         lambda sizes: block_rows(TRANSFORMER, sizes)),
     "transformer_2": Kind("transformer_2.", r"transformer_2\.", "ffn_dim", transformer_sizes,
                           lambda sizes: block_rows(TRANSFORMER, sizes)),
-    "vae": Kind("vae.", r"vae\.", "z_dim", vae_sizes, vae_rows),
+    "vae": Kind("vae.", r"vae\.(?!tiny\.)", "z_dim", vae_sizes, vae_rows),
+    "vae_tiny": Kind("vae.tiny.", r"vae\.tiny\.", "", tiny_sizes, tiny_rows, tiny_tensors),
 }
 
 
@@ -78,26 +81,31 @@ def open_part(name, path, pattern="*", opened=None, container=None):
         if KINDS[name].mark not in config:  # an original release folder has one config.json, the transformer's
             config = {}
         stored = all_tensors(files)
-        kept = {key: tensor for key, tensor in stored.items() if not GATE.search(key)}
+        unused = UNUSED.get(name)
+        kept = {key: tensor for key, tensor in stored.items() if not (unused and unused.search(key))}
         part = Part(name, path, rename(name, weights_in(kept)), config, paths + ([config_path] if config else []))
         part.sizes = KINDS[name].measure(part)
-        part.signs = signs_of_a_schedule(files, config, len(stored) - len(kept))
-        part.notes = [*(f.note for f in files if f.note), *gate_note(path, len(stored) - len(kept))]
+        part.tensors = KINDS[name].adapt(part.tensors)
+        left_out = len(stored) - len(kept)
+        part.signs = signs_of_a_schedule(files, config, left_out)
+        part.notes = [*(f.note for f in files if f.note), *unused_note(part, left_out)]
         return part
 
 
-def signs_of_a_schedule(files, config, gates):
-    """Texts that say why weights seem distilled, or made to generate in chunks. gates: number of FastWan's gate
-    tensors."""
+def signs_of_a_schedule(files, config, unused):
+    """Texts that say why weights seem distilled, or made to generate in chunks. unused: number of tensors left out,
+    FastWan's gate if this is a transformer."""
     generators = [c for f in files for c in f.containers if c.startswith("generator")]
     kind = str(config.get("_class_name", ""))
     return [*(f"its weights are a {c}" for c in generators), *([f"is a {kind}"] if kind.startswith("Causal") else []),
-            *(["has FastWan's gate"] if gates else [])]
+            *(["has FastWan's gate"] if unused else [])]
 
 
-def gate_note(path, gates):
-    """[a note] if FastWan's gate was left out, else []."""
-    return [f"{path}: {gates} tensors of FastWan's gate left out: attention is dense here"] if gates else []
+def unused_note(part, count):
+    """[a note] if tensors were left out, else []. count: of them."""
+    what = {"transformer": "FastWan's gate left out: attention is dense here",
+            "vae_tiny": "the tiny encoder left out: the VAE's own is used"}
+    return [f"{part.path}: {count} tensors of {what[part.name]}"] if count else []
 
 
 def expert_note(part):

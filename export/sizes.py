@@ -226,6 +226,18 @@ def vae_sizes(part):
     return sizes
 
 
+def tiny_sizes(part):
+    """The arguments of TAEHV (taehv.py). Raises ExportError for its other variants."""
+    if "0.weight" in part.tensors:
+        raise ExportError(f"{part.path}: TAEHV's kind \"super\" cannot be run yet, expected taew2_1 or taew2_2")
+    names = ("1.weight", "8.weight", "14.weight", "20.weight")
+    return {
+        "widths": [shape_in(part, name, 4)[0] for name in names],
+        "z_dim": shape_in(part, "1.weight", 4)[1],
+        "out_channels": shape_in(part, "22.weight", 4)[0],
+    }
+
+
 def add_statistics(part, sizes):
     """Adds mean and standard deviation of each latent channel to sizes: config.json's, else the released VAE's. Raises
     ExportError unless there is one for each channel and deviations are positive."""

@@ -21,6 +21,7 @@ class Sources:
     tokenizer: Path | None = None
     scheduler: Path | None = None
     settings: Path | None = None
+    vae_tiny: Path | None = None
     own: Gguf | None = None  # the weight file, if one is converted again
     pipeline: str | None = None  # its class in model_index.json
     expands: bool = False  # whether a picture may be the first frame: expand_timesteps in model_index.json
@@ -46,7 +47,7 @@ def find_sources(args, opened):
             sources = original_sources(root, args)
         if (root / "sora.json").is_file():
             sources.settings = root / "sora.json"
-    for part in PARTS:
+    for part in (*PARTS, "vae_tiny"):
         if getattr(args, part):
             setattr(sources, part, Path(getattr(args, part)))
             sources.patterns.pop(part, None)
@@ -61,7 +62,8 @@ def find_sources(args, opened):
 
 def own_sources(path, file):
     """The sources in a weight file that export.py wrote."""
-    return Sources(path, path if has_experts(file) else None, path, path, path, own=file)
+    return Sources(path, path if has_experts(file) else None, path, path, path,
+                   vae_tiny=path if "vae.tiny.widths" in file.keys else None, own=file)
 
 
 PIPELINES = ("WanPipeline", "WanImageToVideoPipeline", *KNOWN_PIPELINES)

@@ -90,6 +90,19 @@ CONV_3 = [("weight", "o i 3 3 3"), ("bias", "o")]
 CONV_1 = [("weight", "o i 1 1 1"), ("bias", "o")]
 
 
+# The tiny decoder (TAEHV) describes modules, too; tiny_rows() puts them together.
+MEMORY = [
+    ("conv.0.weight", "i i 2 3 3"),  # over the frame before and this one
+    ("conv.0.bias", "i"),
+    ("conv.2.weight", "i i 1 3 3"),
+    ("conv.2.bias", "i"),
+    ("conv.4.weight", "i i 1 3 3"),
+    ("conv.4.bias", "i"),
+]
+GROW = [("conv.weight", "t i 1 1 1")]
+CONV_2D = [("weight", "o i 1 3 3"), ("bias", "o")]
+
+
 def shape_of(text, sizes):
     """The tuple of numbers for a shape of the tables such as "6*dim dim". patch_size is three numbers; in a product it
     is their product. sizes: {name: number or list}."""
@@ -118,17 +131,33 @@ def block_rows(table, sizes):
         yield name, shape_of(shape, sizes), rule
 
 
+def module(prefix, table, i, o=None, t=None):
+    """Yields (name, shape, rule) of a module's tensors. i, o, t: the letters of its shapes."""
+    for name, shape in table:
+        numbers = shape_of(shape, {"i": i, "o": o, "t": t})
+        yield f"{prefix}.{name}", numbers, CONV if len(numbers) > 1 else EXACT
+
+
+def tiny_rows(sizes):
+    """Yields (name, shape, rule) of every tensor of the tiny decoder, in order of use: the decoder of taehv.py, whose
+    modules are numbered with activations and upsamplings."""
+    widths, index = sizes["widths"], 3
+    yield from module("1", CONV_2D, sizes["z_dim"], widths[0])
+    for level, (i, o) in enumerate(zip(widths, widths[1:])):
+        for block in range(3):
+            yield from module(str(index + block), MEMORY, i)
+        yield from module(str(index + 4), GROW, i, t=2 * i if level else i)
+        yield from module(str(index + 5), CONV_2D[:1], i, o)
+        index += 6
+    yield from module(str(index + 1), CONV_2D, widths[-1], sizes["out_channels"])
+
+
 def vae_rows(sizes):
     """Yields (name, shape, rule) of every tensor of the VAE, in order of use: Encoder3d and Decoder3d of
     wan/modules/vae.py."""
     z, blocks, temporal = sizes["z_dim"], sizes["num_res_blocks"], sizes["temperal_downsample"]
     encoder_dims = [sizes["base_dim"] * m for m in sizes["dim_mult"]]
     decoder_dims = [sizes["decoder_base_dim"] * m for m in sizes["dim_mult"]]
-
-    def module(prefix, table, i, o=None, t=None):
-        for name, shape in table:
-            numbers = shape_of(shape, {"i": i, "o": o, "t": t})
-            yield f"{prefix}.{name}", numbers, CONV if len(numbers) > 1 else EXACT
 
     def residual(prefix, i, o):
         yield from module(prefix, RESIDUAL + (SHORTCUT if i != o else []), i, o)

@@ -209,7 +209,7 @@ streams() {
 
     # The weight file is truncated while it is mapped.
     cp $model "$work/shrinking.gguf"
-    meanwhile ': >"$work/shrinking.gguf"' -m "$work/shrinking.gguf" $settings --steps 200
+    meanwhile ': >"$work/shrinking.gguf"' -m "$work/shrinking.gguf" $settings --steps 1000
     claim "a model that is truncated meanwhile: status 2, not $status" [ $status -eq 2 ]
     claim "a model that is truncated meanwhile: its line" grep -q "^sora: cannot read an input file: it was truncated" "$work/err"
     claim "a model that is truncated meanwhile: nothing left" [ -z "$(ls "$work" | grep part)" ]
@@ -494,6 +494,34 @@ pictures() {
 }
 
 # Pictures and clips to begin from, and a picture as the output.
+# Steps that are left out, and the tiny decoder.
+quicker() {
+    long="-m $model -s 32x16 -f 5 -g 3 --shift 3 --seed 7"
+    run $long --steps 20 --easycache 1e-9 --no-record -o "$work/clip.y4m" "a red fox"
+    mv "$work/clip.y4m" "$work/expected.y4m"
+    run $long --steps 20 --no-record -o "$work/clip.y4m" "a red fox"
+    claim "--easycache that leaves out nothing changes nothing" cmp "$work/clip.y4m" "$work/expected.y4m"
+    run $long --steps 20 --easycache 1e9 --profile -o "$work/clip.y4m" "a red fox"
+    claim "--easycache: 18 passes are left out, by --profile" grep -q "^passes_left_out	18$" "$work/err"
+    claim "--easycache: 22 passes and 2 contexts" grep -q "^transformer	24	" "$work/err"
+    claim "--easycache: the record" grep -q '"easycache": 1e+09' "$work/clip.y4m.json"
+    claim "--easycache: the passes in the record" grep -q '"passes_left_out": 18$' "$work/clip.y4m.json"
+    refused 2 "--easycache: 'much'" $long --easycache much x
+    refused 2 "--easycache: '-1'" $long --easycache -1 x
+    refused 2 "--easycache: the first 10 steps and the last are always computed, expected at least 12 steps, found 11" \
+        $long --steps 11 --easycache 0.05 x
+    refused 2 "--easycache: .* found 10$" $long --steps 20 --video tests/goldens/images/clip.y4m --strength 0.5 \
+        --easycache 0.05 x
+    refused 2 "--easycache: needs a model that generates the whole clip" -m $causal/model.gguf --easycache 0.05 x
+    tiny="-m tests/goldens/tiny/model.gguf -s 32x16 -f 9 --steps 2 -g 1 --shift 3 --seed 7 --decoder tiny"
+    run $tiny -o "$work/clip.y4m" --check tests/goldens/tiny --tolerance 1e-5 "a red fox"
+    claim "the tiny decoder equals TAEHV's: status 0, not $status" [ $status -eq 0 ]
+    claim "the tiny decoder equals TAEHV's: 2 tensors" grep -q "check passed: 2 tensors within 1e-05" "$work/err"
+    claim "the tiny decoder: the record" grep -q '"decoder": "tiny"' "$work/clip.y4m.json"
+    refused 2 "--decoder: 'small' is not full or tiny" $small --decoder small x
+    refused 2 "--decoder tiny: the model file has none; export.py --vae-tiny FILE adds one$" $small --decoder tiny x
+}
+
 images() {
     images=tests/goldens/images
     anew="-m $model --steps 3 -g 3 --shift 3 --sampler unipc --seed 7"
@@ -850,6 +878,7 @@ information
 building
 chunks
 pictures
+quicker
 images
 resuming
 demo

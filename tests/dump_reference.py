@@ -20,6 +20,7 @@ import transformers
 from diffusers import WanImageToVideoPipeline, WanPipeline, WanVideoToVideoPipeline
 from transformers import PreTrainedTokenizerFast
 
+import easycache
 import schedulers
 
 
@@ -39,15 +40,20 @@ class Settings:
     guidance_2: float | None = None  # of the second expert
     strength: float | None = None  # a clip is made anew
     pictures: int = 0  # the clip begins with a picture; 2: it ends with another
+    easycache: float = 0.0
 
 
 class Recorder:
     """Hooks on a pipeline's modules that write their inputs and outputs into `folder`."""
 
-    def __init__(self, pipe: WanPipeline, folder: Path, guided: bool):
+    def __init__(self, pipe: WanPipeline, folder: Path, settings: Settings):
         self.folder = folder
         self.stride = pipe.vae.config.scale_factor_temporal
-        self.branches = ("cond", "uncond") if guided else ("cond",)
+        self.branches = ("cond", "uncond") if settings.guidance > 1 else ("cond",)
+        self.cache = None
+        if settings.easycache:
+            steps = settings.steps if settings.strength is None else int(settings.steps * settings.strength)
+            self.cache = easycache.attach(pipe.transformer, settings.easycache, steps, len(self.branches))
         self.texts = iter(("prompt", "negative"))
         self.passes = 0  # forward passes of the transformer so far
         self.steps = 0  # steps of the sampler so far
@@ -110,7 +116,8 @@ class Recorder:
             self.save("noise", kwargs["hidden_states"][0])
 
     def on_velocity(self, module, args, output) -> None:
-        self.save(self.branch("velocity"), output[0][0])
+        if not (self.cache and self.cache.left_out):
+            self.save(self.branch("velocity"), output[0][0])
         self.passes += 1
 
     def on_step(self, result, velocity, timestep, before) -> None:
@@ -163,7 +170,7 @@ def dump(checkpoint: Path, folder: Path, settings: Settings, double: bool = Fals
     if settings.strength is not None:
         redraw(pipe, folder, settings, source, modules if double else [])
         return
-    recorder = Recorder(pipe, folder, settings.guidance > 1)
+    recorder = Recorder(pipe, folder, settings)
     width, height = settings.size
     noise = WanPipeline.prepare_latents(pipe, 1, pipe.vae.config.z_dim, height, width, settings.frames, torch.float32,
                                         "cpu", torch.Generator().manual_seed(settings.seed))
@@ -223,7 +230,7 @@ def redraw(pipe: WanPipeline, folder: Path, settings: Settings, source: np.ndarr
     pipe = WanVideoToVideoPipeline(**parts)
     pipe.vae_scale_factor_spatial = pipe.vae.config.scale_factor_spatial  # it takes a VAE without patches for granted
     pipe.set_progress_bar_config(disable=True)
-    recorder = Recorder(pipe, folder, settings.guidance > 1)
+    recorder = Recorder(pipe, folder, settings)
     width, height = settings.size
     clip = (torch.from_numpy(source).transpose(0, 1)[None] + 1) / 2  # [1, F, 3, Y, X] in [0, 1]
     for module in widened:

@@ -12,8 +12,9 @@
 
 /* The suites in the order in which they run. Suite NAME is the function test_NAME() in test_NAME.c. */
 #define SUITES(X) \
-    X(memory) X(util) X(system) X(weights) X(kernels) X(story) X(tokenizer) X(noise) X(sampler) X(state) X(libm) X(y4m) X(picture) X(preview) \
-    X(pipeline) X(pictures) X(causal) X(digest) X(npy) X(tap) X(sha256) X(json) X(trust) X(cli) X(faults)
+    X(memory) X(util) X(system) X(weights) X(kernels) X(story) X(tokenizer) X(noise) X(sampler) X(easycache) X(state) \
+    X(libm) X(y4m) X(picture) X(preview) X(pipeline) X(pictures) X(causal) X(digest) X(npy) X(tap) X(sha256) X(json) \
+    X(trust) X(cli) X(faults)
 
 #define DECLARE(name) void test_##name(void);
 SUITES(DECLARE)

@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 
 import clips
 import make_checkpoint
+import reference_tiny
 import schedulers
 from dump_reference import Settings, dump
 
@@ -212,13 +213,14 @@ def make_model(folder: Path) -> None:
         dump(checkpoint, folder, settings)
 
 
-def make_small(checkpoint: Path, channels: int = 4, **pipeline) -> Path:
-    """The checkpoint of model.gguf. channels: that the transformer reads; pipeline: further arguments of make()."""
+def make_small(checkpoint: Path, channels: int = 4, vae_sizes: dict | None = None, **pipeline) -> Path:
+    """The checkpoint of model.gguf. channels: that the transformer reads; vae_sizes: other ones of the VAE; pipeline: further
+    arguments of make()."""
     text_encoder = {"d_model": 24, "d_kv": 8, "num_heads": 2, "d_ff": 40, "num_layers": 2}
     transformer = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "num_layers": 2, "freq_dim": 32,
                    "in_channels": channels, "out_channels": 4}
     vae = {"base_dim": 6, "z_dim": 4, "dim_mult": [1, 2, 2], "num_res_blocks": 1, "temperal_downsample": [True, True],
-           "scale_factor_spatial": 4}
+           "scale_factor_spatial": 4, **(vae_sizes or {})}
     make_checkpoint.make(checkpoint, SEED, text_encoder=text_encoder, transformer=transformer, vae=vae, **pipeline)
     return checkpoint
 
@@ -262,6 +264,28 @@ def make_pictures(folder: Path) -> None:
         dump(held, folder / "held", replace(settings, guidance_2=None), source=clips.colours(planes))
     for path in folder.glob("*/step*.block*.npy"):
         path.unlink()
+
+
+def make_tiny(folder: Path) -> None:
+    """model.gguf: a very small model with a tiny decoder, all weights random. latents.npy by diffusers, and video.npy:
+    what reference_tiny.py makes of them, which equals madebyollin/taehv's taehv.py bit for bit. cli.sh has the same
+    settings."""
+    case = reference_tiny.Case("", 4, 1, widths=(8, 6, 5, 4))
+    weights = reference_tiny.random_weights(case, SEED)
+    settings = Settings(prompt="a red fox", size=(32, 16), frames=9, steps=2, guidance=1.0, shift=3.0,
+                        sampler="unipc", seed=7)
+    with TemporaryDirectory() as work:
+        checkpoint, tensors, tiny = (Path(work) / name for name in ("checkpoint", "tensors", "tiny.pth"))
+        make_small(checkpoint, vae_sizes={"base_dim": 4, "dim_mult": [1, 1, 1, 1], "scale_factor_spatial": 8,
+                                          "temperal_downsample": [False, True, True]})
+        torch.save(weights, tiny)
+        subprocess.run([sys.executable, ROOT / "export.py", checkpoint, "-o", folder / "model.gguf", "--type", "f32",
+                        "--vae-tiny", tiny], check=True)
+        dump(checkpoint, tensors, settings)
+        latents = np.load(tensors / "latents.npy")
+    np.save(folder / "latents.npy", latents)
+    frames = reference_tiny.decode(weights, torch.from_numpy(latents).transpose(0, 1), case.patch)
+    np.save(folder / "video.npy", (2 * frames - 1).transpose(0, 1).contiguous().numpy())
 
 
 def make_demo(folder: Path) -> None:
@@ -309,7 +333,7 @@ def make_quantised(folder: Path) -> None:
 
 
 PARTS = {"weights": make_weights, "noise": make_noise, "sampler": make_sampler, "npy": make_npy, "model": make_model,
-         "images": make_images, "pictures": make_pictures,
+         "images": make_images, "pictures": make_pictures, "tiny": make_tiny,
          "demo": make_demo, "quantised": make_quantised}
 
 

@@ -40,6 +40,10 @@ static const Clip clips[] = {
                   "--seed", "7", "a red fox", NULL}},
     {"from the last frame", {"-m", "tests/goldens/pictures/model.gguf", "--video", "tests/goldens/images/clip.y4m", "--extend", "-f",
                              "16", "--steps", "2", "-g", "3", "--shift", "3", "--seed", "7", "a red fox", NULL}},
+    {"easycache", {"-m", "tests/goldens/model/model.gguf", "-s", "32x16", "-f", "5", "--steps", "14", "-g", "3",
+                   "--shift", "3", "--easycache", "10", "--seed", "7", "a red fox", NULL}},
+    {"tiny", {"-m", "tests/goldens/tiny/model.gguf", "-s", "32x16", "-f", "17", "--steps", "2", "-g", "1",
+              "--decoder", "tiny", "--seed", "7", "a red fox", NULL}},
     {"bundled", {"-m", "models/demo.gguf", "-s", "48x48", "-f", "9", "--steps", "4", "--seed", "1", "--label",
                  "a blue star bounces on the grass", NULL}},
 };

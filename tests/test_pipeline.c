@@ -118,23 +118,23 @@ static void collect(void *to, float *frame) {
 }
 
 /* Decodes the first t latent frames (t,C,H,W). */
-static Collected decode(const Vae *vae, const float *latents, int t) {
+static Collected decode(const Vae *vae, VaeHalf half, const float *latents, int t) {
     Collected c = {.size = (size_t)3 * H * W * vae->spatial_stride * vae->spatial_stride};
     c.frames = allocate(sizeof(float) * c.size * (size_t)(1 + (t - 1) * vae->temporal_stride));
-    VaeStream *stream = vae_open(vae, DECODER, H, W, collect, &c);
+    VaeStream *stream = vae_open(vae, half, H, W, collect, &c);
     for (int i = 0; i < t; i++) vae_push(stream, latents + (size_t)i * vae->z_dim * H * W);
     vae_close(stream);
     return c;
 }
 
-static void check_stream(void) {
-    Model model = model_load(model_path, F32);
+static void check_stream(const char *path, VaeHalf half) {
+    Model model = model_load(path, F32);
     size_t n = (size_t)model.vae.z_dim * T * H * W;
     float *latents = allocate(sizeof(float) * n);
     Generator generator;
     generator_seed(&generator, 1);
     generator_randn(&generator, latents, n);
-    Collected whole = decode(&model.vae, latents, T), begun = decode(&model.vae, latents, 2);
+    Collected whole = decode(&model.vae, half, latents, T), begun = decode(&model.vae, half, latents, 2);
     CHECK(whole.count == 1 + (T - 1) * model.vae.temporal_stride, "%d latent frames became %d frames", T,
           whole.count);
     CHECK(!memcmp(whole.frames, begun.frames, sizeof(float) * begun.size * (size_t)begun.count),
@@ -201,7 +201,7 @@ static void check_encoder(void) {
             memcpy(found + ((size_t)c * 3 + f) * plane, whole.latents.frames + f * n + c * plane, sizeof(float) * plane);
     double error = relative_error(found, expected, 3 * n);
     CHECK(error < 1e-5, "the encoder's latents are off from diffusers' by %.1e", error);
-    Collected later = decode(vae, whole.latents.frames, 3);
+    Collected later = decode(vae, DECODER, whole.latents.frames, 3);
     CHECK(whole.frames.count == FRAMES && later.count == FRAMES &&
               !memcmp(whole.frames.frames, later.frames, sizeof(float) * later.size * FRAMES),
           "decoded while it is encoded, a clip is another");
@@ -221,6 +221,8 @@ void test_pipeline(void) {
     check_narrow(BF16, 40);
     check_narrow(INT8, 30);
     check_image();
-    check_stream();
+    check_stream(model_path, DECODER);
+    check_stream("tests/goldens/tiny/model.gguf", DECODER);
+    check_stream("tests/goldens/tiny/model.gguf", TINY);
     check_encoder();
 }

@@ -47,6 +47,10 @@ void gelu(float *y, const float *x, size_t n) {
     FOR_PIECES(n, start, length) kernels->gelu(y + start, x + start, length);
 }
 
+void relu(float *y, const float *x, size_t n) {
+    FOR_PIECES(n, start, length) for (size_t i = start; i < start + length; i++) y[i] = x[i] < 0 ? 0 : x[i];
+}
+
 void add(float *y, const float *x, size_t n) {
     FOR_PIECES(n, start, length) for (size_t i = start; i < start + length; i++) y[i] += x[i];
 }

@@ -1,9 +1,9 @@
 /* profile.c - --profile: for each stage its calls, seconds and floating-point operations.
  *
  * One stage runs at a time. A stage that works frame by frame (decode, write) begins and ends once a frame. The code
- * that does the operations counts them: a product (M,K) @ (K,N) is 2*M*K*N. The total is the time from the first begin
- * to the print, so it includes the time between stages. Columns: name, calls, seconds, 10^9 operations, 10^9
- * operations a second; tabs between them. */
+ * that does the operations counts them: a product (M,K) @ (K,N) is 2*M*K*N. The total is the time from the first
+ * begin to the print, so it includes the time between stages. Passes that --easycache leaves out are no calls.
+ * Columns: name, calls, seconds, 10^9 operations, 10^9 operations a second; tabs between them. */
 #include "engine/engine.h"
 
 static const char *const names[STAGES] = {
@@ -11,6 +11,7 @@ static const char *const names[STAGES] = {
 };
 static struct { long calls; double seconds, flops; } stages[STAGES];
 static Stage running = STAGES;
+static int left_out;
 static double started, first = -1;
 
 void profile_resume(Stage stage) {
@@ -33,6 +34,8 @@ void profile_flops(double count) {
     if (running != STAGES) stages[running].flops += count;
 }
 
+void profile_left_out(int passes) { left_out = passes; }
+
 static void print_line(const char *name, long calls, double duration, double flops) {
     double rate = duration > 0 ? flops * 1e-9 / duration : 0;
     fprintf(stderr, "%s\t%ld\t%.3f\t%.3f\t%.1f\n", name, calls, duration, flops * 1e-9, rate);
@@ -46,5 +49,6 @@ void profile_print(void) {
         flops += stages[s].flops;
     }
     print_line("total", 1, first < 0 ? 0 : seconds() - first, flops);
+    if (left_out) fprintf(stderr, "passes_left_out\t%d\n", left_out);
     fprintf(stderr, "peak_memory_mib\t%.0f\n", (double)memory_peak() / 1048576);
 }
