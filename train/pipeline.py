@@ -15,6 +15,7 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
+import causal
 import model
 import vae
 import world
@@ -24,6 +25,10 @@ SHIFT = 3.0
 # the same clip, whatever the processor multiplies fastest.
 RUN = dict(width=world.SIZE, height=world.SIZE, frames=world.FRAMES, fps=16, steps=12, guidance=1.5,
            negative_prompt="", name="sora.c demo", precision="f32")
+# Of the causal stage's model: four steps a chunk, their noise levels 1, 3/4, 1/2, 1/4 warped by SHIFT.
+SIGMAS = [SHIFT * u / (1 + (SHIFT - 1) * u) for u in (1, 0.75, 0.5, 0.25)]
+RUN_CHUNKS = RUN | dict(steps=len(SIGMAS), guidance=1.0, rule="euler", timesteps=[1000 * s for s in SIGMAS],
+                        sigmas=SIGMAS, chunk_frames=world.CHUNK, window=causal.WINDOW, prompt_change="keep")
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
 
@@ -46,7 +51,7 @@ def build(tokenizer_folder, text_to_video, vae_state):
                        transformer=transformer.eval(), scheduler=scheduler)
 
 
-def save(folder, tokenizer_folder, text_to_video, vae_state, dtype=torch.float16):
+def save(folder, tokenizer_folder, text_to_video, vae_state, dtype=torch.float16, run=RUN):
     """Writes the folder under a temporary name and swaps it in, so that a reader never sees half of one."""
     folder = pathlib.Path(folder)
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
@@ -59,17 +64,27 @@ def save(folder, tokenizer_folder, text_to_video, vae_state, dtype=torch.float16
     pipeline.save_pretrained(new)
     shutil.copy(pathlib.Path(tokenizer_folder) / "spiece.model", new / "tokenizer")
     (new / "tokenizer" / "tokenizer.json").unlink()  # the same rules again; one description of them is enough
-    (new / "sora.json").write_text(json.dumps(RUN, indent=2) + "\n")
+    (new / "sora.json").write_text(json.dumps(run, indent=2) + "\n")
     if folder.exists():
         os.rename(folder, old)
     os.rename(new, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
+def learned(out):
+    """The averaged weights of TextToVideo before the causal stage: of the transformer's, or of a run's base."""
+    if (out / "base.ckpt").exists():
+        return torch.load(out / "base.ckpt", weights_only=True)
+    return torch.load(out / "transformer.ckpt", weights_only=True, map_location="cpu")["average"]
+
+
 def snapshot(out):
     """Writes OUT/snapshot/ from the checkpoints of a run, finished or not: the averaged weights."""
-    average = torch.load(out / "transformer.ckpt", weights_only=True, map_location="cpu")["average"]
-    save(out / "snapshot", out / "tokenizer", average, vae.load(out)[0].state_dict())
+    state, run = learned(out), RUN
+    if (out / "causal.ckpt").exists():
+        average = torch.load(out / "causal.ckpt", weights_only=True)["average"]
+        state, run = state | {f"transformer.{name}": weight for name, weight in average.items()}, RUN_CHUNKS
+    save(out / "snapshot", out / "tokenizer", state, vae.load(out)[0].state_dict(), run=run)
 
 
 if __name__ == "__main__":

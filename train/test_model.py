@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import base
+import causal
 import common
 import draw
 import latents
@@ -272,3 +273,30 @@ def test_a_resumed_vae_equals_an_uninterrupted_one(tmp_path, monkeypatch):
         assert torch.load(tmp_path / "parted" / "vae.ckpt", weights_only=True)["step"] == steps_made
     resumed = decoder("parted")
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_a_sample_of_the_causal_stage_computes_what_the_program_computes_with_its_cache(words, tmp_path):
+    """Four chunks and a change of the prompt: every velocity of ./sora against one pass over the whole sequence."""
+    bundled, prompts = train.ROOT / "models" / "demo.gguf", ["a red star falls", "the star jumps at night"]
+    state = base.text_to_video(bundled, words)
+    pipeline.save(tmp_path / "pipe", words, state, base.autoencoder(bundled).state_dict(), run=pipeline.RUN_CHUNKS)
+    subprocess.run([sys.executable, train.ROOT / "export.py", tmp_path / "pipe", "-o", tmp_path / "m.gguf"], check=True)
+    subprocess.run([train.ROOT / "sora", "-m", tmp_path / "m.gguf", "-q", "-f", "45", "--dump", tmp_path / "dump", "-o",
+                    tmp_path / "clip.y4m", "--at", f"1.3125 {prompts[1]}", prompts[0]], check=True)
+    dumped = lambda name: torch.from_numpy(np.load(tmp_path / "dump" / f"{name}.npy"))  # [Z, frames, h, w]
+    net = transformer.TextToVideo(len(tokenizer.Tokenizer(words))).eval()
+    net.load_state_dict(state)
+    layout = causal.Layout("all", (0, 1, 2), (0, 1, 2, 3))
+    sigmas, noise = pipeline.SIGMAS, dumped("noise").split(world.CHUNK, dim=1)
+    drawn = [dumped(f"chunk{c:03d}.latents") for c in layout.drawn]
+    ids = model.pad([tokenizer.Tokenizer(words)(text) for text in prompts], model.TOKENS)
+    for step, sigma in enumerate(sigmas):
+        noisy = [dumped(f"chunk{c:03d}.step{step - 1:03d}.latents") if step else noise[c] for c in layout.noisy]
+        with torch.no_grad():
+            found = model.chunk_velocity(
+                net.transformer, torch.stack(drawn + noisy)[None], torch.tensor([[0.0] * 3 + [sigma] * 4]),
+                *model.embed(net.text_encoder, *ids), torch.tensor([[int(c >= 2) for c in layout.chunks]]),
+                [world.CHUNK * c for c in layout.chunks], layout.sees)[0, 3:]
+        for c, velocity in zip(layout.noisy, found):
+            theirs = dumped(f"chunk{c:03d}.step{step:03d}.cond.velocity")
+            assert (velocity - theirs).abs().max() <= 1e-5 * theirs.abs().max(), (c, step)

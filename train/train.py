@@ -9,19 +9,22 @@
     decoder      OUT/decoder.ckpt      minutes   the decoder, on whole clips
     transformer  OUT/transformer.ckpt  hours     latents are drawn into OUT/latents/ as they are needed
     encoder      OUT/encoder.ckpt      minutes   Wan's own VAE encoder learns the light one's latents
+    causal       OUT/causal.ckpt       hours     the transformer learns to go on chunk by chunk, from stretches of
+                                                 stories, which another process draws into OUT/stretches/
     model        OUT/demo.gguf         seconds   the weight file, by export.py
 
-With --base there is no reading, vae or encoder stage. Before the decoder's, which goes on from the finished decoder,
-come:
+With --base there are three: the causal stage is the first to learn.
 
     base         OUT/base.ckpt         seconds   its text encoder and transformer; its VAE is OUT/autoencoder.ckpt
-    light        OUT/light.ckpt        minutes   a light encoder learns the latents of Wan's own
+    causal       OUT/causal.ckpt       hours
+    model        OUT/demo.gguf         seconds
 
 Beside OUT/transformer.ckpt stands OUT/snapshot/, a diffusers folder, written anew with every checkpoint.
 Loss curves stand in OUT/log/*.tsv, process ids in OUT/pids/.  The same command starts and resumes; --until stops early.
 
-Every batch follows from (options, step).  OUT/options.json keeps the options, so that a run goes on as it began; of
-the lengths, --transformer-steps alone may still change, until the rate falls: a long run begins as a short one does.
+Every batch follows from (options, step); in the causal stage also from the stretches that are there.  OUT/options.json
+keeps the options, so that a run goes on as it began; of the lengths, --transformer-steps may still change, until the
+rate falls, and --causal-steps: a long run begins as a short one does.
 A run may move: OUT/ copied to a machine with a GPU goes on there with --device cuda, and afterwards back here.
 """
 import argparse
@@ -41,17 +44,19 @@ import torch.multiprocessing as multiprocessing
 
 import adherence
 import base
+import causal
 import detect
 import pipeline
 import reading
+import stretches
 import tokenizer
 import transformer
 import vae
 
-FROM_NOTHING = ["tokenizer", "reading", "vae", "decoder", "transformer", "encoder", "model"]
-FROM_BASE = ["tokenizer", "base", "light", "decoder", "transformer", "model"]
+FROM_NOTHING = ["tokenizer", "reading", "vae", "decoder", "transformer", "encoder", "causal", "model"]
+FROM_BASE = ["tokenizer", "base", "causal", "model"]
 STREAM_OPTIONS = ["base", "seed", "workers", "clips", "reading_steps", "vae_steps", "decoder_steps", "encoder_steps",
-                  "light_steps", "bf16"]
+                  "bf16"]
 JUDGES_SEEDS = [vae.EVALUATION_SEED, detect.SEED, adherence.PROMPT_SEED]  # whose clips no training may see
 MOST_HELPERS = 16  # that draw clips for a GPU, and as many that load them: what an H100 needs
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -76,8 +81,10 @@ def options():
     parser.add_argument("--vae-steps", type=int, default=8000)
     parser.add_argument("--decoder-steps", type=int, default=1500)
     parser.add_argument("--encoder-steps", type=int, default=1500)
-    parser.add_argument("--light-steps", type=int, default=600)
     parser.add_argument("--transformer-steps", type=int, default=13200)
+    parser.add_argument("--shards", type=int, default=400,
+                        help=f"of {stretches.SHARD} stretches of stories each, for the causal stage")
+    parser.add_argument("--causal-steps", type=int, default=20000)
     parser.add_argument("--bf16", action="store_true",
                         help="products in bfloat16, but for the reading: three fifths of the time on AMD's "
                              "processors since Zen 4, and twice the time on Intel's without AMX")
@@ -127,9 +134,7 @@ def note_pid(out, name):
 
 
 def known(args):
-    """What the transformer's stage knows already of the weights of TextToVideo."""
-    if args.base:
-        return torch.load(args.out / "base.ckpt", weights_only=True)
+    """What the transformer's stage knows already of the weights of TextToVideo: the reader's."""
     reader = torch.load(args.out / "reading.ckpt", weights_only=True)
     return {f"text_encoder.{name}": weight for name, weight in reader.items()}
 
@@ -141,10 +146,24 @@ def train_transformer(process, processes, helpers, args, rendezvous):
     if processes > 1:
         dist.init_process_group("gloo", f"file://{rendezvous}", rank=process, world_size=processes,
                                 timeout=datetime.timedelta(days=1))
-    course = (transformer.further if args.base else transformer.from_nothing)(args.transformer_steps)
+    course = transformer.from_nothing(args.transformer_steps)
     transformer.train(args.out, tokenizer.Tokenizer(args.out / "tokenizer"), known(args), vae.load(args.out)[1], course,
                       args.seed, range(args.workers)[process::processes], args.workers, compiled=not args.eager,
                       narrow=args.bf16, device=args.device, helpers=helpers, saved=lambda: pipeline.snapshot(args.out))
+
+
+def train_causal(args, words):
+    """The transformer learns to go on chunk by chunk, while another process draws stretches."""
+    tokens, (autoencoder, _) = tokenizer.Tokenizer(words), vae.load(args.out)
+    net = transformer.TextToVideo(len(tokens))
+    net.load_state_dict(pipeline.learned(args.out))
+    folder = args.out / "stretches"
+    drawing = multiprocessing.get_context("spawn").Process(
+        target=stretches.draw_ahead, daemon=True,
+        args=(range(args.shards), folder, args.seed, autoencoder, tokens, args.bf16))
+    drawing.start()
+    causal.train(args.out, tokens, net.text_encoder.eval(), net.transformer, stretches.Pool(folder), args.causal_steps,
+                 args.seed, compiled=not args.eager, narrow=args.bf16)
 
 
 def main():
@@ -166,11 +185,8 @@ def main():
         vae.train_vae(args.out, args.vae_steps, args.seed, args.clips, **how)
     if "base" in wanted and not (args.out / "base.ckpt").exists():
         base.unpack(args.base, args.out, words)
-    if "light" in wanted:
-        vae.train_light(args.out, args.light_steps, args.seed, args.clips, **how)
     if "decoder" in wanted:
-        vae.train_decoder(args.out, args.decoder_steps, args.seed, args.clips, **how,
-                          peak=vae.FURTHER_PEAK if args.base else 1.0)
+        vae.train_decoder(args.out, args.decoder_steps, args.seed, args.clips, **how)
     if "transformer" in wanted and not transformer.is_trained(args.out / "transformer.ckpt", args.transformer_steps):
         processes, helpers = args.workers, 0
         if args.device == "cuda":
@@ -179,6 +195,8 @@ def main():
             multiprocessing.spawn(train_transformer, (processes, helpers, args, f"{folder}/rendezvous"), processes)
     if "encoder" in wanted:
         vae.train_encoder(args.out, args.encoder_steps, args.seed, args.clips, **how)
+    if "causal" in wanted:
+        train_causal(args, words)
     if "model" in wanted:
         pipeline.snapshot(args.out)
         subprocess.run([sys.executable, ROOT / "export.py", args.out / "snapshot", "-o", args.out / "demo.gguf"],
