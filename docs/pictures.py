@@ -35,8 +35,9 @@ COLUMNS, SEED, ENLARGED = 4, 1, 2
 # The stages of a run that leave a log, and what of it is drawn: {column: its label}.
 QUALITY = {"psnr": "PSNR, dB"}
 CURVES = {"reading": {"shape": "shape", "motion": "motion", "role": "first or second"}, "vae": QUALITY,
-          "light": QUALITY, "decoder": QUALITY,
-          "transformer": {"loss1": "pictures", "loss3": "beginnings", "loss9": "whole clips"}, "encoder": QUALITY}
+          "decoder": QUALITY, "encoder": QUALITY,
+          "transformer": {"picture0": "pictures", "beginning0": "beginnings", "whole0": "whole clips",
+                          "start0": "first chunks", "start2": "third chunks", "anywhere4": "chunks of long clips"}}
 # Each with the shape, colour and motion or relation of its subjects: did training ever draw these together?
 PROMPTS = [
     ("a blue star bounces on the grass", [("star", "blue", "bounce")]),
@@ -141,7 +142,7 @@ def curves(run):
         ax.legend()
         ax.grid(True, lw=0.3)
         if stage == "transformer":
-            ax.set_ylim(0.05, min(0.3, max(log["loss9"][1:])))  # the first steps would flatten the rest
+            ax.set_ylim(0.03, 0.3)  # the first steps would flatten the rest
     with matplotlib.rc_context({"svg.hashsalt": "sora.c"}):  # the same curves make the same file
         figure.savefig(folder / "curves.svg", metadata={"Date": None})
 

@@ -3,9 +3,7 @@
     python train/train.py --out build/further --base models/demo.gguf      # where a run may start
     python train/base.py models/demo.gguf build/demo                       # a diffusers folder, to be exported again
 
-The folder's settings are those of pipeline.py.  A weight file holds no moments of the optimisers and no light encoder.
-The former grow again within some hundred steps; the latter is fitted back to Wan's own encoder (vae.train_light), as
-that once was to it.
+A weight file holds no moments of the optimisers; they grow again within some hundred steps.
 """
 import argparse
 import pathlib
@@ -20,6 +18,7 @@ from common import save_atomically
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from export.containers import Gguf
+from export.defaults import keys_defaults
 from export.names import SHARED, TIED, count_upsamples, our_name
 from export.parts import KINDS
 
@@ -84,7 +83,8 @@ def main():
     with tempfile.TemporaryDirectory() as work:
         words = pathlib.Path(work) / "tokenizer"
         tokenizer.save(words)
-        pipeline.save(args.folder, words, text_to_video(args.model, words), autoencoder(args.model).state_dict())
+        pipeline.save(args.folder, words, text_to_video(args.model, words), autoencoder(args.model).state_dict(),
+                      run=keys_defaults(_open(args.model).keys))
 
 
 if __name__ == "__main__":

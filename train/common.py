@@ -1,5 +1,5 @@
-"""What every training stage needs: the Muon optimiser, averaged weights, a step as a CUDA graph, checkpoints that a
-kill cannot tear, a log.
+"""What every training stage needs: the Muon optimiser, averaged weights, checkpoints that a kill cannot
+tear, a log.
 
 Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/) replaces each matrix's momentum by the nearest
 orthogonal matrix before it steps, so every direction of the matrix learns at the same pace.  Vectors (biases, norms)
@@ -10,7 +10,6 @@ import pathlib
 import time
 
 import torch
-import torch.distributed as dist
 
 
 def orthogonalise(g):
@@ -24,25 +23,10 @@ def orthogonalise(g):
     return x.mT if g.shape[-2] > g.shape[-1] else x
 
 
-def place():
-    """(this process's rank, how many there are) among those that train together; (0, 1) if it is alone."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def sum_over_workers(tensors, scale=1.0):
-    """Replaces each tensor by its sum over the worker processes, times scale; nothing to do for a single process."""
-    if dist.is_initialized():
-        flat = torch.cat([t.flatten() for t in tensors])
-        dist.all_reduce(flat)
-        for t, piece in zip(tensors, flat.mul_(scale).split([t.numel() for t in tensors])):
-            t.copy_(piece.view_as(t))
-
-
 class Muon(torch.optim.Optimizer):
     """Muon with Nesterov momentum for weights of two and more dimensions; convolutions count as [out, in * kernel].
 
-    Matrices of one shape are orthogonalised together. With several workers each does so with its share of them, and the
-    updates are summed.
+    Matrices of one shape are orthogonalised together.
     """
 
     def __init__(self, params, lr, momentum=0.95):
@@ -50,18 +34,13 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self):
-        rank, processes = place()
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             for p in params:
                 self._momentum(p).lerp_(p.grad, 1 - group["momentum"])
-            mine = {}
-            for same in self._by_shape(params[rank::processes]):
-                mine.update(zip(same, self._updates(same, group["momentum"])))
-            updates = [mine[p] if p in mine else torch.zeros_like(p) for p in params]
-            sum_over_workers(updates)
-            for p, update in zip(params, updates):
-                p.sub_(update * group["lr"])
+            for same in self._by_shape(params):
+                for p, update in zip(same, self._updates(same, group["momentum"])):
+                    p.sub_(update * group["lr"])
 
     def _momentum(self, p):
         state = self.state[p]
@@ -113,16 +92,14 @@ class Optimisers:
         matrices = [p for n, p in named if is_matrix(n, p)]
         rest = [p for n, p in named if not is_matrix(n, p)]
         self.device, self.narrow, self.base = rest[0].device.type, narrow, [muon_lr, adam_lr]
-        # Tensors, because a CUDA graph reads a number once, when it is recorded, and a tensor at every step.
-        self.rates = [torch.tensor(lr, device=self.device) for lr in self.base]
-        self.parts = [Muon(matrices, self.rates[0]),
-                      torch.optim.AdamW(rest, self.rates[1], betas=(0.9, 0.98), weight_decay=0.0, fused=True,
-                                        capturable=self.device == "cuda")]
+        self.parts = [Muon(matrices, muon_lr),
+                      torch.optim.AdamW(rest, adam_lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True)]
 
     def set_factor(self, factor):
         """The next steps are with both learning rates times `factor`."""
-        for tensor, lr in zip(self.rates, self.base):
-            tensor.fill_(lr * factor)
+        for part, lr in zip(self.parts, self.base):
+            for group in part.param_groups:
+                group["lr"] = lr * factor
 
     def step(self):
         """One step, then clears the gradients."""
@@ -136,41 +113,7 @@ class Optimisers:
 
     def load_state_dict(self, states):
         for part, state in zip(self.parts, states):
-            groups = part.param_groups  # the rates and the device are this run's
             part.load_state_dict(state)
-            part.param_groups = groups
-
-
-class Replayed:
-    """A function of tensors, which changes others too, on a GPU: recorded as a CUDA graph and then replayed as a whole.
-
-    A step of a small model is thousands of kernels, each of which takes less time than Python needs to start it. There
-    is one record for each shape of the first tensor; what returns are copies. The first calls of a shape are not
-    recorded: what is compiled or allocated once happens in them.
-    """
-    FIRST_CALLS = 3
-
-    def __init__(self, function):
-        self.function, self.calls, self.records = function, {}, {}
-
-    def __call__(self, *tensors):
-        shape = tensors[0].shape
-        self.calls[shape] = self.calls.get(shape, 0) + 1
-        if self.calls[shape] <= self.FIRST_CALLS:
-            return self.function(*tensors)
-        if shape not in self.records:
-            self.records[shape] = self._record([t.clone() for t in tensors])
-        graph, arguments, results = self.records[shape]
-        torch._foreach_copy_(arguments, tensors)
-        graph.replay()
-        return [result.clone() for result in results]
-
-    def _record(self, arguments):
-        graph = torch.cuda.CUDAGraph()
-        # Another thread pins memory for the batches to come, which must not end the record.
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-            results = self.function(*arguments)
-        return graph, arguments, results
 
 
 class Average:

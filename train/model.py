@@ -1,13 +1,13 @@
 """The text encoder and the video transformer: UMT5EncoderModel of transformers and WanTransformer3DModel of diffusers.
 
-Both are small.  Two things differ from how diffusers runs them, and neither changes a result:
+Both are small.  The transformer's weights are diffusers', its pass is written here: a sample is a sequence of chunks of
+latent frames, each of which sees some of the others and reads a prompt of its own. Where there is one chunk, the pass
+is diffusers'. Two things differ, and neither changes a result:
 
 - Attention is written as plain matrix products, because PyTorch's fused attention is very slow backwards on a CPU.
 - Wan attends to all 512 text positions, of which all but the prompt's are zeros.  Zeros have equal keys and values, so
   one of them with its logit raised by log(count) stands for all; twenty times less work for the prompts of this world.
 """
-import math
-
 import torch
 from diffusers import WanTransformer3DModel
 from torch import nn
@@ -38,43 +38,9 @@ def new_text_encoder(vocabulary):
     return encoder
 
 
-class MatmulAttention:
-    """Attention processor of WanAttention. text_bias [B, 1, 1, L] is added to the logits of cross-attention, if any."""
-
-    text_bias = None
-
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
-        """hidden_states [B, N, C] -> [B, N, C], by attention to encoder_hidden_states [B, L, C] or, if None, to itself.
-
-        rotary_emb: (cos, sin), each [1, N, 1, C / heads], for self-attention. attention_mask: unused, as in diffusers.
-        """
-        is_self = encoder_hidden_states is None
-        context = hidden_states if is_self else encoder_hidden_states
-        heads = (attn.heads, -1)
-        q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, heads)
-        k = attn.norm_k(attn.to_k(context)).unflatten(2, heads)
-        v = attn.to_v(context).unflatten(2, heads).transpose(1, 2)
-        if rotary_emb is not None:
-            q, k = (_rotate(x, *rotary_emb) for x in (q, k))
-        q, k = q.transpose(1, 2), k.transpose(1, 2)
-        logits = (q / math.sqrt(q.shape[-1])) @ k.transpose(2, 3)
-        if not is_self and self.text_bias is not None:
-            logits = logits + self.text_bias
-        out = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
-        return attn.to_out[0](out)
-
-
-def _rotate(x, cos, sin):
-    """RoPE of x [B, N, heads, D] on neighbouring pairs."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = cos[..., 0::2].float(), sin[..., 1::2].float()
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-
-
 def new_transformer():
-    """A WanTransformer3DModel with MatmulAttention, initialised so that every part is heard from the first step."""
+    """A WanTransformer3DModel, initialised so that every part is heard from the first step."""
     model = WanTransformer3DModel(**TRANSFORMER)
-    model.set_attn_processor(MatmulAttention())
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=module.in_features ** -0.5)
@@ -110,13 +76,6 @@ def embed(text_encoder, ids, mask):
     return states, torch.cat([bias, zeros], 1)[:, None, None]
 
 
-def velocity(transformer, x, sigma, states, bias):
-    """The transformer's velocity, noise - clean, at latents x [B, Z, T, h, w] of noise level sigma [B]."""
-    for block in transformer.blocks:
-        block.attn2.processor.text_bias = bias
-    return transformer(x, 1000 * sigma, states, return_dict=False)[0]
-
-
 def pad(ids_list, length):
     """Lists of ids, none longer than `length` -> (ids, mask) [B, length] int64, padded with <pad> 0."""
     ids = torch.zeros(len(ids_list), length, dtype=torch.long)
@@ -148,10 +107,7 @@ def _rotated(x, cos, sin):
 
 
 def _attend(q, k, v, bias=None):
-    """Attention of q [..., N, heads, d] to k, v [..., L, heads, d] as plain products; bias is added to the logits.
-
-    PyTorch's fused attention is very slow backwards on a CPU.
-    """
+    """Attention of q [..., N, heads, d] to k, v [..., L, heads, d]; bias is added to the logits."""
     q, k, v = (x.transpose(-2, -3) for x in (q, k, v))
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     logits = logits if bias is None else logits + bias
@@ -159,27 +115,27 @@ def _attend(q, k, v, bias=None):
 
 
 def plain_block(block, x, e, turns, sees, text, bias, prompt_of):
-    """One block of the transformer on tokens x [B, C, N, D]; arguments as in chunk_velocity. e [B, C, 6, D]: of time."""
+    """One block of the transformer on tokens x [B, C, N, D]; arguments as in velocity. e [B, C, 6, D]: of time."""
     heads = (block.attn1.heads, -1)
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (block.scale_shift_table + e).unsqueeze(-3).unbind(-2)
 
     y, attn = block.norm1(x) * (1 + scale) + shift, block.attn1
-    q = _rotated(attn.norm_q(attn.to_q(y)).unflatten(-1, heads), *turns)
-    k = _rotated(attn.norm_k(attn.to_k(y)).unflatten(-1, heads), *turns)
+    q = _rotated(attn.norm_q(attn.to_q(y).float()).unflatten(-1, heads), *turns)
+    k = _rotated(attn.norm_k(attn.to_k(y).float()).unflatten(-1, heads), *turns)
     v = attn.to_v(y).unflatten(-1, heads)
     seen = [_attend(q[:, i], *(torch.cat([z[:, j] for j in places], 1) for z in (k, v)))
             for i, places in enumerate(sees)]
     x = x + attn.to_out[0](torch.stack(seen, 1)) * gate
 
     y, attn = block.norm2(x), block.attn2
-    q = attn.norm_q(attn.to_q(y)).unflatten(-1, heads)
-    k, v = attn.norm_k(attn.to_k(text)).unflatten(-1, heads), attn.to_v(text).unflatten(-1, heads)
+    q = attn.norm_q(attn.to_q(y).float()).unflatten(-1, heads)
+    k, v = attn.norm_k(attn.to_k(text).float()).unflatten(-1, heads), attn.to_v(text).unflatten(-1, heads)
     x = x + attn.to_out[0](_attend(q, k[prompt_of], v[prompt_of], bias[prompt_of]))
 
     return x + block.ffn(block.norm3(x) * (1 + ffn_scale) + ffn_shift) * ffn_gate
 
 
-def chunk_velocity(net, x, sigma, states, bias, prompt_of, first, sees, run_block=plain_block):
+def velocity(net, x, sigma, states, bias, prompt_of, first, sees, run_block=plain_block):
     """The velocity, noise - clean, of chunks of latent frames, each of which sees some of the others.
 
     x [B, C, Z, t, h, w]: C chunks of t frames. sigma [B, C]: the noise level that each is told. states [P, L, D] and

@@ -15,20 +15,19 @@ from diffusers.utils import logging as diffusers_logging
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-import causal
 import model
+import transformer
 import vae
 import world
 
 SHIFT = 3.0
 # What export.py finds in sora.json beside a checkpoint, and puts into the file as its defaults. In f32 everybody gets
 # the same clip, whatever the processor multiplies fastest.
-RUN = dict(width=world.SIZE, height=world.SIZE, frames=world.FRAMES, fps=16, steps=12, guidance=1.5,
-           negative_prompt="", name="sora.c demo", precision="f32")
-# Of the causal stage's model: four steps a chunk, their noise levels 1, 3/4, 1/2, 1/4 warped by SHIFT.
+# Four steps a chunk; their noise levels are 1, 3/4, 1/2, 1/4, warped by SHIFT.
 SIGMAS = [SHIFT * u / (1 + (SHIFT - 1) * u) for u in (1, 0.75, 0.5, 0.25)]
-RUN_CHUNKS = RUN | dict(steps=len(SIGMAS), guidance=1.0, rule="euler", timesteps=[1000 * s for s in SIGMAS],
-                        sigmas=SIGMAS, chunk_frames=world.CHUNK, window=causal.WINDOW, prompt_change="keep")
+RUN = dict(width=world.SIZE, height=world.SIZE, frames=world.FRAMES, fps=16, steps=len(SIGMAS), guidance=1.0,
+           rule="euler", timesteps=[1000 * s for s in SIGMAS], sigmas=SIGMAS, chunk_frames=world.CHUNK,
+           window=transformer.WINDOW, prompt_change="keep", negative_prompt="", name="sora.c demo", precision="f32")
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
 
@@ -52,7 +51,10 @@ def build(tokenizer_folder, text_to_video, vae_state):
 
 
 def save(folder, tokenizer_folder, text_to_video, vae_state, dtype=torch.float16, run=RUN):
-    """Writes the folder under a temporary name and swaps it in, so that a reader never sees half of one."""
+    """Writes the folder under a temporary name and swaps it in, so that a reader never sees half of one.
+
+    run: the settings of its sora.json.
+    """
     folder = pathlib.Path(folder)
     new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
     for leftover in (new, old):
@@ -71,20 +73,10 @@ def save(folder, tokenizer_folder, text_to_video, vae_state, dtype=torch.float16
     shutil.rmtree(old, ignore_errors=True)
 
 
-def learned(out):
-    """The averaged weights of TextToVideo before the causal stage: of the transformer's, or of a run's base."""
-    if (out / "base.ckpt").exists():
-        return torch.load(out / "base.ckpt", weights_only=True)
-    return torch.load(out / "transformer.ckpt", weights_only=True, map_location="cpu")["average"]
-
-
 def snapshot(out):
     """Writes OUT/snapshot/ from the checkpoints of a run, finished or not: the averaged weights."""
-    state, run = learned(out), RUN
-    if (out / "causal.ckpt").exists():
-        average = torch.load(out / "causal.ckpt", weights_only=True)["average"]
-        state, run = state | {f"transformer.{name}": weight for name, weight in average.items()}, RUN_CHUNKS
-    save(out / "snapshot", out / "tokenizer", state, vae.load(out)[0].state_dict(), run=run)
+    average = torch.load(out / "transformer.ckpt", weights_only=True, map_location="cpu")["average"]
+    save(out / "snapshot", out / "tokenizer", average, vae.load(out)[0].state_dict())
 
 
 if __name__ == "__main__":

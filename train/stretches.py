@@ -1,10 +1,10 @@
-"""The causal stage's training data: latents of stretches of stories, in shards on disk.
+"""The transformer's training data: latents of stretches of stories, in shards on disk.
 
 A stretch is ten chunks of latent frames, from the start of a story or from anywhere in its minute, encoded by Wan's own
 encoder. A cut's first latent frame stands for one picture, where the whole film's would stand for four; it is left out.
 Beside the latents stand the sentences, several tellings of each story, so a shard needs nothing else to be read.
 
-One process draws shards, one after the other, while another trains on those that are there.
+Other processes draw the shards, one after the other, while the transformer trains on those that are there.
 """
 import dataclasses
 import json
@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 import draw
-import latents
 import model
 import vae
 import world
@@ -27,15 +26,20 @@ from world import CHUNK, SIZE
 SHARD, STRETCH = 32, 10  # stretches in a shard; chunks in a stretch
 LATEST, SENTENCES, TELLINGS = 75, 8, 6  # chunk at which a stretch begins at the latest; of half of the stories; of each
 AT_START = 0.35  # share of stretches from a story's start
+KINDS = "single", "single", "single", "single", "pair", "relation", "relation"  # how stories begin, drawn from evenly
+HALF_CELL = 4 / SIZE  # a latent is 8 pixels wide and high
 
 
 def story_of(seed, index):
-    """The story of stretch `index`: one sentence or, every second one, several. Its offsets are those of the shards of
-    latents.py: half a latent cell."""
-    story = world.story(seed, index, latents.KINDS, weights=world.LEARNED_LAST, sentences=(1, SENTENCES)[index % 2])
-    dx = math.copysign(latents.HALF_CELL, story.scenes[0].dx)
-    return dataclasses.replace(story, scenes=tuple(dataclasses.replace(s, dx=dx, dy=latents.HALF_CELL)
-                                                   for s in story.scenes))
+    """The story of stretch `index`: one sentence or, every second one, several.
+
+    The scenes' offsets become half a latent cell, down and to one side or the other. A whole cell lies between the two,
+    so a subject's latents are the same in either place, only moved, and the transformer need not learn them for every
+    fraction of one.
+    """
+    story = world.story(seed, index, KINDS, weights=world.LEARNED_LAST, sentences=(1, SENTENCES)[index % 2])
+    dx = math.copysign(HALF_CELL, story.scenes[0].dx)
+    return dataclasses.replace(story, scenes=tuple(dataclasses.replace(s, dx=dx, dy=HALF_CELL) for s in story.scenes))
 
 
 def begin_of(story, rng):
@@ -90,35 +94,32 @@ def draw_ahead(shards, *args):
     torch.set_num_threads(1)
     parent = os.getppid()
     for k in shards:
-        if not path_of(args[0], k).exists():
+        if not path_of(args[0], k).exists() and os.getppid() == parent:
             make_shard(k, *args)
-        if os.getppid() != parent:
-            break
 
 
 class Pool:
-    """The windows of all shards that are there."""
+    """The windows of all shards that are there, up to the first that is not."""
 
     def __init__(self, folder):
-        self.folder, self.latents, self.told = folder, [], []
-        while not self.grow():
-            time.sleep(1)
+        self.folder, self.latents, self.told, self.at_start = folder, [], [], []
 
     def grow(self):
-        """Takes in the shards that have come; how many stretches there are."""
-        while (path := path_of(self.folder, len(self.latents) // SHARD)).exists():
+        """Takes in the shards that have come, and waits for the first; how many stretches there are."""
+        while (path := path_of(self.folder, len(self.told) // SHARD)).exists() or not self.told:
+            if not path.exists():
+                time.sleep(1)
+                continue
             self.latents += list(np.load(path, mmap_mode="r"))
             self.told += json.loads(path.with_suffix(".json").read_text())
+            self.at_start = [i for i, told in enumerate(self.told) if told["begin"] == 0]
         return len(self.told)
 
-    def window(self, rng, at_start, chunks):
+    def window(self, rng, chunks, at_start):
         """(latents [chunks, Z, CHUNK, h, w], the text of each chunk) of so many chunks of a stretch."""
-        while True:
-            i = int(rng.integers(len(self.told)))
-            begin, tellings = self.told[i]["begin"], self.told[i]["tellings"]
-            if not at_start or begin == 0:
-                break
+        i = int(rng.choice(self.at_start) if at_start else rng.integers(len(self.told)))
         first = 0 if at_start else int(rng.integers(STRETCH - chunks + 1))
+        begin, tellings = self.told[i]["begin"], self.told[i]["tellings"]
         telling = tellings[rng.integers(len(tellings))]
         texts = [[text for start, text in telling if start <= begin + first + c][-1] for c in range(chunks)]
         return np.asarray(self.latents[i][first:first + chunks]), texts

@@ -1,50 +1,44 @@
-"""Trains the bundled model from nothing, in stages; a stage that was killed goes on where it stopped (reading: anew).
+"""Trains the bundled model in stages; a stage that was killed goes on where it stopped (reading: anew).
 
-    python train/train.py --out build/train
-    python train/train.py --out build/further --base models/demo.gguf      # goes on from a finished model
+    python train/train.py --out build/train                                # from nothing
+    python train/train.py --out build/further --base models/demo.gguf      # from a finished model
 
     tokenizer    OUT/tokenizer/        seconds   the words of the world as a SentencePiece model
     reading      OUT/reading.ckpt      minutes   the text encoder learns to read captions
     vae          OUT/vae.ckpt          an hour   decoder and light encoder, on stretches of clips
     decoder      OUT/decoder.ckpt      minutes   the decoder, on whole clips
-    transformer  OUT/transformer.ckpt  hours     latents are drawn into OUT/latents/ as they are needed
     encoder      OUT/encoder.ckpt      minutes   Wan's own VAE encoder learns the light one's latents
-    causal       OUT/causal.ckpt       hours     the transformer learns to go on chunk by chunk, from stretches of
-                                                 stories, which another process draws into OUT/stretches/
+    transformer  OUT/transformer.ckpt  hours     from stretches of stories, which are drawn into OUT/stretches/ meanwhile
     model        OUT/demo.gguf         seconds   the weight file, by export.py
 
-With --base there are three: the causal stage is the first to learn.
+With --base the stages are four: the VAE and the text encoder stay as they are, and the transformer goes on from its
+weights.
 
+    tokenizer    OUT/tokenizer/        seconds
     base         OUT/base.ckpt         seconds   its text encoder and transformer; its VAE is OUT/autoencoder.ckpt
-    causal       OUT/causal.ckpt       hours
+    transformer  OUT/transformer.ckpt  hours
     model        OUT/demo.gguf         seconds
 
-Beside OUT/transformer.ckpt stands OUT/snapshot/, a diffusers folder, written anew with every checkpoint.
-Loss curves stand in OUT/log/*.tsv, process ids in OUT/pids/.  The same command starts and resumes; --until stops early.
+Loss curves stand in OUT/log/*.tsv.  The same command starts and resumes; --until stops early; kill ends the
+transformer's stage after a step, saved.  `python train/pipeline.py OUT` writes OUT/snapshot/, a diffusers folder, from
+an unfinished run.
 
-Every batch follows from (options, step); in the causal stage also from the stretches that are there.  OUT/options.json
-keeps the options, so that a run goes on as it began; of the lengths, --transformer-steps may still change, until the
-rate falls, and --causal-steps: a long run begins as a short one does.
-A run may move: OUT/ copied to a machine with a GPU goes on there with --device cuda, and afterwards back here.
+OUT/options.json keeps the options, so that a run goes on as it began; of the lengths, --transformer-steps alone may
+still change.  A run may move: OUT/ copied to a machine with a GPU goes on there with --device cuda.
 """
 import argparse
-import datetime
 import fcntl
 import json
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
-import tempfile
 
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
 import adherence
 import base
-import causal
 import detect
 import pipeline
 import reading
@@ -53,12 +47,10 @@ import tokenizer
 import transformer
 import vae
 
-FROM_NOTHING = ["tokenizer", "reading", "vae", "decoder", "transformer", "encoder", "causal", "model"]
-FROM_BASE = ["tokenizer", "base", "causal", "model"]
-STREAM_OPTIONS = ["base", "seed", "workers", "clips", "reading_steps", "vae_steps", "decoder_steps", "encoder_steps",
-                  "bf16"]
+FROM_NOTHING = ["tokenizer", "reading", "vae", "decoder", "encoder", "transformer", "model"]
+FROM_BASE = ["tokenizer", "base", "transformer", "model"]
+STREAM_OPTIONS = ["base", "seed", "clips", "reading_steps", "vae_steps", "decoder_steps", "encoder_steps", "bf16"]
 JUDGES_SEEDS = [vae.EVALUATION_SEED, detect.SEED, adherence.PROMPT_SEED]  # whose clips no training may see
-MOST_HELPERS = 16  # that draw clips for a GPU, and as many that load them: what an H100 needs
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -70,21 +62,17 @@ def options():
     parser.add_argument("--until", choices=list(dict.fromkeys(FROM_NOTHING + FROM_BASE)), default="model",
                         help="the last stage to run")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=2,
-                        help="processes of the transformer stage, one thread each, or on a GPU the work of so many; "
-                             "the batch grows with them, so another number is another training")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu",
-                        help="where the transformer's stage runs: on a GPU, the batch of all workers at once")
-    parser.add_argument("--threads", type=int, default=1, help="threads of every other stage")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where the transformer's stage runs")
+    parser.add_argument("--threads", type=int, default=1, help="threads of every stage")
+    parser.add_argument("--drawers", type=int, default=1, help="processes that draw while the transformer trains")
+    parser.add_argument("--shards", type=int, default=400,
+                        help=f"that they draw, at most, of {stretches.SHARD} stretches each")
     parser.add_argument("--clips", type=int, default=1500, help="drawn clips for the VAE")
     parser.add_argument("--reading-steps", type=int, default=1000)
     parser.add_argument("--vae-steps", type=int, default=8000)
     parser.add_argument("--decoder-steps", type=int, default=1500)
     parser.add_argument("--encoder-steps", type=int, default=1500)
-    parser.add_argument("--transformer-steps", type=int, default=13200)
-    parser.add_argument("--shards", type=int, default=400,
-                        help=f"of {stretches.SHARD} stretches of stories each, for the causal stage")
-    parser.add_argument("--causal-steps", type=int, default=20000)
+    parser.add_argument("--transformer-steps", type=int, default=20000)
     parser.add_argument("--bf16", action="store_true",
                         help="products in bfloat16, but for the reading: three fifths of the time on AMD's "
                              "processors since Zen 4, and twice the time on Intel's without AMX")
@@ -127,43 +115,22 @@ def lock(out):
     return file
 
 
-def note_pid(out, name):
-    """Leaves this process's id in OUT/pids/, so that the run can be stopped and continued with kill -STOP and -CONT."""
-    (out / "pids").mkdir(parents=True, exist_ok=True)
-    (out / "pids" / f"{name}.pid").write_text(f"{os.getpid()}\n")
-
-
-def known(args):
-    """What the transformer's stage knows already of the weights of TextToVideo: the reader's."""
-    reader = torch.load(args.out / "reading.ckpt", weights_only=True)
-    return {f"text_encoder.{name}": weight for name, weight in reader.items()}
-
-
-def train_transformer(process, processes, helpers, args, rendezvous):
-    """One of the processes that train the transformer together: each is a worker, or on a GPU one stands for all."""
-    torch.set_num_threads(1)
-    note_pid(args.out, f"worker{process}")
-    if processes > 1:
-        dist.init_process_group("gloo", f"file://{rendezvous}", rank=process, world_size=processes,
-                                timeout=datetime.timedelta(days=1))
-    course = transformer.from_nothing(args.transformer_steps)
-    transformer.train(args.out, tokenizer.Tokenizer(args.out / "tokenizer"), known(args), vae.load(args.out)[1], course,
-                      args.seed, range(args.workers)[process::processes], args.workers, compiled=not args.eager,
-                      narrow=args.bf16, device=args.device, helpers=helpers, saved=lambda: pipeline.snapshot(args.out))
-
-
-def train_causal(args, words):
-    """The transformer learns to go on chunk by chunk, while another process draws stretches."""
-    tokens, (autoencoder, _) = tokenizer.Tokenizer(words), vae.load(args.out)
-    net = transformer.TextToVideo(len(tokens))
-    net.load_state_dict(pipeline.learned(args.out))
-    folder = args.out / "stretches"
-    drawing = multiprocessing.get_context("spawn").Process(
-        target=stretches.draw_ahead, daemon=True,
-        args=(range(args.shards), folder, args.seed, autoencoder, tokens, args.bf16))
-    drawing.start()
-    causal.train(args.out, tokens, net.text_encoder.eval(), net.transformer, stretches.Pool(folder), args.causal_steps,
-                 args.seed, compiled=not args.eager, narrow=args.bf16)
+def train_transformer(args, words):
+    """The transformer's stage, and the processes that draw for it."""
+    tokens, autoencoder = tokenizer.Tokenizer(words), vae.load(args.out)[0]
+    if args.base:
+        course, known = transformer.from_base(args.transformer_steps), torch.load(args.out / "base.ckpt", weights_only=True)
+    else:
+        reader = torch.load(args.out / "reading.ckpt", weights_only=True)
+        course = transformer.from_nothing(args.transformer_steps)
+        known = {f"text_encoder.{name}": weight for name, weight in reader.items()}
+    folder, spawn = args.out / "stretches", multiprocessing.get_context("spawn")
+    for i in range(args.drawers):
+        shards = range(i, args.shards, args.drawers)
+        spawn.Process(target=stretches.draw_ahead, daemon=True,
+                      args=(shards, folder, args.seed, autoencoder, tokens, args.bf16)).start()
+    transformer.train(args.out, tokens, known, stretches.Pool(folder), course, args.seed, learns_text=not args.base,
+                      compiled=not args.eager, narrow=args.bf16, device=args.device)
 
 
 def main():
@@ -172,8 +139,6 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     held = lock(args.out)  # until this process ends
     keep_options(args)
-    shutil.rmtree(args.out / "pids", ignore_errors=True)  # of an earlier start, perhaps on another machine
-    note_pid(args.out, "train")
     wanted = args.stages[:args.stages.index(args.until) + 1]
     words = args.out / "tokenizer"
     if not words.exists():
@@ -187,16 +152,10 @@ def main():
         base.unpack(args.base, args.out, words)
     if "decoder" in wanted:
         vae.train_decoder(args.out, args.decoder_steps, args.seed, args.clips, **how)
-    if "transformer" in wanted and not transformer.is_trained(args.out / "transformer.ckpt", args.transformer_steps):
-        processes, helpers = args.workers, 0
-        if args.device == "cuda":
-            processes, helpers = 1, min(MOST_HELPERS, len(os.sched_getaffinity(0)))
-        with tempfile.TemporaryDirectory() as folder:
-            multiprocessing.spawn(train_transformer, (processes, helpers, args, f"{folder}/rendezvous"), processes)
     if "encoder" in wanted:
         vae.train_encoder(args.out, args.encoder_steps, args.seed, args.clips, **how)
-    if "causal" in wanted:
-        train_causal(args, words)
+    if "transformer" in wanted and not transformer.is_trained(args.out / "transformer.ckpt", args.transformer_steps):
+        train_transformer(args, words)
     if "model" in wanted:
         pipeline.snapshot(args.out)
         subprocess.run([sys.executable, ROOT / "export.py", args.out / "snapshot", "-o", args.out / "demo.gguf"],

@@ -1,278 +1,272 @@
-"""Trains the transformer, and the text encoder with it, by flow matching on the frozen latents.
+"""Trains the transformer by flow matching on the frozen latents; from nothing, the text encoder with it.
 
     x = (1 - sigma) * clean + sigma * noise,    wanted: velocity = noise - clean,    loss: their squared distance
 
-Every batch follows from (options, step) alone, the options being the seed, the number of workers and the course, so a
-run that was killed goes on as if nothing had happened (on a GPU: but for the last bits of sums).  On a CPU the workers
-are processes of one thread each, which make a batch together and sum their gradients: on a machine that is busy with
-other things this loses far less than two threads that wait for each other at every operation.  A GPU takes all workers'
-parts of the batch at once, and the CPU's cores see to it that the next ones are ready.
+A sample is a sequence of chunks, laid out in one of five ways. The first three teach what a run from nothing does not
+know yet, on the beginnings of stories, whose chunks see each other:
+
+    picture      noisy: the first frame
+    beginning    noisy 0
+    whole        noisy 0 1 2, of one sigma
+
+The others teach to go on chunk by chunk, by teacher forcing. First stand drawn chunks, told to be clean, then the same
+clip's later ones with noise on, twice, each time with another sigma. Every chunk sees itself and the two drawn ones
+before it:
+
+    start        drawn 0 1          noisy 0 1 2
+    anywhere     drawn 0 1 2 3      noisy     2 3 4         noisy 4 sees drawn 2, drawn 3 and itself
+
+So one pass learns six times, each from the past that the C program's cache would hold (cache.c). The program's past is
+its own work and never quite clean: three samples in four have noise on the drawn chunks that they are not told of, and
+in the last third of the steps half of the batches have the model's own guesses of chunks 2 and 3 for a past.
+
+Each chunk reads the prompt of its time, so a story is a sample like any other.
 """
 import dataclasses
-import os
-import sys
-import threading
+import signal
 import time
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
-import torch.utils.data
 from torch import nn
 
-import latents
 import model
-import reading
-from common import Average, Log, Optimisers, Replayed, place, products, rate, save_atomically, sum_over_workers
+from common import Average, Log, Optimisers, products, rate, save_atomically
+from world import CHUNK
 
-EXTENTS = [(1, 192), (3, 64), (9, 24)]  # (latent frames, clips a worker): pictures, beginnings, whole clips
-PIECES = {"cpu": 2, "cuda": 1}  # of a process's part of a batch, in turn: half as much stays in a CPU's cache longer
-SHARDS, NEW_SHARDS_EVERY, MOST_SHARDS = 4, 600, 96  # at first; two more every so many steps; the last one's number
-MUON_LR, ADAM_LR, EMA_DECAY = 0.01, 1e-3, 0.999
-DROPPED = 0.1  # share of prompts replaced by the empty one, for guidance
-SAVE_SECONDS = 120
+WINDOW = 3 * CHUNK  # latent frames that a chunk sees, its own included
+PROMPTS = 2  # of a sample, at most: a sentence lasts for four chunks or more
+UNTOLD, UNTOLD_SHARE = 0.2, 0.75  # most noise on what is told to be clean; share of samples that have any
+OWN_FROM, OWN_SHARE, OWN_SIGMAS = 2 / 3, 0.5, (1.0, 0.75, 0.0)  # from this part of the steps on; of the batches
+MUON_LR, ADAM_LR, EMA_DECAY, FALLING = 0.01, 1e-3, 0.998, 0.5
+SAVE_SECONDS, LOG_STEPS = 180, 25
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The sequence of a sample: which chunks of a window are drawn, from chunk 0 on, and which are noisy."""
+    name: str
+    samples: int  # in a batch
+    drawn: tuple
+    noisy: tuple
+    frames: int = CHUNK  # of each chunk
+    together: bool = False  # whether all see each other and have one sigma
+
+    @property
+    def chunks(self):
+        return list(self.drawn + self.noisy)
+
+    @property
+    def sees(self):
+        """For each chunk, the places in the sequence of those that it sees, itself among them."""
+        if self.together:
+            return [list(range(len(self.chunks)))] * len(self.chunks)
+        past = lambda chunk: [c for c in (chunk - 2, chunk - 1) if c in self.drawn]  # drawn chunk c stands in place c
+        return [past(chunk) + [place] for place, chunk in enumerate(self.chunks)]
+
+
+PICTURE = Layout("picture", 256, (), (0,), frames=1)
+BEGINNING = Layout("beginning", 96, (), (0,))
+WHOLE = Layout("whole", 48, (), (0, 1, 2), together=True)
+START = Layout("start", 16, (0, 1), (0, 1, 2, 0, 1, 2))
+ANYWHERE = Layout("anywhere", 16, (0, 1, 2, 3), (2, 3, 4, 2, 3, 4))
+START_SHARE = 0.35  # of the batches of the last two
 
 
 @dataclasses.dataclass(frozen=True)
 class Course:
     """How a run of so many steps goes.
 
-    mixed: until this step they take turns with EXTENTS; after it, whole clips alone. peak: the highest factor of the
-    learning rate. falling: the share of all steps, the last ones, in which it falls. skipped: the first shards of
-    latents that it does without.
+    mixed: until this step pictures, beginnings and whole clips take turns; whole: until this one they are whole. peak:
+    the highest factor of the learning rate.
     """
     steps: int
     mixed: int
+    whole: int
     peak: float
-    falling: float
-    skipped: int
 
-    def extent(self, step):
-        """(latent frames, clips a worker) of a step. Pictures teach what is where for a ninth of a clip's price."""
-        return EXTENTS[step % len(EXTENTS)] if step < self.mixed else EXTENTS[-1]
+    def layout(self, step, rng):
+        if step < self.mixed:
+            return (PICTURE, BEGINNING, WHOLE)[step % 3]  # pictures teach what is where for a ninth of a clip's price
+        if step < self.whole:
+            return WHOLE
+        return START if rng.random() < START_SHARE else ANYWHERE
 
     def rate(self, step):
         """Factor of the learning rate: a short rise, then the peak, then linearly down."""
-        return self.peak * rate(step, self.steps, 200, self.falling)
-
-    def shards(self, step):
-        """Those that a step draws from."""
-        return range(self.skipped, min(MOST_SHARDS, self.skipped + SHARDS + 2 * (step // NEW_SHARDS_EVERY)))
-
-    def check_length(self, step, before):
-        """Exits if a run of `before` steps, now at `step`, cannot become one of this length: up to where the rate falls
-        the two are the same run, and after that no longer."""
-        if step > (1 - self.falling) * min(before, self.steps) and before != self.steps:
-            sys.exit(f"transformer.py: at step {step} a run of {before} steps can no longer become one of {self.steps}")
+        return self.peak * rate(step, self.steps, 100, FALLING)
 
 
 def from_nothing(steps):
-    return Course(steps, mixed=3000, peak=1.0, falling=0.5, skipped=0)
+    return Course(steps, mixed=steps // 8, whole=steps // 2, peak=1.0)
 
 
-def further(steps):
-    """The course of a run that starts from a finished model."""
-    return Course(steps, mixed=0, peak=0.7, falling=0.7, skipped=latents.SINGLE_SHARDS)
+def from_base(steps):
+    """The course of a run that starts from a finished model: it learns to go on."""
+    return Course(steps, mixed=0, whole=0, peak=0.5)
 
 
 class TextToVideo(nn.Module):
     """Text encoder and transformer as one module, so that they share an optimiser, an average and a checkpoint."""
 
-    def __init__(self, vocabulary):
+    def __init__(self, vocabulary, run_block=model.plain_block):
         super().__init__()
         self.text_encoder = model.new_text_encoder(vocabulary)
         self.transformer = model.new_transformer()
+        self.run_block = run_block
 
-    def forward(self, x, sigma, ids, mask):
-        return model.velocity(self.transformer, x, sigma, *model.embed(self.text_encoder, ids, mask))
-
-
-def sample_sigma(generator, count):
-    """Noise levels: the logistic of a normal, shifted towards noise, where a clip's contents are decided."""
-    return torch.sigmoid(0.6 + 1.2 * torch.randn(count, generator=generator))
+    def forward(self, x, sigma, ids, mask, prompt_of, first, sees):
+        """Velocity of chunks x [B, C, Z, t, h, w]; arguments as of model.velocity. ids, mask [P, L]: prompts."""
+        return model.velocity(self.transformer, x, sigma, *model.embed(self.text_encoder, ids, mask), prompt_of, first,
+                              sees, self.run_block)
 
 
-def batch_at(step, course, seed, rank, workers, pool, tokenizer):
-    """(clean, noise, sigma, ids, mask): this worker's part of the batch of a step."""
-    frames, count = course.extent(step)
-    rng = np.random.default_rng([seed, step, rank, workers])
-    shards = course.shards(step)
-    indices = rng.integers(shards.start * latents.SHARD, shards.stop * latents.SHARD, size=count)
-    scenes = [latents.shard_scene(seed, int(i)) for i in indices]
-    prompts = reading.captions(tokenizer, scenes, rng)
-    prompts = [[1] if rng.random() < DROPPED else ids for ids in prompts]
-    generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
-    clean = pool.batch(indices, frames)
-    noise, sigma = torch.randn(clean.shape, generator=generator), sample_sigma(generator, count)
-    return clean, noise, sigma, *model.pad(prompts, model.TOKENS)
+class Batch:
+    """What a step learns from: a function of the options, the step and the stretches that are there.
 
+    clean [B, count, Z, t, h, w]: the drawn chunks of the windows. ids, mask [P, L]: prompts. prompt_of [B, count]: the
+    one that each chunk reads.
+    """
 
-class Batches(torch.utils.data.Dataset):
-    """The batches by step, or what some ranks of the workers see of them: (clean, noise, sigma, ids, mask)."""
+    def __init__(self, step, course, seed, pool, tokenizer, device):
+        rng = np.random.default_rng([seed, step])
+        self.generator, self.device = torch.Generator().manual_seed(int(rng.integers(1 << 62))), device
+        self.layout = course.layout(step, rng)
+        self.own = step >= OWN_FROM * course.steps and rng.random() < OWN_SHARE
+        count, size = max(self.layout.noisy) + 1, self.layout.samples
+        windows = [pool.window(rng, count, at_start=self.layout is not ANYWHERE) for _ in range(size)]
+        clean = np.stack([chunks[:, :, :self.layout.frames] for chunks, _ in windows])
+        self.clean = torch.from_numpy(clean).float().to(device)
+        prompt_of, prompts = torch.zeros(size, count, dtype=torch.long), []
+        for row, (_, texts) in enumerate(windows):
+            different = list(dict.fromkeys(texts))
+            prompt_of[row] = torch.tensor([row * PROMPTS + different.index(text) for text in texts])
+            prompts += [tokenizer(text) for text in different] + [[1]] * (PROMPTS - len(different))
+        self.prompt_of = prompt_of.to(device)
+        self.prompts = [x.to(device) for x in model.pad(prompts, model.TOKENS)]
 
-    def __init__(self, ranks, *args):
-        self.ranks, self.args = ranks, args
+    def normal(self, *shape):
+        return torch.randn(*shape, generator=self.generator).to(self.device)
 
-    def __getitem__(self, step):
-        course, seed, workers, pool, tokenizer = self.args
-        parts = [batch_at(step, course, seed, rank, workers, pool, tokenizer) for rank in self.ranks]
-        return [torch.cat(part) for part in zip(*parts)]
-
-
-def make_shards(shards, *args):
-    """Sees to it that these shards exist; the processes take turns, and nobody goes on before all are there."""
-    rank, processes = place()
-    for k in shards[rank::processes]:
-        latents.make_shard(k, *args)
-    if dist.is_initialized():
-        dist.barrier()
+    def uniform(self, *shape):
+        return torch.rand(*shape, generator=self.generator).to(self.device)
 
 
 class Run:
     """What training changes: the network, its optimisers and average, and how far it has come.
 
-    known: weights of TextToVideo that are not to be learned from nothing. narrow: whether products are in bfloat16.
-    device: "cpu" or "cuda".
+    known: weights of TextToVideo that are not to be learned from nothing. learns_text: whether the text encoder learns,
+    too. narrow: whether products are in bfloat16.
     """
 
-    def __init__(self, vocabulary, known, narrow, device):
-        self.net, self.narrow, self.device = TextToVideo(vocabulary), narrow, device
+    def __init__(self, vocabulary, known, course, learns_text, compiled, narrow, device):
+        self.net = TextToVideo(vocabulary, model.compiled_block if compiled else model.plain_block)
         self.net.load_state_dict(self.net.state_dict() | known)
-        self.net.to(device)
-        self.forward = self.net
+        self.net.to(device).text_encoder.requires_grad_(learns_text)
+        self.course, self.narrow, self.device = course, narrow, device
         self.optimisers = Optimisers(self.net.named_parameters(), MUON_LR, ADAM_LR, narrow)
         self.average = Average(self.net, EMA_DECAY)
-        self.learn = Replayed(self._learn) if device == "cuda" else self._learn
-        self.step, self.samples, self.start = 0, 0, time.time()
+        self.step, self.seconds = 0, 0.0
 
-    def restore(self, checkpoint, course):
-        """Goes on from a checkpoint, of a run that may have been meant to be of another length."""
+    def restore(self, checkpoint):
         state = torch.load(checkpoint, weights_only=True, map_location=self.device)
-        course.check_length(state["step"], state["steps"])
         self.net.load_state_dict(state["model"])
         self.optimisers.load_state_dict(state["optimisers"])
         self.average.shadow, self.average.count = state["average"], state["step"]
-        self.step, self.samples, self.start = state["step"], state["samples"], self.start - state["seconds"]
+        self.step, self.seconds = state["step"], state["seconds"]
 
-    def save(self, checkpoint, steps):
+    def save(self, checkpoint):
         save_atomically({"model": self.net.state_dict(), "average": self.average.shadow, "step": self.step,
-                         "optimisers": self.optimisers.state_dict(), "steps": steps, "samples": self.samples,
-                         "seconds": time.time() - self.start}, checkpoint)
+                         "optimisers": self.optimisers.state_dict(), "steps": self.course.steps,
+                         "seconds": self.seconds}, checkpoint)
 
-    def loss(self, clean, noise, sigma, ids, mask):
-        s = sigma[:, None, None, None, None]
+    def forward(self, batch, context, x, sigma):
+        """The velocity of noisy chunks x [B, n, Z, t, h, w] of noise level sigma [B, n] after those of the past."""
+        layout, past = batch.layout, context.shape[1]
+        told = torch.cat([torch.zeros_like(sigma[:, :1]).expand(-1, past), sigma], 1)
         with products(self.narrow, self.device):
-            found = self.forward((1 - s) * clean + s * noise, sigma, ids, mask)
-        return (found.float() - (noise - clean)).square().mean()
+            found = self.net(torch.cat([context, x], 1), told, *batch.prompts, batch.prompt_of[:, layout.chunks],
+                             [CHUNK * c for c in layout.chunks], layout.sees)
+        return found[:, past:].float()
 
-    def _learn(self, *batch):
-        """One step of the weights on this process's part of a batch; (its loss, the norm of the gradient)."""
-        pieces, total = PIECES[self.device], 0.0
-        for piece in zip(*(part.chunk(pieces) for part in batch)):
-            loss = self.loss(*piece) / pieces
-            loss.backward()
-            total = total + loss.detach()
-        sum_over_workers([p.grad for p in self.net.parameters()], 1 / place()[1])
+    @torch.no_grad()
+    def guessed(self, batch, context):
+        """The past with the model's own guesses, in two Euler steps from noise, of those chunks that are noisy too."""
+        noisy = batch.layout.noisy
+        x = batch.normal(*batch.clean[:, list(noisy)].shape)
+        for sigma, after in zip(OWN_SIGMAS, OWN_SIGMAS[1:]):
+            x = x + (after - sigma) * self.forward(batch, context, x, torch.full_like(x[:, :, 0, 0, 0, 0], sigma))
+        return torch.stack([x[:, noisy.index(c)] if c in noisy else context[:, c] for c in batch.layout.drawn], 1)
+
+    def losses(self, batch):
+        """[n]: the squared distance from the wanted velocity of each noisy chunk."""
+        layout = batch.layout
+        context, clean = batch.clean[:, list(layout.drawn)], batch.clean[:, list(layout.noisy)]
+        if batch.own and layout is ANYWHERE:
+            context = self.guessed(batch, context)
+        untold = UNTOLD * batch.uniform(len(clean)) * (batch.uniform(len(clean)) < UNTOLD_SHARE)
+        context = context + untold.view(-1, 1, 1, 1, 1, 1) * (batch.normal(*context.shape) - context)
+        sigma = batch.normal(len(clean), 1 if layout.together else clean.shape[1]).expand(-1, clean.shape[1])
+        sigma = torch.sigmoid(0.6 + 1.2 * sigma)  # most are where a clip's contents are decided
+        s, noise = sigma[:, :, None, None, None, None], batch.normal(*clean.shape)
+        found = self.forward(batch, context, (1 - s) * clean + s * noise, sigma)
+        return (found - (noise - clean)).square().mean((0, 2, 3, 4, 5))
+
+    def advance(self, batch):
+        """One step of the weights; (the losses of the noisy chunks, the norm of the gradient)."""
+        losses = self.losses(batch)
+        losses.mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        self.optimisers.set_factor(self.course.rate(self.step))
         self.optimisers.step()
-        return total, norm
-
-    def advance(self, batch, course, workers):
-        """One step; (loss, norm) as of _learn. batch: of one process or all; workers: how many share the whole one."""
-        self.optimisers.set_factor(course.rate(self.step))
-        loss, norm = self.learn(*(part.to(self.device, non_blocking=True) for part in batch))
         self.average.update(self.net)
-        self.samples += workers * course.extent(self.step)[1]
         self.step += 1
-        return loss, norm
+        return losses.detach(), norm
+
+
+class Curve:
+    """The loss curve in OUT/log/transformer.tsv: a row for every LOG_STEPS steps, with the mean loss of each chunk."""
+
+    def __init__(self, path):
+        self.log, self.seen = Log(path), {}
+
+    def add(self, run, batch, losses, norm, stretches):
+        for chunk, loss in zip(batch.layout.noisy, losses.tolist()):
+            self.seen.setdefault(f"{batch.layout.name}{chunk}", []).append(loss)
+        if run.step % LOG_STEPS == 0:
+            columns = [f"{layout.name}{chunk}" for layout in (PICTURE, BEGINNING, WHOLE, START, ANYWHERE)
+                       for chunk in dict.fromkeys(layout.noisy)]
+            self.log.write(step=run.step, seconds=run.seconds, stretches=stretches, norm=norm.item(),
+                           **{name: float(np.mean(self.seen.get(name, np.nan))) for name in columns})
+            self.seen = {}
 
 
 def is_trained(checkpoint, steps):
     """Whether a run of so many steps has come to its end there."""
-    if not checkpoint.exists():
-        return False
-    state = torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)
-    return state["step"] == state["steps"] == steps
+    return checkpoint.exists() and torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)["step"] >= steps
 
 
-class Curve:
-    """The loss curve in OUT/log/transformer.tsv: a row for every 50 steps, with the mean loss of each extent."""
-
-    def __init__(self, path, samples):
-        self.log, self.losses, self.since = Log(path), {}, (time.time(), samples)
-
-    def add(self, run, frames, loss, norm):
-        self.losses.setdefault(frames, []).append(loss)
-        if run.step % 50:
-            return
-        now = time.time()
-        self.log.write(step=run.step, samples=run.samples, seconds=now - run.start, norm=norm.item(),
-                       samples_per_second=(run.samples - self.since[1]) / (now - self.since[0]),
-                       **{f"loss{n}": float(torch.tensor(self.losses.get(n, np.nan)).mean()) for n, _ in EXTENTS})
-        self.losses, self.since = {}, (now, run.samples)
-
-
-def draw_ahead(rank, helpers, shards, *args):
-    """One of the helpers that draw all shards of a run, in their order, while it goes on."""
-    os.nice(19)  # behind those that load batches of what is drawn already
-    torch.set_num_threads(1)
-    for k in shards[rank::helpers]:
-        latents.make_shard(k, *args)
-
-
-def watch(drawing):
-    """Waits for all that draw; ends this process if one of them fails, for it would wait for shards for ever."""
-    try:
-        while not drawing.join():
-            pass
-    except (multiprocessing.ProcessRaisedException, multiprocessing.ProcessExitedException) as error:
-        print(error, file=sys.stderr)
-        os._exit(1)  # the main thread may be waiting
-
-
-def train(out, tokenizer, known, light, course, seed, ranks=(0,), workers=1, saved=lambda: None, compiled=False,
-          narrow=False, device="cpu", helpers=0):
+def train(out, tokenizer, known, pool, course, seed, learns_text=True, compiled=False, narrow=False, device="cpu"):
     """Trains as a Course says, going on from OUT/transformer.ckpt; the averaged weights of TextToVideo.
 
-    known, narrow, device: as of Run. light: the encoder that makes the shards. ranks: of the workers whose parts of a
-    batch are this process's. saved() follows each save. The logged seconds are those on the clock, saves included, of
-    this start and, up to their last saves, earlier ones.
-
-    compiled: by torch.compile, which takes minutes once and then makes a step a fifth shorter; needs a C++ compiler.
-    helpers: so many processes draw clips, and so many others load batches, ahead of this one; if none, it does both.
+    pool: of stretches; the other arguments are those of Run. A SIGTERM ends the process after the step, saved.
     """
     torch.manual_seed(seed)
-    if device == "cuda":
-        torch.cuda.set_stream(torch.cuda.Stream())  # no graph can be recorded on the one that is there
-    run, checkpoint = Run(len(tokenizer), known, narrow, device), out / "transformer.ckpt"
+    run, checkpoint = Run(len(tokenizer), known, course, learns_text, compiled, narrow, device), out / "transformer.ckpt"
     if checkpoint.exists():
-        run.restore(checkpoint, course)
-    if compiled:
-        run.forward = torch.compile(run.net, dynamic=False)
-    folder, shards, last_save = out / "latents", None, time.time()
-    if helpers:
-        all_shards = range(course.skipped, course.shards(course.steps - 1).stop)
-        drawing = multiprocessing.spawn(draw_ahead, (helpers, all_shards, folder, seed, light), helpers, join=False,
-                                        daemon=True)
-        watching = threading.Thread(target=watch, args=(drawing,), daemon=True)
-        watching.start()
-    batches = iter(torch.utils.data.DataLoader(
-        Batches(ranks, course, seed, workers, latents.Pool(folder), tokenizer), batch_size=None,
-        sampler=range(run.step, course.steps), num_workers=helpers, pin_memory=device == "cuda"))
-    curve = Curve(out / "log" / "transformer.tsv", run.samples)
+        run.restore(checkpoint)
+    curve, begun, last_save, asked = Curve(out / "log/transformer.tsv"), time.time() - run.seconds, time.time(), []
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     while run.step < course.steps:
-        if not helpers and course.shards(run.step) != shards:
-            shards = course.shards(run.step)
-            make_shards(shards, folder, seed, light)
-        batch = next(batches)
-        loss, norm = run.advance(batch, course, workers)
-        if 0 in ranks:
-            curve.add(run, batch[0].shape[2], loss, norm)
-        if 0 in ranks and (time.time() - last_save > SAVE_SECONDS or run.step == course.steps):
-            run.save(checkpoint, course.steps)
-            saved()
+        stretches = pool.grow()
+        batch = Batch(run.step, course, seed, pool, tokenizer, device)
+        losses, norm = run.advance(batch)
+        run.seconds = time.time() - begun
+        curve.add(run, batch, losses, norm, stretches)
+        if asked or time.time() - last_save > SAVE_SECONDS or run.step == course.steps:
+            run.save(checkpoint)
             last_save = time.time()
-    if helpers:
-        watching.join()  # else those that draw would be ended with this process, as if they had failed
+        if asked:
+            raise SystemExit("train.py: asked to end; the same command goes on")
+    signal.signal(signal.SIGTERM, before)
     return run.average.shadow

@@ -5,9 +5,7 @@
 Training Wan's encoder and decoder together costs twice the decoder alone and starts slowly.  So the decoder is
 trained with a light encoder (principal components of 4x8x8 blocks and a small residual net) that is thrown away: first
 both on short stretches of clips, then, the latents being settled, the decoder alone on whole ones.  Wan's own encoder
-is regressed onto the light one's latents afterwards, once the transformer no longer waits for it; and where a finished
-model is trained further, a light encoder onto Wan's, because it is ten times as fast, and the finished decoder goes on
-with what that makes.
+is regressed onto the light one's latents afterwards.
 
 The latents leave the light encoder through a batch norm without weights, so every channel has mean 0 and deviation 1,
 and the decoder sees them with noise on: a latent that is slightly off, as the transformer's will be, still decodes
@@ -180,7 +178,6 @@ BATCH = 2  # one clip alone would get convolutions from PyTorch that are four ti
 STRETCH = 9  # frames of each clip that train_vae sees, at a quarter of a whole one's price
 NOISE = 0.03  # deviation of what is added to the latents that the decoder sees, in units of their own
 LEARNING_SHARE = 0.5  # of train_vae's steps: then the light encoder stands still, as it will in use
-FURTHER_PEAK = 0.3  # of the rate for a decoder that was finished once: the full one would undo more than it adds
 
 
 @torch.no_grad()
@@ -196,8 +193,7 @@ def evaluate(autoencoder, module, count):
 def _halves(vae, light):
     """{checkpoint: what it holds, as one module}; each is loaded over those before it."""
     decoding = dict(decoder=vae.decoder, post_quant_conv=vae.post_quant_conv)
-    return {"autoencoder": vae, "light": nn.ModuleDict(dict(light=light)),
-            "vae": nn.ModuleDict(dict(light=light, **decoding)), "decoder": nn.ModuleDict(decoding),
+    return {"autoencoder": vae, "vae": nn.ModuleDict(dict(light=light, **decoding)), "decoder": nn.ModuleDict(decoding),
             "encoder": nn.ModuleDict(dict(encoder=vae.encoder, quant_conv=vae.quant_conv))}
 
 
@@ -210,11 +206,11 @@ def load(out):
     return vae.eval().requires_grad_(False), light.eval().requires_grad_(False)
 
 
-def _fit(out, name, module, steps, seed, count, loss_of, autoencoder, narrow, peak=1.0):
+def _fit(out, name, module, steps, seed, count, loss_of, autoencoder, narrow):
     """Trains `module` up to `steps` steps into OUT/NAME.ckpt, from which it also resumes; the log is OUT/log/NAME.tsv.
 
     count: of the clips that are drawn. loss_of(clips, step): the loss of a step. autoencoder: pixels -> pixels, for the
-    log. narrow: whether products are in bfloat16. peak: the highest factor of the learning rate.
+    log. narrow: whether products are in bfloat16.
     """
     optimisers = Optimisers(module.named_parameters(), 0.012, 2e-3, narrow)
     checkpoint, log, step, start = out / f"{name}.ckpt", Log(out / "log" / f"{name}.tsv"), 0, time.time()
@@ -231,7 +227,7 @@ def _fit(out, name, module, steps, seed, count, loss_of, autoencoder, narrow, pe
             loss = loss_of(clips, step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimisers.set_factor(peak * rate(step, steps, 50, 0.5))
+        optimisers.set_factor(rate(step, steps, 50, 0.5))
         optimisers.step()
         step += 1
         if step % 100 == 0 or step == steps:
@@ -277,8 +273,8 @@ def train_vae(out, steps, seed, count, compiled=False, narrow=False):
     _fit(out, "vae", _halves(vae, light)["vae"], steps, seed, count, loss_of, lambda x: decode(vae, light(x)), narrow)
 
 
-def train_decoder(out, steps, seed, count, compiled=False, narrow=False, peak=1.0):
-    """Trains the decoder on whole clips into OUT/decoder.ckpt; arguments as above. peak: of the learning rate's factor.
+def train_decoder(out, steps, seed, count, compiled=False, narrow=False):
+    """Trains the decoder on whole clips into OUT/decoder.ckpt; arguments as above.
 
     Its causal convolutions reach eight latent frames back. Of a stretch they see three, and before them nothing: a
     decoder that learned on stretches alone lets a clip's background drift once there is more past than that.
@@ -286,7 +282,7 @@ def train_decoder(out, steps, seed, count, compiled=False, narrow=False, peak=1.
     vae, light = load(out)
     half = _halves(vae, light)["decoder"].requires_grad_(True)
     _fit(out, "decoder", half, steps, seed, count, _reconstruction(vae, light, FRAMES, seed, compiled),
-         lambda x: decode(vae, light(x)), narrow, peak)
+         lambda x: decode(vae, light(x)), narrow)
 
 
 def _distance(vae, light, seed, compiled):
@@ -310,18 +306,3 @@ def train_encoder(out, steps, seed, count, compiled=False, narrow=False):
     vae.quant_conv.bias.data[Z:] = -8
     _fit(out, "encoder", half, steps, seed, count, _distance(vae, light, seed, compiled),
          lambda x: decode(vae, encode(vae, x)), narrow)
-
-
-def train_light(out, steps, seed, count, compiled=False, narrow=False):
-    """Fits a new light encoder to the latents of Wan's own, into OUT/light.ckpt."""
-    torch.manual_seed(seed)
-    vae, light = load(out)
-    half, distance = _halves(vae, light)["light"].requires_grad_(True), _distance(vae, light, seed, compiled)
-
-    def loss_of(clips, step):
-        if step == 0:
-            light.start_from_components(clips, seed)
-        light.norm.eval()  # Wan's latents are not normalised over a few clips, so nothing is here
-        return distance(clips, step)
-
-    _fit(out, "light", half, steps, seed, count, loss_of, lambda x: decode(vae, light(x)), narrow)
