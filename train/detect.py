@@ -405,8 +405,9 @@ def detect(video, begun=True):
     for x in seen:
         recognise(x, [other for other in seen if other is not x])
     relation, order, motions = _actions(seen, begun) if seen else (None, [], [])
-    steady = all(x.visible.mean() > THERE and x.astray < GHOST for x in seen)
     place = background_of(video, seen)
+    flakes = 2 if place == "snow" and not begun else 1  # beside somebody small and white they are much of what is white
+    steady = all(x.visible.mean() > THERE and x.astray < GHOST * (flakes if x.colour == "white" else 1) for x in seen)
     return {"background": place, "texture": texture_of(video, seen, place), "relation": relation,
             "count": len(seen) if steady else None,
             "subjects": [dict(shape=x.shape if x.constant > THERE else None, colour=x.colour, size=size, motion=motion)

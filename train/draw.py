@@ -228,8 +228,10 @@ OUTSIDE = 0.5 + 1.1 * PAIR_RADIUS  # how far from the middle a subject is no lon
 
 
 class Act:
-    """What one subject does from frame `begin` on. way: s -> Track, s being `clock` in that frame; r: radius; size: its
-    scale before."""
+    """What one subject does from frame `begin` on.
+
+    way: s -> Track; clock: s in that frame; r: radius; size: the scale that it has unless it grows or shrinks.
+    """
 
     def __init__(self, subject, r, way, begin=0, clock=0.0, size=1.0):
         self.subject, self.r, self.way, self.begin, self.clock, self.size = subject, r, way, begin, clock, size
@@ -286,10 +288,9 @@ def _first(scene):
 def _clock(motion, pose, r, floor):
     """The time at which a motion is where a subject is, as nearly as may be."""
     (x, y), high = pose[:2], 0.04 + r
-    sign, kind = -1 if motion.endswith("left") else 1, motion.split()[0]
-    if kind in ("walk", "run", "left", "right"):
-        half = {"walk": 0.20, "run": EDGE}.get(kind, 0.48 - r)
-        return 0.5 + np.clip(sign * (x - 0.5), -EDGE, EDGE) / (2 * half)
+    if motion.endswith(("left", "right")):
+        there = (0.5 - x if motion.endswith("left") else x - 0.5) / (EDGE if motion.startswith("run") else 0.48 - r)
+        return 0.5 + (0 if motion.startswith("walk") else np.clip(there, -1, 1) / 2)  # who walks does so from anywhere
     return {"up": (floor - y) / (floor - high), "down": (y - high) / (floor - high),
             "bounce": np.sqrt(2 * np.clip(y - high, 0, floor - high) / GRAVITY),
             "loop": np.arctan2(x - 0.5, 0.47 - y) / (2 * np.pi) % 1}.get(motion, 0.0)
@@ -304,8 +305,9 @@ def _another(x, home, dy, pose, r, size, begin):
 
 
 def _together(scene, poses, begin):
-    """The Acts of two subjects that begin to do something together, where it brings them least out of their way."""
-    s, found = np.arange(0, 4, 1 / 64), []
+    """The Acts of two subjects that begin to do something together, where it brings them least out of their way; who
+    meets or collides is still to do so."""
+    s, found = np.arange(0, 0.5 if scene.relation in ("meet", "collide") else 4, 1 / 64), []
     for mirrored in (False, True):
         ways = _related(scene, mirrored)
         tracks = [way(s) for way in ways]
@@ -344,6 +346,7 @@ def _next(acts, before, scene, begin):
             act = Act(x, r, functools.partial(old.way, x0=home), old.begin, old.clock, old.size).glide(pose, begin)
         elif scene.relation:
             act = together[i].glide(pose, begin)
+            act.r = r
         else:
             if x.motion == "fall" and not old:
                 pose = np.array([home, *pose[1:]])

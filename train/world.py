@@ -316,7 +316,6 @@ def caption(s, rng):
 CHANGES = {"motion": 4, "relation": 3, "enter": 3, "leave": 1, "cut": 2}  # what a sentence brings, and how often
 ONCE = "fall", "grow", "shrink"  # motions that come to an end
 ALOFT = "up", "loop", "spin", "shake", "grow", "shrink"  # who does so is in the air, and may fall
-_COMES = [("{verb} in from the {side}", "{doing} in from the {side}")]
 _GOES = [("moves away", "moving away"), ("goes away", "going away")]
 
 
@@ -399,8 +398,8 @@ class _Teller:
 def story(seed, index, kinds=KINDS, held_out=False, weights={}, sentences=1, chunks=(4, 12)):
     """The story number `index` of world `seed`; it begins as the scene of that number.
 
-    kinds, held_out, weights: as of `scene`. chunks: how long a sentence lasts, at least and at most. Half of those who
-    are alone at first stay so; the others are small, so that there is room for who comes to them.
+    kinds, held_out, weights: as of `scene`. chunks: how long a sentence lasts, at least and at most. Who is alone at
+    first may be small, and only then has room for others to come.
     """
     rng = np.random.default_rng([seed, index])
     first = _scene(rng, kinds, held_out, weights)
@@ -434,8 +433,8 @@ def _sentence(before, after, rng):
     for x in new:
         forms = MOTIONS.get(x.motion)
         if x.enters:
-            verb, doing = ("walks", "walking") if x.shape == "character" else ("moves", "moving")
-            forms = [(a.format(verb=verb, side=x.enters), b.format(doing=doing, side=x.enters)) for a, b in _COMES]
+            verbs = ("walks", "walking") if x.shape == "character" else ("moves", "moving")
+            forms = _phrases([verbs], [f"in from the {x.enters}"])
         if not after.relation:
             parts.append((_noun_phrase(rng, x, len(after.subjects) == 1), forms[rng.integers(len(forms))]))
     if after.relation and new:
