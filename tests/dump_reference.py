@@ -53,7 +53,8 @@ class Recorder:
         self.cache = None
         if settings.easycache:
             steps = settings.steps if settings.strength is None else int(settings.steps * settings.strength)
-            self.cache = easycache.attach(pipe.transformer, settings.easycache, steps, len(self.branches))
+            experts = filter(None, (pipe.transformer, getattr(pipe, "transformer_2", None)))
+            self.cache = easycache.attach(experts, settings.easycache, steps, len(self.branches))
         self.texts = iter(("prompt", "negative"))
         self.passes = 0  # forward passes of the transformer so far
         self.steps = 0  # steps of the sampler so far

@@ -1,7 +1,9 @@
-"""EasyCache's rule around diffusers' transformer: a transcription of easycache_t2v_forward in H-EmbodVis/EasyCache's
+"""EasyCache's rule around diffusers' transformer: a transcription of easycache_forward in H-EmbodVis/EasyCache's
 EasyCache4Wan2.1/easycache_generate.py. Passes alternate between the branches of guidance; the first decides for both.
+Upstream has no rule for two experts: here, nothing is known of the one that takes over.
 """
 
+from functools import partial
 from types import SimpleNamespace
 
 
@@ -10,24 +12,26 @@ def size(tensor):
     return tensor.abs().mean()
 
 
-def attach(transformer, threshold, steps, branches):
-    """Replaces transformer.forward. Returns the rule's state: left_out says whether the last pass was left out."""
-    forward = transformer.forward
+def attach(transformers, threshold, steps, branches):
+    """Replaces the transformers' forward. Returns the rule's state; left_out: whether the last pass was left out."""
     first, last = 10, steps - 1  # upstream's ret_steps and cutoff_steps, in steps instead of passes
-    state = SimpleNamespace(passes=0, left_out=False, error=0.0, rate=None, before=None, x=None, out=None, residuals={})
+    state = SimpleNamespace(passes=0, left_out=False, error=0.0, rate=None, before=None, x=None, out=None,
+                            residuals={}, serving=None)
 
     def decide(step, x):
         state.left_out = False
-        if step < first or step >= last:
+        if step < first or step >= last or state.rate is None:
             state.error = 0.0
-        elif state.rate is not None:
+        else:
             state.error += state.rate * size(x - state.before) / size(state.out)
             state.left_out = bool(state.error < threshold)
             if not state.left_out:
                 state.error = 0.0
         state.before = x
 
-    def wrapped(hidden_states, *args, **kwargs):
+    def run(transformer, forward, hidden_states, *args, **kwargs):
+        if state.serving is not transformer:
+            state.serving, state.rate, state.out = transformer, None, None
         step, branch = divmod(state.passes, branches)
         state.passes += 1
         x = hidden_states.clone()
@@ -43,5 +47,6 @@ def attach(transformer, threshold, steps, branches):
         state.residuals[branch] = out - x
         return (out,)
 
-    transformer.forward = wrapped
+    for transformer in transformers:
+        transformer.forward = partial(run, transformer, transformer.forward)
     return state

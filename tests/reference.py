@@ -181,6 +181,8 @@ CASES = [
     case("four levels with patches", (64, 32), 5, "unipc", steps=24, easycache=1.0),
     case("residual VAE", (32, 32), 5, "unipc", steps=12, easycache=100.0),
     case("wan", (32, 32), 9, "unipc", steps=40, strength=0.6, easycache=0.3),
+    case("two experts", (32, 32), 5, "unipc", steps=40, shift=5.0, guidance=4.0, guidance_2=3.0, easycache=0.6),
+    case("expanded, small", (48, 32), 9, "unipc", steps=20, pictures=1, easycache=0.6),
 ]
 
 # (tensor whose weight is changed, first tensor of the run that depends on it)

@@ -9,10 +9,17 @@ reference is compared with it, too. --latents gives the repository's examples/te
 """
 
 import argparse
+import contextlib
+import fcntl
 import importlib.util
+import os
+import pty
+import re
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,8 +138,8 @@ def run(case: Case, sora: Path, work: Path, latent_frames: int) -> tuple[np.ndar
     frames = 4 * latent_frames - 3
     result = subprocess.run(
         [sora, "-q", "-m", work / "model.gguf", "a red fox", "-s", f"{case.size[0]}x{case.size[1]}", "-f", str(frames),
-         "--steps", "1", "-g", "1", "--seed", str(latent_frames), "--precision", "f32", "--decoder", "tiny", "--no-record", "-o",
-         work / "out.y4m", "--dump", dumped], capture_output=True, text=True)
+         "--steps", "1", "-g", "1", "--seed", str(latent_frames), "--precision", "f32", "--decoder", "tiny", "--no-record",
+         "-o", work / "out.y4m", "--dump", dumped], capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"sora failed on {case}:\n{result.stderr}")
     return tuple(np.load(dumped / f"{name}.npy").swapaxes(0, 1) for name in ("latents", "video"))
@@ -198,6 +205,29 @@ def compare_real(latents: Path, sora: Path, work: Path, tally: Tally) -> None:
         tally.measure(f"video, real latents, {decoder}", error, f"{list(video.shape)}")
 
 
+def preview(sora: Path, work: Path, steps: int, frames: int, tally: Tally) -> None:
+    """--preview in a terminal of 60x30: a picture after each step, then one for each frame. The last step's guess is
+    the clip's first frame."""
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 60, 0, 0))
+    process = subprocess.Popen(
+        [sora, "-q", "--preview", "-m", work / "model.gguf", "a red fox", "-s", "32x32", "-f", str(frames), "--steps",
+         str(steps), "-g", "1", "--seed", "1", "--fps", "1000", "--decoder", "tiny", "--no-record", "-o",
+         work / "out.y4m"],
+        stdout=child, stderr=child, env={"TERM": "xterm", "COLORTERM": "truecolor"})
+    os.close(child)
+    text = b""
+    with contextlib.suppress(OSError):  # the end of a terminal
+        while some := os.read(parent, 1 << 16):
+            text += some
+    process.wait()
+    pictures = [np.array([list(map(int, rgb)) for rgb in re.findall(rb"8;2;(\d+);(\d+);(\d+)m", picture)])
+                for picture in re.split(rb"\r\x1b\[K", text) if b"8;2;" in picture]
+    tally.claim(len(pictures) == steps + frames, f"--preview: {len(pictures)} pictures, expected {steps + frames}")
+    differences = [int(abs(picture - pictures[steps]).max()) for picture in pictures[:steps]]
+    tally.claim(differences[-1] <= 1 < differences[0], f"--preview: guesses are off from the frame by {differences}")
+
+
 def fed(sora: Path, work: Path, latents: torch.Tensor, decoder: str) -> np.ndarray:
     """sora's frames [F, 3, Y, X] of given latents [T, C, H, W], which replace those of a run (--feed)."""
     given, dumped = work / "given", work / "dumped"
@@ -233,6 +263,7 @@ def main() -> None:
         torch.set_num_threads(1)
     for case in CASES:
         compare(case, args.sora, args.work, tally)
+    preview(args.sora, args.work, 3, 5, tally)
     tally.report()
 
 
