@@ -531,9 +531,9 @@ Settings settings_new(void); /* nothing given */
 
 /* What a model's clips begin from. */
 typedef enum {
-    TEXT,           /* a prompt */
+    TEXT,            /* a prompt */
     TEXT_OR_PICTURE, /* a picture can be the first frame: its latent frame is not denoised, and has timestep 0 */
-    PICTURE         /* a picture and a prompt: the transformer reads the encoded picture beside the latents */
+    PICTURE          /* a picture and a prompt: the transformer reads the encoded picture beside the latents */
 } Start;
 
 /* A transformer, and the timesteps that it serves: those from `from` on, up to the expert before it. */

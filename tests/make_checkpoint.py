@@ -2,7 +2,7 @@
 """Makes a Wan checkpoint with random weights, in the layout of a released one.
 
     python tests/make_checkpoint.py small FOLDER [--layout diffusers|original] [--dtype f32|f16|bf16] [--seed N]
-    python tests/make_checkpoint.py wan2.1-t2v-1.3b FOLDER --dtype bf16
+    python tests/make_checkpoint.py wan2.1-t2v-1.3b FOLDER --dtype bf16 [--blocks N]
 
 The shapes come from the classes of diffusers and transformers, on the meta device, which needs no memory. Weights are
 scaled so that activations neither vanish nor explode. They are drawn and written some rows at a time, so little memory is
@@ -46,6 +46,22 @@ PRESETS = {
         "transformer": {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30},
         "vae": {"base_dim": 96},
     },
+}
+UMT5_XXL = PRESETS["wan2.1-t2v-1.3b"]["text_encoder"]
+A14B = {"num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "num_layers": 40}
+PRESETS |= {
+    "wan2.2-ti2v-5b": {
+        "text_encoder": UMT5_XXL,
+        "transformer": {"num_attention_heads": 24, "attention_head_dim": 128, "ffn_dim": 14336, "num_layers": 30,
+                        "in_channels": 48, "out_channels": 48},
+        "vae": {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "patch_size": 2, "in_channels": 12,
+                "out_channels": 12, "is_residual": True, "temperal_downsample": [False, True, True],
+                "scale_factor_spatial": 16},
+        "expand": True,
+    },
+    "wan2.2-t2v-a14b": {"text_encoder": UMT5_XXL, "transformer": A14B, "vae": {"base_dim": 96}, "boundary": 0.875},
+    "wan2.2-i2v-a14b": {"text_encoder": UMT5_XXL, "transformer": A14B | {"in_channels": 36}, "vae": {"base_dim": 96},
+                        "boundary": 0.9},
 }
 
 # From the names of transformers' UMT5EncoderModel to those of models_t5_umt5-xxl-enc-bf16.pth (wan/modules/t5.py).
@@ -304,9 +320,13 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard", default="5GB", help="largest file of a sharded part")
     parser.add_argument("--tokenizer", type=Path, help="spiece.model or tokenizer.json to use")
+    parser.add_argument("--blocks", type=int, help="of the transformer and of the text encoder, instead of the model's own")
     args = parser.parse_args()
-    make(args.folder, args.seed, args.layout, args.dtype, **PRESETS[args.preset], shard=args.shard,
-         tokenizer=args.tokenizer)
+    preset = dict(PRESETS[args.preset])
+    if args.blocks:
+        for part in ("text_encoder", "transformer"):
+            preset[part] = preset[part] | {"num_layers": args.blocks}
+    make(args.folder, args.seed, args.layout, args.dtype, **preset, shard=args.shard, tokenizer=args.tokenizer)
 
 
 if __name__ == "__main__":
