@@ -168,7 +168,8 @@ static void draw_guess(void *to, float *frame) {
 void video_guess(const Run *run, Video *video, const float *x, const float *v, float sigma) {
     if (!video->preview.enabled || !run->model->vae.halves[TINY].count) return;
     float *guess = allocate(sizeof(float) * run->frame_size);
-    for (size_t i = 0; i < run->frame_size; i++) guess[i] = x[i] - sigma * v[i];
+    size_t from = is_held(run, 0) ? run->frame_size : 0; /* a held frame is no guess */
+    for (size_t i = 0; i < run->frame_size; i++) guess[i] = x[from + i] - sigma * v[from + i];
     VaeStream *decoder = vae_open(&run->model->vae, TINY, run->H, run->W, draw_guess, video);
     vae_push(decoder, guess);
     vae_close(decoder);
