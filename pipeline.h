@@ -35,7 +35,7 @@ typedef struct {
     int decoded;               /* latent frames that are decoded: the first ones of T */
     int given, redrawn;        /* the source's latent frames: kept as they are, or mixed with noise (--strength) */
     int ahead;                 /* video frames of the source that come before all that are decoded */
-    int held;                  /* latent frames that stay as encoded while the others are denoised: the first, then the last */
+    int held;                  /* latent frames that stay as encoded while others are denoised: the first, then the last */
     int planes;                /* channels that the transformer reads beside the latents */
     int pictured, encoded;     /* video frames that the encoder takes, latent frames that it gives */
     int chunks, given_chunks;  /* number of chunks; the first of them hold the given frames */

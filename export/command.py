@@ -18,7 +18,7 @@ from export.defaults import DEFAULTS, default_keys, option_of, run_defaults
 from export.files import ExportError, is_out_of_memory
 from export.keys import FIXED, model_keys
 from export.lora import open_lora
-from export.parts import KINDS, expert_note, open_part
+from export.parts import KINDS, expert_note, open_part, order_note
 from export.recipes import RECIPES, find_recipe
 from export.sources import find_sources
 from export.tokenizer import find_tokenizer, tokenizer_keys
@@ -122,6 +122,7 @@ def export(args):
     if sources.transformer_2:
         check_experts_fit(transformer, parts["transformer_2"])
         transformer.notes.append(f"two experts: {transformer.path}, then {parts['transformer_2'].path} for low noise")
+        transformer.notes += order_note(transformer, parts["transformer_2"])
     elif args.lora_2:
         raise ExportError("--lora-2 is given, but there is one transformer, expected --transformer-2, too")
     else:

@@ -83,6 +83,7 @@ UNUSED = {"transformer": re.compile(r"\.to_gate_compress\."), "vae_tiny": re.com
 
 # Names of Wan 2.2 A14B's two experts. The tensors of T2V's have the same names and shapes as Wan 2.1's 14B.
 EXPERT = re.compile(r"(high|low)[-_ ]?noise|transformer_2|wan2[._]2|a14b", re.IGNORECASE)
+HIGH, LOW = (re.compile(rf"(?<![a-z]){word}(?![a-z])", re.IGNORECASE) for word in ("high", "low"))
 
 
 def plain_name(key):

@@ -12,7 +12,8 @@ from typing import Callable
 from export.containers import open_file
 from export.files import ExportError, read_json, reading, weight_files
 from export.keys import stated_sizes
-from export.names import EXPERT, SHARED, TIED, UNUSED, count_upsamples, our_name, plain_name, refuse_unsupported
+from export.names import (EXPERT, HIGH, LOW, SHARED, TIED, UNUSED, count_upsamples, our_name, plain_name,
+                          refuse_unsupported)
 from export.quantised import weights_in
 from export.sizes import text_encoder_sizes, tiny_sizes, transformer_sizes, vae_sizes
 from export.tables import TEXT_ENCODER, TRANSFORMER, block_rows, tiny_rows, vae_rows
@@ -109,13 +110,22 @@ def unused_note(part, count):
 
 
 def expert_note(part):
-    """[a note] if a transformer that is given alone has the size and the name of an expert of Wan 2.2 A14B, else []. A name
-    proves nothing, so such a file is not refused."""
+    """[a note] if a transformer that is given alone has the size and the name of an expert of Wan 2.2 A14B, else [].
+    A name proves nothing, so such a file is not refused."""
     called = EXPERT.search("/".join(part.path.absolute().parts[-2:]))
     if part.sizes["dim"] != 5120 or not called:
         return []
     return [f"{part.path}: named like an expert of Wan 2.2 A14B ({called[0]}), which alone makes no clip; used as "
             "a whole model. Both experts: --transformer HIGH --transformer-2 LOW"]
+
+
+def order_note(first, second):
+    """[a note] if the files of two experts are named the other way round, else []. first, second: parts."""
+    names = ["/".join(part.path.absolute().parts[-2:]) for part in (first, second)]
+    if not (LOW.search(names[0]) and HIGH.search(names[1])):
+        return []
+    return [f"{first.path}: named like the expert for low noise, but given as the one for high noise, and "
+            f"{second.path} the other way round: expected --transformer HIGH --transformer-2 LOW"]
 
 
 def own_part(name, path, file):

@@ -93,7 +93,7 @@ MODEL_TYPES = ("t2v", "ti2v", "i2v")  # text to video; text, and a picture if th
 
 
 def model_type(part, sizes):
-    """What the model starts from: one of MODEL_TYPES. An image-to-video model has more input channels than output channels.
+    """What the model starts from: one of MODEL_TYPES. An image-to-video model has more input than output channels.
     TI2V-5B's weights are those of a text-to-video model; it alone has 48 channels. A diffusers pipeline states it
     elsewhere (expand_timesteps in model_index.json)."""
     if sizes["in_dim"] != sizes["out_dim"]:

@@ -142,8 +142,8 @@ def float64_arithmetic():
 
 
 def load(checkpoint: Path, kind: type = WanPipeline) -> WanPipeline:
-    """The pipeline in float32. kind: its class. A tokenizer.json is used as it is. (From transformers 5 on, T5Tokenizer would keep the pieces,
-    build its own rules, and take piece 2 as the unknown one; umT5's is 3.)"""
+    """The pipeline in float32. kind: its class. A tokenizer.json is used as it is. (From transformers 5 on, T5Tokenizer
+    would keep the pieces, build its own rules, and take piece 2 as the unknown one; umT5's is 3.)"""
     rules = checkpoint / "tokenizer" / "tokenizer.json"
     given = {}
     if rules.exists():

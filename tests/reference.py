@@ -6,8 +6,9 @@
    with --dump and --check. numpy compares sora's dump with the reference, and sora's own verdict must agree.
 3. Single weights are changed. The check must fail and name the first tensor that depends on the weight.
 
-A tensor's error is its largest difference over the reference's largest magnitude. Where the reference's own rounding comes
-near the tolerance, it runs in float64, too, and the nearer of both runs counts. Everything runs on one thread, since the tensors are small.
+A tensor's error is its largest difference over the reference's largest magnitude. Where the reference's own rounding
+comes near the tolerance, it runs in float64, too, and the nearer of both runs counts. Everything runs on one thread,
+since the tensors are small.
 
     python tests/reference.py [--sora ./sora] [--work build/reference] [--only NAME]
 """

@@ -58,6 +58,14 @@ def test_experts_one_by_one(tmp_path, experts, folders):
     assert keys(file)["scheduler.boundary"] == 0.5 and keys(file)["default.guidance_2"] == 2
 
 
+@pytest.mark.parametrize("experts", ["t2v"], indirect=True)
+def test_experts_the_other_way_round(tmp_path, experts, folders, capsys):
+    high, low = (experts[1] / f"original/{level}_noise_model" for level in ("high", "low"))
+    for first, second, told in ((high, low, False), (low, high, True)):
+        export(folders / "diffusers", tmp_path / "out.gguf", "--transformer", first, "--transformer-2", second)
+        assert ("the other way round: expected --transformer HIGH --transformer-2 LOW" in capsys.readouterr().err) == told
+
+
 def test_a_lora_for_each_expert(tmp_path, experts):
     _, root = experts
     save_file(lora("lora_A lora_B", True), tmp_path / "a.safetensors")
