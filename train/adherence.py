@@ -139,7 +139,7 @@ def wrong(marks):
 
 def along(kind, answers):
     """{name: share} of what is asked of long clips only."""
-    right = [{window: all(found.values()) for window, found in marks.items()} for _, marks, _ in answers]
+    right = [{window: detect.all_right(found) for window, found in marks.items()} for _, marks, _ in answers]
     share = lambda names: float(np.mean([r[name] for r in right for name in names]))
     if kind == "minute":
         return {**{f"at_{t}s": share([f"{t}s"]) for t in (5, 15, 30, 58)},

@@ -103,7 +103,7 @@ JUMP_LENGTH = 0.4
 GRAVITY = 8 * JUMP / JUMP_LENGTH ** 2
 EDGE = 0.33  # how far from the middle walkers turn
 SMALLEST, LARGEST = 0.45, 1.45  # scale at which who shrinks or grows stays
-LEAST = 0.11  # radius: in a story nobody becomes smaller
+LEAST = 0.13  # radius: in a story nobody becomes smaller
 
 
 class Track:

@@ -24,7 +24,7 @@ import draw
 import world
 from common import Log
 
-SEED = 6  # of the scenes
+SEED, FIRST = adherence.PROMPT_SEED, 1_000_000  # of the scenes; the first one's number
 SECONDS = 10
 MOTIONS = "bounce", "jump", "collide", "pass"  # what the clips show, by turns
 ALOFT = 0.04  # who is this high over its lowest place is in the air
@@ -35,10 +35,10 @@ def question(index):
     motion, k = MOTIONS[index % len(MOTIONS)], 0
     kind = "single" if motion in ("bounce", "jump") else "relation"
     while True:
-        scene = world.scene(SEED, 1000 * index + k, (kind,))
+        scene = world.scene(SEED, FIRST + 1000 * index + k, (kind,))
         if scene.subjects[0].motion == motion:
             story = world.Story((scene,), (0,))
-            return story, world.story_captions(story, np.random.default_rng([SEED, index]))
+            return story, world.story_captions(story, np.random.default_rng([SEED, FIRST + index]))
         k += 1
 
 
@@ -50,9 +50,10 @@ def _runs(mask):
 
 
 def flights(y):
-    """[(acceleration, height)] of each stretch in the air; y [F]: places, downward."""
-    found = []
-    for a, b in _runs(np.quantile(y, 0.98) - y > ALOFT):
+    """[(acceleration, height)] of each stretch in the air; y [F]: places, downward. A contact ends it, even if no frame
+    shows it: the lowest of five frames."""
+    found, lowest = [], np.max(np.lib.stride_tricks.sliding_window_view(np.pad(y, 2, "edge"), 5), 1)
+    for a, b in _runs((np.quantile(y, 0.98) - y > ALOFT) & (y < lowest)):
         if b - a > 4:
             t = np.arange(a, b) / adherence.FPS
             curve = np.polyfit(t - t.mean(), y[a:b], 2)
