@@ -137,8 +137,13 @@ def wrong(marks):
                     for window, found in marks.items() for name, ok in found.items() if not ok)
 
 
+ALONG = ("texture", "at_5s", "at_15s", "at_30s", "at_58s", "first_ten", "last_ten", "first_sentence", "later_sentences",
+         "kept")
+
+
 def along(kind, answers):
-    """{name: share} of what is asked of long clips only."""
+    """{name of ALONG: share} of a minute's windows at some seconds, and in its first and last ten; or of a story's
+    first and later sentences, and of how often a subject keeps its shape, or its colour, in the later ones."""
     right = [{window: detect.all_right(found) for window, found in marks.items()} for _, marks, _ in answers]
     share = lambda names: float(np.mean([r[name] for r in right for name in names]))
     if kind == "minute":
@@ -186,8 +191,7 @@ def main():
                prompts=args.prompts, seconds=time.time() - start)
     names = detect.ATTRIBUTES
     if args.kind in ("minute", "story"):
-        names, found = (*names, "texture"), {**found, **along(args.kind, answers)}
-        names = (*names, *(name for name in found if name not in names))
+        names, found = names + ALONG, found | along(args.kind, answers)
     if args.log:
         Log(args.log).write(**row, **{name: found.get(name, float("nan")) for name in names})
     print(*(f"{k}={v:.3f}" if isinstance(v, float) else f"{k}={v}" for k, v in {**row, **found}.items()))
