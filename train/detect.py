@@ -33,7 +33,8 @@ SPAN = {"right": 2, "walk right": 3.3, "run right": 2, "up": 2, "fall": 0.15, "b
         "grow": 1.1, "shrink": 1.1, "loop": 1, "shake": 0.25, "still": STEP, "orbit": 4 / 3, "meet": 0.6,
         "jump together": 1, "chase": 3.5, "pass": 2, "collide": 1.6}
 TEXTURED = {"night": (0.0, 0.72), "meadow": (0.86, 1.0), "sea": (0.0, 0.78), "snow": (0.0, 0.74)}  # rows of the dots
-LOOKS_LIKE = {"left": "right", "walk left": "walk right", "run left": "run right", "down": "up", "fall": "still"}
+LOOKS_LIKE = {"left": "right", "walk left": "walk right", "run left": "run right", "down": "up", "fall": "still",
+              "still": "grow"}  # who has grown is nearly as high in the air as on the ground
 GROUNDED = "up", "fall", "bounce", "jump", "still", "walk right", "run right"  # these know where the ground is
 THERE = 0.75  # of all frames: a subject is to be seen in so many, and in one shape; drawn ones are in 0.76 and more
 TEXTURE = 0.5  # dots of a background that are weaker than so, of what they should be, are not there
@@ -85,6 +86,12 @@ def colour_masks(video):
     return {name: _dilate(_erode(close & (best == i))) & close & (best == i) for i, name in enumerate(draw.FILL)}
 
 
+def _inside(mask):
+    """A mask [F, H, W] and what lies between its pixels, both in their row and in their column."""
+    reach = np.maximum.accumulate
+    return np.all([np.flip(reach(np.flip(mask, axis), axis), axis) & reach(mask, axis) for axis in (1, 2)], 0)
+
+
 def _core(mask):
     """A mask [F, H, W] without what lies far from its middle in each frame: snowflakes, stars, a gleam elsewhere."""
     out = mask.copy()
@@ -125,7 +132,10 @@ def _are_eyes(seen, others):
 
 def subjects_of(video, begun=True):
     """The subjects seen in uint8 [F, S, S, 3], the largest first."""
-    seen = [_follow(colour, mask) for colour, mask in colour_masks(video).items()]
+    masks = colour_masks(video)
+    if not begun:  # the eyes of who is in front are no part of a white one
+        masks["white"] &= ~np.any([_inside(mask) for colour, mask in masks.items() if colour != "white"], 0)
+    seen = [_follow(colour, mask) for colour, mask in masks.items()]
     seen = sorted((s for s in seen if _is_solid(s, begun)), key=lambda s: -np.median(s.area))
     least = SECOND * max((np.median(s.area) for s in seen), default=0)
     seen = [s for s in seen if np.median(s.area) > least / (1 if begun or s.colour == "white" else 2)]
@@ -187,14 +197,16 @@ def _touching(seen, others):
     return sum(((near & other.mask).any((1, 2)) for other in others), np.zeros(len(near), bool))
 
 
-def recognise(seen, others):
-    """Sets the shape of what was seen, by vote over the frames, how constant it is, and its angle [F] in each."""
+def recognise(seen, others, begun=True):
+    """Sets the shape of what was seen, by vote over the frames, how constant it is, and its angle [F] in each. In a
+    window it may be hidden most of the time; then those frames have no vote."""
     templates, names, angles = _templates(seen.mask.shape[1])
     patches = _patches(seen.mask)
     t, p = templates.astype(np.float32), patches.astype(np.float32)
     common = p @ t.T
     overlap = common / (p.sum(1)[:, None] + t.sum(1)[None] - common + 1e-6)
-    whole = seen.area > 0.6 * np.median(seen.area[seen.area > 0])
+    there = seen.area[seen.area > 0]
+    whole = seen.area > (0.6 * np.median(there) if begun else 0.85 * np.quantile(there, 0.9))
     best = {shape: overlap[:, names == shape].max(1) for shape in SYMMETRY}
     shape = max(SYMMETRY, key=lambda name: best[name][whole].sum())
     mine = np.nonzero(names == shape)[0]
@@ -267,14 +279,15 @@ def _radius(seen):
     return float(np.interp(np.median(seen.area[seen.visible]), areas, radii))
 
 
-def _least(seen, motion, r, home, begun, free_x=0.07, free_scale=0.0):
-    """The cost of a motion at the place and time where it fits best. r: radius; home: x where it rests."""
+def _least(seen, motion, r, home, begun, free_x=0.07, free_scale=0.0, **sizes):
+    """The cost of a motion at the place and time where it fits best. r: radius; home: x where it rests; sizes: as of
+    draw.move."""
     s, moves = _times(len(seen.area), 0 if begun else SPAN[motion]), [draw.move]
     if begun and motion in ("fall", "bounce"):
         moves.append(_former)
     floor = draw.floor_of(seen.shape, r)
     free_y = 0.06 if begun or motion not in GROUNDED else 0.03
-    return min(float(_cost(seen, move(motion, s, home, 0.48, r, floor), r, free_x, free_y, free_scale).min())
+    return min(float(_cost(seen, move(motion, s, home, 0.48, r, floor, **sizes), r, free_x, free_y, free_scale).min())
                for move in moves)
 
 
@@ -293,10 +306,13 @@ def _single(seen, begun):
 
 def _anywhere(seen, motion, home, free_x):
     """{(motion, size): cost} in a window that begins at any time; the size is the radius's nearest."""
-    radii = (draw.PAIR_RADIUS, draw.RADIUS["medium"]) if motion in ("grow", "shrink") else (_radius(seen),)
-    size = min(draw.RADIUS, key=lambda name: abs(np.log(draw.RADIUS[name] / radii[-1])))
-    free_scale = 0.1 if len(radii) == 1 else 0.25
-    return {(motion, size): min(_least(seen, motion, r, home, False, free_x, free_scale) for r in radii)}
+    if motion in ("grow", "shrink"):  # in a story, from any size to the last one
+        ways = [(r, sizes) for r in (draw.PAIR_RADIUS, draw.RADIUS["medium"])
+                for sizes in ({}, dict(scale=draw.LARGEST, smallest=draw.LEAST / r))[:1 if motion == "grow" else 2]]
+        return {(motion, "medium"): min(_least(seen, motion, r, home, False, free_x, 0.1, **way) for r, way in ways)}
+    r = _radius(seen)
+    size = min(draw.RADIUS, key=lambda name: abs(np.log(draw.RADIUS[name] / r)))
+    return {(motion, size): _least(seen, motion, r, home, False, free_x, 0.1)}
 
 
 def _pair_motion(seen, begun, homes=draw.PAIR_HOMES):
@@ -403,7 +419,7 @@ def detect(video, begun=True):
     """
     seen = subjects_of(video, begun)
     for x in seen:
-        recognise(x, [other for other in seen if other is not x])
+        recognise(x, [other for other in seen if other is not x], begun)
     relation, order, motions = _actions(seen, begun) if seen else (None, [], [])
     place = background_of(video, seen)
     flakes = 2 if place == "snow" and not begun else 1  # beside somebody small and white they are much of what is white

@@ -148,10 +148,11 @@ def _legs(s, steps):
     return np.sin(2 * np.pi * steps * s)
 
 
-def move(motion, s, x0, y0, r, floor, scale=None, top=None):
+def move(motion, s, x0, y0, r, floor, scale=None, top=None, smallest=SMALLEST):
     """The Track of a subject. x0, y0: where it would rest in the air; r: radius; floor: its y on the ground.
 
-    scale: how large it is, at first if it grows or shrinks; top: y from which it falls.
+    scale: how large it is, at first if it grows or shrinks; top: y from which it falls; smallest: scale at which who
+    shrinks stays.
     """
     reach = 0.48 - r
     sign = -1 if motion.endswith("left") else 1
@@ -167,7 +168,7 @@ def move(motion, s, x0, y0, r, floor, scale=None, top=None):
         x, way = _turning(0.5 + sign * EDGE * ramp, EDGE)
         bob = 0.03 * np.abs(_legs(s, 3))
         return Track(s, x, floor - bob, size, 0.22 * sign * way, 1.2 * _legs(s, 3), sign * way)
-    high, smallest = 0.04 + r, SMALLEST if scale is None else max(SMALLEST, LEAST * scale / r)
+    high = 0.04 + r
     there = 1 - np.abs(s % 2 - 1)  # from 0 to 1 and back
     return {
         "up": lambda: Track(s, x0, floor - (floor - high) * there, size),
@@ -300,7 +301,8 @@ def _another(x, home, dy, pose, r, size, begin):
     """The Act of a subject that begins to move on its own."""
     radius = r * size
     floor = floor_of(x.shape, radius)
-    way = _alone(x, home, dy, radius, scale=size, top=min(pose[1], floor))
+    way = _alone(x, home, dy, radius, scale=size, top=min(pose[1], floor),
+                 smallest=max(SMALLEST, LEAST / r))
     return Act(x, r, way, begin, _clock(x.motion, pose, radius, floor), size)
 
 

@@ -122,6 +122,14 @@ def test_the_detector_reads_windows_of_stories():
             assert all(marks.values()), (story, scene, marks)
 
 
+def test_who_stands_still_in_a_window_does_not_move():
+    for motion in ("right", "bounce", "loop", "spin"):
+        for scene in singles(motion, 1):
+            video = draw.draw(scene, frames=32, first=211)
+            video[:] = video[7]
+            assert not detect.compare(scene, detect.detect(video, False), False)["motion0"], scene
+
+
 def test_a_background_without_its_dots_is_seen():
     for name in detect.TEXTURED:
         video = draw.background(name, 96, 32, first=100).astype(np.uint8)
