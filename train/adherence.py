@@ -122,6 +122,12 @@ def answer(index, args):
     for name, first, frames, begun in parts:
         scene = story.at(first)
         marks[name] = detect.compare(scene, detect.detect(look(first, frames), begun), begun, args.kind != "story")
+        begin = first - SETTLED
+        if args.kind == "story" and begin > 0:
+            for i, subject in enumerate(scene.subjects):
+                if subject not in story.at(begin - 1).subjects:
+                    went = detect.goes_there(look(begin, SETTLED), subject)
+                    marks[name] |= {} if went is None else {f"way{i}": went}
     return " | ".join(text for _, text in texts), marks, look(*parts[-1][1:3]) if args.strip else None
 
 
@@ -137,8 +143,8 @@ def wrong(marks):
                     for window, found in marks.items() for name, ok in found.items() if not ok)
 
 
-ALONG = ("texture", "at_5s", "at_15s", "at_30s", "at_58s", "first_ten", "last_ten", "first_sentence", "later_sentences",
-         "kept")
+ALONG = ("texture", "way", "at_5s", "at_15s", "at_30s", "at_58s", "first_ten", "last_ten", "first_sentence",
+         "later_sentences", "kept")
 
 
 def along(kind, answers):

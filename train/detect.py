@@ -462,6 +462,22 @@ def compare(scene, found, begun=True, sizes=True):
     return marks
 
 
+WAYS = {"left": (0, -1, 0.3), "right": (0, 1, 0.7), "up": (1, -1, 0.32), "down": (1, 1, 0.58)}  # axis, sign, end
+
+
+def goes_there(video, subject):
+    """Whether a subject that begins to travel in the first frame of a video goes the way that it is told; None of those
+    who are told no way, or who are so near the end of it that they must turn."""
+    if subject.motion.split()[-1] not in WAYS:
+        return None
+    axis, sign, end = WAYS[subject.motion.split()[-1]]
+    seen = [x for x in subjects_of(video, begun=False) if x.colour == subject.colour]
+    place = seen[0].centre[seen[0].visible, axis] if seen else np.zeros(0)
+    if len(place) and sign * (end - place[0]) < 0.15:
+        return None
+    return len(place) > 10 and bool(sign * (place[10] - place[0]) > 0.02)
+
+
 def all_right(marks):
     """Whether all that was asked for is there; a background's texture, which nobody asks for, is counted beside it."""
     return all(ok for name, ok in marks.items() if name != "texture")
@@ -473,7 +489,7 @@ def shares(marks):
     for clip in marks:
         for name, ok in [*clip.items(), ("all", all_right(clip))]:
             right.setdefault(name.rstrip("012"), []).append(ok)
-    return {name: float(np.mean(right[name])) for name in (*ATTRIBUTES, "texture") if name in right}
+    return {name: float(np.mean(right[name])) for name in (*ATTRIBUTES, "texture", "way") if name in right}
 
 
 def account(clips, seed, held_out=False, long=False):

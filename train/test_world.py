@@ -130,6 +130,15 @@ def test_who_stands_still_in_a_window_does_not_move():
             assert not detect.compare(scene, detect.detect(video, False), False)["motion0"], scene
 
 
+def test_who_sets_out_goes_where_it_is_told():
+    subject = world.Subject("square", "red", "medium", "right")
+    videos = {way: draw.draw(world.Scene("plain", (dataclasses.replace(subject, motion=way),), None, 0.0, 0.0, 1.0),
+                             frames=16) for way in detect.WAYS}
+    for way in detect.WAYS:
+        assert [other for other, video in videos.items()
+                if detect.goes_there(video, dataclasses.replace(subject, motion=way))] == [way]
+
+
 def test_a_background_without_its_dots_is_seen():
     for name in detect.TEXTURED:
         video = draw.background(name, 96, 32, first=100).astype(np.uint8)
