@@ -149,6 +149,18 @@ def psnr(y, x):
     return float((-10 * error.log10()).mean())
 
 
+def drawn(seed, index):
+    """The clip of a number: the start of a scene or, every second time, two seconds from anywhere in a story.
+
+    A cut comes where four frames begin that share a latent frame, as it does when a whole story is encoded.
+    """
+    if index % 2 == 0:
+        return draw.draw(world.scene(seed, index, weights=world.LEARNED_LAST))
+    story = world.story(seed, index, weights=world.LEARNED_LAST, sentences=4)
+    last = world.first_frame(story.starts[-1]) // 4 + FRAMES // 4
+    return draw.draw(story, first=4 * int(np.random.default_rng([seed, index, 3]).integers(last)))
+
+
 class Clips:
     """Drawn clips, kept in a file, and random stretches of them."""
 
@@ -162,13 +174,14 @@ class Clips:
         temporary = path.with_suffix(".tmp")
         out = np.lib.format.open_memmap(temporary, "w+", np.uint8, (count, FRAMES, SIZE, SIZE, 3))
         for i in range(count):
-            out[i] = draw.draw(world.scene(seed, i, weights=world.LEARNED_LAST))
+            out[i] = drawn(seed, i)
         out.flush()
         temporary.rename(path)
 
     def batch(self, rng, count, frames):
         """float [count, 3, frames, SIZE, SIZE]: as many frames in a row of each of so many clips."""
-        clips, starts = rng.integers(len(self.clips), size=count), rng.integers(FRAMES - frames + 1, size=count)
+        clips = rng.integers(len(self.clips), size=count)
+        starts = 4 * rng.integers((FRAMES - frames) // 4 + 1, size=count)
         return to_tensor(np.stack([self.clips[i, f:f + frames] for i, f in zip(clips, starts)]))
 
 
