@@ -77,7 +77,7 @@ $(BUILD)/shim.so: tests/shim.c
 	@mkdir -p $(dir $@)
 	-$(CC) -O1 -shared -fPIC -o $@ $< -ldl
 
-test: sora $(BUILD)/run-tests $(BUILD)/shim.so
+test: sora $(BUILD)/run-tests $(BUILD)/shim.so $(BUILD)/bench/bench
 	SORA=$(BUILD)/sora SHIM=$(BUILD)/shim.so $(BUILD)/run-tests
 
 # Kills and full disks, N of each; --resume must give the same bytes after every one.

@@ -8,7 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { TEXT = 40 }; /* tokens of a prompt */
+enum { PROMPT = 40 }; /* tokens of a prompt */
 
 /* ---------------------------------------------------------------- transformer */
 
@@ -59,7 +59,7 @@ static void lay_out(Forward *f, Arena *arena, int T, int seen, int H, int W) {
     f->state = transformer_state_take(arena, &f->t, T, seen, H, W);
     f->cache = kv_cache_take(arena, &f->t, (Window){.size = seen}, seen > T ? seen : 0, f->state.tokens, type);
     f->cache.frames = seen - T;
-    f->context = text_context_take(arena, &f->t, TEXT);
+    f->context = text_context_take(arena, &f->t, PROMPT);
 }
 
 static void run_forward(void *with) {
@@ -76,7 +76,7 @@ static double bench_transformer(Precision precision, int layers, int T, int seen
     lay_out(&f, &count, T, seen, H, W);
     Arena arena = arena_open(count.used);
     lay_out(&f, &arena, T, seen, H, W);
-    text_context_fill(&f.t, random_floats((size_t)TEXT * f.t.text_dim), TEXT, &f.context);
+    text_context_fill(&f.t, random_floats((size_t)PROMPT * f.t.text_dim), PROMPT, &f.context);
     float *timesteps = hold(sizeof(float) * (size_t)T);
     for (int i = 0; i < T; i++) timesteps[i] = 500;
     f.chunk = (Chunk){seen - T, T, timesteps};
@@ -139,7 +139,7 @@ static void bench_text_encoder(Precision precision, int n, int threads) {
 
 static Conv random_conv(Precision precision, int O, int I, int kt, int k) {
     return (Conv){.layer = random_linear(precision, O, kt * k * k * I), .kt = kt, .kh = k, .kw = k,
-                  .in = I, .out = O};
+                  .in = I, .out = O, .up = 1, .stride = 1};
 }
 
 /* A residual layer if the kernel is 3x3x3 twice, else one with a single convolution. */
@@ -161,9 +161,10 @@ static Vae random_vae(Precision precision) {
     enum { LEVELS = 4, BLOCKS = 3, Z = 16, TOP = 384, MOST = 32 };
     static const int channels[LEVELS] = {384, 384, 192, 96};
     Vae vae = {.z_dim = Z, .patch_size = 1, .temporal_stride = 4, .spatial_stride = 8, .precision = precision,
-               .latents_mean = random_floats(Z), .latents_std = random_floats(Z),
-               .decoder.layers = hold(sizeof(VaeLayer) * MOST)};
-#define ADD(...) vae.decoder.layers[vae.decoder.count++] = random_layer(precision, __VA_ARGS__)
+               .latents_mean = random_floats(Z), .latents_std = random_floats(Z)};
+    VaeLayers *list = &vae.halves[DECODER];
+    list->layers = hold(sizeof(VaeLayer) * MOST);
+#define ADD(...) list->layers[list->count++] = random_layer(precision, __VA_ARGS__)
     ADD(CONVOLUTION, Z, Z, 1, 1);
     ADD(CONVOLUTION, TOP, Z, 3, 3);
     ADD(RESIDUAL, TOP, TOP, 3, 3);
@@ -174,11 +175,12 @@ static Vae random_vae(Precision precision) {
         for (int j = 0; j < BLOCKS; j++, in = out) ADD(RESIDUAL, out, in, 3, 3);
         if (i == LEVELS - 1) break;
         if (i < 2) ADD(UPSAMPLE_TIME, 2 * out, out, 3, 1);
-        ADD(UPSAMPLE_SPACE, in = out / 2, out, 1, 3);
+        ADD(CONVOLUTION, in = out / 2, out, 1, 3);
+        list->layers[list->count - 1].conv1.up = 2;
     }
     ADD(CONVOLUTION, 3, channels[LEVELS - 1], 3, 3);
 #undef ADD
-    vae.decoder.layers[vae.decoder.count - 1].norm1 = random_floats((size_t)channels[LEVELS - 1]);
+    list->layers[list->count - 1].norm1 = random_floats((size_t)channels[LEVELS - 1]);
     return vae;
 }
 
@@ -218,7 +220,7 @@ static void bench_on(int threads) {
         bench_transformer(p, 0, 5, 5, 32, 32, threads);
         bench_transformer(p, 1, 5, 5, 32, 32, threads);
         if (p == INT8) break;
-        bench_text_encoder(p, TEXT, threads);
+        bench_text_encoder(p, PROMPT, threads);
         bench_vae(p, 2, 8, 8, threads, 0);
     }
 }

@@ -86,12 +86,17 @@ static void pack_piece(Precision precision, void *packed, int done, const void *
     else kernels->from_bf16((float *)packed + done, (const uint16_t *)segment + at, (size_t)n);
 }
 
+/* Puts the two of each pair in the table's order. */
+static void order_pairs(Word *pairs, size_t n) {
+    if (kernels->order_of_bf16 != PAIRS_REVERSED) return;
+    for (size_t i = 0; i < n; i++) pairs[i] = pairs[i] << 16 | pairs[i] >> 16;
+}
+
 /* Fills n elements of bfloat16 up to a step, and puts the two of each pair in the table's order. */
 static void finish_pairs(uint16_t *packed, int n) {
     Word *pairs = (Word *)(void *)packed;
     memset(packed + n, 0, 2 * (size_t)(round_up(n, kernels->tile[BF16].step) - n));
-    if (kernels->order_of_bf16 != PAIRS_REVERSED) return;
-    for (int k = 0; k < (n + 1) / 2; k++) pairs[k] = pairs[k] << 16 | pairs[k] >> 16;
+    order_pairs(pairs, (size_t)(n + 1) / 2);
 }
 
 void pack_row(Precision precision, void *packed, const void *const *segments, int each, int from, int n) {
@@ -157,6 +162,11 @@ static void pack_column(Precision precision, Word *words, const Weight *w, size_
     else if (precision == BF16 && w->type != TYPE_BF16) round_row((float *)words, (float *)words, n);
 }
 
+/* Whether rows of weights are rows of words already. */
+static bool holds_pairs(const Weight *w) {
+    return w->type == TYPE_BF16 && !tiles_take_floats(BF16) && w->cols % 2 == 0;
+}
+
 /* At most INT8_CHUNK of k: columns as rows of words, which are then transposed.
  * Columns past the last are zero. */
 static void pack_slice(Precision precision, Word *panel, const Weight *w, int first, int from, int n) {
@@ -164,11 +174,16 @@ static void pack_slice(Precision precision, Word *panel, const Weight *w, int fi
     Word words[MAX_TILE_COLS * WORDS];
     int C = kernels->tile_cols, cols = smaller(C, w->rows - first);
     size_t at = (size_t)first * w->cols + from, length = panel_bytes(precision, n) / sizeof(Word) / (size_t)C;
+    bool filled = n % kernels->tile[precision].step == 0; /* else the last words are zeros */
     if (precision == F32 && w->type == TYPE_F32 && cols == C) {
         kernels->transpose(panel, (size_t)C, (const Word *)w->data + at, (size_t)w->cols, C, n);
         return;
     }
-    bool filled = n % kernels->tile[precision].step == 0; /* else the last words of INT8 are zeros */
+    if (precision == BF16 && holds_pairs(w) && cols == C && filled && at % 2 == 0) {
+        kernels->transpose(panel, (size_t)C, (const Word *)w->data + at / 2, (size_t)w->cols / 2, C, n / 2);
+        order_pairs(panel, length * (size_t)C);
+        return;
+    }
     if (cols < C || !filled) memset(words, 0, sizeof words[0] * WORDS * (size_t)C);
     if (precision == INT8) memset(panel, 0, 2 * sizeof *panel * (size_t)C), length -= 2;
     for (int j = 0; j < cols; j++)
