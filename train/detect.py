@@ -6,6 +6,9 @@ drawn (shapes at all angles, tracks of all motions, backgrounds), what comes clo
 to nothing is called nothing: a subject that is gone for part of the clip, changes its shape on the way, or moves as no
 motion does is not given the benefit of the doubt.
 
+A clip is asked how its motions begin; a window of two seconds out of a longer one may show any part of them, so there
+each motion is tried from many times on.
+
 `python train/detect.py` holds it to account on clips that it never saw.
 """
 import argparse
@@ -295,11 +298,11 @@ def _single(seen, begun):
     """(motion, size) of a subject that is alone; the motion is None if it is none of the world's."""
     costs = {}
     for motion in world.motions_of(seen.shape):
-        sizes = ("medium",) if motion in ("grow", "shrink") else world.SIZES
-        if not begun and motion in SPAN:
-            costs |= _anywhere(seen, motion, 0.5, 0.5)
-        elif begun:
+        if begun:
+            sizes = ("medium",) if motion in ("grow", "shrink") else world.SIZES
             costs |= {(motion, size): _least(seen, motion, draw.RADIUS[size], 0.5, True) for size in sizes}
+        elif motion in SPAN:
+            costs |= _anywhere(seen, motion, 0.5, 0.5)
     motion, size = min(costs, key=costs.get)
     return motion if _moves(seen, costs[motion, size]) else None, size
 
