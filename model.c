@@ -299,6 +299,9 @@ Settings settings_new(void) {
 }
 
 static void check_source(const Settings *s, const Model *m) {
+    if (m->start == PICTURE && s->strength >= 0)
+        die(STATUS_USAGE, "--strength: needs another model; this one (%s) begins with a picture: --image or --extend",
+            weights_string_or(m->file, "general.name", "i2v"));
     if (m->start == PICTURE && !s->image && !s->extend)
         die(STATUS_USAGE, "--image: not given, and this model (%s) makes a clip from a picture and a prompt",
             weights_string_or(m->file, "general.name", "i2v"));
@@ -328,7 +331,7 @@ static void complete_source(Settings *s, const Model *m) {
 
 /* With --extend, frames are added to the source's; with --strength, they are the source's. */
 static void complete_source_length(Settings *s, const Model *m) {
-    int stride = m->vae.temporal_stride, below = s->frames / stride * stride;
+    int stride = m->vae.temporal_stride, below = (int)larger(s->frames / stride * stride, stride);
     if (s->extend) {
         if (below != s->frames)
             die(STATUS_USAGE, "--frames: %d more frames with --extend is not a multiple of %d, such as %d or %d", s->frames,

@@ -20,7 +20,7 @@ static int take_number(Bytes bytes, size_t *at, int most) {
     int64_t value = 0;
     for (; *at < bytes.size && strchr(" \t\r\n#", bytes.data[*at]) && bytes.data[*at]; ++*at)
         if (bytes.data[*at] == '#')
-            while (*at + 1 < bytes.size && bytes.data[*at] != '\n') ++*at;
+            while (*at + 1 < bytes.size && bytes.data[*at] != '\n' && bytes.data[*at] != '\r') ++*at;
     size_t start = *at;
     for (; *at < bytes.size && bytes.data[*at] >= '0' && bytes.data[*at] <= '9' && value <= most; ++*at)
         value = 10 * value + (bytes.data[*at] - '0');
@@ -68,7 +68,7 @@ static const char *foreign(Bytes bytes) {
     static const struct {
         const char *start, *name;
     } formats[] = {{"\x89PNG", "a PNG"}, {"\xff\xd8\xff", "a JPEG"}, {"GIF8", "a GIF"},        {"RIFF", "a WebP or AVI"},
-                   {"BM", "a BMP"},      {"P3", "a PPM in text"},    {"P5", "a grey PGM"},     {"P7", "a PAM"},
+                   {"BM", "a BMP"},      {"P3", "a text PPM"},         {"P5", "a grey PGM"},     {"P7", "a PAM"},
                    {"P4", "a PBM"},      {"\x1a\x45\xdf\xa3", "a Matroska or WebM"}};
     for (size_t i = 0; i < sizeof formats / sizeof *formats; i++)
         if (starts_with(bytes, formats[i].start)) return formats[i].name;

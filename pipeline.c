@@ -349,20 +349,19 @@ static StateFile *find_state(const Run *run, const Video *video) {
     return f;
 }
 
-/* state: NULL for a new run. */
-static Sampling sampling_begin(const Run *run, Noise *noise, Video *video, StateFile *state) {
-    Sampling s = {.cond.name = "cond", .uncond.name = "uncond"};
+/* state: NULL for a new run. The encoder keeps the address of s->encoding. */
+static void sampling_begin(const Run *run, Sampling *s, Noise *noise, Video *video, StateFile *state) {
+    *s = (Sampling){.cond.name = "cond", .uncond.name = "uncond"};
     video->started = seconds();
     video->next = video->started + run->settings->state_seconds;
-    s.latents = allocate(sizeof(float) * run->chunk_frames * run->frame_size);
-    if (!state) return s;
-    run_state(run, &s, noise, video, state);
+    s->latents = allocate(sizeof(float) * run->chunk_frames * run->frame_size);
+    if (!state) return;
+    run_state(run, s, noise, video, state);
     const char *why = state_close(state);
     if (why) die(STATUS_USAGE, "%s: %s", video->state, why);
-    video->chunk = s.chunk;
+    video->chunk = s->chunk;
     video->resumed = video->index;
     note_state(video);
-    return s;
 }
 
 /* ---------------------------------------------------------------- the loop */
@@ -408,7 +407,8 @@ static void decode_chunk(const Run *run, Sampling *s, Noise *noise, Video *video
 
 /* All chunks: their latents, their frames, the cache for later ones. A resumed run starts in the middle. */
 static void make_clip(const Run *run, Noise *noise, Video *video, StateFile *state) {
-    Sampling s = sampling_begin(run, noise, video, state);
+    Sampling s;
+    sampling_begin(run, &s, noise, video, state);
     for (; s.chunk < run->chunks; s.chunk++, s.step = s.frame = 0) {
         if (s.frame == 0) make_chunk(run, &s, noise, video);
         decode_chunk(run, &s, noise, video);

@@ -488,6 +488,7 @@ pictures() {
     claim "it begins with the clip's 9 frames, of $((6 + 3 * 32 * 16)) bytes each" cmp -n 13878 "$work/found" "$work/wanted"
     claim "then 8 frames come as from that picture" [ "$(tail -c 12336 "$work/clip.y4m" | cksum)" = "$(tail -c 12336 "$work/alone.y4m" | cksum)" ]
     refused 2 "--image: not given, and this model (Wan) makes a clip from a picture and a prompt" $both x
+    refused 2 "--strength: needs another model; this one (Wan) begins with a picture: --image or --extend" $both --video $clip --strength 1 x
     refused 2 "--last-image nowhere.ppm: No such file" $both --image $pictures/first.y4m --last-image nowhere.ppm x
     refused 2 "standard input: 2 options read it (-), expected one" $both --image - --last-image - x
     refused 2 "--guidance-2: '-1' is not a number from 0 to 1000" -m $pictures/model.gguf --guidance-2 -1 x
@@ -564,7 +565,8 @@ images() {
     head -c $((6 * (6 + 48 * 32 * 3 / 2) + $(head -n 1 "$work/begun.y4m" | wc -c))) "$work/begun.y4m" >"$work/six.y4m"
     run $short --video "$work/six.y4m" --extend -f 4 -o "$work/clip.y4m" x
     claim "six frames: a warning" grep -q "warning: --video $work/six.y4m: 5 of its 6 frames are used, a multiple of 4 plus 1" "$work/err"
-    refused 2 "--frames: 5 more frames with --extend is not a multiple of 4, such as 4 or 8" $short --video "$work/begun.y4m" --extend -f 5 x
+    refused 2 "--frames: 1 more frames with --extend is not a multiple of 4, such as 4 or 8$" $short --video "$work/begun.y4m" --extend -f 1 x
+    refused 2 "--frames: 5 more frames with --extend is not a multiple of 4, such as 4 or 8$" $short --video "$work/begun.y4m" --extend -f 5 x
     refused 2 "--seconds: 0.05 more with --extend is no frame" $short --video "$work/begun.y4m" --extend --seconds 0.05 x
     refused 2 "--frames 1: with --image that frame is given, expected at least 5" $short --image $images/picture.ppm -f 1 x
     refused 2 "--strength: the model generates chunks of 3 latent frames, expected a number of frames that fills them, found 5" \
@@ -694,6 +696,15 @@ resuming() {
     claim "no more room: the same report" [ "$(tail -n 1 "$work/err")" = "$(cat "$work/drift")" ]
     cp "$work/kept.state" "$work/clip.y4m.state" # as if killed when the file had got its name
     goes_on "killed after the last frame"
+
+    # Killed while the encoder has read a part of its clip.
+    mv "$work/expected.y4m" "$work/source.y4m"
+    anew="-m $causal/model.gguf --video $work/source.y4m --strength 1 -f 237 --seed 3"
+    expect $anew "a red fox"
+    stopped KILL "$state" $anew "a red fox"
+    claim "killed in the source: no clip" [ ! -e "$work/clip.y4m" ]
+    goes_on "killed in the source"
+    rm "$work/clip.y4m" "$work/clip.y4m.json"
 
     # Two at once, and none at all.
     SORA_STATE_SECONDS=0 "$sora" $mine "a red fox" -o "$work/clip.y4m" &

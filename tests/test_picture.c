@@ -61,7 +61,7 @@ static void check_flat(void) {
     static const int sizes[][2] = {{1, 1}, {1, 9}, {3, 2}, {40, 50}};
     float frame[3 * 40 * 50];
     Source source;
-    if (source_parse(text("P6 2 3 100 " "d2\0d2\0d2\0\xff" "2\0d2\0d2\0", 11 + 18), &source)) abort(); /* 255 is 100, too */
+    if (source_parse(text("P6#a\r2 3 100 " "d2\0d2\0d2\0\xff" "2\0d2\0d2\0", 13 + 18), &source)) abort(); /* 255 is 100, too */
     for (int i = 0; i < 4; i++) {
         int pixels = sizes[i][0] * sizes[i][1];
         read_first(&source, sizes[i][0], sizes[i][1], frame);
@@ -88,7 +88,7 @@ static void check_refused(void) {
         CASE("P6\n2 99999\n255\n", "its size is not two numbers"),
         CASE("P6 # 2 2", "its size is not two numbers"),
         CASE("P6", "its size is not two numbers"),
-        CASE("P3\n2 2\n255\n", "this is a PPM in text file, expected a PPM (P6) or a Y4M; ffmpeg -i"),
+        CASE("P3\n2 2\n255\n", "this is a text PPM file, expected a PPM (P6) or a Y4M; ffmpeg -i"),
         CASE("\x89PNG\r\n", "this is a PNG file, expected"),
         CASE("\xff\xd8\xff\xe0", "this is a JPEG file"),
         CASE("\0\0\0\x20" "ftypmp42", "this is an MP4, MOV, HEIC or AVIF file"),
