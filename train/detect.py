@@ -40,6 +40,7 @@ LOOKS_LIKE = {"left": "right", "walk left": "walk right", "run left": "run right
               "still": "grow"}  # who has grown is nearly as high in the air as on the ground
 GROUNDED = "up", "fall", "bounce", "jump", "still", "walk right", "run right"  # these know where the ground is
 THERE = 0.75  # of all frames: a subject is to be seen in so many, and in one shape; drawn ones are in 0.76 and more
+SHOWN = 0.6  # of the frames of a window: who turns in front of somebody hides it longer
 TEXTURE = 0.5  # dots of a background that are weaker than so, of what they should be, are not there
 GHOST = 0.15  # a colour with more than this share of its pixels astray, in half of the frames, is there twice
 
@@ -142,6 +143,10 @@ def subjects_of(video, begun=True):
     seen = sorted((s for s in seen if _is_solid(s, begun)), key=lambda s: -np.median(s.area))
     least = SECOND * max((np.median(s.area) for s in seen), default=0)
     seen = [s for s in seen if np.median(s.area) > least / (1 if begun or s.colour == "white" else 2)]
+    if not begun:  # so small a thing within a subject is a gleam on it
+        seen = [s for s in seen if not any(np.median(other.area) > 3 * np.median(s.area)
+                                           and (s.mask & _inside(other.mask)).sum() > 0.5 * s.mask.sum()
+                                           for other in seen)]
     return [s for s in seen if not _are_eyes(s, [other for other in seen if other is not s])]
 
 
@@ -426,7 +431,8 @@ def detect(video, begun=True):
     relation, order, motions = _actions(seen, begun) if seen else (None, [], [])
     place = background_of(video, seen)
     flakes = 2 if place == "snow" and not begun else 1  # beside somebody small and white they are much of what is white
-    steady = all(x.visible.mean() > THERE and x.astray < GHOST * (flakes if x.colour == "white" else 1) for x in seen)
+    steady = all(x.visible.mean() > (THERE if begun else SHOWN)
+                 and x.astray < GHOST * (flakes if x.colour == "white" else 1) for x in seen)
     return {"background": place, "texture": texture_of(video, seen, place), "relation": relation,
             "count": len(seen) if steady else None,
             "subjects": [dict(shape=x.shape if x.constant > THERE else None, colour=x.colour, size=size, motion=motion)
