@@ -58,7 +58,7 @@ static const struct {
     [RESUME] = {"resume", 0, NULL, "continue an interrupted run from OUTPUT.state", NULL},
     [NO_STATE] = {"no-state", 0, NULL, "do not write OUTPUT.state during long runs", NULL},
 
-    [SIZE] = {"size", 's', "WxH", "width and height in pixels: multiples of 16 for Wan 2.1, of 24 for the demo model",
+    [SIZE] = {"size", 's', "WxH", "width and height in pixels: multiples of 16 (TI2V-5B: 32; demo model: 24)",
              "Video"},
     [FRAMES] = {"frames", 'f', "N", "number of frames: a multiple of 4, plus 1", NULL},
     [SECONDS] = {"seconds", 0, "S", "length in seconds, instead of --frames", NULL},
