@@ -60,7 +60,7 @@ const char *state_fault(const StateFile *f) { return f->why; }
 /* ---------------------------------------------------------------- items */
 
 static void put(StateFile *f, const void *data, size_t bytes) {
-    if (!f->stream || f->error) return;
+    if (!bytes || !f->stream || f->error) return; /* of no bytes the address may be NULL, which fwrite() refuses */
     errno = 0;
     if (fwrite(data, 1, bytes, f->stream) != bytes) f->error = errno ? errno : EIO;
     sha256_add(&f->sha, data, bytes);
