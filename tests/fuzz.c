@@ -554,6 +554,7 @@ static void seed_all(const char *only) {
     seed_files(&targets[WHOLE_MODEL], "tests/goldens/model/*.gguf");
     seed_files(&targets[WHOLE_MODEL], "tests/goldens/causal/*.gguf");
     seed_files(&targets[WHOLE_MODEL], "tests/goldens/pictures/*.gguf");
+    seed_files(&targets[WHOLE_MODEL], "tests/goldens/tiny/*.gguf");
 }
 
 /* ---------------------------------------------------------------- mutations */
