@@ -51,7 +51,7 @@ def begin_of(story, rng):
 
 
 def drawn(story, begin):
-    """The pixels of a stretch, float [3, F, SIZE, SIZE], with the frame that the encoder takes for its first picture."""
+    """Pixels of a stretch, float [3, F, SIZE, SIZE], after the frame that the encoder takes for a first picture."""
     first = world.first_frame(CHUNK * begin) - 1 if begin else 0
     frames = 4 * CHUNK * STRETCH + (1 if begin else -3)
     return vae.to_tensor(draw.draw(story, SIZE, frames, first))

@@ -207,7 +207,8 @@ def test_a_run_that_was_ended_goes_on_as_if_nothing_had_happened(words, tmp_path
     for name in ("PICTURE", "BEGINNING", "WHOLE", "START", "ANYWHERE"):
         monkeypatch.setattr(transformer, name, dataclasses.replace(getattr(transformer, name), samples=2))
     tokens = tokenizer.Tokenizer(words)
-    train_run = lambda run, pool: transformer.train(tmp_path / run, tokens, {}, pool, transformer.Course(8, 3, 4, 1.0), 0)
+    course = transformer.Course(8, mixed=3, whole=4, peak=1.0)
+    train_run = lambda run, pool: transformer.train(tmp_path / run, tokens, {}, pool, course, seed=0)
     expected = train_run("whole", Noise())
 
     class Ended(Noise):

@@ -8,7 +8,7 @@
     vae          OUT/vae.ckpt          an hour   decoder and light encoder, on stretches of clips
     decoder      OUT/decoder.ckpt      minutes   the decoder, on whole clips
     encoder      OUT/encoder.ckpt      minutes   Wan's own VAE encoder learns the light one's latents
-    transformer  OUT/transformer.ckpt  hours     from stretches of stories, which are drawn into OUT/stretches/ meanwhile
+    transformer  OUT/transformer.ckpt  hours     on stretches of stories, which are drawn into OUT/stretches/ meanwhile
     model        OUT/demo.gguf         seconds   the weight file, by export.py
 
 With --base the stages are four: the VAE and the text encoder stay as they are, and the transformer goes on from its
@@ -119,7 +119,8 @@ def train_transformer(args, words):
     """The transformer's stage, and the processes that draw for it."""
     tokens, autoencoder = tokenizer.Tokenizer(words), vae.load(args.out)[0]
     if args.base:
-        course, known = transformer.from_base(args.transformer_steps), torch.load(args.out / "base.ckpt", weights_only=True)
+        course = transformer.from_base(args.transformer_steps)
+        known = torch.load(args.out / "base.ckpt", weights_only=True)
     else:
         reader = torch.load(args.out / "reading.ckpt", weights_only=True)
         course = transformer.from_nothing(args.transformer_steps)

@@ -243,7 +243,9 @@ class Curve:
 
 def is_trained(checkpoint, steps):
     """Whether a run of so many steps has come to its end there."""
-    return checkpoint.exists() and torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)["step"] >= steps
+    if not checkpoint.exists():
+        return False
+    return torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)["step"] >= steps
 
 
 def train(out, tokenizer, known, pool, course, seed, learns_text=True, compiled=False, narrow=False, device="cpu"):
@@ -252,7 +254,8 @@ def train(out, tokenizer, known, pool, course, seed, learns_text=True, compiled=
     pool: of stretches; the other arguments are those of Run. A SIGTERM ends the process after the step, saved.
     """
     torch.manual_seed(seed)
-    run, checkpoint = Run(len(tokenizer), known, course, learns_text, compiled, narrow, device), out / "transformer.ckpt"
+    run = Run(len(tokenizer), known, course, learns_text, compiled, narrow, device)
+    checkpoint = out / "transformer.ckpt"
     if checkpoint.exists():
         run.restore(checkpoint)
     curve, begun, last_save, asked = Curve(out / "log/transformer.tsv"), time.time() - run.seconds, time.time(), []
