@@ -71,7 +71,11 @@ static void load_experts(Model *m) {
         weights_refuse(m->file, "scheduler.boundary is %g, expected 0 to 1", boundary);
     m->experts[0].transformer = transformer_load(m->file, m->precision, "");
     m->expert_count = 1;
-    if (!weights_has(m->file, "scheduler.boundary")) return;
+    if (!weights_has(m->file, "scheduler.boundary")) {
+        if (weights_has(m->file, "transformer_2.head.modulation"))
+            weights_refuse(m->file, "there are two transformers, expected the key scheduler.boundary");
+        return;
+    }
     m->experts[0].from = boundary * weights_size_or(m->file, "scheduler.num_train_timesteps", 1 << 20, 1000);
     m->experts[1].transformer = transformer_load(m->file, m->precision, "transformer_2.");
     m->expert_count = 2;

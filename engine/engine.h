@@ -318,7 +318,7 @@ typedef struct {
     uint32_t type;       /* of the elements */
     size_t count;
 } WeightArray;
-bool weights_has(const WeightFile *file, const char *key);
+bool weights_has(const WeightFile *file, const char *name); /* a key or a tensor */
 bool weights_array(const WeightFile *file, const char *key, WeightArray *out); /* false: missing, or no array */
 int64_t array_int(const WeightArray *array, size_t index); /* 0 if the elements are not integers */
 double array_double(const WeightArray *array, size_t index);

@@ -188,6 +188,7 @@ static const Damage damages[] = {
     {"\"blocks.0", "", "", 0, -1}, /* no such text: the file is whole */
     {"i2v", "s2v", "wan.model_type is 's2v', expected t2v, ti2v or i2v", 3, -1},
     {"i2v", "t2v", "the transformer maps 12 channels to 4, expected 4 to 4 in a model of type t2v", 3, -1},
+    {"scheduler.boundary", "scheduler.boundarx", "there are two transformers, expected the key scheduler.boundary", 18, -1},
     {"scheduler.boundary", (const char *)&two, "scheduler.boundary is 2, expected 0 to 1", 8, 4},
     {"scheduler.boundary", (const char *)&below_zero, "scheduler.boundary is -0.5, expected 0 to 1", 8, 4},
     {"scheduler.boundary", (const char *)&not_a_number, "scheduler.boundary is ", 8, 4},

@@ -586,7 +586,7 @@ const char *weights_string_or(const WeightFile *file, const char *name, const ch
     return copy;
 }
 
-bool weights_has(const WeightFile *file, const char *name) { return find_key(file, name) != NULL; }
+bool weights_has(const WeightFile *file, const char *name) { return find_key(file, name) || find_tensor(file, name); }
 
 bool weights_array(const WeightFile *file, const char *name, WeightArray *out) {
     const Key *key = find_key(file, name);
