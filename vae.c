@@ -446,7 +446,7 @@ static void attend(VaeStream *s, Grid *grid, const VaeLayer *layer) {
 
 /* x (pixels, C) = frame `half` of the two in wide (pixels, 2, C) */
 static void copy_half(VaeStream *s, const Grid *grid, int C, int half) {
-    PARALLEL_FOR (int i = 0; i < pixels_of(grid); i++)
+    PARALLEL_ROWS(i, pixels_of(grid), C)
         memcpy(s->x + (size_t)i * C, grid->wide + ((size_t)2 * i + half) * C, sizeof(float) * (size_t)C);
 }
 
@@ -479,7 +479,7 @@ static void keep_means(VaeStream *s, const Grid *grid, LayerState *state, LayerS
     int run = past->in * past->time * f * f / past->out, pixels = grid->height / f * columns;
     if (past->time == 1 || which == 0 || !add->started) memset(add->kept, 0, sizeof(float) * (size_t)pixels * past->out);
     add->started = true;
-    PARALLEL_FOR (int i = 0; i < pixels; i++)
+    PARALLEL_ROWS(i, pixels, past->in)
         for (int c = 0; c < past->in; c++)
             for (int j = 0; j < f * f; j++) {
                 size_t pixel = (size_t)(i / columns * f + j / f) * grid->width + i % columns * f + j % f;
@@ -497,7 +497,7 @@ static void add_means(VaeStream *s, const Grid *grid, const LayerState *state, c
 static void add_copies(VaeStream *s, const Grid *grid, LayerState *state, const Shortcut *past) {
     int which = next_of_pair(state, past->time), f = past->space, columns = grid->width / f;
     int repeats = past->out * past->time * f * f / past->in;
-    PARALLEL_FOR (int i = 0; i < pixels_of(grid); i++) {
+    PARALLEL_ROWS(i, pixels_of(grid), past->out) {
         int y = i / grid->width, x = i % grid->width;
         const float *kept = state->kept + ((size_t)(y / f) * columns + x / f) * past->in;
         for (int c = 0; c < past->out; c++)

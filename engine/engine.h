@@ -155,6 +155,13 @@ static inline bool is_mine(Turn *turn) {
 #define PARALLEL_FOR(...) for (__VA_ARGS__)
 #endif
 
+/* PARALLEL_ROWS(l, L, n) statement
+ * is PARALLEL_FOR (int l = 0; l < L; l++) for rows of n floats, of which a thread claims as many as make up a PIECE. */
+enum { PIECE = 1 << 12 };
+#define PARALLEL_ROWS(l, L, n)                                                                                        \
+    PARALLEL_FOR (int first_ = 0, each_ = PIECE / (n) + 1, rows_ = (L); first_ < rows_; first_ += each_)              \
+        for (int l = first_; l < smaller(first_ + each_, rows_); l++)
+
 /* ---------------------------------------------------------------- index.c: a hash table of names */
 
 /* Maps a name to the number of an entry. The entries are the caller's array: element i is at names + i*stride and
@@ -386,6 +393,15 @@ static inline uint16_t bf16_of(float x) {
 }
 static inline float float_of_bf16(uint16_t x) { return float_from_bits((uint32_t)x << 16); }
 
+/* A half-precision number, exactly. Without a branch, so that compilers do several at once. */
+static inline float float_of_f16(uint16_t x) {
+    uint32_t magnitude = (uint32_t)(x & 0x7fff) << 13, sign = (uint32_t)(x & 0x8000) << 16;
+    uint32_t normal = magnitude + (112u << 23); /* exponents are 15 more in x, and 127 more in a float */
+    uint32_t subnormal = bits_of(float_from_bits(magnitude + (113u << 23)) - 0x1p-14f);
+    uint32_t infinite = magnitude | 255u << 23; /* or NaN */
+    return float_from_bits(sign | (magnitude < 1u << 23 ? subnormal : magnitude < 31u << 23 ? normal : infinite));
+}
+
 /* ---------------------------------------------------------------- panel.c: what the tiles multiply */
 
 enum { INT8_CHUNK = 256 }; /* elements under one scale */
@@ -538,6 +554,7 @@ typedef struct {
                            const float *shift);
     void (*silu)(float *y, const float *x, size_t n); /* x / (1 + exp(-x)) */
     void (*gelu)(float *y, const float *x, size_t n); /* the tanh form */
+    void (*from_f16)(float *y, const uint16_t *x, size_t n);
     void (*from_bf16)(float *y, const uint16_t *x, size_t n);
     void (*to_bf16)(uint16_t *y, const float *x, size_t n);
     /* x, at most INT8_CHUNK, as bytes plus byte_offset; their sum without it. Returns their scale. */

@@ -447,6 +447,26 @@ static void check_bf16(void) {
     kernels_choose("auto");
 }
 
+/* All half-precision numbers: (-1)^s * 2^(e-25) * (1024 + m), and 2^-24 * m where e is 0. */
+static void check_f16(void) {
+    enum { N = 1 << 16 };
+    uint16_t *x = allocate(sizeof *x * N);
+    float *y = allocate(sizeof *y * N);
+    for (int i = 0; i < N; i++) x[i] = (uint16_t)i;
+    FOR_TABLES(name) {
+        kernels->from_f16(y, x, N);
+        for (int i = 0; i < N; i++) {
+            int e = i >> 10 & 31, m = i & 1023;
+            double size = e ? ldexp(1024 + m, e - 25) : ldexp(m, -24);
+            float expected = (float)(e < 31 ? size : m ? NAN : INFINITY);
+            CHECK(isnan(expected) ? isnan(y[i]) : bits_of(y[i]) == bits_of(i >> 15 ? -expected : expected),
+                  "%s: half-precision %04x is widened to %a", name, (unsigned)i, y[i]);
+        }
+    }
+    kernels_choose("auto");
+    free(x), free(y);
+}
+
 /* NaN and infinity in a row of x must appear in that row of y and in no other. The same for outputs and rows of w. */
 static void check_nan_in_product(Precision precision) {
     enum { L = 20, I = 530, O = 37 };
@@ -573,6 +593,7 @@ void test_kernels(void) {
     }
     check_rows();
     check_extremes();
+    check_f16();
     check_bf16();
     for (int p = 0; p < PRECISIONS; p++) {
         check_nan_in_product((Precision)p);

@@ -17,20 +17,12 @@
 
 enum { BLOCK = 32, SUPER = 256 };
 
-/* Both halves of the range by one multiplication each: a subnormal half is its bits times 2^-24. */
-static float half_to_float(uint16_t half) {
-    uint32_t exponent = half >> 10 & 31, mantissa = half & 1023;
-    float value = (float)mantissa * 0x1p-24f;
-    if (exponent) value = float_from_bits((exponent == 31 ? 255u : exponent + 112u) << 23 | mantissa << 13);
-    return half >> 15 ? -value : value;
-}
-
-static float half_at(const uint8_t *bytes) { return half_to_float((uint16_t)(bytes[0] | bytes[1] << 8)); }
+static float half_at(const uint8_t *bytes) { return float_of_f16((uint16_t)(bytes[0] | bytes[1] << 8)); }
 
 void widen_f32(float *out, const uint8_t *in, size_t n) { memcpy(out, in, n * sizeof *out); }
 
 void widen_f16(float *out, const uint8_t *in, size_t n) {
-    for (size_t i = 0; i < n; i++) out[i] = half_at(in + 2 * i);
+    kernels->from_f16(out, (const uint16_t *)(const void *)in, n);
 }
 
 void widen_bf16(float *out, const uint8_t *in, size_t n) {

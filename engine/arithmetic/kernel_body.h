@@ -133,6 +133,10 @@ static TARGET void NAME(tile_int8)(float *acc, int ld, const void *rows, size_t 
 
 #endif
 
+static TARGET void NAME(from_f16)(float *y, const uint16_t *x, size_t n) {
+    for (size_t i = 0; i < n; i++) y[i] = float_of_f16(x[i]);
+}
+
 static TARGET void NAME(from_bf16)(float *y, const uint16_t *x, size_t n) {
     size_t i = 0;
     for (; i + VLEN <= n; i += VLEN) V_STORE(y + i, V_LOAD_BF16(x + i));
@@ -319,6 +323,7 @@ static const Kernels NAME(table) = {
     .layer_norm_row = NAME(layer_norm_row),
     .silu = NAME(silu),
     .gelu = NAME(gelu),
+    .from_f16 = NAME(from_f16),
     .from_bf16 = NAME(from_bf16),
     .to_bf16 = NAME(to_bf16),
     .quantize = NAME(quantize),

@@ -181,6 +181,10 @@ static void naive_to_bf16(uint16_t *y, const float *x, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = bf16_of(x[i]);
 }
 
+static void naive_from_f16(float *y, const uint16_t *x, size_t n) {
+    for (size_t i = 0; i < n; i++) y[i] = float_of_f16(x[i]);
+}
+
 static void naive_from_bf16(float *y, const uint16_t *x, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = float_of_bf16(x[i]);
 }
@@ -212,6 +216,7 @@ const Kernels naive_table = {
     .layer_norm_row = naive_layer_norm,
     .silu = naive_silu,
     .gelu = naive_gelu,
+    .from_f16 = naive_from_f16,
     .from_bf16 = naive_from_bf16,
     .to_bf16 = naive_to_bf16,
     .quantize = naive_quantize,

@@ -66,7 +66,7 @@ void narrow_row(Precision precision, void *row, const float *x, int n) {
 
 void narrow_rows(Precision precision, void *rows, const float *x, size_t stride, int L, int n) {
     size_t bytes = row_bytes(precision, n);
-    PARALLEL_FOR (int l = 0; l < L; l++)
+    PARALLEL_ROWS(l, L, n)
         narrow_row(precision, (char *)rows + l * bytes, x + l * stride, n);
 }
 

@@ -6,18 +6,18 @@
 #include "engine/engine.h"
 
 void rms_norm(float *y, const float *x, int L, int n, const float *gain, float eps) {
-    PARALLEL_FOR (int l = 0; l < L; l++)
+    PARALLEL_ROWS(l, L, n)
         kernels->rms_norm_row(y + (size_t)l * n, x + (size_t)l * n, n, gain, eps);
 }
 
 void l2_norm(float *y, const float *x, int L, int n, const float *gain) {
-    PARALLEL_FOR (int l = 0; l < L; l++)
+    PARALLEL_ROWS(l, L, n)
         kernels->l2_norm_row(y + (size_t)l * n, x + (size_t)l * n, n, gain);
 }
 
 void l2_norm_silu(Precision precision, void *rows, const float *x, int L, int n, const float *gain) {
     size_t bytes = row_bytes(precision, n);
-    PARALLEL_FOR (int l = 0; l < L; l++) {
+    PARALLEL_ROWS(l, L, n) {
         float row[MAX_CHANNELS];
         kernels->l2_norm_row(row, x + (size_t)l * n, n, gain);
         kernels->silu(row, row, (size_t)n);
@@ -27,16 +27,14 @@ void l2_norm_silu(Precision precision, void *rows, const float *x, int L, int n,
 
 void layer_norm(float *y, const float *x, int L, int n, float eps, const float *scale, const float *shift,
                 int each) {
-    PARALLEL_FOR (int l = 0; l < L; l++) {
+    PARALLEL_ROWS(l, L, n) {
         size_t at = (size_t)l * n, group = (size_t)(l / each) * n;
         kernels->layer_norm_row(y + at, x + at, n, eps, scale + group, shift + group);
     }
 }
 
-/* Elementwise work is handed out in pieces of this many floats. */
-enum { PIECE = 1 << 14 };
 #define FOR_PIECES(n, start, length)                                                                         \
-    PARALLEL_FOR (size_t start = 0; start < (n); start += PIECE)                                         \
+    PARALLEL_FOR (size_t start = 0; start < (n); start += PIECE)                                             \
         for (size_t length = (n) - start < PIECE ? (n) - start : PIECE; length; length = 0)
 
 void silu(float *y, const float *x, size_t n) {
@@ -60,7 +58,7 @@ void multiply(float *y, const float *x, size_t n) {
 }
 
 void add_gated(float *y, const float *x, int L, int n, const float *gate, int each) {
-    PARALLEL_FOR (int l = 0; l < L; l++) {
+    PARALLEL_ROWS(l, L, n) {
         const float *row = x + (size_t)l * n, *g = gate + (size_t)(l / each) * n;
         float *out = y + (size_t)l * n;
         for (int i = 0; i < n; i++) out[i] += row[i] * g[i];
@@ -80,8 +78,9 @@ static float *rotate(float *x, const float *angles, int pairs) {
 
 void rope(float *x, int L, int heads, const Rope *rope) {
     int rows = rope->rows, columns = rope->columns, spatial = rope->spatial, temporal = rope->temporal;
-    PARALLEL_FOR (int l = 0; l < L; l++) {
-        float *head = x + (size_t)l * heads * 2 * (temporal + 2 * spatial);
+    int n = heads * 2 * (temporal + 2 * spatial);
+    PARALLEL_ROWS(l, L, n) {
+        float *head = x + (size_t)l * n;
         for (int h = 0; h < heads; h++) {
             head = rotate(head, rope->time + (size_t)(l / (rows * columns)) * 2 * temporal, temporal);
             head = rotate(head, rope->row + (size_t)(l / columns % rows) * 2 * spatial, spatial);
