@@ -539,8 +539,8 @@ typedef struct {
 
 /* What is computed in a way of its own on each instruction set. naive.c defines every result to the bit. With F32 and
  * INT8 all tables give these bits. With BF16 all do that sum in rising order of k; the others multiply pairs, and
- * sum in the order of their instruction. */
-typedef enum { RISING, PAIRS_REVERSED, AMX_TILES } Order;
+ * sum in the order of their instruction: PAIRS adds k + 1 before k, for every even k. */
+typedef enum { RISING, PAIRS, AMX_TILES } Order;
 typedef struct {
     const char *name;
     bool fast[PRECISIONS]; /* faster than float32 */

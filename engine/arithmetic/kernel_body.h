@@ -89,7 +89,7 @@ static TARGET void NAME(tile_bf16)(float *acc, int ld, const void *rows, size_t 
     FOR_ROWS FOR_VECTORS V_STORE(acc + (size_t)i * ld + j * VLEN, sum[i][j]);
 }
 #define TILE_BF16 {NAME(tile_bf16), TILE_ROWS, PART, 2}
-#define ORDER PAIRS_REVERSED
+#define ORDER PAIRS
 #elif !defined(TILE_BF16)
 #define TILE_BF16 {NAME(tile_f32), TILE_ROWS, PART, 1}
 #define ORDER RISING
@@ -189,13 +189,15 @@ static TARGET float NAME(quantize)(uint8_t *y, const float *x, int n, int *sum) 
     return largest < INFINITY ? largest / 127.0f : NAN;
 }
 
-/* out [n][stride_out] = words of `rows` rows of n, transposed; rows is a multiple of VLEN. */
+/* out [n][stride_out] = words of `rows` rows of n, transposed; rows is a multiple of VLEN. So many rows at once are
+ * more than a processor fetches of its own accord, and what follows one in memory is needed next. */
 static TARGET void NAME(transpose)(Word *out, size_t stride_out, const Word *in, size_t stride_in, int rows,
                                    int n) {
     for (int j = 0; j < rows; j += VLEN) {
         int k = 0;
         for (; k + VLEN <= n; k += VLEN) {
             W block[VLEN];
+            for (int i = 0; i < VLEN; i++) PREFETCH(in + (size_t)(j + i) * stride_in + k + DISTANCE);
             UNROLL for (int i = 0; i < VLEN; i++) block[i] = W_LOAD(in + (size_t)(j + i) * stride_in + k);
             W_TRANSPOSE(block);
             UNROLL for (int i = 0; i < VLEN; i++) W_STORE(out + (size_t)(k + i) * stride_out + j, block[i]);

@@ -22,6 +22,8 @@
 
 enum { PART = 1536 }; /* of k, at most: this part of a panel and of a block's rows stay in the second-level cache */
 
+enum { DISTANCE = 128 }; /* words of a row of weights that are fetched before they are transposed */
+
 /* Into the second-level cache. */
 #if defined(__GNUC__)
 #define PREFETCH(p) __builtin_prefetch(p, 0, 2)

@@ -19,8 +19,8 @@
  * same, tiles read whole rows in memory.
  *
  * Few processors multiply pairs of bfloat16 faster than two floats. On all others, tiles take BF16 as floats
- * that were rounded to bfloat16. AVX-512's dot product of a pair adds its second product first. So for it the two
- * of a pair are packed in reverse, and a sum runs over k in rising order. AMX has an order of its own (amx.c). */
+ * that were rounded to bfloat16. Pairs lie in memory as AVX-512 and AMX read them, so weights of bfloat16 are only
+ * transposed. Each adds products in an order of its own (engine.h, amx.c). */
 #include "engine/engine.h"
 
 #include <math.h>
@@ -30,7 +30,7 @@ bool tiles_take_floats(Precision precision) {
     return precision == F32 || (precision == BF16 && kernels->order_of_bf16 == RISING);
 }
 
-bool tiles_take_operands(Precision precision) { return precision != BF16; }
+bool tiles_take_operands(Precision precision) { return precision != BF16 || kernels->order_of_bf16 == PAIRS; }
 
 /* ---------------------------------------------------------------- row operands */
 
@@ -86,17 +86,9 @@ static void pack_piece(Precision precision, void *packed, int done, const void *
     else kernels->from_bf16((float *)packed + done, (const uint16_t *)segment + at, (size_t)n);
 }
 
-/* Puts the two of each pair in the table's order. */
-static void order_pairs(Word *pairs, size_t n) {
-    if (kernels->order_of_bf16 != PAIRS_REVERSED) return;
-    for (size_t i = 0; i < n; i++) pairs[i] = pairs[i] << 16 | pairs[i] >> 16;
-}
-
-/* Fills n elements of bfloat16 up to a step, and puts the two of each pair in the table's order. */
-static void finish_pairs(uint16_t *packed, int n) {
-    Word *pairs = (Word *)(void *)packed;
+/* Fills n elements of bfloat16 up to a step. */
+static void fill_up(uint16_t *packed, int n) {
     memset(packed + n, 0, 2 * (size_t)(round_up(n, kernels->tile[BF16].step) - n));
-    order_pairs(pairs, (size_t)(n + 1) / 2);
 }
 
 void pack_row(Precision precision, void *packed, const void *const *segments, int each, int from, int n) {
@@ -109,7 +101,7 @@ void pack_row(Precision precision, void *packed, const void *const *segments, in
         piece = smaller(each - at, n - done);
         pack_piece(precision, packed, done, *segments++, at, piece);
     }
-    if (precision == BF16 && !tiles_take_floats(BF16)) finish_pairs(packed, n);
+    if (precision == BF16 && !tiles_take_floats(BF16)) fill_up(packed, n);
 }
 
 /* y = x as bfloat16 and back; y may be x. */
@@ -127,7 +119,7 @@ void pack_floats(Precision precision, void *packed, const float *x, int n) {
         memcpy(packed, x, sizeof(float) * (size_t)n);
     } else if (!tiles_take_floats(BF16)) {
         kernels->to_bf16(packed, x, (size_t)n);
-        finish_pairs(packed, n);
+        fill_up(packed, n);
     } else {
         round_row(packed, x, n);
     }
@@ -181,7 +173,6 @@ static void pack_slice(Precision precision, Word *panel, const Weight *w, int fi
     }
     if (precision == BF16 && holds_pairs(w) && cols == C && filled && at % 2 == 0) {
         kernels->transpose(panel, (size_t)C, (const Word *)w->data + at / 2, (size_t)w->cols / 2, C, n / 2);
-        order_pairs(panel, length * (size_t)C);
         return;
     }
     if (cols < C || !filled) memset(words, 0, sizeof words[0] * WORDS * (size_t)C);
@@ -203,10 +194,9 @@ void pack_panel(Precision precision, void *panel, const Weight *w, int first, in
 static void pair_up(uint16_t *panel, const float *first, const float *second) {
     uint16_t narrow[2][MAX_TILE_COLS];
     size_t C = (size_t)kernels->tile_cols;
-    int front = kernels->order_of_bf16 == PAIRS_REVERSED;
     kernels->to_bf16(narrow[0], first, C);
     kernels->to_bf16(narrow[1], second, C);
-    for (size_t j = 0; j < C; j++) panel[2 * j] = narrow[front][j], panel[2 * j + 1] = narrow[!front][j];
+    for (size_t j = 0; j < C; j++) panel[2 * j] = narrow[0][j], panel[2 * j + 1] = narrow[1][j];
 }
 
 void pack_columns(Precision precision, void *panel, const float *w, size_t stride, int cols, int n) {

@@ -103,9 +103,12 @@ static void pack_whole(const Product *p, int panel) {
         pack_part(p, panel, k, smaller(part, p->K - k), packed + panel_bytes(p->layer->precision, k));
 }
 
-/* Whether tiles can read the task's rows where they lie: a row past the last does not lie anywhere. */
-static bool is_packed(const Product *p, const Task *task) {
-    return tiles_take_operands(p->layer->precision) && !p->x->locate && task->rows % p->tile->rows == 0;
+/* Whether tiles can read the task's rows where they lie. Rows past the last lie nowhere. Only bytes are filled up to
+ * the tile's step. Rows a multiple of 4 KB apart would share one set of the first-level cache. */
+static bool lies_packed(const Product *p, const Task *task) {
+    Precision precision = p->layer->precision;
+    bool filled = precision == INT8 || p->K % p->tile->step == 0, spread = row_bytes(precision, p->K) % 4096 != 0;
+    return tiles_take_operands(precision) && !p->x->locate && task->rows % p->tile->rows == 0 && filled && spread;
 }
 
 /* The task's sums += n of k, from `k` on. */
@@ -114,7 +117,7 @@ static void multiply_part(const Product *p, const Task *task, const void *(*wher
     Precision precision = p->layer->precision;
     size_t stride = packed_bytes(precision, p->tile->part), bytes = panel_bytes(precision, n);
     const char *rows = task->packed;
-    if (is_packed(p, task))
+    if (lies_packed(p, task))
         rows = (const char *)where[0][0] + row_offset(precision, k), stride = row_bytes(precision, p->K);
     else
         for (int i = 0; i < task->rows; i++)
