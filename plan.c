@@ -30,15 +30,12 @@ static Prompt prompt_read(const Model *m, const char *name, const char *option, 
     if (why) die(STATUS_USAGE, "%s %s: %s", option, path, why);
     Shape shape = SHAPE(file.shape.n > 1 ? file.shape.d[file.shape.n - 2] : 1, dim);
     why = npy_fit(&file, &shape);
+    if (!why) why = npy_finite(&file);
     if (why) die(STATUS_USAGE, "%s %s: %s", option, path, why);
     if (shape.d[0] < 1 || shape.d[0] > most)
         die(STATUS_USAGE, "%s %s: %d tokens, expected 1 to %d", option, path, shape.d[0], most);
     Prompt p = {.n = shape.d[0], .embeds = npy_floats(&file)};
     snprintf(p.name, sizeof p.name, "%s", name);
-    for (size_t i = 0, count = shape_count(&shape); i < count; i++)
-        if (!isfinite(p.embeds[i]))
-            die(STATUS_USAGE, "%s %s: value %zu of %zu is NaN or infinity, expected finite values", option, path, i + 1,
-                count);
     sha256_of(file.mapping.data, file.mapping.size, sha256);
     npy_free(&file);
     return p;

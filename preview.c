@@ -74,14 +74,22 @@ static const char *variable(const char *name) {
     return value ? value : "";
 }
 
+/* Whether a picture fits into the window. */
+static bool window_of_terminal(struct winsize *window) {
+    return !ioctl(STDERR_FILENO, TIOCGWINSZ, window) && window->ws_col >= 2 && window->ws_row >= 4;
+}
+
 Preview preview_open(void) {
     Preview preview = {0};
+    struct winsize window = {0};
     const char *terminal = variable("TERM"), *colours = variable("COLORTERM");
     if (!isatty(STDERR_FILENO)) warn("--preview: standard error is not a terminal");
     else if (!*terminal || !strcmp(terminal, "dumb"))
         warn("--preview: TERM is '%s', expected a colour terminal", terminal);
     else if (*variable("NO_COLOR")) warn("--preview: the environment variable NO_COLOR is set");
     else preview.enabled = true;
+    if (preview.enabled && !window_of_terminal(&window))
+        warn("--preview: the window has %d columns and %d rows, expected at least 2 and 4", window.ws_col, window.ws_row);
     preview.true_colour = strstr(colours, "truecolor") || strstr(colours, "24bit");
     return preview;
 }
@@ -104,8 +112,7 @@ static void move_to_start(PreviewSize drawn, PreviewSize size) {
 /* The largest picture for the window; 0 rows if nothing is to be drawn. */
 static PreviewSize size_now(const Preview *preview, const VideoFormat *format) {
     struct winsize window = {0};
-    if (!preview->enabled || ioctl(STDERR_FILENO, TIOCGWINSZ, &window) || window.ws_col < 2 || window.ws_row < 4)
-        return (PreviewSize){0};
+    if (!preview->enabled || !window_of_terminal(&window)) return (PreviewSize){0};
     return preview_fit(format->width, format->height, window.ws_col, window.ws_row - 2);
 }
 

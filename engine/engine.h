@@ -660,6 +660,8 @@ void npy_free(Npy *array);
 /* Removes leading axes of size 1 until the shape has as many axes as `expected`. Returns NULL if it then is `expected`,
  * else the reason, with a guess at the cause. */
 const char *npy_fit(Npy *array, const Shape *expected);
+/* NULL if all values are finite as floats, else a reason(). */
+const char *npy_finite(const Npy *array);
 /* npy_get() converts elements [first, first+n), counted in C order, to doubles; npy_floats() converts all of them to a
  * new array. */
 void npy_get(const Npy *array, size_t first, size_t n, double *out);

@@ -121,7 +121,9 @@ def export(args):
 
     if sources.transformer_2:
         check_experts_fit(transformer, parts["transformer_2"])
-        transformer.notes.append(f"two experts: {transformer.path}, then {parts['transformer_2'].path} for low noise")
+        second = parts["transformer_2"].path
+        files = f"both in {second}" if second == transformer.path else f"{transformer.path}, then {second} for low noise"
+        transformer.notes.append(f"two experts: {files}")
         transformer.notes += order_note(transformer, parts["transformer_2"])
     elif args.lora_2:
         raise ExportError("--lora-2 is given, but there is one transformer, expected --transformer-2, too")

@@ -70,18 +70,28 @@ static void close_terminal(int master, int kept) {
     close(master);
 }
 
-/* Draws a frame in a window of columns x rows. Returns the escape sequences written before the frame. */
-static const char *escapes_before(Preview *preview, int master, int columns, int rows, int index) {
-    static const float frame[3 * 8 * 8];
-    static char text[4096];
-    VideoFormat format = {8, 8, 50, 1, 420};
+static void resize(int master, int columns, int rows) {
     struct winsize window = {.ws_col = (unsigned short)columns, .ws_row = (unsigned short)rows};
     ioctl(master, TIOCSWINSZ, &window);
-    preview_frame(preview, &format, frame, index);
+}
+
+/* What has been written to the terminal since the last call. */
+static char *written(int master) {
+    static char text[4096];
     fprintf(stderr, "|"); /* marks the end for the loop below */
     size_t size = 0;
     while (size < sizeof text - 1 && !memchr(text, '|', size) && read(master, text + size, 1) == 1) size++;
     text[size] = 0;
+    return text;
+}
+
+/* Draws a frame in a window of columns x rows. Returns the escape sequences written before the frame. */
+static const char *escapes_before(Preview *preview, int master, int columns, int rows, int index) {
+    static const float frame[3 * 8 * 8];
+    VideoFormat format = {8, 8, 50, 1, 420};
+    resize(master, columns, rows);
+    preview_frame(preview, &format, frame, index);
+    char *text = written(master);
     char *picture = strstr(text, "\033[38;");
     if (picture) *picture = 0;
     return text;
@@ -89,7 +99,9 @@ static const char *escapes_before(Preview *preview, int master, int columns, int
 
 static void check_terminal(void) {
     int kept, master = open_terminal(&kept);
+    resize(master, 80, 3);
     Preview preview = preview_open();
+    bool told = strstr(written(master), "--preview: the window has 80 columns and 3 rows, expected at least 2 and 4");
     double start = seconds();
     const char *steps[] = {"\r\033[K", "\r\033[K\033[4A", "\r\033[K\033[4A\033[J", "|"};
     const int windows[][2] = {{80, 24}, {80, 24}, {6, 24}, {80, 3}};
@@ -99,6 +111,7 @@ static void check_terminal(void) {
     double elapsed = seconds() - start;
     close_terminal(master, kept);
     CHECK(master >= 0 && preview.enabled, "a pseudo-terminal cannot be drawn on");
+    CHECK(told, "a window of three rows: no warning");
     CHECK(same[0] && same[1], "a frame is not drawn over the previous one");
     CHECK(same[2], "after a change of the window's size the old frame is not cleared");
     CHECK(same[3], "a frame is drawn in a window of three rows");

@@ -17,6 +17,7 @@
 
 #include <inttypes.h>
 #include <limits.h>
+#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -300,6 +301,16 @@ const char *npy_fit(Npy *array, const Shape *expected) {
         return reason("shape %s, expected %s%s", shape_string(&array->shape, found), shape_string(expected, wanted),
                       misfit(&array->shape, expected));
     array->shape = shape;
+    return NULL;
+}
+
+const char *npy_finite(const Npy *array) {
+    for (size_t i = 0, count = shape_count(&array->shape); i < count; i++) {
+        double value;
+        npy_get(array, i, 1, &value);
+        if (!isfinite((float)value))
+            return reason("value %zu of %zu is NaN or infinity, expected finite values", i + 1, count);
+    }
     return NULL;
 }
 
