@@ -212,6 +212,7 @@ static void fill_at(int clip, long at) {
     clear();
     int status = run(&clips[clip], false, (Disturbance){.fault = "full", .at = at}), lines = said(last);
     bool stated = exists("clip.y4m.state");
+    if (status == 0 && is_complete(clip)) return; /* the last calls rename and remove, which takes no space */
     CHECK(status == 3 && lines == 1 && (strstr(last, "No space left") || strstr(last, "complete")),
           "%s, full at call %ld: status %d, %d lines: %s", clips[clip].name, at, status, lines, last);
     CHECK(stated == !!strstr(last, "to resume: sora --resume"), "%s, full at call %ld: %s", clips[clip].name, at, last);
