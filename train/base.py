@@ -67,9 +67,9 @@ def autoencoder(path):
 
 
 def unpack(path, out, words):
-    """Writes OUT/base.ckpt, the state of TextToVideo, and OUT/autoencoder.ckpt, that of the VAE."""
+    """Writes OUT/base.ckpt, the state of TextToVideo, and OUT/base-vae.ckpt, that of the VAE."""
     state = text_to_video(path, words)
-    save_atomically({"model": autoencoder(path).state_dict()}, out / "autoencoder.ckpt")
+    save_atomically({"model": autoencoder(path).state_dict()}, out / "base-vae.ckpt")
     save_atomically(state, out / "base.ckpt")
 
 

@@ -185,7 +185,7 @@ def test_a_sample_of_chunks_computes_what_the_program_computes_with_its_cache(wo
         noisy = [dumped(f"chunk{c:03d}.step{step - 1:03d}.latents") if step else noise[c] for c in layout.noisy]
         with torch.no_grad():
             found = net(torch.stack(drawn + noisy)[None], torch.tensor([[0.0] * 3 + [sigma] * 4]), *ids,
-                        torch.tensor([[int(c >= 2) for c in layout.chunks]]), [world.CHUNK * c for c in layout.chunks],
+                        torch.tensor([[int(c >= 2) for c in layout.pieces]]), [world.CHUNK * c for c in layout.pieces],
                         layout.sees)[0, 3:]
         for c, velocity in zip(layout.noisy, found):
             theirs = dumped(f"chunk{c:03d}.step{step:03d}.cond.velocity")
@@ -204,7 +204,7 @@ class Noise:
 
 def test_a_run_that_was_ended_goes_on_as_if_nothing_had_happened(words, tmp_path, monkeypatch):
     """Over all layouts and on its own past: steps 0 to 2, 3 and 4 to 7 of eight."""
-    for name in ("PICTURE", "BEGINNING", "WHOLE", "START", "ANYWHERE"):
+    for name in ("PICTURE", "BEGINNING", "WHOLE", "PICTURED", "START", "ANYWHERE"):
         monkeypatch.setattr(transformer, name, dataclasses.replace(getattr(transformer, name), samples=2))
     tokens = tokenizer.Tokenizer(words)
     course = transformer.Course(8, mixed=3, whole=4, peak=1.0)

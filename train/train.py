@@ -6,16 +6,16 @@
     tokenizer    OUT/tokenizer/        seconds   the words of the world as a SentencePiece model
     reading      OUT/reading.ckpt      minutes   the text encoder learns to read captions
     vae          OUT/vae.ckpt          an hour   decoder and light encoder, on stretches of clips
-    decoder      OUT/decoder.ckpt      minutes   the decoder, on whole clips
     encoder      OUT/encoder.ckpt      minutes   Wan's own VAE encoder learns the light one's latents
+    autoencoder  OUT/autoencoder.ckpt  minutes   Wan's encoder and decoder together, on whole clips
     transformer  OUT/transformer.ckpt  hours     on stretches of stories, which are drawn into OUT/stretches/ meanwhile
     model        OUT/demo.gguf         seconds   the weight file, by export.py
 
-With --base the stages are four: the VAE and the text encoder stay as they are, and the transformer goes on from its
-weights.
+With --base the stages are five: the text encoder stays as it is, and VAE and transformer go on from their weights.
 
     tokenizer    OUT/tokenizer/        seconds
-    base         OUT/base.ckpt         seconds   its text encoder and transformer; its VAE is OUT/autoencoder.ckpt
+    base         OUT/base.ckpt         seconds   its text encoder and transformer; its VAE is OUT/base-vae.ckpt
+    autoencoder  OUT/autoencoder.ckpt  minutes
     transformer  OUT/transformer.ckpt  hours
     model        OUT/demo.gguf         seconds
 
@@ -47,9 +47,10 @@ import tokenizer
 import transformer
 import vae
 
-FROM_NOTHING = ["tokenizer", "reading", "vae", "decoder", "encoder", "transformer", "model"]
-FROM_BASE = ["tokenizer", "base", "transformer", "model"]
-STREAM_OPTIONS = ["base", "seed", "clips", "reading_steps", "vae_steps", "decoder_steps", "encoder_steps", "bf16"]
+FROM_NOTHING = ["tokenizer", "reading", "vae", "encoder", "autoencoder", "transformer", "model"]
+FROM_BASE = ["tokenizer", "base", "autoencoder", "transformer", "model"]
+STREAM_OPTIONS = ["base", "seed", "clips", "reading_steps", "vae_steps", "encoder_steps", "autoencoder_steps",
+                  "bf16"]
 JUDGES_SEEDS = [vae.EVALUATION_SEED, detect.SEED, adherence.PROMPT_SEED]  # whose clips no training may see
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -70,8 +71,8 @@ def options():
     parser.add_argument("--clips", type=int, default=1500, help="drawn clips for the VAE")
     parser.add_argument("--reading-steps", type=int, default=1000)
     parser.add_argument("--vae-steps", type=int, default=8000)
-    parser.add_argument("--decoder-steps", type=int, default=1500)
     parser.add_argument("--encoder-steps", type=int, default=1500)
+    parser.add_argument("--autoencoder-steps", type=int, default=1500)
     parser.add_argument("--transformer-steps", type=int, default=20000)
     parser.add_argument("--bf16", action="store_true",
                         help="products in bfloat16, but for the reading: three fifths of the time on AMD's "
@@ -151,10 +152,10 @@ def main():
         vae.train_vae(args.out, args.vae_steps, args.seed, args.clips, **how)
     if "base" in wanted and not (args.out / "base.ckpt").exists():
         base.unpack(args.base, args.out, words)
-    if "decoder" in wanted:
-        vae.train_decoder(args.out, args.decoder_steps, args.seed, args.clips, **how)
     if "encoder" in wanted:
         vae.train_encoder(args.out, args.encoder_steps, args.seed, args.clips, **how)
+    if "autoencoder" in wanted:
+        vae.train_autoencoder(args.out, args.autoencoder_steps, args.seed, args.clips, **how)
     if "transformer" in wanted and not transformer.is_trained(args.out / "transformer.ckpt", args.transformer_steps):
         train_transformer(args, words)
     if "model" in wanted:

@@ -2,12 +2,16 @@
 
     x = (1 - sigma) * clean + sigma * noise,    wanted: velocity = noise - clean,    loss: their squared distance
 
-A sample is a sequence of chunks, laid out in one of five ways. The first three teach what a run from nothing does not
-know yet, on the beginnings of stories, whose chunks see each other:
+A sample is a sequence of pieces: chunks, or single frames. It is laid out in one of six ways. The first three teach
+what a run from nothing does not know yet, on the beginnings of stories, whose pieces see each other:
 
-    picture      noisy: the first frame
-    beginning    noisy 0
-    whole        noisy 0 1 2, of one sigma
+    picture      noisy: frame 0
+    beginning    noisy: chunk 0
+    whole        noisy: chunks 0 1 2, of one sigma
+
+The fourth teaches to go on from a picture (--image):
+
+    pictured     drawn: frame 0       noisy: frames 1 2 3, of one sigma
 
 The others teach to go on chunk by chunk, by teacher forcing. First stand drawn chunks, told to be clean, then the same
 clip's later ones with noise on, twice, each time with another sigma. Every chunk sees itself and the two drawn ones
@@ -17,10 +21,10 @@ before it:
     anywhere     drawn 0 1 2 3      noisy     2 3 4         noisy 4 sees drawn 2, drawn 3 and itself
 
 So one pass learns six times, each from the past that the C program's cache would hold (cache.c). The program's past is
-its own work and never quite clean: three samples in four have noise on the drawn chunks that they are not told of, and
+its own work and never quite clean: three samples in four have noise on the drawn pieces that they are not told of, and
 in the last third of the steps half of the batches have the model's own guesses of chunks 2 and 3 for a past.
 
-Each chunk reads the prompt of its time, so a story is a sample like any other.
+Each piece reads the prompt of its time, so a story is a sample like any other.
 """
 import dataclasses
 import signal
@@ -44,33 +48,34 @@ SAVE_SECONDS, LOG_STEPS = 180, 25
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The sequence of a sample: which chunks of a window are drawn, from chunk 0 on, and which are noisy."""
+    """The sequence of a sample: which pieces of a window are drawn, from piece 0 on, and which are noisy."""
     name: str
     samples: int  # in a batch
     drawn: tuple
     noisy: tuple
-    frames: int = CHUNK  # of each chunk
-    together: bool = False  # whether all see each other and have one sigma
+    frames: int = CHUNK  # of each piece
+    together: bool = False  # whether the noisy ones see each other and all drawn ones, and have one sigma
 
     @property
-    def chunks(self):
+    def pieces(self):
         return list(self.drawn + self.noisy)
 
     @property
     def sees(self):
-        """For each chunk, the places in the sequence of those that it sees, itself among them."""
-        if self.together:
-            return [list(range(len(self.chunks)))] * len(self.chunks)
-        past = lambda chunk: [c for c in (chunk - 2, chunk - 1) if c in self.drawn]  # drawn chunk c stands in place c
-        return [past(chunk) + [place] for place, chunk in enumerate(self.chunks)]
+        """For each piece, the places in the sequence of those that it sees, itself among them."""
+        past = lambda piece: [p for p in (piece - 2, piece - 1) if p in self.drawn]  # drawn piece p stands in place p
+        alone = [past(piece) + [place] for place, piece in enumerate(self.pieces)]
+        count = len(self.drawn)
+        return alone[:count] + [list(range(len(self.pieces)))] * len(self.noisy) if self.together else alone
 
 
 PICTURE = Layout("picture", 256, (), (0,), frames=1)
 BEGINNING = Layout("beginning", 96, (), (0,))
 WHOLE = Layout("whole", 48, (), (0, 1, 2), together=True)
+PICTURED = Layout("pictured", 64, (0,), (1, 2, 3), frames=1, together=True)
 START = Layout("start", 16, (0, 1), (0, 1, 2, 0, 1, 2))
 ANYWHERE = Layout("anywhere", 16, (0, 1, 2, 3), (2, 3, 4, 2, 3, 4))
-START_SHARE = 0.35  # of the batches of the last two
+GOING_ON = 0.08, 0.32, 0.6  # shares of the batches of the last three layouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +95,7 @@ class Course:
             return (PICTURE, BEGINNING, WHOLE)[step % 3]  # pictures teach what is where for a ninth of a clip's price
         if step < self.whole:
             return WHOLE
-        return START if rng.random() < START_SHARE else ANYWHERE
+        return (PICTURED, START, ANYWHERE)[rng.choice(3, p=GOING_ON)]
 
     def rate(self, step):
         """Factor of the learning rate: a short rise, then the peak, then linearly down."""
@@ -116,7 +121,7 @@ class TextToVideo(nn.Module):
         self.run_block = run_block
 
     def forward(self, x, sigma, ids, mask, prompt_of, first, sees):
-        """Velocity of chunks x [B, C, Z, t, h, w]; arguments as of model.velocity. ids, mask [P, L]: prompts."""
+        """Velocity of pieces x [B, C, Z, t, h, w]; arguments as of model.velocity. ids, mask [P, L]: prompts."""
         return model.velocity(self.transformer, x, sigma, *model.embed(self.text_encoder, ids, mask), prompt_of, first,
                               sees, self.run_block)
 
@@ -124,8 +129,8 @@ class TextToVideo(nn.Module):
 class Batch:
     """What a step learns from: a function of the options, the step and the stretches that are there.
 
-    clean [B, count, Z, t, h, w]: the drawn chunks of the windows. ids, mask [P, L]: prompts. prompt_of [B, count]: the
-    one that each chunk reads.
+    clean [B, count, Z, t, h, w]: the drawn pieces of the windows. ids, mask [P, L]: prompts. prompt_of [B, count]: the
+    one that each piece reads.
     """
 
     def __init__(self, step, course, seed, pool, tokenizer, device):
@@ -133,14 +138,17 @@ class Batch:
         self.generator, self.device = torch.Generator().manual_seed(int(rng.integers(1 << 62))), device
         self.layout = course.layout(step, rng)
         self.own = step >= OWN_FROM * course.steps and rng.random() < OWN_SHARE
-        count, size = max(self.layout.noisy) + 1, self.layout.samples
-        windows = [pool.window(rng, count, at_start=self.layout is not ANYWHERE) for _ in range(size)]
-        clean = np.stack([chunks[:, :, :self.layout.frames] for chunks, _ in windows])
-        self.clean = torch.from_numpy(clean).float().to(device)
+        size, frames, count = self.layout.samples, self.layout.frames, max(self.layout.noisy) + 1
+        chunks = -(-count * frames // CHUNK)
+        windows = [pool.window(rng, chunks, at_start=self.layout is not ANYWHERE) for _ in range(size)]
+        clean = torch.from_numpy(np.stack([latents for latents, _ in windows])).float()  # [B, chunks, Z, CHUNK, h, w]
+        clean = clean.transpose(1, 2).flatten(2, 3)[:, :, :count * frames].unflatten(2, (count, frames)).transpose(1, 2)
+        self.clean = clean.to(device)
         prompt_of, prompts = torch.zeros(size, count, dtype=torch.long), []
         for row, (_, texts) in enumerate(windows):
             different = list(dict.fromkeys(texts))
-            prompt_of[row] = torch.tensor([row * PROMPTS + different.index(text) for text in texts])
+            prompt_of[row] = torch.tensor([row * PROMPTS + different.index(texts[i * frames // CHUNK])
+                                           for i in range(count)])
             prompts += [tokenizer(text) for text in different] + [[1]] * (PROMPTS - len(different))
         self.prompt_of = prompt_of.to(device)
         self.prompts = [x.to(device) for x in model.pad(prompts, model.TOKENS)]
@@ -181,17 +189,17 @@ class Run:
                          "seconds": self.seconds}, checkpoint)
 
     def forward(self, batch, context, x, sigma):
-        """The velocity of noisy chunks x [B, n, Z, t, h, w] of noise level sigma [B, n] after those of the past."""
+        """The velocity of noisy pieces x [B, n, Z, t, h, w] of noise level sigma [B, n] after those of the past."""
         layout, past = batch.layout, context.shape[1]
         told = torch.cat([torch.zeros_like(sigma[:, :1]).expand(-1, past), sigma], 1)
         with products(self.narrow, self.device):
-            found = self.net(torch.cat([context, x], 1), told, *batch.prompts, batch.prompt_of[:, layout.chunks],
-                             [CHUNK * c for c in layout.chunks], layout.sees)
+            found = self.net(torch.cat([context, x], 1), told, *batch.prompts, batch.prompt_of[:, layout.pieces],
+                             [layout.frames * p for p in layout.pieces], layout.sees)
         return found[:, past:].float()
 
     @torch.no_grad()
     def guessed(self, batch, context):
-        """The past with the model's own guesses, in two Euler steps from noise, of those chunks that are noisy too."""
+        """The past with the model's own guesses, in two Euler steps from noise, of those pieces that are noisy too."""
         noisy = batch.layout.noisy
         x = batch.normal(*batch.clean[:, list(noisy)].shape)
         for sigma, after in zip(OWN_SIGMAS, OWN_SIGMAS[1:]):
@@ -199,7 +207,7 @@ class Run:
         return torch.stack([x[:, noisy.index(c)] if c in noisy else context[:, c] for c in batch.layout.drawn], 1)
 
     def losses(self, batch):
-        """[n]: the squared distance from the wanted velocity of each noisy chunk."""
+        """[n]: the squared distance from the wanted velocity of each noisy piece."""
         layout = batch.layout
         context, clean = batch.clean[:, list(layout.drawn)], batch.clean[:, list(layout.noisy)]
         if batch.own and layout is ANYWHERE:
@@ -213,7 +221,7 @@ class Run:
         return (found - (noise - clean)).square().mean((0, 2, 3, 4, 5))
 
     def advance(self, batch):
-        """One step of the weights; (the losses of the noisy chunks, the norm of the gradient)."""
+        """One step of the weights; (the losses of the noisy pieces, the norm of the gradient)."""
         losses = self.losses(batch)
         losses.mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
@@ -225,17 +233,17 @@ class Run:
 
 
 class Curve:
-    """The loss curve in OUT/log/transformer.tsv: a row for every LOG_STEPS steps, with the mean loss of each chunk."""
+    """The loss curve in OUT/log/transformer.tsv: a row for every LOG_STEPS steps, with the mean loss of each piece."""
 
     def __init__(self, path):
         self.log, self.seen = Log(path), {}
 
     def add(self, run, batch, losses, norm, stretches):
-        for chunk, loss in zip(batch.layout.noisy, losses.tolist()):
-            self.seen.setdefault(f"{batch.layout.name}{chunk}", []).append(loss)
+        for piece, loss in zip(batch.layout.noisy, losses.tolist()):
+            self.seen.setdefault(f"{batch.layout.name}{piece}", []).append(loss)
         if run.step % LOG_STEPS == 0:
-            columns = [f"{layout.name}{chunk}" for layout in (PICTURE, BEGINNING, WHOLE, START, ANYWHERE)
-                       for chunk in dict.fromkeys(layout.noisy)]
+            columns = [f"{layout.name}{piece}" for layout in (PICTURE, BEGINNING, WHOLE, PICTURED, START, ANYWHERE)
+                       for piece in dict.fromkeys(layout.noisy)]
             self.log.write(step=run.step, seconds=run.seconds, stretches=stretches, norm=norm.item(),
                            **{name: float(np.mean(self.seen.get(name, np.nan))) for name in columns})
             self.seen = {}

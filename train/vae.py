@@ -2,10 +2,11 @@
 
     pixels [B, 3, F, H, W] in [-1, 1]  <->  latents [B, Z, 1 + (F-1)/4, H/8, W/8]
 
-Training Wan's encoder and decoder together costs twice the decoder alone and starts slowly.  So the decoder is
-trained with a light encoder (principal components of 4x8x8 blocks and a small residual net) that is thrown away: first
-both on short stretches of clips, then, the latents being settled, the decoder alone on whole ones.  Wan's own encoder
-is regressed onto the light one's latents afterwards.
+Training Wan's encoder and decoder together costs twice the decoder alone and starts slowly.  So the decoder begins
+with a light encoder (principal components of 4x8x8 blocks and a small residual net) that is thrown away, on short
+stretches of clips.  Wan's own encoder is regressed onto the light one's latents.  Then both halves of Wan's VAE learn
+together, on whole clips: what is small and moves (flakes, bubbles, legs) is in the latents only if the encoder is told
+that it was missed.
 
 The latents leave the light encoder through a batch norm without weights, so every channel has mean 0 and deviation 1,
 and the decoder sees them with noise on: a latent that is slightly off, as the transformer's will be, still decodes
@@ -149,14 +150,17 @@ def psnr(y, x):
     return float((-10 * error.log10()).mean())
 
 
+WEIGHTS = world.LEARNED_LAST | {"snow": 3, "sea": 3}  # flakes and bubbles are the last that the VAE learns
+
+
 def drawn(seed, index):
     """The clip of a number: the start of a scene or, every second time, two seconds from anywhere in a story.
 
     A cut comes where four frames begin that share a latent frame, as it does when a whole story is encoded.
     """
     if index % 2 == 0:
-        return draw.draw(world.scene(seed, index, weights=world.LEARNED_LAST))
-    story = world.story(seed, index, weights=world.LEARNED_LAST, sentences=4)
+        return draw.draw(world.scene(seed, index, weights=WEIGHTS))
+    story = world.story(seed, index, weights=WEIGHTS, sentences=4)
     last = world.first_frame(story.starts[-1]) // 4 + FRAMES // 4
     return draw.draw(story, first=4 * int(np.random.default_rng([seed, index, 3]).integers(last)))
 
@@ -187,10 +191,12 @@ class Clips:
 
 EVALUATION_SEED = 1  # of the clips that judge the VAE
 SAVE_SECONDS = 90
+PULL = 0.1  # of the latents' mean square to 1, beside the reconstruction's loss
 BATCH = 2  # one clip alone would get convolutions from PyTorch that are four times slower
 STRETCH = 9  # frames of each clip that train_vae sees, at a quarter of a whole one's price
 NOISE = 0.03  # deviation of what is added to the latents that the decoder sees, in units of their own
 LEARNING_SHARE = 0.5  # of train_vae's steps: then the light encoder stands still, as it will in use
+ENCODING_SHARE = 0.6  # of train_autoencoder's steps: then the encoder stands still, and the latents are what they are
 
 
 @torch.no_grad()
@@ -203,27 +209,29 @@ def evaluate(autoencoder, module, count):
     return result
 
 
-def _halves(vae, light):
-    """{checkpoint: what it holds, as one module}; each is loaded over those before it."""
-    decoding = dict(decoder=vae.decoder, post_quant_conv=vae.post_quant_conv)
-    return {"autoencoder": vae, "vae": nn.ModuleDict(dict(light=light, **decoding)), "decoder": nn.ModuleDict(decoding),
-            "encoder": nn.ModuleDict(dict(encoder=vae.encoder, quant_conv=vae.quant_conv))}
+def _parts(vae, light):
+    """{checkpoint: what it holds, as one module}, in the order of the stages; each is loaded over those before it."""
+    return {"base-vae": vae,
+            "vae": nn.ModuleDict(dict(light=light, decoder=vae.decoder, post_quant_conv=vae.post_quant_conv)),
+            "encoder": nn.ModuleDict(dict(encoder=vae.encoder, quant_conv=vae.quant_conv)), "autoencoder": vae}
 
 
 def load(out):
     """(vae, light encoder) as those of the stages left them that have begun; ready for use."""
     vae, light = new_vae(), LightEncoder()
-    for name, half in _halves(vae, light).items():
+    for name, part in _parts(vae, light).items():
         if (out / f"{name}.ckpt").exists():
-            half.load_state_dict(torch.load(out / f"{name}.ckpt", weights_only=True)["model"])
+            part.load_state_dict(torch.load(out / f"{name}.ckpt", weights_only=True)["model"])
     return vae.eval().requires_grad_(False), light.eval().requires_grad_(False)
 
 
-def _fit(out, name, module, steps, seed, count, loss_of, autoencoder, narrow):
+def _fit(out, name, module, steps, seed, count, loss_of, autoencoder, narrow, peak=1.0,
+         falling=0.5):
     """Trains `module` up to `steps` steps into OUT/NAME.ckpt, from which it also resumes; the log is OUT/log/NAME.tsv.
 
     count: of the clips that are drawn. loss_of(clips, step): the loss of a step. autoencoder: pixels -> pixels, for the
-    log. narrow: whether products are in bfloat16.
+    log. narrow: whether products are in bfloat16. peak: of the learning rate's factor, which falls over the last share
+    `falling` of the steps.
     """
     optimisers = Optimisers(module.named_parameters(), 0.012, 2e-3, narrow)
     checkpoint, log, step, start = out / f"{name}.ckpt", Log(out / "log" / f"{name}.tsv"), 0, time.time()
@@ -240,7 +248,7 @@ def _fit(out, name, module, steps, seed, count, loss_of, autoencoder, narrow):
             loss = loss_of(clips, step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
-        optimisers.set_factor(rate(step, steps, 50, 0.5))
+        optimisers.set_factor(peak * rate(step, steps, 50, falling))
         optimisers.step()
         step += 1
         if step % 100 == 0 or step == steps:
@@ -252,18 +260,11 @@ def _fit(out, name, module, steps, seed, count, loss_of, autoencoder, narrow):
             last_save = time.time()
 
 
-def _reconstruction(vae, light, frames, seed, compiled):
-    """(clips, step) -> loss of what the decoder makes of the latents, with noise, of so many frames of a few clips."""
-    reconstruct = lambda x, noise: reconstruction_loss(decode(vae, light(x) + noise).float(), x)
-    if compiled:
-        reconstruct = torch.compile(reconstruct, dynamic=False)
-
-    def loss_of(clips, step):
-        x = clips.batch(np.random.default_rng([seed, step, frames]), BATCH, frames)
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        return reconstruct(x, NOISE * torch.randn(latent_shape(x), generator=generator))
-
-    return loss_of
+def _clips_and_noise(clips, step, seed, frames):
+    """So many frames of a few clips, and noise for their latents: those of a step."""
+    x = clips.batch(np.random.default_rng([seed, step, frames]), BATCH, frames)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    return x, NOISE * torch.randn(latent_shape(x), generator=generator)
 
 
 def train_vae(out, steps, seed, count, compiled=False, narrow=False):
@@ -274,28 +275,19 @@ def train_vae(out, steps, seed, count, compiled=False, narrow=False):
     """
     torch.manual_seed(seed)
     vae, light = new_vae(), LightEncoder()
-    reconstruction = _reconstruction(vae, light, STRETCH, seed, compiled)
+    reconstruct = lambda x, noise: reconstruction_loss(decode(vae, light(x) + noise).float(), x)
+    if compiled:
+        reconstruct = torch.compile(reconstruct, dynamic=False)
 
     def loss_of(clips, step):
         if step == 0:
             light.start_from_components(clips, seed)
         light.norm.train(step < LEARNING_SHARE * steps)
         light.requires_grad_(step < LEARNING_SHARE * steps)
-        return reconstruction(clips, step)
+        x, noise = _clips_and_noise(clips, step, seed, STRETCH)
+        return reconstruct(x, noise)
 
-    _fit(out, "vae", _halves(vae, light)["vae"], steps, seed, count, loss_of, lambda x: decode(vae, light(x)), narrow)
-
-
-def train_decoder(out, steps, seed, count, compiled=False, narrow=False):
-    """Trains the decoder on whole clips into OUT/decoder.ckpt; arguments as above.
-
-    Its causal convolutions reach eight latent frames back. Of a stretch they see three, and before them nothing: a
-    decoder that learned on stretches alone lets a clip's background drift once there is more past than that.
-    """
-    vae, light = load(out)
-    half = _halves(vae, light)["decoder"].requires_grad_(True)
-    _fit(out, "decoder", half, steps, seed, count, _reconstruction(vae, light, FRAMES, seed, compiled),
-         lambda x: decode(vae, light(x)), narrow)
+    _fit(out, "vae", _parts(vae, light)["vae"], steps, seed, count, loss_of, lambda x: decode(vae, light(x)), narrow)
 
 
 def _distance(vae, light, seed, compiled):
@@ -314,8 +306,32 @@ def train_encoder(out, steps, seed, count, compiled=False, narrow=False):
     """
     torch.manual_seed(seed)
     vae, light = load(out)
-    half = _halves(vae, light)["encoder"].requires_grad_(True)
+    half = _parts(vae, light)["encoder"].requires_grad_(True)
     vae.quant_conv.weight.data[Z:] = 0
     vae.quant_conv.bias.data[Z:] = -8
     _fit(out, "encoder", half, steps, seed, count, _distance(vae, light, seed, compiled),
          lambda x: decode(vae, encode(vae, x)), narrow)
+
+
+def train_autoencoder(out, steps, seed, count, compiled=False, narrow=False):
+    """Trains both halves of Wan's VAE together, on whole clips, into OUT/autoencoder.ckpt; arguments as above.
+
+    Its causal convolutions reach eight latent frames back. Of a stretch they see three, and before them nothing: a
+    decoder that learned on stretches alone lets a clip's background drift once there is more past than that.
+    """
+    vae = load(out)[0].train().requires_grad_(True)
+
+    def loss_between(x, noise):
+        z = encode(vae, x).float()
+        return reconstruction_loss(decode(vae, z + noise).float(), x) + PULL * (z.square().mean() - 1).square()
+
+    if compiled:
+        loss_between = torch.compile(loss_between, dynamic=False)
+
+    def loss_of(clips, step):
+        for part in (vae.encoder, vae.quant_conv):
+            part.requires_grad_(step < ENCODING_SHARE * steps)
+        return loss_between(*_clips_and_noise(clips, step, seed, FRAMES))
+
+    _fit(out, "autoencoder", vae, steps, seed, count, loss_of, lambda x: decode(vae, encode(vae, x)), narrow, peak=0.5,
+         falling=0.75)
