@@ -355,7 +355,8 @@ static void locate_pixel(const void *of, int row, const void **where) {
 static void run_conv(const ConvInput *input, float *out, int mode) {
     const Conv *conv = input->conv;
     int area = conv->kh * conv->kw, skip = input->skip * area;
-    Rows rows = {input->height / conv->stride * input->columns, conv->kt * area - skip, conv->in, skip, locate_pixel, input};
+    Rows rows = {.rows = input->height / conv->stride * input->columns, .segments = conv->kt * area - skip, .n = conv->in,
+                 .skip = skip, .locate = locate_pixel, .of = input};
     product(out, rows, &conv->layer, mode);
 }
 

@@ -76,7 +76,8 @@ static void locate(const void *of, int row, const void **where) {
 
 static void run_convolution(void *with) {
     const Convolution *c = with;
-    product(c->y, (Rows){c->side * c->side, TAPS, c->channels, 0, locate, c}, &c->layer, REPLACE);
+    Rows rows = {.rows = c->side * c->side, .segments = TAPS, .n = c->channels, .locate = locate, .of = c};
+    product(c->y, rows, &c->layer, REPLACE);
 }
 
 static void bench_convolution(Precision precision, int side, int channels) {

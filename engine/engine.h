@@ -430,6 +430,19 @@ size_t panel_bytes(Precision precision, int n);
 void pack_panel(Precision precision, void *panel, const Weight *w, int first, int from, int n);
 void pack_columns(Precision precision, void *panel, const float *w, size_t stride, int cols, int n);
 
+/* What a tile fetches into the cache while it multiplies: in each round, `step` of k (Tile), what lies at `at`, which
+ * then moves on by `bytes`; after every `run` rounds by `skip` more. INT8 has one run. */
+typedef struct {
+    const char *at;
+    size_t bytes, skip;
+    int run;
+} Ahead;
+
+/* What tile `tile` of those that multiply a panel of n elements fetches: its share of the next panel; or, where that is
+ * not yet packed, of the weights that pack_panel() reads for it. */
+Ahead panel_ahead(Precision precision, const char *next, int n, int tile);
+Ahead weights_ahead(Precision precision, const Weight *w, int first, int from, int n, int tile, int tiles);
+
 /* ---------------------------------------------------------------- product.c: the large products */
 
 /* One region that a product or an attention uses while it runs, and nobody keeps. Grows until it is freed. */
@@ -452,8 +465,8 @@ size_t linear_memory(const Linear *layer, int L); /* bytes of scratch that it ta
 
 /* Row operands that a product reads where they lie: row r of x is `segments` runs of n elements, narrowed to
  * the layer's precision; locate() writes where each starts. A convolution has a segment for each tap (Dukhan, The
- * Indirect Convolution Algorithm, 2019). A linear layer has one, and no locate(): its rows lie side by side at
- * `of`. INT8 takes one segment. */
+ * Indirect Convolution Algorithm, 2019). A linear layer has one, and no locate(): its rows lie `stride` bytes apart
+ * at `of`. INT8 takes one segment. */
 enum { MAX_SEGMENTS = 27 }; /* taps of a 3x3x3 convolution */
 typedef struct {
     int rows, segments, n;
@@ -461,6 +474,8 @@ typedef struct {
     int skip;
     void (*locate)(const void *of, int row, const void **where);
     const void *of;
+    size_t stride;
+    bool whole_tiles; /* behind the last row lie as many as fill up its tile; what they hold does not matter */
 } Rows;
 enum { REPLACE, ACCUMULATE };
 /* y = or += x @ weight (O, segments*n) + bias */
@@ -529,9 +544,8 @@ typedef uint32_t Word;
 /* How a table multiplies R packed rows by the C columns of a panel. */
 typedef struct {
     /* acc (R, C), rows ld floats apart, += R packed rows, `stride` bytes apart, times a panel, over n of k. An
-     * element of F32 is one chain of fused multiply-adds in the order of k. Meanwhile a TILES_AHEADth of a
-     * panel as long as this one is fetched from `ahead` into the cache. */
-    void (*multiply)(float *acc, int ld, const void *rows, size_t stride, const void *panel, int n, const char *ahead);
+     * element of F32 is one chain of fused multiply-adds in the order of k. */
+    void (*multiply)(float *acc, int ld, const void *rows, size_t stride, const void *panel, int n, Ahead ahead);
     int rows; /* R */
     int part; /* of k that it is best given at once: a multiple of INT8_CHUNK and of the step */
     int step; /* zeros fill packed rows and panels up to a multiple of so many k */
@@ -599,8 +613,8 @@ float amx_dot(float sum, const uint16_t *a, const uint16_t *b, int n);
 bool can_amx(void); /* asks the operating system for tiles */
 void amx_enter(void);
 void amx_leave(void);
-void amx_tile_bf16(float *acc, int ld, const void *rows, size_t stride, const void *panel, int n, const char *ahead);
-void amx_tile_int8(float *acc, int ld, const void *rows, size_t stride, const void *panel, int n, const char *ahead);
+void amx_tile_bf16(float *acc, int ld, const void *rows, size_t stride, const void *panel, int n, Ahead ahead);
+void amx_tile_int8(float *acc, int ld, const void *rows, size_t stride, const void *panel, int n, Ahead ahead);
 
 /* ---------------------------------------------------------------- naive.c: the operations as simple loops */
 

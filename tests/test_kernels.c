@@ -290,8 +290,9 @@ static void compute_convolution(void *with, float *y) {
     c.zeros = allocate(bytes);
     c.frames = allocate(bytes * 3 * PIXELS);
     narrow_rows(c.precision, c.frames, c.x, (size_t)c.channels, 3 * PIXELS, c.channels);
-    product(y, (Rows){PIXELS, 18, c.channels, 9, locate, &c}, &layer, REPLACE);
-    product(y, (Rows){PIXELS, 18, c.channels, 9, locate, &c}, &layer, ACCUMULATE);
+    Rows rows = {.rows = PIXELS, .segments = 18, .n = c.channels, .skip = 9, .locate = locate, .of = &c};
+    product(y, rows, &layer, REPLACE);
+    product(y, rows, &layer, ACCUMULATE);
     free(c.zeros), free(c.frames);
 }
 

@@ -117,25 +117,26 @@ void amx_leave(void) { __asm__ volatile("tilerelease" : : : "memory"); }
 
 enum { SIDE = 16, LINE = 2 * SIDE * 4, STEP_BYTES = SIDE * LINE }; /* of a panel, one step of k */
 
-static void load_step(const char *rows, size_t stride, const char *panel, const char *ahead) {
+static void load_step(const char *rows, size_t stride, const char *panel, const Ahead *ahead) {
     LOAD(6, panel, LINE);
     LOAD(7, panel + LINE / 2, LINE);
     LOAD_ONCE(4, rows, stride);
     LOAD_ONCE(5, rows + SIDE * stride, stride);
-    for (int i = 0; i < STEP_BYTES / TILES_AHEAD; i += 64) __builtin_prefetch(ahead + i, 0, 2);
+    for (size_t i = 0; i < ahead->bytes; i += 64) __builtin_prefetch(ahead->at + i, 0, 2);
 }
 
 __attribute__((noinline)) void amx_tile_bf16(float *acc, int ld, const void *rows, size_t stride, const void *panel,
-                                             int n, const char *ahead) {
+                                             int n, Ahead ahead) {
     const char *a = rows, *b = panel;
     size_t line = sizeof *acc * (size_t)ld;
     LOAD(0, acc, line);
     LOAD(1, acc + SIDE, line);
     LOAD(2, acc + SIDE * ld, line);
     LOAD(3, acc + SIDE * ld + SIDE, line);
-    for (int k = 0; k < n; k += AMX_STEP, a += 64, b += STEP_BYTES, ahead += STEP_BYTES / TILES_AHEAD) {
-        load_step(a, stride, b, ahead);
+    for (int k = 0, left = ahead.run; k < n; k += AMX_STEP, a += 64, b += STEP_BYTES, ahead.at += ahead.bytes) {
+        load_step(a, stride, b, &ahead);
         MULTIPLY_ALL("tdpbf16ps");
+        if (--left == 0) ahead.at += ahead.skip, left = ahead.run;
     }
     STORE(0, acc, line);
     STORE(1, acc + SIDE, line);
@@ -153,7 +154,7 @@ __attribute__((target(AMX_TARGET))) static void add_scaled(float *acc, int ld, c
 }
 
 __attribute__((noinline)) void amx_tile_int8(float *acc, int ld, const void *rows, size_t stride, const void *panel,
-                                             int n, const char *ahead) {
+                                             int n, Ahead ahead) {
     _Alignas(64) int32_t sums[2 * SIDE * 2 * SIDE];
     const char *chunk = rows, *b = panel;
     for (; n > 0; n -= INT8_CHUNK, chunk += SCALE_BYTES + INT8_CHUNK) {
@@ -163,8 +164,8 @@ __attribute__((noinline)) void amx_tile_int8(float *acc, int ld, const void *row
         ZERO(1);
         ZERO(2);
         ZERO(3);
-        for (int k = 0; k < smaller(n, INT8_CHUNK); k += 64, b += STEP_BYTES, ahead += STEP_BYTES / TILES_AHEAD) {
-            load_step(chunk + SCALE_BYTES + k, stride, b, ahead);
+        for (int k = 0; k < smaller(n, INT8_CHUNK); k += 64, b += STEP_BYTES, ahead.at += ahead.bytes) {
+            load_step(chunk + SCALE_BYTES + k, stride, b, &ahead);
             MULTIPLY_ALL("tdpbssd");
         }
         STORE(0, sums, LINE);

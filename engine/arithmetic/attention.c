@@ -56,19 +56,15 @@ typedef struct {
     int rows, padded;          /* queries; rounded up to row tiles */
 } Block;
 
-/* What the row tile at `row` is to fetch of the panel that comes next. */
-static const char *ahead(const Plan *plan, const char *next, size_t size, int row) {
-    return next + (size_t)(row / plan->tile->rows % TILES_AHEAD) * (size / TILES_AHEAD);
-}
-
 static void multiply_keys(const Plan *plan, const Block *block, int head, int first, int keys) {
     const char *panel = plan->packed + head * plan->head_size + (size_t)(first / plan->C) * plan->key_panel;
     memset(block->scores, 0, sizeof(float) * (size_t)block->padded * TILE_KEYS);
     for (int j = 0; j < keys; j += plan->C, panel += plan->key_panel)
         for (int i = 0; i < block->padded; i += plan->tile->rows)
             plan->tile->multiply(block->scores + (size_t)i * TILE_KEYS + j, TILE_KEYS,
-                                           block->queries + i * block->query_row, block->query_row, panel,
-                                           plan->a->d, ahead(plan, panel + plan->key_panel, plan->key_panel, i));
+                                 block->queries + i * block->query_row, block->query_row, panel, plan->a->d,
+                                 panel_ahead(plan->precision, panel + plan->key_panel, plan->a->d,
+                                             i / plan->tile->rows));
 }
 
 static void softmax_rows(const Plan *plan, Block *block, int head, int query, int first, int keys) {
@@ -93,9 +89,8 @@ static void add_values(const Plan *plan, const Block *block, int head, int first
     for (int j = 0; j < plan->width; j += plan->C, panel += plan->value_panel)
         for (int i = 0; i < block->padded; i += plan->tile->rows)
             plan->tile->multiply(block->out + (size_t)i * plan->width + j, plan->width,
-                                           block->weights + i * plan->weight_row, plan->weight_row, panel, keys,
-                                           ahead(plan, panel + plan->value_panel,
-                                                 panel_bytes(plan->precision, keys), i));
+                                 block->weights + i * plan->weight_row, plan->weight_row, panel, keys,
+                                 panel_ahead(plan->precision, panel + plan->value_panel, keys, i / plan->tile->rows));
 }
 
 /* Lays a block out in a thread's memory. */

@@ -44,20 +44,22 @@ static inline TARGET V NAME(v_exp)(V x) {
  *        |  bytes apart    |     |                |
  *        +-----------------+     +----------------+
  *
- * Each round also fetches a little of what will be multiplied next: TILES_AHEAD tiles together fetch a panel
- * as large as their own. */
+ * Each round also fetches a little of what will be multiplied, or packed, next. */
 #define FOR_ROWS UNROLL for (int i = 0; i < TILE_ROWS; i++)
 #define FOR_VECTORS UNROLL for (int j = 0; j < TILE_VECTORS; j++)
-#define FETCH_AHEAD PREFETCH(ahead), ahead += TILE_VECTORS * VLEN * sizeof(float) / TILES_AHEAD
+#define FETCH_AHEAD PREFETCH(ahead.at), ahead.at += ahead.bytes
+#define FOR_ROUNDS(k, rounds)                                                                                \
+    for (int k = 0, stop_; k < (rounds); ahead.at += ahead.skip)                                             \
+        for (stop_ = smaller((rounds), k + ahead.run); k < stop_; k++, b += TILE_VECTORS * VLEN)
 #define ROW(i) ((const char *)rows + (size_t)(i) * stride)
 
 static TARGET void NAME(tile_f32)(float *acc, int ld, const void *rows, size_t stride, const void *panel, int n,
-                                  const char *ahead) {
+                                  Ahead ahead) {
     const float *b = panel, *row[TILE_ROWS];
     V sum[TILE_ROWS][TILE_VECTORS];
     FOR_ROWS row[i] = (const float *)(const void *)ROW(i);
     FOR_ROWS FOR_VECTORS sum[i][j] = V_LOAD(acc + (size_t)i * ld + j * VLEN);
-    for (int k = 0; k < n; k++, b += TILE_VECTORS * VLEN) {
+    FOR_ROUNDS(k, n) {
         V column[TILE_VECTORS];
         FOR_VECTORS column[j] = V_LOAD(b + j * VLEN);
         FETCH_AHEAD;
@@ -72,12 +74,12 @@ static TARGET void NAME(tile_f32)(float *acc, int ld, const void *rows, size_t s
 #ifdef DOT_BF16
 /* The same, a pair of k at a time. */
 static TARGET void NAME(tile_bf16)(float *acc, int ld, const void *rows, size_t stride, const void *panel,
-                                   int n, const char *ahead) {
+                                   int n, Ahead ahead) {
     const Word *b = panel, *row[TILE_ROWS];
     V sum[TILE_ROWS][TILE_VECTORS];
     FOR_ROWS row[i] = (const Word *)(const void *)ROW(i);
     FOR_ROWS FOR_VECTORS sum[i][j] = V_LOAD(acc + (size_t)i * ld + j * VLEN);
-    for (int k = 0; k < (n + 1) / 2; k++, b += TILE_VECTORS * VLEN) {
+    FOR_ROUNDS(k, (n + 1) / 2) {
         W column[TILE_VECTORS];
         FOR_VECTORS column[j] = W_LOAD(b + j * VLEN);
         FETCH_AHEAD;
@@ -103,7 +105,7 @@ static TARGET void NAME(tile_bf16)(float *acc, int ld, const void *rows, size_t 
  * The panel's correction of a column, minus byte_offset times the sum of its bytes, takes the offset of the
  * rows' bytes out again. */
 static TARGET void NAME(tile_int8)(float *acc, int ld, const void *rows, size_t stride, const void *panel,
-                                   int n, const char *ahead) {
+                                   int n, Ahead ahead) {
     const Word *b = panel;
     for (; n > 0; n -= INT8_CHUNK, rows = ROW(0) + SCALE_BYTES + INT8_CHUNK) {
         const float *scales = (const float *)b;
@@ -388,4 +390,5 @@ static const Kernels NAME(table) = {
 #undef FOR_ROWS
 #undef FOR_VECTORS
 #undef FETCH_AHEAD
+#undef FOR_ROUNDS
 #undef ROW

@@ -58,7 +58,7 @@ static void naive_product(float *y, const Rows *x, const Linear *layer, int mode
             const void *where[MAX_SEGMENTS];
             float sum = 0, *out = y + (size_t)r * O + o;
             if (x->locate) x->locate(x->of, r, where);
-            else where[0] = (const char *)x->of + (size_t)r * bytes;
+            else where[0] = (const char *)x->of + (size_t)r * x->stride;
             for (int s = 0; s < x->segments; s++)
                 sum = dot(layer->precision, sum, where[s], w + s * bytes, n);
             if (layer->bias) sum += layer->bias[o];

@@ -23,6 +23,7 @@
  * transposed. Each adds products in an order of its own (engine.h, amx.c). */
 #include "engine/engine.h"
 
+#include <limits.h>
 #include <math.h>
 #include <string.h>
 
@@ -133,6 +134,21 @@ size_t panel_bytes(Precision precision, int n) {
     if (tiles_take_floats(precision)) return 4 * C * (size_t)n;
     if (precision == BF16) return 2 * C * (size_t)round_up(n, step);
     return C * (size_t)(n / INT8_CHUNK * (8 + INT8_CHUNK) + (rest ? 8 + round_up(rest, step) : 0));
+}
+
+Ahead panel_ahead(Precision precision, const char *next, int n, int tile) {
+    size_t share = panel_bytes(precision, n) / TILES_AHEAD;
+    size_t round = panel_bytes(precision, kernels->tile[precision].step);
+    return (Ahead){next + (size_t)(tile % TILES_AHEAD) * share, round / TILES_AHEAD, 0, INT_MAX};
+}
+
+/* Each tile fetches a few rows of w, each row in a run of its own. */
+Ahead weights_ahead(Precision precision, const Weight *w, int first, int from, int n, int tile, int tiles) {
+    int rows = ceiling(kernels->tile_cols, tiles), rounds = n / kernels->tile[precision].step;
+    int run = rounds > rows ? rounds / rows : 1;
+    size_t stride = type_bytes(w->type, (size_t)w->cols), bytes = type_bytes(w->type, (size_t)n) / (size_t)run;
+    const char *row = (const char *)w->data + (size_t)(first + tile * rows) * stride;
+    return (Ahead){row + type_bytes(w->type, (size_t)from), bytes, stride - (size_t)run * bytes, run};
 }
 
 /* A chunk of a column as bytes; *scale and *correction are its own in the panel's first two lines. */

@@ -103,12 +103,19 @@ static void pack_whole(const Product *p, int panel) {
         pack_part(p, panel, k, smaller(part, p->K - k), packed + panel_bytes(p->layer->precision, k));
 }
 
-/* Whether tiles can read the task's rows where they lie. Rows past the last lie nowhere. Only bytes are filled up to
- * the tile's step. Rows a multiple of 4 KB apart would share one set of the first-level cache. */
+/* Whether tiles can read the task's rows where they lie. Only bytes are filled up to the tile's step. Rows a multiple
+ * of 4 KB apart would share one set of the first-level cache. */
 static bool lies_packed(const Product *p, const Task *task) {
     Precision precision = p->layer->precision;
-    bool filled = precision == INT8 || p->K % p->tile->step == 0, spread = row_bytes(precision, p->K) % 4096 != 0;
-    return tiles_take_operands(precision) && !p->x->locate && task->rows % p->tile->rows == 0 && filled && spread;
+    bool filled = precision == INT8 || p->K % p->tile->step == 0, spread = p->x->stride % 4096 != 0;
+    bool whole = p->x->whole_tiles || task->rows % p->tile->rows == 0;
+    return tiles_take_operands(precision) && !p->x->locate && whole && filled && spread;
+}
+
+/* What tile t fetches where the task packs panel i next. */
+static Ahead weights_after(const Product *p, const Task *task, int i, int k, int n, int t) {
+    return weights_ahead(p->layer->precision, &p->layer->weight, p->first + (task->panel + i) * kernels->tile_cols,
+                         p->x->skip * p->x->n + k, n, t, task->tiles);
 }
 
 /* The task's sums += n of k, from `k` on. */
@@ -118,45 +125,42 @@ static void multiply_part(const Product *p, const Task *task, const void *(*wher
     size_t stride = packed_bytes(precision, p->tile->part), bytes = panel_bytes(precision, n);
     const char *rows = task->packed;
     if (lies_packed(p, task))
-        rows = (const char *)where[0][0] + row_offset(precision, k), stride = row_bytes(precision, p->K);
+        rows = (const char *)where[0][0] + row_offset(precision, k), stride = p->x->stride;
     else
         for (int i = 0; i < task->rows; i++)
             pack_row(precision, task->packed + i * stride, where[i], p->x->n, k, n);
     for (int i = 0; i < task->panels; i++) {
-        const char *panel = task->own, *next = panel;
-        if (p->panels) {
-            panel = p->panels + (task->panel + i) * p->panel_size + panel_bytes(precision, k);
-            next = i + 1 < task->panels ? panel + p->panel_size : panel + bytes;
-        } else {
-            pack_part(p, task->panel + i, k, n, task->own);
-        }
-        for (int t = 0; t < task->tiles; t++)
+        bool last = i + 1 == task->panels;
+        const char *panel = task->own;
+        if (p->panels) panel = p->panels + (task->panel + i) * p->panel_size + panel_bytes(precision, k);
+        else pack_part(p, task->panel + i, k, n, task->own);
+        for (int t = 0; t < task->tiles; t++) {
+            Ahead ahead = p->panels ? panel_ahead(precision, panel + (last ? bytes : p->panel_size), n, t)
+                                    : weights_after(p, task, last ? 0 : i + 1, last ? k + n : k, n, t);
             p->tile->multiply(task->sums + (i * task->tiles + t) * R * C, C, rows + t * R * stride, stride, panel, n,
-                              next + t * (bytes / TILES_AHEAD));
+                              ahead);
+        }
     }
 }
 
 /* Writes the sums of a tile, but for rows and outputs past the last. */
-static void finish_tile(const Product *p, float *sums, int row, int rows, int column) {
+static void finish_tile(const Product *p, const float *sums, int row, int rows, int column) {
     int O = p->layer->weight.rows, cols = smaller(kernels->tile_cols, O - column);
     const float *bias = p->layer->bias;
     for (int i = 0; i < rows; i++) {
-        float *restrict y = p->y + (size_t)(row + i) * O + column,
-              *restrict sum = sums + i * kernels->tile_cols;
-        if (bias)
-            for (int j = 0; j < cols; j++) sum[j] += bias[column + j];
-        if (p->mode == ACCUMULATE)
-            for (int j = 0; j < cols; j++) y[j] += sum[j];
-        else
-            memcpy(y, sum, sizeof(float) * (size_t)cols);
+        float *restrict y = p->y + (size_t)(row + i) * O + column;
+        const float *sum = sums + i * kernels->tile_cols;
+        for (int j = 0; j < cols; j++) {
+            float value = bias ? sum[j] + bias[column + j] : sum[j];
+            y[j] = p->mode == ACCUMULATE ? y[j] + value : value;
+        }
     }
 }
 
 static void locate_rows(const Product *p, const Task *task, const void *(*where)[MAX_SEGMENTS]) {
-    size_t bytes = row_bytes(p->layer->precision, p->x->n);
     for (int i = 0; i < task->rows; i++) {
         if (p->x->locate) p->x->locate(p->x->of, task->row + i, where[i]);
-        else where[i][0] = (const char *)p->x->of + (size_t)(task->row + i) * bytes;
+        else where[i][0] = (const char *)p->x->of + (size_t)(task->row + i) * p->x->stride;
     }
 }
 
@@ -237,20 +241,25 @@ void product(float *y, Rows x, const Linear *layer, int mode) {
 
 size_t product_memory(const Linear *layer, int rows) { return region_bytes(layer, rows); }
 
+/* Of a row that linear() narrows: as packed rows lie, so that tiles can read it there. */
+static size_t narrow_bytes(const Linear *layer) {
+    return 64 + (row_bytes(layer->precision, layer->weight.cols) + 63) / 64 * 64;
+}
+
 /* A region, then the row operands: in float32, x is that already. */
 size_t linear_memory(const Linear *layer, int L) {
-    size_t narrow = layer->precision == F32 ? 0 : L * row_bytes(layer->precision, layer->weight.cols);
-    return product_memory(layer, L) + narrow;
+    int rows = layer->precision == F32 ? 0 : round_up(L, kernels->tile[layer->precision].rows);
+    return product_memory(layer, L) + (size_t)rows * narrow_bytes(layer);
 }
 
 void linear(float *y, const float *x, int L, const Linear *layer) {
     int I = layer->weight.cols;
-    Rows rows = {.rows = L, .segments = 1, .n = I, .of = x};
+    Rows rows = {.rows = L, .segments = 1, .n = I, .of = x, .stride = sizeof(float) * (size_t)I};
     char *memory = scratch(linear_memory(layer, L));
     if (layer->precision != F32) {
         char *narrow = memory + product_memory(layer, L);
-        narrow_rows(layer->precision, narrow, x, I, L, I);
-        rows.of = narrow;
+        rows.of = narrow, rows.stride = narrow_bytes(layer), rows.whole_tiles = true;
+        PARALLEL_ROWS(l, L, I) narrow_row(layer->precision, narrow + l * rows.stride, x + (size_t)l * I, I);
     }
     run_product(y, &rows, layer, REPLACE, memory);
 }
