@@ -72,7 +72,7 @@ def options():
     parser.add_argument("--reading-steps", type=int, default=1000)
     parser.add_argument("--vae-steps", type=int, default=8000)
     parser.add_argument("--encoder-steps", type=int, default=1500)
-    parser.add_argument("--autoencoder-steps", type=int, default=1500)
+    parser.add_argument("--autoencoder-steps", type=int, default=2500)
     parser.add_argument("--transformer-steps", type=int, default=20000)
     parser.add_argument("--bf16", action="store_true",
                         help="products in bfloat16, but for the reading: three fifths of the time on AMD's "

@@ -195,8 +195,9 @@ PULL = 0.1  # of the latents' mean square to 1, beside the reconstruction's loss
 BATCH = 2  # one clip alone would get convolutions from PyTorch that are four times slower
 STRETCH = 9  # frames of each clip that train_vae sees, at a quarter of a whole one's price
 NOISE = 0.03  # deviation of what is added to the latents that the decoder sees, in units of their own
+SETTLED_NOISE = 0.12  # the same once the encoder stands still: the transformer's latents are off by more
 LEARNING_SHARE = 0.5  # of train_vae's steps: then the light encoder stands still, as it will in use
-ENCODING_SHARE = 0.6  # of train_autoencoder's steps: then the encoder stands still, and the latents are what they are
+ENCODING_SHARE = 0.25  # of train_autoencoder's steps: then the encoder stands still, and the latents are what they are
 
 
 @torch.no_grad()
@@ -260,11 +261,11 @@ def _fit(out, name, module, steps, seed, count, loss_of, autoencoder, narrow, pe
             last_save = time.time()
 
 
-def _clips_and_noise(clips, step, seed, frames):
+def _clips_and_noise(clips, step, seed, frames, deviation=NOISE):
     """So many frames of a few clips, and noise for their latents: those of a step."""
     x = clips.batch(np.random.default_rng([seed, step, frames]), BATCH, frames)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    return x, NOISE * torch.randn(latent_shape(x), generator=generator)
+    return x, deviation * torch.randn(latent_shape(x), generator=generator)
 
 
 def train_vae(out, steps, seed, count, compiled=False, narrow=False):
@@ -329,9 +330,10 @@ def train_autoencoder(out, steps, seed, count, compiled=False, narrow=False):
         loss_between = torch.compile(loss_between, dynamic=False)
 
     def loss_of(clips, step):
+        encodes = step < ENCODING_SHARE * steps
         for part in (vae.encoder, vae.quant_conv):
-            part.requires_grad_(step < ENCODING_SHARE * steps)
-        return loss_between(*_clips_and_noise(clips, step, seed, FRAMES))
+            part.requires_grad_(encodes)
+        return loss_between(*_clips_and_noise(clips, step, seed, FRAMES, NOISE if encodes else SETTLED_NOISE))
 
     _fit(out, "autoencoder", vae, steps, seed, count, loss_of, lambda x: decode(vae, encode(vae, x)), narrow, peak=0.5,
          falling=0.75)
