@@ -391,7 +391,7 @@ static int pixels_of(const Grid *grid) { return grid->height * grid->width; }
 
 /* grid->operands from x (pixels, n), narrowed to the VAE's precision */
 static void to_operands(const VaeStream *s, Grid *grid, const float *x, int n) {
-    narrow_rows(s->vae->precision, grid->operands, x, (size_t)n, pixels_of(grid), n);
+    narrow_rows(s->vae->precision, grid->operands, row_bytes(s->vae->precision, n), x, pixels_of(grid), n);
 }
 
 /* grid->operands from silu(norm(x)) */

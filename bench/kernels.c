@@ -82,11 +82,10 @@ static void run_convolution(void *with) {
 
 static void bench_convolution(Precision precision, int side, int channels) {
     int pixels = side * side;
-    char *operands = hold(3 * pixels * row_bytes(precision, channels));
-    narrow_rows(precision, operands, random_floats(3 * (size_t)pixels * channels), channels, 3 * pixels,
-                channels);
-    Convolution c = {random_linear(precision, channels, TAPS * channels), side, channels, operands,
-                     hold(row_bytes(precision, channels)), row_bytes(precision, channels),
+    size_t pixel = row_bytes(precision, channels);
+    char *operands = hold(3 * pixels * pixel);
+    narrow_rows(precision, operands, pixel, random_floats(3 * (size_t)pixels * channels), 3 * pixels, channels);
+    Convolution c = {random_linear(precision, channels, TAPS * channels), side, channels, operands, hold(pixel), pixel,
                      hold(sizeof(float) * (size_t)pixels * channels)};
     double weights = (double)TAPS * channels * channels;
     double bytes = pixels * (3.0 * c.pixel + 4.0 * channels) + weights * (precision == F32 ? 4 : 2);

@@ -411,8 +411,8 @@ enum { SCALE_BYTES = 64 }; /* a scale has a cache line of its own, so that bytes
 size_t row_bytes(Precision precision, int n);
 size_t row_offset(Precision precision, int k); /* of element k; for INT8 where a chunk starts */
 void narrow_row(Precision precision, void *row, const float *x, int n);
-/* L rows, `stride` floats apart, to row operands side by side. */
-void narrow_rows(Precision precision, void *rows, const float *x, size_t stride, int L, int n);
+/* L rows of n floats, side by side, to row operands `stride` bytes apart. */
+void narrow_rows(Precision precision, void *rows, size_t stride, const float *x, int L, int n);
 
 /* A packed row, which a tile reads: elements side by side, of bfloat16 filled up with zeros to the tile's step. Its
  * bytes are also the stride from one packed row to the next. */

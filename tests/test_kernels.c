@@ -289,7 +289,7 @@ static void compute_convolution(void *with, float *y) {
     size_t bytes = row_bytes(c.precision, c.channels);
     c.zeros = allocate(bytes);
     c.frames = allocate(bytes * 3 * PIXELS);
-    narrow_rows(c.precision, c.frames, c.x, (size_t)c.channels, 3 * PIXELS, c.channels);
+    narrow_rows(c.precision, c.frames, bytes, c.x, 3 * PIXELS, c.channels);
     Rows rows = {.rows = PIXELS, .segments = 18, .n = c.channels, .skip = 9, .locate = locate, .of = &c};
     product(y, rows, &layer, REPLACE);
     product(y, rows, &layer, ACCUMULATE);

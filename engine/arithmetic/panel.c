@@ -65,10 +65,9 @@ void narrow_row(Precision precision, void *row, const float *x, int n) {
         narrow_chunk((uint8_t *)row + row_offset(INT8, k), x + k, smaller(INT8_CHUNK, n - k));
 }
 
-void narrow_rows(Precision precision, void *rows, const float *x, size_t stride, int L, int n) {
-    size_t bytes = row_bytes(precision, n);
+void narrow_rows(Precision precision, void *rows, size_t stride, const float *x, int L, int n) {
     PARALLEL_ROWS(l, L, n)
-        narrow_row(precision, (char *)rows + l * bytes, x + l * stride, n);
+        narrow_row(precision, (char *)rows + l * stride, x + (size_t)l * n, n);
 }
 
 /* ---------------------------------------------------------------- packed rows */

@@ -259,7 +259,7 @@ void linear(float *y, const float *x, int L, const Linear *layer) {
     if (layer->precision != F32) {
         char *narrow = memory + product_memory(layer, L);
         rows.of = narrow, rows.stride = narrow_bytes(layer), rows.whole_tiles = true;
-        PARALLEL_ROWS(l, L, I) narrow_row(layer->precision, narrow + l * rows.stride, x + (size_t)l * I, I);
+        narrow_rows(layer->precision, narrow, rows.stride, x, L, I);
     }
     run_product(y, &rows, layer, REPLACE, memory);
 }
