@@ -35,7 +35,7 @@ COLUMNS, SEED, ENLARGED = 4, 1, 2
 # The stages of a run that leave a log, and what of it is drawn: {column: its label}.
 QUALITY = {"psnr": "PSNR, dB"}
 CURVES = {"reading": {"shape": "shape", "motion": "motion", "role": "first or second"}, "vae": QUALITY,
-          "decoder": QUALITY, "encoder": QUALITY,
+          "encoder": QUALITY, "autoencoder": QUALITY,
           "transformer": {"picture0": "pictures", "beginning0": "beginnings", "whole0": "whole clips",
                           "start0": "first chunks", "start2": "third chunks", "anywhere4": "chunks of long clips"}}
 # Each with the shape, colour and motion or relation of its subjects: did training ever draw these together?

@@ -49,8 +49,7 @@ import vae
 
 FROM_NOTHING = ["tokenizer", "reading", "vae", "encoder", "autoencoder", "transformer", "model"]
 FROM_BASE = ["tokenizer", "base", "autoencoder", "transformer", "model"]
-STREAM_OPTIONS = ["base", "seed", "clips", "reading_steps", "vae_steps", "encoder_steps", "autoencoder_steps",
-                  "bf16"]
+STREAM_OPTIONS = ["base", "seed", "clips", "reading_steps", "vae_steps", "encoder_steps", "autoencoder_steps", "bf16"]
 JUDGES_SEEDS = [vae.EVALUATION_SEED, detect.SEED, adherence.PROMPT_SEED]  # whose clips no training may see
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 

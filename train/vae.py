@@ -226,8 +226,7 @@ def load(out):
     return vae.eval().requires_grad_(False), light.eval().requires_grad_(False)
 
 
-def _fit(out, name, module, steps, seed, count, loss_of, autoencoder, narrow, peak=1.0,
-         falling=0.5):
+def _fit(out, name, module, steps, seed, count, loss_of, autoencoder, narrow, peak=1.0, falling=0.5):
     """Trains `module` up to `steps` steps into OUT/NAME.ckpt, from which it also resumes; the log is OUT/log/NAME.tsv.
 
     count: of the clips that are drawn. loss_of(clips, step): the loss of a step. autoencoder: pixels -> pixels, for the
@@ -277,8 +276,7 @@ def train_vae(out, steps, seed, count, compiled=False, narrow=False):
     torch.manual_seed(seed)
     vae, light = new_vae(), LightEncoder()
     reconstruct = lambda x, noise: reconstruction_loss(decode(vae, light(x) + noise).float(), x)
-    if compiled:
-        reconstruct = torch.compile(reconstruct, dynamic=False)
+    reconstruct = torch.compile(reconstruct, dynamic=False, disable=not compiled)
 
     def loss_of(clips, step):
         if step == 0:
@@ -294,8 +292,7 @@ def train_vae(out, steps, seed, count, compiled=False, narrow=False):
 def _distance(vae, light, seed, compiled):
     """(clips, step) -> squared distance of the two encoders' latents of a few whole clips."""
     distance = lambda x: (encode(vae, x).float() - light(x).float()).square().mean()
-    if compiled:
-        distance = torch.compile(distance, dynamic=False)
+    distance = torch.compile(distance, dynamic=False, disable=not compiled)
     return lambda clips, step: distance(clips.batch(np.random.default_rng([seed, step, 1]), BATCH, FRAMES))
 
 
@@ -326,8 +323,7 @@ def train_autoencoder(out, steps, seed, count, compiled=False, narrow=False):
         z = encode(vae, x).float()
         return reconstruction_loss(decode(vae, z + noise).float(), x) + PULL * (z.square().mean() - 1).square()
 
-    if compiled:
-        loss_between = torch.compile(loss_between, dynamic=False)
+    loss_between = torch.compile(loss_between, dynamic=False, disable=not compiled)
 
     def loss_of(clips, step):
         encodes = step < ENCODING_SHARE * steps
