@@ -24,8 +24,8 @@ def read(path):
     """Rows of a file of bench.c, numbers as floats."""
     with open(path) as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
-    return [{key: value if key in ("kind", "name", "precision", "instruction") else float(value) for key, value in row.items()}
-            for row in rows]
+    words = "kind", "name", "precision", "instruction"
+    return [{key: value if key in words else float(value) for key, value in row.items()} for row in rows]
 
 
 def draw_roofs(axes, peaks, intensity):

@@ -64,7 +64,8 @@ static void lay_out(Forward *f, Arena *arena, int T, int seen, int H, int W) {
 
 static void run_forward(void *with) {
     Forward *f = with;
-    transformer_forward(&f->t, &f->state, &f->context, &f->cache, &f->chunk, &(Planes){f->t.in_dim, f->latents}, f->velocity);
+    Planes planes = {f->t.in_dim, f->latents};
+    transformer_forward(&f->t, &f->state, &f->context, &f->cache, &f->chunk, &planes, f->velocity);
 }
 
 /* Seconds of one forward pass through `layers` blocks on latents of T x H x W, which are the last of `seen` frames:

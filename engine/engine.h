@@ -431,7 +431,7 @@ void pack_panel(Precision precision, void *panel, const Weight *w, int first, in
 void pack_columns(Precision precision, void *panel, const float *w, size_t stride, int cols, int n);
 
 /* What a tile fetches into the cache while it multiplies: in each round, `step` of k (Tile), what lies at `at`, which
- * then moves on by `bytes`; after every `run` rounds by `skip` more. INT8 has one run. */
+ * then moves on by `bytes`; after every `run` rounds by `skip` more. INT8's tiles leave out `skip`. */
 typedef struct {
     const char *at;
     size_t bytes, skip;

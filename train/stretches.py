@@ -1,12 +1,17 @@
 """The transformer's training data: latents of stretches of stories, in shards on disk.
 
-A stretch is ten chunks of latent frames, from the start of a story or from anywhere in its minute, encoded by Wan's own
-encoder. A cut's first latent frame stands for one picture, where the whole film's would stand for four; it is left out.
-Beside the latents stand the sentences, several tellings of each story, so a shard needs nothing else to be read.
+    shard 0, 2, ...    96 stretches of 3 chunks     the first two seconds of a story
+    shard 1, 3, ...    32 stretches of 10 chunks    from anywhere in a story's minute
 
-Other processes draw the shards, one after the other, while the transformer trains on those that are there.
+Both take a core about as long: frames are what costs, in Wan's own encoder. A cut's first latent frame stands for one
+picture, where the whole film's would stand for four; it is left out. Beside the latents stand the sentences, several
+tellings of each story, so a shard needs nothing else to be read.
+
+Other processes draw the shards, one after the other, while the transformer trains on those that are there. A model
+that sees the same stretches again and again learns them by heart.
 """
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -23,10 +28,11 @@ import world
 from common import products
 from world import CHUNK, SIZE
 
-SHARD, STRETCH = 32, 10  # stretches in a shard; chunks in a stretch
+START, ANYWHERE = 0, 1  # where a stretch begins
+STRETCHES, CHUNKS = (96, 32), (3, 10)  # in a shard of each; in a stretch of each
 LATEST, SENTENCES, TELLINGS = 75, 8, 6  # chunk at which a stretch begins at the latest; of half of the stories; of each
-AT_START = 0.35  # share of stretches from a story's start
-KINDS = "single", "single", "single", "single", "pair", "relation", "relation"  # how stories begin, drawn from evenly
+LASTS = 4, 7  # chunks that a sentence lasts: short ones, since what is hard to learn is where they change
+KINDS = "single", "single", "pair", "relation"  # how stories begin, drawn from evenly
 HALF_CELL = 4 / SIZE  # a latent is 8 pixels wide and high
 
 
@@ -37,23 +43,24 @@ def story_of(seed, index):
     so a subject's latents are the same in either place, only moved, and the transformer need not learn them for every
     fraction of one.
     """
-    story = world.story(seed, index, KINDS, weights=world.LEARNED_LAST, sentences=(1, SENTENCES)[index % 2])
+    story = world.story(seed, index, KINDS, weights=world.LEARNED_LAST, sentences=(1, SENTENCES)[index % 2],
+                        chunks=LASTS)
     dx = math.copysign(HALF_CELL, story.scenes[0].dx)
     return dataclasses.replace(story, scenes=tuple(dataclasses.replace(s, dx=dx, dy=HALF_CELL) for s in story.scenes))
 
 
-def begin_of(story, rng):
+def begin_of(story, where, rng):
     """The chunk at which a stretch of a story begins. Of a lone sentence early ones are likelier: some come to rest."""
-    if rng.random() < AT_START:
+    if where == START:
         return 0
     last = story.starts[-1] // CHUNK
     return 1 + int(rng.integers(last + 4) if last else LATEST * rng.random() ** 3)
 
 
-def drawn(story, begin):
+def drawn(story, begin, chunks):
     """Pixels of a stretch, float [3, F, SIZE, SIZE], after the frame that the encoder takes for a first picture."""
     first = world.first_frame(CHUNK * begin) - 1 if begin else 0
-    frames = 4 * CHUNK * STRETCH + (1 if begin else -3)
+    frames = 4 * CHUNK * chunks + (1 if begin else -3)
     return vae.to_tensor(draw.draw(story, SIZE, frames, first))
 
 
@@ -72,16 +79,20 @@ def path_of(folder, k):
 
 
 @torch.no_grad()
-def make_shard(k, folder, seed, autoencoder, tokenizer, narrow):
-    """Draws and encodes shard k: float16 [SHARD, STRETCH, Z, CHUNK, h, w], and a JSON file of what is told."""
-    path, out, told = path_of(folder, k), [], []
-    for index in range(k * SHARD, (k + 1) * SHARD):
+def make_shard(k, folder, seed, encode, tokenizer, narrow):
+    """Draws and encodes shard k: float16 [stretches, chunks, Z, CHUNK, h, w], and a JSON file of what is told.
+
+    encode: pixels [1, 3, F, H, W] -> latents.
+    """
+    path, where, out, told = path_of(folder, k), k % 2, [], []
+    for index in range(k * max(STRETCHES), k * max(STRETCHES) + STRETCHES[where]):
         story, rng = story_of(seed, index), np.random.default_rng([seed, index, 5])
-        begin = begin_of(story, rng)
+        begin = begin_of(story, where, rng)
         told.append({"begin": begin, "tellings": tellings_of(story, tokenizer, rng)})
         with products(narrow):
-            z = vae.encode(autoencoder, drawn(story, begin)[None])[0]  # [Z, frames, h, w]
-        out.append(z[:, -CHUNK * STRETCH:].unflatten(1, (STRETCH, CHUNK)).transpose(0, 1).half().numpy())
+            z = encode(drawn(story, begin, CHUNKS[where])[None])[0]  # [Z, frames, h, w]
+        z = z[:, -CHUNK * CHUNKS[where]:].unflatten(1, (CHUNKS[where], CHUNK))
+        out.append(z.transpose(0, 1).half().numpy())
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(told))
     temporary = path.with_suffix(".tmp.npy")
@@ -89,37 +100,42 @@ def make_shard(k, folder, seed, autoencoder, tokenizer, narrow):
     temporary.rename(path)
 
 
-def draw_ahead(shards, *args):
+def draw_ahead(shards, folder, seed, autoencoder, tokenizer, compiled, narrow):
     """A process of its own: makes those of the shards that are not there, as long as its parent lives."""
     torch.set_num_threads(1)
     parent = os.getppid()
+    for module in autoencoder.encoder.modules():
+        if isinstance(module, torch.nn.Conv3d):  # so a convolution takes two thirds of the time; compiled, half of it
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+    encode = functools.partial(vae.encode, autoencoder)
+    encode = torch.compile(encode, dynamic=False) if compiled else encode
     for k in shards:
-        if not path_of(args[0], k).exists() and os.getppid() == parent:
-            make_shard(k, *args)
+        if not path_of(folder, k).exists() and os.getppid() == parent:
+            make_shard(k, folder, seed, encode, tokenizer, narrow)
 
 
 class Pool:
     """The windows of all shards that are there, up to the first that is not."""
 
     def __init__(self, folder):
-        self.folder, self.latents, self.told, self.at_start = folder, [], [], []
+        self.folder, self.shards, self.latents, self.told = folder, 0, ([], []), ([], [])
 
     def grow(self):
-        """Takes in the shards that have come, and waits for the first; how many stretches there are."""
-        while (path := path_of(self.folder, len(self.told) // SHARD)).exists() or not self.told:
+        """Takes in the shards that have come, and waits for the first two; how many stretches there are."""
+        while (path := path_of(self.folder, self.shards)).exists() or self.shards < 2:
             if not path.exists():
                 time.sleep(1)
                 continue
-            self.latents += list(np.load(path, mmap_mode="r"))
-            self.told += json.loads(path.with_suffix(".json").read_text())
-            self.at_start = [i for i, told in enumerate(self.told) if told["begin"] == 0]
-        return len(self.told)
+            self.latents[self.shards % 2].extend(np.load(path, mmap_mode="r"))
+            self.told[self.shards % 2].extend(json.loads(path.with_suffix(".json").read_text()))
+            self.shards += 1
+        return sum(map(len, self.told))
 
-    def window(self, rng, chunks, at_start):
+    def window(self, rng, chunks, where):
         """(latents [chunks, Z, CHUNK, h, w], the text of each chunk) of so many chunks of a stretch."""
-        i = int(rng.choice(self.at_start) if at_start else rng.integers(len(self.told)))
-        first = 0 if at_start else int(rng.integers(STRETCH - chunks + 1))
-        begin, tellings = self.told[i]["begin"], self.told[i]["tellings"]
+        i = int(rng.integers(len(self.told[where])))
+        first = 0 if where == START else int(rng.integers(CHUNKS[where] - chunks + 1))
+        begin, tellings = self.told[where][i]["begin"], self.told[where][i]["tellings"]
         telling = tellings[rng.integers(len(tellings))]
         texts = [[text for start, text in telling if start <= begin + first + c][-1] for c in range(chunks)]
-        return np.asarray(self.latents[i][first:first + chunks]), texts
+        return np.asarray(self.latents[where][i][first:first + chunks]), texts

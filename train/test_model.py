@@ -198,7 +198,7 @@ class Noise:
     def grow(self):
         return 8
 
-    def window(self, rng, chunks, at_start):
+    def window(self, rng, chunks, where):
         return rng.normal(size=(chunks, vae.Z, world.CHUNK, 6, 6)), (["a red star"] * 2 + ["a"] * chunks)[:chunks]
 
 
@@ -225,15 +225,17 @@ def test_a_run_that_was_ended_goes_on_as_if_nothing_had_happened(words, tmp_path
 
 
 def test_a_stretch_begins_where_its_sentences_say(words, tmp_path, monkeypatch):
-    """A shard, encoded by a VAE that hands the first channel through: its windows have the latents of their frames."""
-    monkeypatch.setattr(stretches, "SHARD", 4)
-    monkeypatch.setattr(vae, "encode", lambda _, x: torch.nn.functional.interpolate(
-        x[:, :1, ::4], scale_factor=(1, 1 / 8, 1 / 8)))
-    stretches.make_shard(0, tmp_path, 0, None, tokenizer.Tokenizer(words), narrow=False)
+    """A shard of each kind, encoded by handing the first channel through: windows have the latents of their frames."""
+    monkeypatch.setattr(stretches, "STRETCHES", (4, 3))
+    small = lambda x: torch.nn.functional.interpolate(x[:, :1, ::4], scale_factor=(1, 1 / 8, 1 / 8))
+    for k in (0, 1):
+        stretches.make_shard(k, tmp_path, 0, small, tokenizer.Tokenizer(words), narrow=False)
     pool = stretches.Pool(tmp_path)
-    assert pool.grow() == 4
-    for i, told in enumerate(pool.told):
-        frame = world.first_frame(world.CHUNK * (told["begin"] + 2)) + 3  # the last of chunk 2's first latent frame
-        pixels = vae.to_tensor(draw.draw(stretches.story_of(0, i), first=frame, frames=1))[None]
-        expected = torch.nn.functional.interpolate(pixels[:, :1], scale_factor=(1, 1 / 8, 1 / 8))[0, :, 0]
-        assert np.allclose(pool.latents[i][2, :, 0], expected.half(), atol=1e-3)
+    assert pool.grow() == 7
+    for where in (stretches.START, stretches.ANYWHERE):
+        for i, told in enumerate(pool.told[where]):
+            assert (told["begin"] == 0) == (where == stretches.START)
+            frame = world.first_frame(world.CHUNK * (told["begin"] + 2)) + 3  # the last of chunk 2's first latent frame
+            story = stretches.story_of(0, 4 * where + i)
+            expected = small(vae.to_tensor(draw.draw(story, first=frame, frames=1))[None])[0, :, 0]
+            assert np.allclose(pool.latents[where][i][2, :, 0], expected.half(), atol=1e-3)

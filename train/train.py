@@ -66,7 +66,7 @@ def options():
     parser.add_argument("--threads", type=int, default=1, help="threads of every stage")
     parser.add_argument("--drawers", type=int, default=1, help="processes that draw while the transformer trains")
     parser.add_argument("--shards", type=int, default=400,
-                        help=f"that they draw, at most, of {stretches.SHARD} stretches each")
+                        help="that they draw, at most, of 32 or 96 stretches each")
     parser.add_argument("--clips", type=int, default=1500, help="drawn clips for the VAE")
     parser.add_argument("--reading-steps", type=int, default=1000)
     parser.add_argument("--vae-steps", type=int, default=8000)
@@ -129,7 +129,7 @@ def train_transformer(args, words):
     for i in range(args.drawers):
         shards = range(i, args.shards, args.drawers)
         spawn.Process(target=stretches.draw_ahead, daemon=True,
-                      args=(shards, folder, args.seed, autoencoder, tokens, args.bf16)).start()
+                      args=(shards, folder, args.seed, autoencoder, tokens, not args.eager, args.bf16)).start()
     transformer.train(args.out, tokens, known, stretches.Pool(folder), course, args.seed, learns_text=not args.base,
                       compiled=not args.eager, narrow=args.bf16, device=args.device)
 

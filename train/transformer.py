@@ -35,6 +35,7 @@ import torch
 from torch import nn
 
 import model
+import stretches
 from common import Average, Log, Optimisers, products, rate, save_atomically
 from world import CHUNK
 
@@ -140,7 +141,8 @@ class Batch:
         self.own = step >= OWN_FROM * course.steps and rng.random() < OWN_SHARE
         size, frames, count = self.layout.samples, self.layout.frames, max(self.layout.noisy) + 1
         chunks = -(-count * frames // CHUNK)
-        windows = [pool.window(rng, chunks, at_start=self.layout is not ANYWHERE) for _ in range(size)]
+        where = stretches.ANYWHERE if self.layout is ANYWHERE else stretches.START
+        windows = [pool.window(rng, chunks, where) for _ in range(size)]
         clean = torch.from_numpy(np.stack([latents for latents, _ in windows])).float()  # [B, chunks, Z, CHUNK, h, w]
         clean = clean.transpose(1, 2).flatten(2, 3)[:, :, :count * frames].unflatten(2, (count, frames)).transpose(1, 2)
         self.clean = clean.to(device)
@@ -269,11 +271,11 @@ def train(out, tokenizer, known, pool, course, seed, learns_text=True, compiled=
     curve, begun, last_save, asked = Curve(out / "log/transformer.tsv"), time.time() - run.seconds, time.time(), []
     before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     while run.step < course.steps:
-        stretches = pool.grow()
+        count = pool.grow()
         batch = Batch(run.step, course, seed, pool, tokenizer, device)
         losses, norm = run.advance(batch)
         run.seconds = time.time() - begun
-        curve.add(run, batch, losses, norm, stretches)
+        curve.add(run, batch, losses, norm, count)
         if asked or time.time() - last_save > SAVE_SECONDS or run.step == course.steps:
             run.save(checkpoint)
             last_save = time.time()

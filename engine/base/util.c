@@ -4,8 +4,8 @@
  * signal handler remove every .part file, except those that --resume needs (outputs_note), so a failed run leaves no
  * incomplete result. NAME.part is locked (flock) while a process writes it: a second process with the same output is
  * refused. The .part file of a killed process is not locked and is reused. Two kinds of output are written directly:
- * standard output, and a path that is not a regular file (/dev/null, a FIFO), because rename() would replace the device. A
- * symbolic link stays; its target is replaced.
+ * standard output, and a path that is not a regular file (/dev/null, a FIFO), because rename() would replace the
+ * device. A symbolic link stays; its target is replaced.
  *
  * Closed pipe. SIGPIPE is ignored, so that write() fails with EPIPE. The failure is reported like a full disk: one
  * line, status 3. If SIGPIPE ended the process, the .part files would stay.
