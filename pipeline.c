@@ -461,6 +461,7 @@ const char *generate_read(Model *model, const Settings *settings, Bytes state) {
     free(s.latents);
     encoding_free(&s.encoding);
     vae_close(video.decoder);
+    if (settings->noise) npy_free(&noise.file);
     run_free(&run);
     return why;
 }

@@ -262,7 +262,10 @@ static int gather(const char *path, MarkSum *sum, char hex[65]) {
     FILE *stream = input_open(path);
     sha256_start(&sha);
     const char *why = stream ? y4m_open(stream, &sha, &reader, &format) : strerror(errno);
-    if (why && strcmp(path, "-") && !source_open(path, &picture)) return gather_picture(&picture, sum, hex);
+    if (why && strcmp(path, "-") && !source_open(path, &picture)) {
+        if (stream) fclose(stream);
+        return gather_picture(&picture, sum, hex);
+    }
     if (why) die(STATUS_USAGE, "--verify %s: %s", path, why);
     float *frame = allocate(3 * sizeof *frame * (size_t)format.width * (size_t)format.height);
     while (!(why = y4m_next(reader, frame, &end)) && !end) mark_gather(sum, &format, frame);

@@ -543,7 +543,8 @@ static void check_combinations(const Command *c) {
     if (c->tolerance >= 0 && !c->check) die(STATUS_USAGE, "--tolerance: needs --check DIR");
     if (s->feed && !c->check) die(STATUS_USAGE, "--feed: needs --check DIR");
     if (s->frames && s->seconds >= 0) die(STATUS_USAGE, "--frames and --seconds: expected one of them, found both");
-    if (s->last_image && !s->image && !s->extend) die(STATUS_USAGE, "--last-image: needs --image FILE, the first frame");
+    if (s->last_image && !s->image && !s->extend)
+        die(STATUS_USAGE, "--last-image: needs --image FILE, or --video FILE with --extend");
     if (s->image && s->video) die(STATUS_USAGE, "--image and --video: expected one of them, found both");
     if (s->extend && s->strength >= 0) die(STATUS_USAGE, "--extend and --strength: expected one of them, found both");
     if (s->extend && !s->video) die(STATUS_USAGE, "--extend: needs --video FILE");

@@ -154,7 +154,14 @@ static void take_conditions(const Run *run, Encoding *e) {
     e->planes = allocate(sizeof(float) * planes_size(run));
 }
 
+static void encoding_close(Encoding *e) {
+    source_reader_close(e->source), e->source = NULL;
+    vae_close(e->stream), e->stream = NULL;
+    free(e->frame), e->frame = NULL;
+}
+
 void encoding_free(Encoding *e) {
+    encoding_close(e);
     free(e->held);
     free(e->planes);
 }
@@ -188,9 +195,7 @@ static void encode(const Run *run, Encoding *e, int frames, float *out, size_t s
     }
     for (int f = 0; f < frames; f++) require_finite(run->model, out + f * stride, run->frame_size, "encoded");
     if (e->taken < run->pictured) return;
-    source_reader_close(e->source);
-    vae_close(e->stream);
-    free(e->frame);
+    encoding_close(e);
     scratch_free();
 }
 

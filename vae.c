@@ -84,6 +84,19 @@ static Levels read_levels(const WeightFile *file) {
     return levels;
 }
 
+/* Wan 2.2's shortcuts: the sizes at both ends of one must divide. AvgDown3D and DupUp3D assert the same. */
+static void check_shortcuts(const WeightFile *file, const Levels *levels) {
+    int last = levels->count - 1;
+    for (int i = 0; levels->residual && i <= last; i++) {
+        int before = i ? levels->mult[i - 1] : 1, own = levels->mult[i], after = levels->mult[smaller(i + 1, last)];
+        int down = before * (i < last ? 4 * (1 + levels->temporal[i]) : 1);
+        int up = own * (i ? 4 * (1 + levels->temporal[i - 1]) : after);
+        if (down % own || up % after)
+            weights_refuse(file, "vae.dim_mult has no shortcuts past level %d: %d of %d, or %d of %d values", i, own, down,
+                           after, up);
+    }
+}
+
 static Conv bind_conv(const WeightFile *file, Precision precision, int O, int I, int kt, int k, int with_bias,
                       const char *name) {
     Conv conv = {.kt = kt, .kh = k, .kw = k, .in = I, .out = O, .up = 1, .stride = 1};
@@ -263,6 +276,7 @@ Vae vae_load(const WeightFile *file, Precision precision) {
                .patch_size = weights_size_or(file, "vae.patch_size", 16, 1),
                .precision = precision == F32 ? F32 : BF16};
     Levels levels = read_levels(file);
+    check_shortcuts(file, &levels);
     vae.spatial_stride = vae.patch_size << (levels.count - 1);
     vae.temporal_stride = 1;
     for (int i = 0; i + 1 < levels.count; i++) vae.temporal_stride <<= levels.temporal[i];

@@ -577,7 +577,7 @@ images() {
     refused 2 "--image: needs a model that generates in chunks, or Wan 2.2's TI2V-5B or I2V-A14B; this one" $small --image $images/picture.ppm x
     refused 2 "--extend: needs a model that generates in chunks, or Wan 2.2's TI2V-5B or I2V-A14B; this one" $anew --video $images/clip.y4m --extend x
     refused 2 "--last-image: needs a model such as Wan 2.2's I2V-A14B or TI2V-5B" $short --image $images/picture.ppm --last-image $images/picture.ppm x
-    refused 2 "--last-image: needs --image FILE, the first frame" $small --last-image $images/picture.ppm x
+    refused 2 "--last-image: needs --image FILE, or --video FILE with --extend" $small --last-image $images/picture.ppm x
     refused 2 "--guidance-2: needs a model with two experts, this one has one transformer" $small --guidance-2 3 x
     refused 2 "--image nowhere.ppm: No such file" $small --image nowhere.ppm x
     refused 2 "--image $golden/noise.npy: expected a PPM (P6) or a Y4M" $small --image $golden/noise.npy x

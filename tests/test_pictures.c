@@ -175,23 +175,32 @@ static void check_settings(void) {
 
 /* A weight file in which the first `from` is overwritten, `after` bytes behind its end or in its place. */
 typedef struct {
-    const char *from, *to, *message;
+    const char *from, *to;
     int size, after; /* bytes of `to`; negative: in place of `from` */
+} Edit;
+
+typedef struct {
+    const char *message;
+    Edit edits[2];
 } Damage;
 
 static const double two = 2, below_zero = -0.5, not_a_number = NAN;
+static const int16_t three = 3;
 static const Damage damages[] = {
-    {"transformer_2.head.modulation", "transformer_2.head.modulatiox",
-     "tensor \"transformer_2.head.modulation\" is missing", 29, -1},
-    {"transformer_2.blocks.1.ffn.0.bias", "transformer_3.blocks.1.ffn.0.bias",
-     "tensor \"transformer_2.blocks.1.ffn.0.bias\" is missing", 33, -1},
-    {"\"blocks.0", "", "", 0, -1}, /* no such text: the file is whole */
-    {"i2v", "s2v", "wan.model_type is 's2v', expected t2v, ti2v or i2v", 3, -1},
-    {"i2v", "t2v", "the transformer maps 12 channels to 4, expected 4 to 4 in a model of type t2v", 3, -1},
-    {"scheduler.boundary", "scheduler.boundarx", "there are two transformers, expected the key scheduler.boundary", 18, -1},
-    {"scheduler.boundary", (const char *)&two, "scheduler.boundary is 2, expected 0 to 1", 8, 4},
-    {"scheduler.boundary", (const char *)&below_zero, "scheduler.boundary is -0.5, expected 0 to 1", 8, 4},
-    {"scheduler.boundary", (const char *)&not_a_number, "scheduler.boundary is ", 8, 4},
+    {"tensor \"transformer_2.head.modulation\" is missing",
+     {{"transformer_2.head.modulation", "transformer_2.head.modulatiox", 29, -1}}},
+    {"tensor \"transformer_2.blocks.1.ffn.0.bias\" is missing",
+     {{"transformer_2.blocks.1.ffn.0.bias", "transformer_3.blocks.1.ffn.0.bias", 33, -1}}},
+    {"", {{0}}}, /* the file is whole */
+    {"wan.model_type is 's2v', expected t2v, ti2v or i2v", {{"i2v", "s2v", 3, -1}}},
+    {"the transformer maps 12 channels to 4, expected 4 to 4 in a model of type t2v", {{"i2v", "t2v", 3, -1}}},
+    {"there are two transformers, expected the key scheduler.boundary",
+     {{"scheduler.boundary", "scheduler.boundarx", 18, -1}}},
+    {"scheduler.boundary is 2, expected 0 to 1", {{"scheduler.boundary", (const char *)&two, 8, 4}}},
+    {"scheduler.boundary is -0.5, expected 0 to 1", {{"scheduler.boundary", (const char *)&below_zero, 8, 4}}},
+    {"scheduler.boundary is ", {{"scheduler.boundary", (const char *)&not_a_number, 8, 4}}},
+    {"vae.dim_mult has no shortcuts past level 0: 3 of 8, or 2 of 6 values",
+     {{"vae.is_residual", "\1", 1, 4}, {"vae.dim_mult", (const char *)&three, 2, 16}}},
 };
 
 static uint8_t *find(Bytes bytes, const char *text) {
@@ -206,8 +215,11 @@ static void load_damaged(void *of) {
     Model model = {0};
     Bytes bytes;
     if (read_file(experts_model, (size_t)1 << 24, &bytes)) abort();
-    uint8_t *at = find(bytes, d->from);
-    if (at) memcpy(at + (d->after < 0 ? 0 : strlen(d->from) + (size_t)d->after), d->to, (size_t)d->size);
+    for (const Edit *e = d->edits; e < d->edits + 2 && e->from; e++) {
+        uint8_t *at = find(bytes, e->from);
+        if (!at) abort();
+        memcpy(at + (e->after < 0 ? 0 : strlen(e->from) + (size_t)e->after), e->to, (size_t)e->size);
+    }
     const char *why = weights_parse(bytes, "damaged", &model.file);
     if (why) die(STATUS_USAGE, "%s", why);
     model_bind(&model);
@@ -222,7 +234,7 @@ static void bind_long_name(void *unused) {
 
 static void check_damages(void) {
     for (size_t i = 0; i < sizeof damages / sizeof *damages; i++)
-        expect(damages[i].size ? STATUS_USAGE : STATUS_OK, damages[i].message, load_damaged, (void *)&damages[i]);
+        expect(damages[i].edits->from ? STATUS_USAGE : STATUS_OK, damages[i].message, load_damaged, (void *)&damages[i]);
     expect(STATUS_USAGE, ": a name of 306 bytes, expected less than 256", bind_long_name, NULL);
 }
 
