@@ -33,7 +33,7 @@ const char *__ubsan_default_options(void) {
     return "abort_on_error=1:print_stacktrace=1";
 }
 
-enum { MAX_CORPUS = 512, MAX_INPUT = 8 << 20, MAX_SECONDS_EACH = 20 };
+enum { MAX_CORPUS = 512, MAX_INPUT = 8 << 20, MAX_SECONDS_EACH = 20, MAX_MEMORY = 64 << 20 };
 
 typedef struct {
     uint8_t *data;
@@ -226,11 +226,13 @@ static bool run_model(Bytes in) {
     if (weights_parse(in, "fuzz", &model.file)) return false;
     if (tokenizer_load(model.file, &model.tokenizer)) return false;
     model_bind(&model);
-    settings.prompt = "a red fox", settings.width = settings.height = 16 << below(11);
+    bool small = below(2);
+    settings.prompt = "a red fox", settings.width = settings.height = small ? 32 : 16 << below(11);
+    settings.output = "/dev/null", settings.quiet = true, settings.record = false, settings.frames = small ? 9 : 0;
     if (model.start != TEXT) settings.image = "", settings.source = &picture;
     if (model.start != TEXT && below(2)) settings.last_image = "", settings.last_source = &picture;
     settings_complete(&settings, &model);
-    generate_memory(&model, &settings);
+    if (generate_memory(&model, &settings) <= MAX_MEMORY && small) generate(&model, &settings);
     return true;
 }
 
@@ -554,6 +556,7 @@ static void seed_all(const char *only) {
     seed_files(&targets[WHOLE_MODEL], "tests/goldens/model/*.gguf");
     seed_files(&targets[WHOLE_MODEL], "tests/goldens/causal/*.gguf");
     seed_files(&targets[WHOLE_MODEL], "tests/goldens/pictures/*.gguf");
+    seed_files(&targets[WHOLE_MODEL], "tests/goldens/pictures/held/*.gguf");
     seed_files(&targets[WHOLE_MODEL], "tests/goldens/tiny/*.gguf");
 }
 

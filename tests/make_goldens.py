@@ -248,8 +248,8 @@ def make_images(folder: Path) -> None:
 
 def make_pictures(folder: Path) -> None:
     """first.y4m, last.y4m: two pictures. planes/: the tensors of a clip from one to the other by diffusers, with the weights
-    of model.gguf: an image-to-video model with two experts. held/: the same with the weights of ../model/model.gguf, whose
-    first and last latent frames are held."""
+    of model.gguf: an image-to-video model with two experts. held/: the same with weights like TI2V-5B's: the first and last
+    latent frames are held, and the VAE has shortcuts."""
     planes = clips.make_planes(32, 16, 2, SEED + 1)
     for i, name in enumerate(("first", "last")):
         clips.write_y4m(folder / f"{name}.y4m", planes[i:i + 1])
@@ -260,7 +260,11 @@ def make_pictures(folder: Path) -> None:
         subprocess.run([sys.executable, ROOT / "export.py", experts, "-o", folder / "model.gguf", "--type", "f32"],
                        check=True)
         dump(experts, folder / "planes", settings, source=clips.colours(planes))
-        held = make_small(Path(work) / "held", expand=True)
+        held = make_small(Path(work) / "held", expand=True, vae_sizes={
+            "decoder_base_dim": 8, "patch_size": 2, "in_channels": 12, "out_channels": 12, "is_residual": True,
+            "scale_factor_spatial": 8})
+        subprocess.run([sys.executable, ROOT / "export.py", held, "-o", folder / "held" / "model.gguf", "--type", "f32"],
+                       check=True)
         dump(held, folder / "held", replace(settings, guidance_2=None), source=clips.colours(planes))
     for path in folder.glob("*/step*.block*.npy"):
         path.unlink()

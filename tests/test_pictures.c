@@ -9,7 +9,8 @@
 #include <unistd.h>
 
 static const char text_model[] = "tests/goldens/model/model.gguf",
-                  experts_model[] = "tests/goldens/pictures/model.gguf";
+                  experts_model[] = "tests/goldens/pictures/model.gguf",
+                  held_model[] = "tests/goldens/pictures/held/model.gguf";
 
 /* ---------------------------------------------------------------- clips */
 
@@ -55,11 +56,9 @@ static void compare_planes(void *unused) {
     compare(&model, "tests/goldens/pictures/planes");
 }
 
-/* The held frames' goldens were made with the weights of the text-to-video model. */
 static void compare_held(void *unused) {
     (void)unused;
-    Model model = model_load(text_model, F32);
-    model.start = TEXT_OR_PICTURE;
+    Model model = model_load(held_model, F32);
     compare(&model, "tests/goldens/pictures/held");
 }
 
