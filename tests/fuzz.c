@@ -302,7 +302,7 @@ static bool run_apart(const Target *target, Bytes in) {
     if (child < 0 || waitpid(child, &status, 0) != child)
         die(STATUS_RESOURCE, "cannot start a process for %s", target->name);
     int answer = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-    if (answer != STATUS_OK && answer != STATUS_USAGE && answer != STATUS_RESOURCE) abort();
+    if (answer < STATUS_OK || answer > STATUS_RESOURCE) abort();
     return answer == STATUS_OK;
 }
 
