@@ -90,7 +90,7 @@ NOTHING = {  # clips without a mark, which ffmpeg makes or cuts from the footage
 
 def test_chance_finds_no_mark(tmp_path):
     """The highest of all shifts and scales for keys that are not in the clip, and how rarely it passes the threshold: beyond
-    5 its distribution falls at least as fast as an exponential.  KEYS=800 is the run of docs/trust.md."""
+    5 its distribution falls at least as fast as an exponential.  KEYS=1300 is the run of docs/trust.md."""
     keys, found = int(os.environ.get("KEYS", 40)), []
     for name, source in NOTHING.items():
         run("ffmpeg", "-v", "error", "-y", *source, "-frames:v", 50, "-pix_fmt", "yuv420p", "-strict", "-1", tmp_path / "a.y4m")
