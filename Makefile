@@ -2,7 +2,7 @@
 # make demo               generates demo.y4m with the bundled model; PROMPT="a red cross spins at night"
 # make test               runs all tests that need only a C compiler
 # make test-reference     compares with the reference implementations in Python
-# make faults             kills runs and fills disks at FAULTS=1000 moments each, and resumes
+# make faults             kills FAULTS=1000 runs, fills the disk in 750, and resumes them
 # make sanitize, races    runs the tests under ASan and UBSan, under TSan
 # make fuzz               mutated inputs for all that reads files; FUZZ_SECONDS=20
 # make bench, bench-peers measures this program, and others beside it
@@ -80,7 +80,7 @@ $(BUILD)/shim.so: tests/shim.c
 test: sora $(BUILD)/run-tests $(BUILD)/shim.so $(BUILD)/bench/bench
 	SORA=$(BUILD)/sora SHIM=$(BUILD)/shim.so $(BUILD)/run-tests
 
-# Kills and full disks, N of each; --resume must give the same bytes after every one.
+# N kills and 3/4 N full disks; --resume must give the same bytes after every one.
 FAULTS ?= 1000
 faults: sora $(BUILD)/run-tests $(BUILD)/shim.so
 	FAULTS=$(FAULTS) SORA=$(BUILD)/sora SHIM=$(BUILD)/shim.so $(BUILD)/run-tests faults

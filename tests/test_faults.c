@@ -5,7 +5,7 @@
  * be tried. Other kills come after a random time. After each fault the run is finished, by --resume where there is a state;
  * then video and record must have the bytes of an undisturbed run, and nothing else may be left.
  *
- * FAULTS=N asks for N kills and N full disks in all, spread over all calls of all clips; the default takes seconds. */
+ * FAULTS=N asks for N kills and 3/4 N full disks, spread over all calls of all clips; the default takes seconds. */
 #include "tests/test.h"
 #include "engine/engine.h"
 #include "sora.h"
