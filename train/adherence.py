@@ -14,7 +14,7 @@ attributes at once.
     story                    five to eight sentences, each judged in the two seconds that begin a second after its time
 
 --ceiling puts drawn clips through the model's VAE instead: what a transformer that made exactly the encoder's latents
-would be credited with (of a finished model: a run from nothing fits the encoder last).
+would be credited with.
 """
 import argparse
 import concurrent.futures

@@ -4,10 +4,10 @@
     python train/physics.py models/demo.gguf --vae  # drawn clips through the model's VAE
     python train/physics.py models/demo.gguf        # clips that ./sora makes of their prompts
 
-    acceleration   of who bounces or jumps, while in the air, in frame heights per second squared; one gravity for all
-    restitution    speed after a contact over the speed before it: of who bounces, from the heights; of who collides
-    momentum       of two who collide: how much their sum of velocities changes, as a share of their speeds
-    hiding         seconds for which somebody who stands is hidden by who passes in front
+    acceleration   of subjects that bounce or jump, in the air, in frame heights per second squared; the same for all
+    restitution    speed after a contact over the speed before it: of bouncing subjects, by heights; of colliding ones
+    momentum       of two that collide: how much the sum of their velocities changes, as a share of their speeds
+    hiding         seconds for which a standing subject is hidden by one that passes in front of it
 
 A subject's place is the middle of the pixels of its colour (detect.py).  Each line of the table: how many were
 measured, their mean, and their deviation as a share of it.
@@ -27,7 +27,7 @@ from common import Log
 SEED, FIRST = adherence.PROMPT_SEED, 1_000_000  # of the scenes; the first one's number
 SECONDS = 10
 MOTIONS = "bounce", "jump", "collide", "pass"  # what the clips show, by turns
-ALOFT = 0.04  # who is this high over its lowest place is in the air
+ALOFT = 0.04  # a subject this high over its lowest place is in the air
 
 
 def question(index):

@@ -21,10 +21,10 @@ import vae
 import world
 
 SHIFT = 3.0
-# What export.py finds in sora.json beside a checkpoint, and puts into the file as its defaults. In f32 everybody gets
-# the same clip, whatever the processor multiplies fastest.
 # Four steps a chunk; their noise levels are 1, 3/4, 1/2, 1/4, warped by SHIFT.
 SIGMAS = [SHIFT * u / (1 + (SHIFT - 1) * u) for u in (1, 0.75, 0.5, 0.25)]
+# What export.py finds in sora.json beside a checkpoint, and puts into the file as its defaults. In f32 everybody gets
+# the same clip, whatever the processor multiplies fastest.
 RUN = dict(width=world.SIZE, height=world.SIZE, frames=world.FRAMES, fps=16, steps=len(SIGMAS), guidance=1.0,
            rule="euler", timesteps=[1000 * s for s in SIGMAS], sigmas=SIGMAS, chunk_frames=world.CHUNK,
            window=transformer.WINDOW, prompt_change="keep", negative_prompt="", name="sora.c demo", precision="f32")
