@@ -9,9 +9,9 @@
  *   clipped                 share of values at 0 or 1                   colours burn out
  *   repetition, lag         best correlation with earlier motion; how many seconds earlier    the clip loops
  *
- * All but repetition and lag are relative to the first chunk: a quotient, so 1 means unchanged; for clipped, a
- * difference, so 0 does. Repetition compares the changes of a 16x16 thumbnail in this chunk with those of more than 1
- * and at most 16 seconds earlier.
+ * Repetition and lag are absolute. `clipped` is the difference from the first chunk (0: unchanged), every other column
+ * the quotient (1: unchanged). Repetition compares the changes of a 16x16 thumbnail in this chunk with those of more
+ * than a second earlier, within the last 16 seconds.
  *
  * The last line, "drift", has in each column the value furthest from the first chunk's. */
 #include "sora.h"

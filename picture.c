@@ -2,9 +2,9 @@
  *
  *   "P6\n832 480\n255\n", then 3 bytes a pixel: red, green, blue, row by row
  *
- * A picture of another size is scaled until it covers the frame and cut in the centre. Each pixel that comes out is a
- * weighted mean of those under a cubic (Keys' with a = -0.5) as wide as a pixel of the larger raster, so that what is
- * made smaller is averaged, not skipped: Pillow's BICUBIC with its box, in floating point. */
+ * A picture of another size is scaled until it covers the frame, and cropped in the centre. The filter is Pillow's
+ * BICUBIC with its box, in floating point: Keys' cubic with a = -0.5. It reaches two pixels to each side: pixels of the
+ * source where it enlarges, of the result where it reduces. So a reduced picture is averaged, and does not alias. */
 #include "sora.h"
 
 #include <math.h>

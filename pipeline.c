@@ -22,14 +22,14 @@
  * A source (--image, --video) adds the VAE's encoder: to the maximum if one chunk is encoded, to the sum if several are.
  * A story adds the text encoder to the sum: later prompts are encoded when they take effect.
  *
- * With several chunks it does not depend on the clip's length. Weights are read from the mapped file and are not
- * counted. run_memory() in plan.c computes the peak before the run, with the functions that allocate the buffers. */
+ * With several chunks and a window (--window), the peak does not depend on the clip's length. Weights are read from the
+ * mapped file and are not counted. run_memory() in plan.c computes the peak before the run, with the functions that
+ * allocate the buffers. */
 #include "pipeline.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <unistd.h>
 
 /* ---------------------------------------------------------------- the loop */
 

@@ -1,4 +1,5 @@
-/* sora.h - text to video: the stages, in the order in which data flows through them.
+/* sora.h - text to video: the stages, in the order in which data flows through them, except that a type stands before
+ * its users.
  *
  *   prompt -> prompt.c -> tokenizer.c -> ids -> text_encoder.c -> embeds ----------+
  *                                                                                  v
@@ -13,10 +14,10 @@
  *
  * Dimension letters, the same in shape comments, in Python and in tests:
  *   C T H W   latent channels, frames, height, width  F Y X   video frames, rows, columns
- *   n         prompt tokens with the closing </s>     N       text positions that the transformer sees (512)
+ *   n         prompt tokens with the closing </s>     E       text encoder width (text_dim)
  *   L         video tokens, ordered (t, h, w)         D       transformer width (dim)
- *   h d       attention heads, width of one head      E       text encoder width (text_dim)
- *   I O       inputs and outputs of a linear layer    K       length of a dot product
+ *   h d       attention heads, width of one head      K       length of a dot product
+ *   I O       inputs and outputs of a linear layer
  *
  * Arrays are float32, row-major, the last letter innermost. Functions named *_take allocate from an arena. Given an
  * arena without memory they only count, which tells the size before the run (engine.h). Functions named *_flops count a
@@ -440,7 +441,7 @@ typedef struct {
     uint64_t payload;
 } MarkFound;
 #define MARK_DEVIATIONS 8.0  /* from here on a candidate counts as a mark */
-enum { MARK_AGREEING = 52 }; /* bits of the payload's 64 that must agree with the record; by chance 3e-7 */
+enum { MARK_AGREEING = 52 }; /* bits of the payload's 64 that must agree with the record; by chance 2.3e-7 */
 MarkFound mark_find(const MarkSum *sum); /* sum of at least one frame */
 
 /* ---------------------------------------------------------------- drift.c: how a long clip changes (--drift) */

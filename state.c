@@ -2,7 +2,7 @@
  *
  *   sora state 1
  *   arguments 61
- *   --prompt=a red fox ...          61 bytes and a newline: an item with a name, a size and data
+ *   --model=...\0--prompt=...\0...   61 bytes and a newline: an item with a name, a size and data
  *   step 12                         or a number with a name
  *   latents 294912
  *   ...

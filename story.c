@@ -8,7 +8,6 @@
  * A time is seconds, minutes:seconds or hours:minutes:seconds. Each line's time must be later than the one before. */
 #include "sora.h"
 
-#include <math.h>
 #include <stdlib.h>
 #include <string.h>
 

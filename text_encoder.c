@@ -63,8 +63,8 @@ void text_encoder_free(TextEncoder *encoder) {
 
 /* Bucket of a distance, key - query. Half of the buckets are for each sign. With 32 buckets and max_distance 128:
  *
- *   |distance|   0 1 2 ... 7 | 8 ..... 11 | 12 .. 15 | 16 .. 22 | ... 127 and above
- *   bucket       0 1 2 ... 7 | 8          | 9        | 10       | ... 15                plus 16 for distance > 0
+ *   |distance|   0 1 2 ... 7 | 8 ..... 11 | 12 .. 15 | 16 .. 22 | ... | 91 and above
+ *   bucket       0 1 2 ... 7 | 8          | 9        | 10       | ... | 15            plus 16 for distance > 0
  *
  * From 8 on the scale is logarithmic. Follows UMT5Attention._relative_position_bucket of transformers, in its float
  * arithmetic. */

@@ -3,7 +3,7 @@
  * Takes UTF-8, gives ids [n], the last of which is </s>. The vocabulary gives every piece a score, its log probability.
  * Of all ways to write the text as a sequence of pieces, the one with the largest sum of scores is taken. A Viterbi
  * pass from left to right keeps the best way to reach each position. For example, "a red" has two words, ▁a and ▁red
- * (U+2581 stands for a space). With umT5's pieces, ▁red goes:
+ * (U+2581 stands for a space). With umT5's pieces, ▁red goes (each number is rounded by itself):
  *
  *   position   ways to reach it                                                               best
  *   ▁          ▁ -3.20                                                                        -3.20

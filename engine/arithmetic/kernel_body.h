@@ -1,15 +1,19 @@
 /* kernel_body.h - the bodies of the kernels, included once per instruction set by kernels.c.
  *
- * The includer defines a vocabulary of vectors of VLEN floats and this file is written in nothing else:
- *   V, VLEN, TARGET, NAME(x), TILE_ROWS, TILE_VECTORS,
+ * kernels.c defines what this file uses. UNROLL, PREFETCH, PART and DISTANCE are the same for every set; each has
+ * its own
+ *   ISA_NAME, NAME(x), TARGET, TILE_ROWS, TILE_VECTORS, FAST_INT8, BYTE_OFFSET,
+ *   TILE_BF16, TILE_INT8, ORDER, ENTER, LEAVE: only where the tiles are elsewhere (AMX),
+ * and its own vocabulary, vector_*.h. That is, for V, vectors of VLEN floats:
  *   V_LOAD V_STORE V_SET V_ADD V_SUB V_MUL V_DIV V_FMA(a,b,c)=a*b+c V_ROUND V_HMAX
- *   V_MAX(a,b) V_MIN(a,b), b where either is NaN; V_POW2(n), 2^n of -126 to 127 and 0 of -127
- *   W, vectors of VLEN 32-bit words: W_LOAD W_STORE W_SET W_AND W_MAX (unsigned, below 2^31) W_FLOAT
- *   (integers to floats)
- *   W_TRANSPOSE (of VLEN vectors) W_KEEP (leaves a vector as it is, in a register), the two dot products
- *   DOT_INT8(sum, a, b): integers, four products of bytes;
- *   DOT_BF16(sum, a, b): sum + two products of bfloat16, only where that is faster than two of float32
+ *   V_MAX(a,b) V_MIN(a,b): NaN if b is NaN; if only a is NaN, b or NaN
+ *   V_POW2(n), 2^n of -126 to 127 and 0 of -127
  *   V_LOAD_BF16(p), V_STORE_BF16(p, v): widened; narrowed to nearest even
+ * and for W, vectors of VLEN 32-bit words:
+ *   W_LOAD W_STORE W_SET W_AND W_MAX (unsigned, below 2^31) W_FLOAT (integers to floats)
+ *   W_TRANSPOSE (of VLEN vectors) W_KEEP (leaves a vector as it is, in a register)
+ *   DOT_INT8(sum, a, b): integers, four products of bytes
+ *   DOT_BF16(sum, a, b): sum + two products of bfloat16, only where that is faster than two of float32
  * Scalar C is the same text with one lane.
  *
  * Why every instruction set gives the same bits: an element of a product is one chain of fused multiply-adds

@@ -282,7 +282,7 @@ static bool can_neondotprod(void) { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; 
 static bool yes(void) { return true; }
 static bool no(void) { return false; }
 
-/* Best first: whether a processor that has been found to run a table is best served by it. */
+/* Best first. can(): this processor runs the table. prefers(): "auto" may take it, if this processor runs it. */
 static const struct {
     const Kernels *table;
     bool (*can)(void), (*prefers)(void);

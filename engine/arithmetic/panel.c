@@ -24,7 +24,6 @@
 #include "engine/engine.h"
 
 #include <limits.h>
-#include <math.h>
 #include <string.h>
 
 bool tiles_take_floats(Precision precision) {
