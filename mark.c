@@ -178,7 +178,7 @@ static void fold(float folded[AREA], const MarkSum *sum, double scale) {
     int width = (int)(pixels_read(sum->width) / scale + 0.5), height = (int)(pixels_read(sum->height) / scale + 0.5);
     size_t pixels = (size_t)width * (size_t)height;
     float *x = allocate(3 * pixels * sizeof *x), *means = x + pixels, *squares = means + pixels;
-    double *line = allocate((larger((size_t)width, (size_t)height) + 1) * sizeof *line);
+    double *line = allocate(((size_t)larger(width, height) + 1) * sizeof *line);
     scale_back(x, width, height, sum, scale);
     box_means(means, x, width, height, 2, line);
     for (size_t i = 0; i < pixels; i++) x[i] -= means[i], means[i] = x[i] * x[i];
@@ -238,7 +238,7 @@ static float power_around(const Complex *x, int k, int l) {
 }
 
 /* Steps 2 to 4: the clip's whitened spectrum at one scale. */
-static Complex look(const MarkSum *sum, double scale) {
+static Complex whitened_spectrum(const MarkSum *sum, double scale) {
     float folded[AREA];
     fold(folded, sum, scale);
     Complex x = complex_of(folded), white;
@@ -268,7 +268,7 @@ typedef struct {
     int step, y, x;    /* the scale, as in scale_of(); the shift */
 } Peak;
 
-static Peak highest(const float c[SIDE][SIDE], int step) {
+static Peak find_peak(const float c[SIDE][SIDE], int step) {
     Peak peak = {.step = step};
     double sum = 0, squares = 0;
     for (int y = 0; y < SIDE; y++)
@@ -290,8 +290,8 @@ static Peak search(const MarkSum *sum, const Complex *presence, int step, int co
     Peak peaks[2 * COARSE + 1], best = {0};
     PARALLEL_FOR (int i = 0; i < count; i++) {
         int at = step + (i - count / 2) * stride;
-        Complex clip = look(sum, scale_of(at)), c = correlate(&clip, presence);
-        peaks[i] = highest((const float(*)[SIDE])c.re, at);
+        Complex clip = whitened_spectrum(sum, scale_of(at)), c = correlate(&clip, presence);
+        peaks[i] = find_peak((const float(*)[SIDE])c.re, at);
     }
     for (int i = 0; i < count; i++)
         if (peaks[i].deviations > best.deviations) best = peaks[i];
@@ -299,7 +299,7 @@ static Peak search(const MarkSum *sum, const Complex *presence, int step, int co
 }
 
 static uint64_t read_payload(const MarkTiles *tiles, const MarkSum *sum, Peak peak) {
-    Complex clip = look(sum, scale_of(peak.step));
+    Complex clip = whitened_spectrum(sum, scale_of(peak.step));
     uint64_t payload = 0;
     transform(&clip, -1);
     for (int b = 0; b < BITS; b++) {

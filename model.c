@@ -335,7 +335,7 @@ static void complete_source(Settings *s, const Model *m) {
 
 /* With --extend, frames are added to the source's; with --strength, they are the source's. */
 static void complete_source_length(Settings *s, const Model *m) {
-    int stride = m->vae.temporal_stride, below = (int)larger(s->frames / stride * stride, stride);
+    int stride = m->vae.temporal_stride, below = larger(s->frames / stride * stride, stride);
     if (s->extend) {
         if (below != s->frames)
             die(STATUS_USAGE, "--frames: %d more frames with --extend is not a multiple of %d, such as %d or %d", s->frames,

@@ -138,7 +138,7 @@ static Axis axis_new(int in, double from, double step, int out) {
     axis.weights = allocate(sizeof(double) * (size_t)out * (size_t)axis.taps);
     for (int i = 0; i < out; i++) {
         double centre = from + (i + 0.5) * step, sum = 0, *w = axis.weights + (size_t)i * axis.taps;
-        int first = (int)larger(0, (size_t)fmax(0, centre - 2 * wide + 0.5)), end = smaller((int)(centre + 2 * wide + 0.5), in);
+        int first = (int)fmax(0, centre - 2 * wide + 0.5), end = smaller((int)(centre + 2 * wide + 0.5), in);
         axis.first[i] = first;
         for (int j = first; j < end; j++) sum += w[j - first] = cubic((j - centre + 0.5) / wide);
         for (int j = first; j < end; j++) w[j - first] /= sum;

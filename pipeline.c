@@ -31,7 +31,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* ---------------------------------------------------------------- the loop */
+/* ---------------------------------------------------------------- buffers, the KV cache, one step */
 
 /* One branch of classifier-free guidance: its prompt and its KV cache. */
 typedef struct {
@@ -63,7 +63,7 @@ typedef struct {
 static void take_buffers(Arena *arena, const Run *run, Sampling *s) {
     const Transformer *t = &run->model->experts->transformer;
     size_t elements = run->chunk_frames * run->frame_size, longest = longest_pass(run) * run->frame_size;
-    int room = cache_capacity(run), seen = (int)larger(room, run->chunk_frames);
+    int room = cache_capacity(run), seen = larger(room, run->chunk_frames);
     Type type = run->model->precision == F32 ? TYPE_F32 : TYPE_BF16;
     s->state = transformer_state_take(arena, t, longest_pass(run), seen, run->H, run->W);
     s->cond.cache = kv_cache_take(arena, t, run->window, room, run->tokens, type);
@@ -127,7 +127,7 @@ static const Transformer *use_expert(const Run *run, Sampling *s, float timestep
 static void run_transformer(const Run *run, Sampling *s, Branch *branch, Chunk chunk, float timestep,
                             const float *latents, float *velocity) {
     const Transformer *t = use_expert(run, s, timestep);
-    Planes input[] = {{run->C, latents}, {run->planes, s->encoding.planes}};
+    Planes input[] = {{run->C, latents}, {run->condition_channels, s->encoding.condition}};
     for (int f = 0; f < chunk.frames; f++) s->timesteps[f] = is_held(run, chunk.first + f) ? 0 : timestep;
     chunk.timesteps = s->timesteps;
     profile_begin(TRANSFORMER);
@@ -140,7 +140,7 @@ static void run_transformer(const Run *run, Sampling *s, Branch *branch, Chunk c
 static void fill_cache(const Run *run, Sampling *s, int index, const char *name, Chunk chunk, const float *latents) {
     Branch *branches[] = {&s->cond, &s->uncond};
     for (int i = 0; i <= run->guided; i++) {
-        scope(run, index, i ? reason("%s.%s.", name, branches[i]->name) : reason("%s.", name));
+        tap_scope_chunk(run, index, i ? reason("%s.%s.", name, branches[i]->name) : reason("%s.", name));
         run_transformer(run, s, branches[i], chunk, run->recipe->context_noise, latents, s->velocity);
         kv_cache_keep(&branches[i]->cache, &chunk);
     }
@@ -206,14 +206,14 @@ static void denoise_step(const Run *run, Sampling *s, Noise *noise, Video *video
         easycache_velocity(&s->easy, x, v, u);
         s->left_out += u ? 2 : 1;
     } else {
-        scope(run, index, reason("step%03d.cond.", step));
+        tap_scope_chunk(run, index, reason("step%03d.cond.", step));
         run_transformer(run, s, &s->cond, chunk, timestep, x, v);
-        scope(run, index, reason("step%03d.uncond.", step));
+        tap_scope_chunk(run, index, reason("step%03d.uncond.", step));
         if (u) run_transformer(run, s, &s->uncond, chunk, timestep, x, u);
         if (most) easycache_keep(&s->easy, x, v, u);
     }
     for (size_t i = 0; u && i < chunk.frames * run->frame_size; i++) v[i] = u[i] + guidance * (v[i] - u[i]);
-    scope(run, index, reason("step%03d.", step));
+    tap_scope_chunk(run, index, reason("step%03d.", step));
     tap_frames(v, latent_shape(run, chunk.frames), "velocity");
     video_guess(run, video, x, v, schedule->sigmas[step]);
     if (sampler_needs_noise(schedule, step)) fresh_noise(run, noise, chunk, s->noise);
@@ -293,7 +293,7 @@ static void run_state(const Run *run, Sampling *s, Noise *noise, Video *video, S
         video->index = video_frames(run, decoded);
         if (s->prompt > 0) prompt_encode(run->model, &run->prompts[s->prompt]);
         if (!sampling_done(run, s)) sampling_open(run, s);
-        if (decoded) video_decode(run, video);
+        if (decoded) video_begin(run, video);
     }
     s->history.n = chunk.frames * run->frame_size;
     state_item(f, "latents", s->latents, sizeof(float) * s->history.n);
@@ -382,7 +382,7 @@ static void make_chunk(const Run *run, Sampling *s, Noise *noise, Video *video) 
         save_state(run, s, noise, video, last && s->step == steps);
     }
     if (generated && run->recipe->chunk_frames) {
-        scope(run, s->chunk, "");
+        tap_scope_chunk(run, s->chunk, "");
         tap_frames(s->latents, latent_shape(run, chunk.frames), "latents");
     }
     tap_clip(run, chunk, s->latents, 0, "latents");
@@ -393,7 +393,7 @@ static void make_chunk(const Run *run, Sampling *s, Noise *noise, Video *video) 
 /* Decodes and writes the chunk's frames, from the frame it has reached, except those past the clip's end. */
 static void decode_chunk(const Run *run, Sampling *s, Noise *noise, Video *video) {
     int frames = chunk_decoded(run, chunk_at(run, s->chunk));
-    if (!video->decoder) video_decode(run, video);
+    if (!video->decoder) video_begin(run, video);
     while (s->frame < frames) {
         profile_begin(VAE_DECODE);
         vae_push(video->decoder, s->latents + s->frame * run->frame_size);

@@ -36,7 +36,7 @@ typedef struct {
     int given, redrawn;        /* the source's latent frames: kept as they are, or mixed with noise (--strength) */
     int ahead;                 /* video frames of the source that come before all that are decoded */
     int held;                  /* latent frames that stay as encoded while others are denoised: the first, then the last */
-    int planes;                /* channels that the transformer reads beside the latents */
+    int condition_channels;    /* channels that the transformer reads beside the latents: mask, encoded picture */
     int pictured, encoded;     /* video frames that the encoder takes, latent frames that it gives */
     int chunks, given_chunks;  /* number of chunks; the first of them hold the given frames */
     int chunk_frames;          /* frames in a chunk, or the most */
@@ -64,7 +64,7 @@ size_t text_context_memory(const Run *run, int n);
 Shape latent_shape(const Run *run, int frames);
 /* Taps that follow are named "chunkCCC.PREFIX...", or "PREFIX..." if the model does not generate in chunks. CCC counts
  * generated chunks; given ones are "givenCCC". */
-void scope(const Run *run, int chunk, const char *prefix);
+void tap_scope_chunk(const Run *run, int chunk, const char *prefix);
 /* Taps the chunk's frames as a part of a tensor of the clip from latent frame `from` on, [C,T-from,H,W]. */
 void tap_clip(const Run *run, Chunk chunk, float *latents, int from, const char *name);
 /* Ends the run at the first NaN or infinity, which would give a black clip. With --check, its table is printed first,
@@ -94,14 +94,15 @@ typedef struct {
     const Run *run;
     SourceReader *source;
     VaeStream *stream;
-    float *frame;   /* [3,Y,X] */
-    int taken;      /* frames so far, of run->pictured */
-    int encoded;    /* latent frames so far */
-    float *out;     /* where the next one goes */
-    size_t stride;  /* from one to the next */
-    float *held;    /* (run->held,C,H,W) */
-    float *planes;  /* (T,run->planes,H,W): mask, encoded picture */
+    float *frame;     /* [3,Y,X] */
+    int taken;        /* frames so far, of run->pictured */
+    int encoded;      /* latent frames so far */
+    float *out;       /* where the next one goes */
+    size_t stride;    /* from one to the next */
+    float *held;      /* (run->held,C,H,W) */
+    float *condition; /* (T,run->condition_channels,H,W): mask, encoded picture */
 } Encoding;
+size_t condition_size(const Run *run); /* values of `condition` */
 void encoding_free(Encoding *encoding);
 void encoding_state(const Run *run, Encoding *encoding, StateFile *file);
 
@@ -140,8 +141,10 @@ typedef struct {
     size_t values, clamped;  /* of the frames that were decoded; those that are -1 or 1 */
 } Video;
 VideoFormat video_format(const Settings *settings);
+static inline size_t video_frame_values(const Settings *s) { return (size_t)3 * s->height * s->width; } /* of [3,Y,X] */
 Video video_open(const Run *run);
-void video_decode(const Run *run, Video *video); /* writes the file's header, and opens the decoder */
+/* Writes the file's header and the frames before the decoded ones, and opens the decoder. */
+void video_begin(const Run *run, Video *video);
 /* --preview, with a tiny decoder: draws the first frame of what a step takes the finished chunk for, x - sigma * v. */
 void video_guess(const Run *run, Video *video, const float *x, const float *v, float sigma);
 void video_close(Video *video);

@@ -164,7 +164,8 @@ static void plan_prompts(Run *run) {
 Run run_plan(Model *m, const Settings *s) {
     const Transformer *t = &m->experts->transformer;
     const int *patch = t->patch_size;
-    Run run = {.model = m, .settings = s, .recipe = &m->recipe, .C = t->out_dim, .planes = t->in_dim - t->out_dim};
+    Run run = {.model = m, .settings = s, .recipe = &m->recipe, .C = t->out_dim,
+               .condition_channels = t->in_dim - t->out_dim};
     for (int i = 0; i < m->expert_count; i++) run.guided |= s->guidance[i] > 1;
     if (s->extend && m->start != TEXT) run.ahead = s->source_frames - 1;
     run.decoded = latent_frames(&run, s->frames - run.ahead);
@@ -198,7 +199,7 @@ const Schedule *chunk_schedule(const Run *run, int index) {
 
 Shape latent_shape(const Run *run, int frames) { return SHAPE(run->C, frames, run->H, run->W); }
 
-void scope(const Run *run, int chunk, const char *prefix) {
+void tap_scope_chunk(const Run *run, int chunk, const char *prefix) {
     if (chunk < run->given_chunks) tap_scope("given%03d.%s", chunk, prefix);
     else if (run->recipe->chunk_frames) tap_scope("chunk%03d.%s", chunk - run->given_chunks, prefix);
     else tap_scope("%s", prefix);
@@ -212,7 +213,7 @@ void tap_clip(const Run *run, Chunk chunk, float *latents, int from, const char 
 
 /* ---------------------------------------------------------------- memory and operations of a run */
 
-int longest_pass(const Run *run) { return (int)larger(run->chunk_frames, run->recached); }
+int longest_pass(const Run *run) { return larger(run->chunk_frames, run->recached); }
 
 /* A clip of one chunk needs no cache. */
 int cache_capacity(const Run *run) { return run->chunks > 1 ? run->window.size : 0; }
@@ -228,7 +229,7 @@ static int longest_prompt(const Run *run, bool encoded) {
     int n = 0;
     for (int i = -1; i < run->prompt_count; i++) {
         const Prompt *p = i < 0 ? &run->negative : &run->prompts[i];
-        if (p->ids || !encoded) n = (int)larger(n, p->n);
+        if (p->ids || !encoded) n = larger(n, p->n);
     }
     return n;
 }
@@ -240,7 +241,7 @@ static size_t source_stage_memory(const Run *run) {
     size_t encoded = run->redrawn ? run->chunk_frames * run->frame_size : 0; /* in begin_chunk() */
     return vae_memory(&run->model->vae, ENCODER, run->H, run->W) + source_reader_memory(s->source, s->width, s->height) +
            (s->last_source ? source_reader_memory(s->last_source, s->width, s->height) : 0) +
-           sizeof(float) * ((size_t)3 * s->height * s->width + encoded);
+           sizeof(float) * (video_frame_values(s) + encoded);
 }
 
 /* Private memory at its peak, in bytes: what is kept for the whole run, plus the largest stage (see the top of
@@ -251,35 +252,35 @@ static size_t run_memory(const Run *run) {
     const Vae *vae = &run->model->vae;
     const VideoFormat format = video_format(run->settings);
     int n = longest_prompt(run, false), encoded = longest_prompt(run, true), L = longest_pass(run) * run->tokens,
-        keys = (int)larger(cache_capacity(run), run->chunk_frames) * run->tokens;
+        keys = larger(cache_capacity(run), run->chunk_frames) * run->tokens;
     size_t latents = sizeof(float) * run->chunk_frames * run->frame_size,
            noise = latents, /* the copy in to_frame_major() */
            rest = 1 << 20, /* small: the C library's, open files, prompts, schedules */
-           conditions = sizeof(float) * (run->held * run->frame_size + (size_t)run->planes * run->T * run->H * run->W),
+           conditions = sizeof(float) * (run->held * run->frame_size + condition_size(run)),
            kept = latents + noise + conditions + y4m_frame_bytes(&format) + rest,
            reading = encoded ? text_encoder_memory(e, encoded) + text_encoder_scratch(e, encoded) : 0,
            encoding = source_stage_memory(run),
            encoding_scratch = encoding ? vae_scratch(vae, ENCODER, run->H, run->W) : 0,
            denoising = sampling_memory(run) + text_context_memory(run, n) + text_context_fill_memory(t, n) +
                        (run->guided ? text_context_memory(run, run->negative.n) : 0),
-           denoising_scratch = larger(text_context_fill_scratch(t, n),
+           denoising_scratch = larger_size(text_context_fill_scratch(t, n),
                                       transformer_scratch(t, longest_pass(run), L, keys, n + 1)),
            guessing = run->settings->preview && vae->halves[TINY].count
                           ? vae_memory(vae, TINY, run->H, run->W) + sizeof(float) * run->frame_size : 0,
            guessing_scratch = guessing ? vae_scratch(vae, TINY, run->H, run->W) : 0,
            decoding = vae_memory(vae, run->settings->decoder, run->H, run->W),
            decoding_scratch = vae_scratch(vae, run->settings->decoder, run->H, run->W);
-    denoising += guessing, denoising_scratch = larger(denoising_scratch, guessing_scratch);
+    denoising += guessing, denoising_scratch = larger_size(denoising_scratch, guessing_scratch);
     if (run->settings->extend) kept += source_reader_memory(run->settings->source, run->settings->width, run->settings->height);
     for (int i = 0; i < run->prompt_count; i++) kept += sizeof(float) * (size_t)run->prompts[i].n * e->dim;
-    size_t before = larger(reading, encoding + encoding_scratch),
-           apart = larger(denoising + denoising_scratch, decoding + decoding_scratch),
-           together = denoising + decoding, scratch = larger(denoising_scratch, decoding_scratch);
+    size_t before = larger_size(reading, encoding + encoding_scratch),
+           apart = larger_size(denoising + denoising_scratch, decoding + decoding_scratch),
+           together = denoising + decoding, scratch = larger_size(denoising_scratch, decoding_scratch);
     if (run->given_chunks > 1 || (run->redrawn && run->chunks > 1))
-        together += encoding, scratch = larger(scratch, encoding_scratch);
+        together += encoding, scratch = larger_size(scratch, encoding_scratch);
     if (run->prompt_count > 1)
-        together += text_encoder_memory(e, encoded), scratch = larger(scratch, text_encoder_scratch(e, encoded));
-    return kept + larger(before, run->chunks > 1 ? together + scratch : apart);
+        together += text_encoder_memory(e, encoded), scratch = larger_size(scratch, text_encoder_scratch(e, encoded));
+    return kept + larger_size(before, run->chunks > 1 ? together + scratch : apart);
 }
 
 /* Steps of a chunk in which the prompt is read; in which the negative one is, too. */

@@ -46,7 +46,10 @@ static const struct {
     [NEGATIVE] = {"negative", 'n', "TEXT", "what the video should not show", NULL},
     [EMBEDS] = {"embeds", 0, "FILE", "embeds of the prompt from a .npy file: the text encoder is not run", NULL},
     [NEGATIVE_EMBEDS] = {"negative-embeds", 0, "FILE", "the same for what the video should not show", NULL},
-    [OUTPUT_FILE] = {"output", 'o', "FILE", "Y4M video (default: out.y4m), or PPM picture with -f 1; - is standard output", NULL},
+    [OUTPUT_FILE] = {"output", 'o', "FILE", "Y4M video (default: out.y4m), or PPM picture with -f 1; - is standard output",
+                     NULL},
+    [RESUME] = {"resume", 0, NULL, "continue an interrupted run from OUTPUT.state", NULL},
+    [NO_STATE] = {"no-state", 0, NULL, "do not write OUTPUT.state during long runs", NULL},
 
     [IMAGE] = {"image", 0, "FILE", "the first frame: a PPM, or a Y4M's first frame; - is standard input",
               "Beginning with a picture or a clip"},
@@ -54,9 +57,6 @@ static const struct {
     [VIDEO_FILE] = {"video", 0, "FILE", "a Y4M, for one of the next two options; - is standard input", NULL},
     [STRENGTH] = {"strength", 0, "S", "make it anew from that much noise, from more than 0 to 1", NULL},
     [EXTEND] = {"extend", 0, NULL, "continue it by so many frames or seconds", NULL},
-
-    [RESUME] = {"resume", 0, NULL, "continue an interrupted run from OUTPUT.state", NULL},
-    [NO_STATE] = {"no-state", 0, NULL, "do not write OUTPUT.state during long runs", NULL},
 
     [SIZE] = {"size", 's', "WxH", "width and height in pixels: multiples of 16 (TI2V-5B: 32; demo model: 24)",
              "Video"},
@@ -72,7 +72,6 @@ static const struct {
     [SAMPLER_NAME] = {"sampler", 0, "NAME", "unipc, euler or dpm++", NULL},
     [SEED] = {"seed", 0, "N", "seed of the noise, the same as torch's on a CPU (default: random, printed)", NULL},
     [NOISE] = {"noise", 0, "FILE", "initial noise [C,T,H,W] from a .npy file, instead of the seed's", NULL},
-
     [EASYCACHE] = {"easycache", 0, "X", "leave out steps while the change that is missed stays below X, as 0.05", NULL},
 
     [AT] = {"at", 0, "\"TIME TEXT\"", "change the prompt to TEXT at TIME (12, 12.5 or 1:05); may be repeated",
@@ -85,7 +84,6 @@ static const struct {
     [THREADS] = {"threads", 't', "N", "number of threads (default: all available cores)", "Speed"},
     [PRECISION] = {"precision", 0, "TYPE", "arithmetic of the large matrix products: f32, bf16 or int8", NULL},
     [ISA] = {"isa", 0, "NAME", "instruction set: auto, naive, generic, avx2, avx512[vnni|bf16], amx, neon[dotprod]", NULL},
-
     [DECODER_NAME] = {"decoder", 0, "full|tiny", "VAE decoder; tiny is faster and coarser, if the model has one", NULL},
 
     [PREVIEW] = {"preview", 0, NULL, "draw the frames in a colour terminal as they are decoded", "Reports"},

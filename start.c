@@ -3,10 +3,10 @@
  *
  *   generates in chunks   the encoded picture is a chunk of its own, whose keys and values others look back at
  *   TI2V-5B               held frames: the picture's latent frame is not denoised, and its timestep is 0
- *   I2V-A14B              planes: the clip picture, 0, 0, ... is encoded, and read beside the latents in every step. A mask
+ *   I2V-A14B              condition: the clip picture, 0, 0, ... is encoded, and read beside the latents in every step. A mask
  *                         comes first, with a channel for each video frame of a latent one: 1 for a picture, else 0
  *
- * --last-image is a second held frame, or the last frame of the clip that becomes planes. With --extend the picture is the
+ * --last-image is a second held frame, or the last frame of the clip that becomes the condition. With --extend the picture is the
  * source's last frame. */
 #include "pipeline.h"
 
@@ -109,8 +109,6 @@ static void take_encoded(void *to, float *latents) {
     e->out += e->stride;
 }
 
-static size_t pixels(const Run *run) { return (size_t)3 * run->settings->height * run->settings->width; }
-
 static void read_last_picture(const Settings *s, float *frame) {
     SourceReader *reader = source_reader_open(s->last_source, s->width, s->height);
     source_next(reader, frame);
@@ -125,8 +123,8 @@ static void take_frame(const Run *run, Encoding *e) {
     bool first = e->taken < read, last = s->last_source && e->taken + 1 == run->pictured;
     if (first) source_next(e->source, e->frame);
     else if (last) read_last_picture(s, e->frame);
-    else memset(e->frame, 0, sizeof(float) * pixels(run));
-    for (size_t i = 0; i < pixels(run); i++)
+    else memset(e->frame, 0, sizeof(float) * video_frame_values(s));
+    for (size_t i = 0; i < video_frame_values(s); i++)
         e->frame[i] = e->frame[i] > 1 ? 1 : e->frame[i] < -1 ? -1 : e->frame[i];
     if (first && s->video) tap_frame(e->frame, SHAPE(3, read, s->height, s->width), e->taken, "source");
     else if (first || last) tap(e->frame, picture, first ? "image" : "last_image");
@@ -143,15 +141,15 @@ static void encoding_open(const Run *run, Encoding *e) {
     e->run = run;
     e->source = source_reader_open(s->source, s->width, s->height);
     stream_open(run, e);
-    e->frame = allocate(sizeof(float) * pixels(run));
+    e->frame = allocate(sizeof(float) * video_frame_values(s));
     source_skip(e->source, run->ahead, e->frame);
 }
 
-static size_t planes_size(const Run *run) { return run->planes ? (size_t)run->T * run->planes * run->H * run->W : 0; }
+size_t condition_size(const Run *run) { return (size_t)run->T * run->condition_channels * run->H * run->W; }
 
 static void take_conditions(const Run *run, Encoding *e) {
     e->held = allocate(sizeof(float) * run->held * run->frame_size);
-    e->planes = allocate(sizeof(float) * planes_size(run));
+    e->condition = allocate(sizeof(float) * condition_size(run));
 }
 
 static void encoding_close(Encoding *e) {
@@ -163,13 +161,13 @@ static void encoding_close(Encoding *e) {
 void encoding_free(Encoding *e) {
     encoding_close(e);
     free(e->held);
-    free(e->planes);
+    free(e->condition);
 }
 
 void encoding_state(const Run *run, Encoding *e, StateFile *f) {
     if (state_is_read(f)) take_conditions(run, e);
     state_item(f, "held", e->held, sizeof(float) * run->held * run->frame_size);
-    state_item(f, "planes", e->planes, sizeof(float) * planes_size(run));
+    state_item(f, "planes", e->condition, sizeof(float) * condition_size(run));
     e->taken = (int)state_number(f, "source.taken", e->taken, 0, run->pictured);
     e->encoded = (int)state_number(f, "source.encoded", e->encoded, 0, run->encoded);
     if (e->taken == 0 || e->taken == run->pictured) return; /* not open yet, or no longer */
@@ -201,15 +199,15 @@ static void encode(const Run *run, Encoding *e, int frames, float *out, size_t s
 
 /* The mask's channel k of latent frame t belongs to video frame stride * t + k, less stride - 1: the first latent frame
  * stands for video frame 0 alone. */
-static void encode_planes(const Run *run, Encoding *e) {
-    size_t plane = (size_t)run->H * run->W, stride = run->planes * plane;
-    int masks = run->planes - run->C;
-    float *last = e->planes + (run->T - 1) * stride;
-    for (size_t i = 0; i < masks * plane; i++) e->planes[i] = 1;
+static void encode_condition(const Run *run, Encoding *e) {
+    size_t plane = (size_t)run->H * run->W, stride = run->condition_channels * plane;
+    int masks = run->condition_channels - run->C;
+    float *last = e->condition + (run->T - 1) * stride;
+    for (size_t i = 0; i < masks * plane; i++) e->condition[i] = 1;
     for (size_t i = 0; run->settings->last_source && i < plane; i++) last[(masks - 1) * plane + i] = 1;
-    encode(run, e, run->T, e->planes + masks * plane, stride);
+    encode(run, e, run->T, e->condition + masks * plane, stride);
     for (int f = 0; f < run->T; f++)
-        tap_frame(e->planes + f * stride, SHAPE(run->planes, run->T, run->H, run->W), f, "condition");
+        tap_frame(e->condition + f * stride, SHAPE(run->condition_channels, run->T, run->H, run->W), f, "condition");
 }
 
 bool is_held(const Run *run, int frame) {
@@ -232,9 +230,9 @@ void begin_chunk(const Run *run, Encoding *encoding, Noise *noise, int index, fl
         encode(run, encoding, chunk.frames, latents, run->frame_size);
         return;
     }
-    if (run->held || run->planes) take_conditions(run, encoding);
+    if (run->held || run->condition_channels) take_conditions(run, encoding);
     if (run->held) encode(run, encoding, run->held, encoding->held, run->frame_size);
-    if (run->planes) encode_planes(run, encoding);
+    if (run->condition_channels) encode_condition(run, encoding);
     float *encoded = run->redrawn ? allocate(sizeof(float) * count) : NULL, sigma = chunk_schedule(run, index)->sigmas[0];
     if (encoded) encode(run, encoding, chunk.frames, encoded, run->frame_size);
     initial_noise(run, noise, chunk, latents);

@@ -102,9 +102,9 @@ size_t text_encoder_memory(const TextEncoder *encoder, int n) {
 
 size_t text_encoder_scratch(const TextEncoder *e, int n) {
     const TextBlock *block = e->blocks;
-    size_t products = larger(linear_memory(&block->q, n), linear_memory(&block->o, n));
-    products = larger(products, larger(linear_memory(&block->gate, n), linear_memory(&block->fc2, n)));
-    return larger(products, attention_memory(F32, n, e->num_heads, e->head_dim));
+    size_t products = larger_size(linear_memory(&block->q, n), linear_memory(&block->o, n));
+    products = larger_size(products, larger_size(linear_memory(&block->gate, n), linear_memory(&block->fc2, n)));
+    return larger_size(products, attention_memory(F32, n, e->num_heads, e->head_dim));
 }
 
 double text_encoder_flops(const TextEncoder *e, int n) {

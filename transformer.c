@@ -144,8 +144,8 @@ size_t text_context_fill_memory(const Transformer *t, int n) {
 
 size_t text_context_fill_scratch(const Transformer *t, int n) {
     int positions = smaller(n + 1, t->text_len);
-    size_t products = larger(linear_memory(&t->text_embedding_0, positions), linear_memory(&t->text_embedding_2, positions));
-    return larger(products, linear_memory(&t->blocks->cross_attn.k, positions));
+    size_t products = larger_size(linear_memory(&t->text_embedding_0, positions), linear_memory(&t->text_embedding_2, positions));
+    return larger_size(products, linear_memory(&t->blocks->cross_attn.k, positions));
 }
 
 /* ---------------------------------------------------------------- positions and timesteps */
@@ -183,10 +183,10 @@ TransformerState transformer_state_take(Arena *arena, const Transformer *t, int 
     TransformerState s = {.H = H, .W = W, .rope = rope_take(arena, t, seen, H, W)};
     s.tokens = s.rope.rows * s.rope.columns;
     size_t L = (size_t)frames * s.tokens, keys = (size_t)seen * s.tokens;
-    size_t wide = larger(larger(L * D + 2 * keys * D, L * t->ffn_dim), L * channels * patch_volume(t));
+    size_t wide = larger_size(larger_size(L * D + 2 * keys * D, L * t->ffn_dim), L * channels * patch_volume(t));
     s.x = arena_floats(arena, L * D);
     s.y = arena_floats(arena, L * D);
-    s.wide = arena_floats(arena, larger(wide, (size_t)frames * t->freq_dim));
+    s.wide = arena_floats(arena, larger_size(wide, (size_t)frames * t->freq_dim));
     s.time = arena_floats(arena, (size_t)frames * D);
     s.modulation = arena_floats(arena, 6 * (size_t)frames * D);
     s.e = arena_floats(arena, 6 * (size_t)frames * D);
@@ -337,9 +337,9 @@ size_t transformer_scratch(const Transformer *t, int frames, int L, int keys, in
     } products[] = {{&t->time_embedding_0, frames}, {&t->time_projection_1, frames}, {&t->patch_embedding, L},
                     {&block->self_attn.q, L},       {&block->ffn_0, L},              {&block->ffn_2, L}, {&t->head, L}};
     int d = t->dim / t->num_heads;
-    size_t most = attention_memory(t->precision, (int)larger(keys, positions), t->num_heads, d);
+    size_t most = attention_memory(t->precision, larger(keys, positions), t->num_heads, d);
     for (size_t i = 0; i < sizeof products / sizeof *products; i++)
-        most = larger(most, linear_memory(products[i].layer, products[i].rows));
+        most = larger_size(most, linear_memory(products[i].layer, products[i].rows));
     return most;
 }
 

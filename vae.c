@@ -153,8 +153,9 @@ static void bind_attention(const WeightFile *file, Vae *vae, VaeLayers *list, in
     layer->conv2 = bind_conv(file, vae->precision, C, C, 1, 1, BIAS, PATH("%s.proj", name));
 }
 
-static Conv *bind_convolution(const WeightFile *file, Vae *vae, VaeLayers *list, int O, int I, int kt, int k,
-                              const char *name) {
+/* Appends a CONVOLUTION. The Conv is valid until the next layer is appended. */
+static Conv *add_convolution(const WeightFile *file, Vae *vae, VaeLayers *list, int O, int I, int kt, int k,
+                             const char *name) {
     VaeLayer *layer = add_layer(list, CONVOLUTION);
     layer->conv1 = bind_conv(file, vae->precision, O, I, kt, k, BIAS, name);
     return &layer->conv1;
@@ -170,7 +171,7 @@ static void bind_middle(const WeightFile *file, Vae *vae, VaeLayers *list, int C
 static void bind_head(const WeightFile *file, Vae *vae, VaeLayers *list, int O, int I, const char *half) {
     char path[MAX_TENSOR_NAME];
     const float *norm = weights_floats(file, I, "vae.%s.head.0.gamma", half);
-    bind_convolution(file, vae, list, O, I, 3, 3, PATH("%s.head.2", half));
+    add_convolution(file, vae, list, O, I, 3, 3, PATH("%s.head.2", half));
     list->layers[list->count - 1].norm1 = norm;
 }
 
@@ -194,7 +195,7 @@ static void bind_encoder(const WeightFile *file, Vae *vae, const Levels *levels)
     VaeLayers *list = &vae->halves[ENCODER];
     char path[MAX_TENSOR_NAME];
     int base = weights_size(file, "vae.base_dim", MAX_CHANNELS), width = base, index = 0;
-    bind_convolution(file, vae, list, width, patch_channels(vae), 3, 3, "encoder.conv1");
+    add_convolution(file, vae, list, width, patch_channels(vae), 3, 3, "encoder.conv1");
     for (int i = 0; i < levels->count; i++) {
         int in = width, out = base * levels->mult[i], keep = begin_shortcut(levels, list);
         bool last = i + 1 == levels->count;
@@ -202,7 +203,7 @@ static void bind_encoder(const WeightFile *file, Vae *vae, const Levels *levels)
             bind_residual(file, vae, list, width, out, PATH("encoder.downsamples.%d", index++));
         if (last) end_shortcut(list, keep, ADD_MEANS, in, out, 1, 1);
         if (last) break;
-        bind_convolution(file, vae, list, out, out, 1, 3, PATH("encoder.downsamples.%d.resample.1", index))->stride = 2;
+        add_convolution(file, vae, list, out, out, 1, 3, PATH("encoder.downsamples.%d.resample.1", index))->stride = 2;
         if (levels->temporal[i])
             add_layer(list, DOWNSAMPLE_TIME)->conv1 =
                 bind_conv(file, vae->precision, out, out, 3, 1, BIAS, PATH("encoder.downsamples.%d.time_conv", index));
@@ -211,7 +212,7 @@ static void bind_encoder(const WeightFile *file, Vae *vae, const Levels *levels)
     }
     bind_middle(file, vae, list, width, "encoder");
     bind_head(file, vae, list, 2 * vae->z_dim, width, "encoder");
-    bind_convolution(file, vae, list, 2 * vae->z_dim, 2 * vae->z_dim, 1, 1, "conv1");
+    add_convolution(file, vae, list, 2 * vae->z_dim, 2 * vae->z_dim, 1, 1, "conv1");
 }
 
 static void bind_decoder(const WeightFile *file, Vae *vae, const Levels *levels) {
@@ -219,8 +220,8 @@ static void bind_decoder(const WeightFile *file, Vae *vae, const Levels *levels)
     char path[MAX_TENSOR_NAME];
     int base = weights_size_or(file, "vae.decoder_base_dim", MAX_CHANNELS, weights_size(file, "vae.base_dim", MAX_CHANNELS));
     int z = vae->z_dim, width = base * levels->mult[levels->count - 1], index = 0;
-    bind_convolution(file, vae, list, z, z, 1, 1, "conv2");
-    bind_convolution(file, vae, list, width, z, 3, 3, "decoder.conv1");
+    add_convolution(file, vae, list, z, z, 1, 1, "conv2");
+    add_convolution(file, vae, list, width, z, 3, 3, "decoder.conv1");
     bind_middle(file, vae, list, width, "decoder");
     for (int i = levels->count - 1; i >= 0; i--) {
         int in = width, out = base * levels->mult[i], keep = i ? begin_shortcut(levels, list) : -1;
@@ -232,7 +233,7 @@ static void bind_decoder(const WeightFile *file, Vae *vae, const Levels *levels)
                 bind_conv(file, vae->precision, 2 * out, out, 3, 1, BIAS,
                           PATH("decoder.upsamples.%d.time_conv", index));
         width = levels->residual ? out : out / 2;
-        bind_convolution(file, vae, list, width, out, 1, 3, PATH("decoder.upsamples.%d.resample.1", index++))->up = 2;
+        add_convolution(file, vae, list, width, out, 1, 3, PATH("decoder.upsamples.%d.resample.1", index++))->up = 2;
         end_shortcut(list, keep, ADD_COPIES, in, out, 1 + levels->temporal[i - 1], 2);
     }
     bind_head(file, vae, list, patch_channels(vae), width, "decoder");
@@ -256,7 +257,7 @@ static void bind_tiny(const WeightFile *file, Vae *vae) {
         weights_refuse(file, "vae.tiny is for a VAE with strides 4 and %d, found %d and %d", 8 * vae->patch_size,
                        vae->temporal_stride, vae->spatial_stride);
     weights_sizes(file, "vae.tiny.widths", MAX_CHANNELS, width, WIDTHS);
-    bind_convolution(file, vae, list, width[0], vae->z_dim, 1, 3, "tiny.1");
+    add_convolution(file, vae, list, width[0], vae->z_dim, 1, 3, "tiny.1");
     add_layer(list, RELU);
     for (int i = 0; i + 1 < WIDTHS; i++, index += 3) {
         int n = width[i], frames = i ? 2 : 1;
@@ -268,7 +269,7 @@ static void bind_tiny(const WeightFile *file, Vae *vae) {
         up->conv1.up = 2;
     }
     add_layer(list, RELU);
-    bind_convolution(file, vae, list, patch_channels(vae), width[WIDTHS - 1], 1, 3, PATH("tiny.%d", index + 1));
+    add_convolution(file, vae, list, patch_channels(vae), width[WIDTHS - 1], 1, 3, PATH("tiny.%d", index + 1));
 }
 
 Vae vae_load(const WeightFile *file, Precision precision) {
@@ -503,10 +504,6 @@ static void keep_means(VaeStream *s, const Grid *grid, LayerState *state, LayerS
             }
 }
 
-static void add_means(VaeStream *s, const Grid *grid, const LayerState *state, const Shortcut *past) {
-    add(s->x, state->kept, (size_t)pixels_of(grid) * past->out);
-}
-
 /* Adds to x (pixels, out) the number of which it is a copy: DupUp3D. The in channels, each repeated, are the numbers
  * (channel, frame, row, column). */
 static void add_copies(VaeStream *s, const Grid *grid, LayerState *state, const Shortcut *past) {
@@ -535,14 +532,14 @@ static size_t patch_index(int p, int W, int c, int y, int x) {
     return ((size_t)(y / p) * W + x / p) * 3 * p * p + (c * p + x % p) * p + y % p;
 }
 
-static void take_frame(VaeStream *s, const Grid *grid, const float *frame) {
+static void load_frame(VaeStream *s, const Grid *grid, const float *frame) {
     int p = s->vae->patch_size, Y = grid->height * p, X = grid->width * p;
     for (int c = 0; c < 3; c++)
         for (int y = 0; y < Y; y++)
             for (int x = 0; x < X; x++) s->x[patch_index(p, grid->width, c, y, x)] = *frame++;
 }
 
-static void give_frame(VaeStream *s, const Grid *grid) {
+static void store_frame(VaeStream *s, const Grid *grid) {
     int p = s->vae->patch_size, Y = grid->height * p, X = grid->width * p;
     float *pixel = s->frame;
     for (int c = 0; c < 3; c++)
@@ -566,7 +563,7 @@ static float bounded(float x) {
     return (float)(x < 0 ? -y : y);
 }
 
-static void take_latents(VaeStream *s, const Grid *grid, const float *latents) {
+static void load_latents(VaeStream *s, const Grid *grid, const float *latents) {
     const Vae *vae = s->vae;
     int z = vae->z_dim;
     size_t pixels = (size_t)pixels_of(grid);
@@ -578,7 +575,7 @@ static void take_latents(VaeStream *s, const Grid *grid, const float *latents) {
 }
 
 /* x holds z_dim means, then as many logarithms of variances, which are not used. */
-static void give_latents(VaeStream *s, const Grid *grid) {
+static void store_latents(VaeStream *s, const Grid *grid) {
     const Vae *vae = s->vae;
     int z = vae->z_dim;
     size_t pixels = (size_t)pixels_of(grid);
@@ -601,7 +598,7 @@ static void push(VaeStream *s, int index) {
         case MEMORY: memory(s, grid, layer, state); break;
         case RELU: relu(s->x, s->x, (size_t)pixels_of(grid) * s->list->layers[index - 1].conv1.out); break;
         case KEEP_FRAME: keep(s, grid, layer, state); break;
-        case ADD_MEANS: add_means(s, grid, state, &layer->past); break;
+        case ADD_MEANS: add(s->x, state->kept, (size_t)pixels_of(grid) * layer->past.out); break;
         case ADD_COPIES: add_copies(s, grid, state, &layer->past); break;
         case DOWNSAMPLE_TIME:
             if (!downsample_time(s, grid, layer, state)) return;
@@ -623,14 +620,14 @@ static void push(VaeStream *s, int index) {
         return;
     }
     const Grid *last = &s->grids[s->states[index - 1].out];
-    if (s->half == ENCODER) give_latents(s, last);
-    else give_frame(s, last);
+    if (s->half == ENCODER) store_latents(s, last);
+    else store_frame(s, last);
     s->sink(s->to, s->frame);
 }
 
 void vae_push(VaeStream *s, const float *frame) {
-    if (s->half == ENCODER) take_frame(s, &s->grids[0], frame);
-    else take_latents(s, &s->grids[0], frame);
+    if (s->half == ENCODER) load_frame(s, &s->grids[0], frame);
+    else load_latents(s, &s->grids[0], frame);
     push(s, 0);
 }
 
@@ -645,7 +642,7 @@ static Grid *size_grids(VaeStream *s, int H, int W) {
         const VaeLayer *layer = &s->list->layers[i];
         const Conv *conv = &layer->conv1;
         s->states[i].in = (int)(grid - s->grids);
-        grid->channels = (int)larger(grid->channels, conv->in);
+        grid->channels = larger(grid->channels, conv->in);
         if (conv->up != conv->stride) {
             grid++;
             *grid = (Grid){.height = grid[-1].height * conv->up / conv->stride,
@@ -653,9 +650,9 @@ static Grid *size_grids(VaeStream *s, int H, int W) {
         }
         s->states[i].out = (int)(grid - s->grids);
         if (layer->kind == ATTENTION || layer->kind == UPSAMPLE_TIME)
-            grid->wide_channels = (int)larger(grid->wide_channels, conv->out);
+            grid->wide_channels = larger(grid->wide_channels, conv->out);
         else
-            grid->channels = (int)larger(grid->channels, conv->out);
+            grid->channels = larger(grid->channels, conv->out);
     }
     return grid;
 }
@@ -672,11 +669,12 @@ static void take_cache(VaeStream *s, Arena *arena, const Grid *grid, const Conv 
 /* All grids share one x and one t, because one layer runs at a time. */
 static void take_buffers(VaeStream *s, Arena *arena, int H, int W) {
     const Grid *last = size_grids(s, H, W);
-    size_t floats = 0, channels = 0;
+    size_t floats = 0;
+    int channels = 0;
     for (Grid *grid = s->grids; grid <= last; grid++) {
         grid->operands = take_operands(s, arena, grid);
         grid->wide = arena_floats(arena, (size_t)pixels_of(grid) * grid->wide_channels);
-        floats = larger(floats, (size_t)pixels_of(grid) * grid->channels);
+        floats = larger_size(floats, (size_t)pixels_of(grid) * grid->channels);
         channels = larger(channels, grid->channels);
     }
     for (int i = 0; i < s->list->count; i++) {
@@ -691,7 +689,7 @@ static void take_buffers(VaeStream *s, Arena *arena, int H, int W) {
     }
     s->x = arena_floats(arena, floats);
     s->t = arena_floats(arena, floats);
-    s->zeros = arena_take(arena, row_bytes(s->vae->precision, (int)channels));
+    s->zeros = arena_take(arena, row_bytes(s->vae->precision, channels));
     int given = s->half == ENCODER ? s->vae->z_dim : patch_channels(s->vae); /* channels of what comes out */
     s->frame = arena_floats(arena, (size_t)pixels_of(last) * given);
 }
@@ -748,10 +746,10 @@ size_t vae_scratch(const Vae *vae, VaeHalf half, int H, int W) {
         const VaeLayer *layer = &s->list->layers[i];
         const Conv *convs[] = {&layer->conv1, &layer->conv2, &layer->conv3, &layer->shortcut};
         int pixels = pixels_of(&s->grids[s->states[i].out]);
-        if (layer->kind == ATTENTION) most = larger(most, attention_memory(vae->precision, pixels, 1, layer->conv2.in));
+        if (layer->kind == ATTENTION) most = larger_size(most, attention_memory(vae->precision, pixels, 1, layer->conv2.in));
         for (int j = 0; j < 4; j++)
             if (convs[j]->out)
-                most = larger(most, product_memory(&convs[j]->layer, pixels));
+                most = larger_size(most, product_memory(&convs[j]->layer, pixels));
     }
     vae_close(s);
     return most;

@@ -92,8 +92,7 @@ static void write_frame(Video *video, float *frame) {
     profile_begin(OUTPUT);
     if (kept) source_next(video->source, frame);
     tap_frame(frame, SHAPE(3, s->frames, s->height, s->width), video->index, "video");
-    require_finite(video->run->model, frame, (size_t)3 * s->height * s->width,
-                reason("frame %d of %d", video->index + 1, s->frames));
+    require_finite(video->run->model, frame, video_frame_values(s), reason("frame %d of %d", video->index + 1, s->frames));
     if (!kept) inspect_frame(video, frame);
     y4m_convert(&video->format, frame, video->planes);
     if (s->mark && !kept) mark_add(&video->mark, &video->format, video->planes);
@@ -115,7 +114,7 @@ static void take_decoded(void *to, float *frame) {
 
 /* The source's frames that come before all that are decoded. */
 static void write_ahead(const Run *run, Video *video) {
-    float *frame = allocate(sizeof(float) * 3 * (size_t)video->format.height * video->format.width);
+    float *frame = allocate(sizeof(float) * video_frame_values(run->settings));
     while (video->index < run->ahead) write_frame(video, frame);
     free(frame);
 }
@@ -152,7 +151,7 @@ Video video_open(const Run *run) {
     return video;
 }
 
-void video_decode(const Run *run, Video *video) {
+void video_begin(const Run *run, Video *video) {
     if (!video->index) write_header(video);
     if (run->settings->mark) video->mark = mark_make(record_bits(run->model, run->settings, &run->inputs));
     show_progress(video, "frame", video->index, run->settings->frames);
@@ -223,7 +222,7 @@ static void restore_video(Video *video, size_t bytes, const char *sha256, StateF
 /* --extend: the source goes on behind the frames of it that are written. */
 static void skip_kept(const Video *video) {
     const Settings *s = video->run->settings;
-    float *frame = allocate(sizeof(float) * 3 * (size_t)s->height * s->width);
+    float *frame = allocate(sizeof(float) * video_frame_values(s));
     source_skip(video->source, smaller(video->index, s->source_frames), frame);
     free(frame);
 }

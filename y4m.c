@@ -225,7 +225,7 @@ static const char *take_planes(Y4mReader *reader) {
     size_t size = y4m_frame_bytes(&reader->format), got = 0;
     while (got < size) {
         if (got == reader->room) {
-            size_t room = larger(2 * got, 1 << 16);
+            size_t room = larger_size(2 * got, 1 << 16);
             reader->room = room < size ? room : size;
             reader->planes = reallocate(reader->planes, reader->room);
         }

@@ -115,7 +115,8 @@ void interrupts_catch(void);
 
 /* For sizes and counts, far below the limits of their types. */
 static inline int smaller(int a, int b) { return a < b ? a : b; }
-static inline size_t larger(size_t a, size_t b) { return a > b ? a : b; }
+static inline int larger(int a, int b) { return a > b ? a : b; }
+static inline size_t larger_size(size_t a, size_t b) { return a > b ? a : b; }
 static inline int ceiling(int a, int b) { return (a + b - 1) / b; } /* a / b, rounded up */
 static inline int round_up(int a, int b) { return ceiling(a, b) * b; } /* to a multiple of b */
 

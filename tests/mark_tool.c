@@ -55,7 +55,7 @@ static const Complex *look_once(const MarkSum *sum, int step) {
     Complex **place = &looks[step + (COARSE + 1) * FINE];
     if (!*place) {
         *place = allocate(sizeof **place);
-        **place = look(sum, scale_of(step));
+        **place = whitened_spectrum(sum, scale_of(step));
     }
     return *place;
 }
@@ -68,8 +68,8 @@ static void search_pair(const MarkSum *sum, const Complex *pair, int first, int 
     for (int step = first; step <= last; step += stride) {
         Complex c = correlate(look_once(sum, step), pair);
         for (int i = 0; i < AREA; i++) c.im[i / SIDE][i % SIDE] *= -1;
-        best[0] = higher(best[0], highest((const float(*)[SIDE])c.re, step));
-        best[1] = higher(best[1], highest((const float(*)[SIDE])c.im, step));
+        best[0] = higher(best[0], find_peak((const float(*)[SIDE])c.re, step));
+        best[1] = higher(best[1], find_peak((const float(*)[SIDE])c.im, step));
     }
 }
 

@@ -197,7 +197,7 @@ static size_t panel_size_of(const Linear *layer) { return panel_bytes(layer->pre
 /* Of the memory in which a group of panels is packed: none for one block of rows, whose tasks pack for themselves. */
 static size_t group_bytes(const Linear *layer, int rows) {
     size_t panels = (size_t)ceiling(layer->weight.rows, kernels->tile_cols);
-    size_t panel_size = panel_size_of(layer), most = larger(1, GROUP_BYTES / panel_size);
+    size_t panel_size = panel_size_of(layer), most = larger_size(1, GROUP_BYTES / panel_size);
     if (rows <= BLOCK_TILES * kernels->tile[layer->precision].rows) return 0;
     return panel_size * (panels < most ? panels : most);
 }

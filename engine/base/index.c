@@ -62,7 +62,7 @@ int32_t index_add(Index *index, int32_t entry) {
     int32_t *place = find_place(index, name, hash_name(name)), old = place ? *place : -1;
     if (place) *place = entry;
     else index->crowded = true;
-    index->longest = larger(index->longest, name.size);
+    index->longest = larger_size(index->longest, name.size);
     return old;
 }
 

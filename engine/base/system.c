@@ -154,7 +154,7 @@ static size_t memory_private(void) {
 
 static size_t highest;
 
-void memory_note(void) { highest = larger(highest, memory_private()); }
+void memory_note(void) { highest = larger_size(highest, memory_private()); }
 
 size_t memory_peak(void) {
     struct rusage usage;

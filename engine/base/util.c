@@ -230,10 +230,10 @@ static void unfinished_replace(const char *old, char *new, bool kept) {
     if (i == MAX_UNFINISHED) die(STATUS_RESOURCE, "more than %d output files are open (a bug)", MAX_UNFINISHED);
 }
 
-void outputs_note(char *path, bool kept) {
+void outputs_note(char *path, bool protect) {
     int i = 0;
     while (i < MAX_UNFINISHED && unfinished[i].path != path) i++;
-    unfinished_replace(i < MAX_UNFINISHED ? path : NULL, path, kept);
+    unfinished_replace(i < MAX_UNFINISHED ? path : NULL, path, protect);
 }
 
 void outputs_forget(const char *path) { unfinished_replace(path, NULL, false); }
