@@ -64,6 +64,10 @@ static Start load_start(const WeightFile *file) {
     weights_refuse(file, "wan.model_type is '%s', expected t2v, ti2v or i2v", type);
 }
 
+int model_train_timesteps(const WeightFile *file) {
+    return weights_size_or(file, "scheduler.num_train_timesteps", 1 << 20, 1000);
+}
+
 /* One transformer; or two, if scheduler.boundary says at which noise level the second takes over. */
 static void load_experts(Model *m) {
     double boundary = weights_double_or(m->file, "scheduler.boundary", 0);
@@ -76,7 +80,7 @@ static void load_experts(Model *m) {
             weights_refuse(m->file, "there are two transformers, expected the key scheduler.boundary");
         return;
     }
-    m->experts[0].from = boundary * weights_size_or(m->file, "scheduler.num_train_timesteps", 1 << 20, 1000);
+    m->experts[0].from = boundary * model_train_timesteps(m->file);
     m->experts[1].transformer = transformer_load(m->file, m->precision, "transformer_2.");
     m->expert_count = 2;
 }
@@ -128,7 +132,7 @@ static float *load_descending(const WeightFile *file, const char *key, double mo
  * The result has 0 steps if there are no timesteps. */
 static Schedule load_schedule(const WeightFile *file, Sampler rule, const char *prefix) {
     char key[64];
-    int steps = 0, count = 0, train = weights_size_or(file, "scheduler.num_train_timesteps", 1 << 20, 1000);
+    int steps = 0, count = 0, train = model_train_timesteps(file);
     snprintf(key, sizeof key, "scheduler.%stimesteps", prefix);
     float *timesteps = load_descending(file, key, train, &steps);
     if (timesteps && rule == SAMPLERS)
@@ -210,7 +214,7 @@ static void load_chunks(const WeightFile *file, Recipe *r) {
     const char *why = check_window(r);
     if (why) weights_refuse(file, "causal.window and causal.sink: %s", why);
     double noise = weights_double_or(file, "causal.context_noise", 0);
-    int train = weights_size_or(file, "scheduler.num_train_timesteps", 1 << 20, 1000);
+    int train = model_train_timesteps(file);
     if (!(noise >= 0 && noise <= train))
         weights_refuse(file, "causal.context_noise is %g, expected 0 to %d", noise, train);
     r->context_noise = (float)noise;
@@ -391,7 +395,7 @@ static void complete_schedule(Settings *s, const Model *m) {
         weights_refuse(m->file, "scheduler.sampler is '%s', expected unipc, euler or dpm++; --sampler overrides it",
                        weights_string_or(m->file, "scheduler.sampler", ""));
     int steps = m->recipe.first.steps ? smaller(m->recipe.first.steps, s->steps) : s->steps;
-    if (s->strength >= 0 && steps * s->strength < 1)
+    if (s->strength >= 0 && !steps_in_part(steps, s->strength))
         die(STATUS_USAGE, "--strength: %g of %d steps is none, expected at least %.4g", s->strength, steps, 1.0 / steps);
 }
 
@@ -402,7 +406,7 @@ static void check_easycache(const Settings *s, const Model *m) {
         die(STATUS_USAGE, "--easycache: needs a model that generates the whole clip at once, this one generates chunks");
     if (m->recipe.schedule.steps)
         die(STATUS_USAGE, "--easycache: needs a schedule of any length, this model has a fixed one");
-    int steps = s->strength >= 0 ? smaller((int)(s->steps * s->strength), s->steps) : s->steps;
+    int steps = s->strength >= 0 ? steps_in_part(s->steps, s->strength) : s->steps;
     if (steps < EASYCACHE_FIRST + 2)
         die(STATUS_USAGE, "--easycache: the first %d steps and the last are always computed, expected at least %d "
             "steps, found %d", EASYCACHE_FIRST, EASYCACHE_FIRST + 2, steps);

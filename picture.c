@@ -49,10 +49,7 @@ size_t ppm_header(int width, int height, char out[32]) {
 void ppm_convert(int width, int height, const float *frame, uint8_t *out) {
     size_t pixels = (size_t)width * (size_t)height;
     for (size_t i = 0; i < pixels; i++)
-        for (int c = 0; c < 3; c++) {
-            float value = (frame[c * pixels + i] + 1) * 127.5f + 0.5f;
-            *out++ = (uint8_t)(value > 0 ? value < 255 ? value : 255 : 0);
-        }
+        for (int c = 0; c < 3; c++) *out++ = byte_of((frame[c * pixels + i] + 1) * 127.5f);
 }
 
 /* ---------------------------------------------------------------- files */

@@ -72,8 +72,7 @@ static void take_buffers(Arena *arena, const Run *run, Sampling *s) {
     if (run->settings->easycache) s->easy = easycache_take(arena, elements, run->guided);
     s->velocity = arena_floats(arena, longest);
     s->unconditional = arena_floats(arena, run->guided ? elements : 0);
-    s->noise = arena_floats(arena, sampler_needs_noise(&run->first, 0) || sampler_needs_noise(&run->schedule, 0)
-                                       ? elements : 0);
+    s->noise = arena_floats(arena, run_renoises(run) ? elements : 0);
     s->timesteps = arena_floats(arena, longest_pass(run));
     s->recent = arena_floats(arena, run->recached * run->frame_size);
 }
@@ -266,7 +265,7 @@ static void identity_state(const Run *run, StateFile *f) {
     if (!state_same(f, "negative_embeds", run->inputs.negative_embeds, sizeof run->inputs.negative_embeds))
         state_refuse(f, "the run was begun with another --negative-embeds file");
     for (int i = 0; i < run->prompt_count + run->guided; i++) {
-        const Prompt *prompt = i < run->prompt_count ? &run->prompts[i] : &run->negative;
+        const Prompt *prompt = run_prompt(run, i);
         if (prompt->ids && !state_same(f, "prompt.ids", prompt->ids, sizeof *prompt->ids * (size_t)prompt->n))
             state_refuse(f, "the run was begun with other token ids of the %s", prompt->name);
     }

@@ -46,6 +46,10 @@ typedef struct {
     size_t frame_size;         /* C*H*W, elements of a latent frame */
     InputHashes inputs;
 } Run;
+/* Prompt i of prompt_count + guided: the negative one is the last. */
+static inline const Prompt *run_prompt(const Run *run, int i) {
+    return i < run->prompt_count ? &run->prompts[i] : &run->negative;
+}
 Run run_plan(Model *model, const Settings *settings);
 void run_free(Run *run);
 /* Says what the run costs and what looks wrong. Dies with STATUS_RESOURCE if it needs more memory than there is. */
@@ -53,6 +57,7 @@ void run_estimate(const Run *run);
 
 Chunk chunk_at(const Run *run, int index);
 const Schedule *chunk_schedule(const Run *run, int index);
+bool run_renoises(const Run *run); /* a step of some chunk adds fresh noise */
 int chunk_decoded(const Run *run, Chunk chunk); /* the chunk's frames, except those past the clip's end */
 double chunk_time(const Run *run, Chunk chunk); /* start of its first video frame, in seconds */
 int video_frames(const Run *run, int latent);   /* how many there are when `latent` latent frames are decoded */

@@ -71,8 +71,7 @@ static void prompt_free(Prompt *p) {
 
 /* With many steps and a large shift, neighbouring sigmas round to the same float32: this is refused. */
 static Schedule make_schedule(const Model *m, const Settings *s) {
-    Schedule schedule = schedule_make(s->sampler, s->steps, s->shift,
-                                      weights_size_or(m->file, "scheduler.num_train_timesteps", 1 << 20, 1000));
+    Schedule schedule = schedule_make(s->sampler, s->steps, s->shift, model_train_timesteps(m->file));
     for (int i = 0; i < s->steps; i++)
         if (!(schedule.sigmas[i + 1] < schedule.sigmas[i]))
             die(STATUS_USAGE, "--steps %d with --shift %g: sigma does not decrease in step %d, expected fewer steps or a "
@@ -193,6 +192,10 @@ void run_free(Run *run) {
     free(run->prompts);
 }
 
+bool run_renoises(const Run *run) {
+    return sampler_needs_noise(&run->first, 0) || sampler_needs_noise(&run->schedule, 0);
+}
+
 const Schedule *chunk_schedule(const Run *run, int index) {
     return index > run->given_chunks ? &run->schedule : &run->first;
 }
@@ -227,8 +230,8 @@ size_t text_context_memory(const Run *run, int n) {
 /* Tokens of the longest prompt; of the longest one that the text encoder encodes, 0 if it encodes none. */
 static int longest_prompt(const Run *run, bool encoded) {
     int n = 0;
-    for (int i = -1; i < run->prompt_count; i++) {
-        const Prompt *p = i < 0 ? &run->negative : &run->prompts[i];
+    for (int i = 0; i < run->prompt_count + run->guided; i++) {
+        const Prompt *p = run_prompt(run, i);
         if (p->ids || !encoded) n = larger(n, p->n);
     }
     return n;
@@ -310,8 +313,8 @@ static double run_flops(const Run *run) {
     double flops = passes_flops(run, run->prompts[0].n + 1, false) +
                    vae_flops(&m->vae, run->settings->decoder, run->decoded, run->H, run->W);
     if (run->settings->source) flops += vae_flops(&m->vae, ENCODER, run->pictured, run->H, run->W);
-    for (int i = -1; i < run->prompt_count; i++) {
-        const Prompt *p = i < 0 ? &run->negative : &run->prompts[i];
+    for (int i = 0; i < run->prompt_count + run->guided; i++) {
+        const Prompt *p = run_prompt(run, i);
         if (p->ids) flops += text_encoder_flops(&m->text_encoder, p->n);
     }
     if (run->guided) flops += passes_flops(run, run->negative.n + 1, true);

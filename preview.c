@@ -22,8 +22,7 @@ static int shade(const float *plane, int width, int x0, int x1, int y0, int y1) 
     float sum = 0;
     for (int y = y0; y < y1; y++)
         for (int x = x0; x < x1; x++) sum += plane[(size_t)y * width + x];
-    float value = (sum / (float)((x1 - x0) * (y1 - y0)) + 1.0f) * 127.5f + 0.5f;
-    return value > 0 ? value < 255 ? (int)value : 255 : 0; /* NaN gives 0 */
+    return byte_of((sum / (float)((x1 - x0) * (y1 - y0)) + 1.0f) * 127.5f);
 }
 
 /* A byte as a coordinate of the colour cube, 0 to 5. */

@@ -110,8 +110,10 @@ Schedule schedule_of(Sampler sampler, int steps, const float *timesteps, const f
     return schedule;
 }
 
+int steps_in_part(int steps, double part) { return smaller((int)(steps * part), steps); }
+
 Schedule schedule_end(const Schedule *schedule, double part) {
-    int steps = smaller((int)(schedule->steps * part), schedule->steps), from = schedule->steps - steps;
+    int steps = steps_in_part(schedule->steps, part), from = schedule->steps - steps;
     return (Schedule){schedule->sampler, steps, schedule->sigmas + from, schedule->timesteps + from};
 }
 

@@ -172,18 +172,10 @@ static double parse_number(Option option, const char *text, double least, double
     return value;
 }
 
-/* Parses decimal digits at *text, and moves it past them. Returns -1 if there are none or they exceed `most`. */
-static int64_t take_number(const char **text, int64_t most) {
-    int64_t value = 0;
-    const char *start = *text;
-    for (; **text >= '0' && **text <= '9' && value <= most; (*text)++) value = 10 * value + (**text - '0');
-    return *text > start && value <= most ? value : -1;
-}
-
 /* "WxH" */
 static void parse_size(const char *text, int *width, int *height) {
     const char *at = text;
-    int64_t w = take_number(&at, 16384), h = *at == 'x' ? at++, take_number(&at, 16384) : -1;
+    int64_t w = take_digits(&at, 16384), h = *at == 'x' ? at++, take_digits(&at, 16384) : -1;
     if (*at || w < 1 || h < 1) die(STATUS_USAGE, "--size: '%s' is not WxH, two whole numbers from 1 to 16384", text);
     *width = (int)w;
     *height = (int)h;
@@ -209,10 +201,10 @@ static void decimal_rate(int64_t value, int64_t parts, int64_t *num, int64_t *de
 static void parse_rate(const char *text, int *rate_num, int *rate_den) {
     enum { MOST = 1000000 };
     const char *at = text;
-    int64_t num = take_number(&at, MOST), den = 1, parts = 1;
+    int64_t num = take_digits(&at, MOST), den = 1, parts = 1;
     if (*at == ':' || *at == '/') {
         at++;
-        den = take_number(&at, MOST);
+        den = take_digits(&at, MOST);
     } else if (*at == '.' && num >= 0) {
         for (at++; *at >= '0' && *at <= '9' && parts < MOST; at++, parts *= 10) num = 10 * num + (*at - '0');
         if (num > 0) decimal_rate(num, parts, &num, &den);

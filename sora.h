@@ -223,7 +223,8 @@ Schedule schedule_make(Sampler sampler, int steps, double shift, int train_times
 /* A schedule from a list: timesteps [steps] and sigmas [steps], to which the last sigma, 0, is appended. */
 Schedule schedule_of(Sampler sampler, int steps, const float *timesteps, const float *sigmas);
 char *schedule_string(const Schedule *schedule); /* the timesteps, as "1000 937.5 833.333313 625"; free() it */
-/* The last int(steps * part) steps; sigmas and timesteps are still the schedule's. */
+int steps_in_part(int steps, double part); /* int(steps * part), at most all */
+/* The last steps_in_part() steps; sigmas and timesteps are still the schedule's. */
 Schedule schedule_end(const Schedule *schedule, double part);
 void schedule_free(Schedule *schedule);
 
@@ -365,6 +366,7 @@ typedef struct {
     int chroma;             /* 420 or 444; the reader also gives 422 and 400 (mono) */
 } VideoFormat;
 
+uint8_t byte_of(float x); /* the nearest from 0 to 255; of NaN 0 */
 bool y4m_is_bt709(const VideoFormat *format); /* the colour matrix, by size, as players assume; else it is BT.601 */
 size_t y4m_frame_bytes(const VideoFormat *format);
 /* Planes Y, Cb, Cr of 8 bits in limited range, y4m_frame_bytes() in all, from a frame [3,Y,X] in [-1,1]. */
@@ -561,6 +563,7 @@ Model model_load(const char *path, Precision precision);
 void model_bind(Model *model); /* the part of it after the tokenizer: all but that is set from the file */
 void model_free(Model *model);
 int model_expert(const Model *model, double timestep); /* index of the expert that serves it */
+int model_train_timesteps(const WeightFile *file); /* timesteps are from 0 to this number */
 Recipe recipe_load(const WeightFile *file);
 void recipe_free(Recipe *recipe);
 /* Sets what was not given to the model's default, and checks all of it. Dies with STATUS_USAGE on a bad setting. */

@@ -28,7 +28,7 @@ Noise noise_open(Run *run) {
     size_t count = (run->T - run->given) * run->frame_size;
     Noise noise = {.initial = draw_start(run->settings->seed, count)};
     if (run->settings->noise) noise_read(run, &noise);
-    if (!sampler_needs_noise(&run->schedule, 0) && !sampler_needs_noise(&run->first, 0)) return noise;
+    if (!run_renoises(run)) return noise;
     generator_seed(&noise.steps, run->settings->seed);
     generator_skip(&noise.steps, count);
     return noise;

@@ -44,7 +44,7 @@ static size_t luma_bytes(const VideoFormat *format) {
 static size_t chroma_bytes(const VideoFormat *format) {
     Subsampling s = subsampling(format->chroma);
     if (format->chroma == 400) return 0;
-    return (size_t)((format->width + s.dx - 1) / s.dx) * (size_t)((format->height + s.dy - 1) / s.dy);
+    return (size_t)ceiling(format->width, s.dx) * (size_t)ceiling(format->height, s.dy);
 }
 
 size_t y4m_frame_bytes(const VideoFormat *format) {
@@ -78,9 +78,9 @@ size_t y4m_header(const VideoFormat *format, char out[80]) {
 
 static float luma(Matrix m, float r, float g, float b) { return m.red * r + m.green * g + m.blue * b; }
 
-static uint8_t to_byte(float x) {
+uint8_t byte_of(float x) {
     x += 0.5f;
-    return (uint8_t)(x > 0 ? x < 255 ? x : 255 : 0); /* NaN becomes 0 */
+    return (uint8_t)(x > 0 ? x < 255 ? x : 255 : 0);
 }
 
 /* Average over the pixels of a plane (Y,X) that chroma sample (row, column) covers. */
@@ -100,7 +100,7 @@ void y4m_convert(const VideoFormat *format, const float *frame, uint8_t *out) {
     size_t pixels = luma_bytes(format);
     Matrix m = matrix(format);
     const float *red = frame, *green = frame + pixels, *blue = frame + 2 * pixels;
-    for (size_t i = 0; i < pixels; i++) out[i] = to_byte(125.5f + 109.5f * luma(m, red[i], green[i], blue[i]));
+    for (size_t i = 0; i < pixels; i++) out[i] = byte_of(125.5f + 109.5f * luma(m, red[i], green[i], blue[i]));
     uint8_t *cb = out + pixels, *cr = cb + chroma_bytes(format);
     Subsampling s = subsampling(format->chroma);
     for (int row = 0; row * s.dy < format->height; row++) {
@@ -109,8 +109,8 @@ void y4m_convert(const VideoFormat *format, const float *frame, uint8_t *out) {
             float g = box_average(green, format, s, row, column);
             float b = box_average(blue, format, s, row, column);
             float y = luma(m, r, g, b);
-            *cb++ = to_byte(128 + 112 * ((b - y) / m.cb));
-            *cr++ = to_byte(128 + 112 * ((r - y) / m.cr));
+            *cb++ = byte_of(128 + 112 * ((b - y) / m.cb));
+            *cr++ = byte_of(128 + 112 * ((r - y) / m.cr));
         }
     }
 }
@@ -136,24 +136,16 @@ static const struct {
     {"422", 422},     {"444", 444},      {"mono", 400},
 };
 
-/* Parses decimal digits at *text, and moves it past them. Returns -1 if there are none or they exceed the limit. */
-static int parse_number(const char **text, int limit) {
-    int64_t value = 0;
-    const char *start = *text;
-    for (; **text >= '0' && **text <= '9' && value <= limit; (*text)++) value = 10 * value + (**text - '0');
-    return *text == start || value > limit ? -1 : (int)value;
-}
-
 static const char *parse_side(const char *text, int *out) {
-    *out = parse_number(&text, MAX_SIDE);
+    *out = (int)take_digits(&text, MAX_SIDE);
     return *out > 0 && !*text ? NULL : "the header's W or H is not a number from 1 to 32768";
 }
 
 /* "0:0" means unknown; it is read as 25, as ffmpeg does. */
 static const char *parse_rate(const char *text, VideoFormat *format) {
     const char *start = text;
-    int numerator = parse_number(&text, INT32_MAX);
-    int denominator = *text == ':' ? text++, parse_number(&text, INT32_MAX) : -1;
+    int numerator = (int)take_digits(&text, INT32_MAX);
+    int denominator = *text == ':' ? text++, (int)take_digits(&text, INT32_MAX) : -1;
     if (*text || numerator < 0 || denominator < 0 || !numerator != !denominator)
         return reason("the header's frame rate is %.40s, expected a fraction such as 25:1", start);
     format->rate_num = numerator ? numerator : 25;
@@ -269,7 +261,7 @@ const char *y4m_open(FILE *stream, Sha256 *sha, Y4mReader **out, VideoFormat *fo
 void y4m_to_floats(const VideoFormat *format, bool full_range, const uint8_t *planes, float *frame) {
     Subsampling s = subsampling(format->chroma);
     Matrix m = matrix(format);
-    size_t pixels = luma_bytes(format), chroma_width = (size_t)((format->width + s.dx - 1) / s.dx), i = 0;
+    size_t pixels = luma_bytes(format), chroma_width = (size_t)ceiling(format->width, s.dx), i = 0;
     const uint8_t *blue = planes + pixels, *red = blue + chroma_bytes(format);
     float black = full_range ? 127.5f : 125.5f, gain = full_range ? 127.5f : 109.5f;
     float chroma_gain = full_range ? 127.5f : 112.0f;

@@ -119,6 +119,9 @@ static inline int larger(int a, int b) { return a > b ? a : b; }
 static inline size_t larger_size(size_t a, size_t b) { return a > b ? a : b; }
 static inline int ceiling(int a, int b) { return (a + b - 1) / b; } /* a / b, rounded up */
 static inline int round_up(int a, int b) { return ceiling(a, b) * b; } /* to a multiple of b */
+enum { CACHE_LINE = 64 }; /* bytes; the widest vector has as many */
+/* Rounds up to whole cache lines. */
+static inline size_t whole_lines(size_t bytes) { return (bytes + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE; }
 
 /* ---------------------------------------------------------------- system.c: time, memory, processors */
 
@@ -209,7 +212,7 @@ void progress(const char *stage, int done, int total);
 void progress_detail(const char *format, ...) PRINTF_LIKE(1, 2); /* added to the next progress line */
 void progress_note(const char *format, ...) PRINTF_LIKE(1, 2); /* prints a permanent line above it */
 
-/* ---------------------------------------------------------------- utf8.c: growable strings, UTF-8 */
+/* ---------------------------------------------------------------- utf8.c: growable strings, UTF-8, digits */
 
 /* A growable string. Initialize with {0}, free() the data. After each append, data[size] is 0. */
 typedef struct {
@@ -227,6 +230,8 @@ size_t utf8_decode(Bytes text, uint32_t *code); /* decodes the first character o
 size_t character_bytes(Bytes text); /* of the first character, judged by its first byte, at most text.size */
 /* Whether a text, not empty, begins with a valid character that is no control character. *bytes: its bytes. */
 bool is_printable(Bytes text, size_t *bytes);
+/* Parses decimal digits at *text, and moves it past them. Returns -1 if there are none, or the number exceeds `most`. */
+int64_t take_digits(const char **text, int64_t most);
 
 /* A rule may replace the start of a text (valid UTF-8, not empty). If it applies, it appends the replacement to `out`
  * and returns how many bytes of `text` it replaces. Otherwise it returns 0. */

@@ -144,12 +144,11 @@ static Plan make_plan(const Attention *a) {
     plan.weight_row = floats ? sizeof(float) * TILE_KEYS : packed_bytes(plan.precision, TILE_KEYS);
     plan.key_panel = panel_bytes(plan.precision, a->d);
     plan.value_panel = panel_bytes(plan.precision, a->keys);
-    plan.keys_size = (size_t)(round_up(a->keys, plan.C) / plan.C) * plan.key_panel;
+    plan.keys_size = (size_t)ceiling(a->keys, plan.C) * plan.key_panel;
     plan.head_size = plan.keys_size + (size_t)(plan.width / plan.C) * plan.value_panel;
-    plan.packed_size = (plan.head_size * (size_t)a->heads + 63) / 64 * 64;
-    plan.block_size = (size_t)rows * (sizeof(float) * (size_t)(TILE_KEYS + plan.width + LANES) +
-                                      plan.query_row + (floats ? 0 : plan.weight_row));
-    plan.block_size = (plan.block_size + 63) / 64 * 64;
+    plan.packed_size = whole_lines(plan.head_size * (size_t)a->heads);
+    plan.block_size = whole_lines((size_t)rows * (sizeof(float) * (size_t)(TILE_KEYS + plan.width + LANES) +
+                                                  plan.query_row + (floats ? 0 : plan.weight_row)));
     return plan;
 }
 
@@ -164,7 +163,7 @@ size_t attention_memory(Precision precision, int keys, int heads, int d) {
 
 void attention_in_tiles(const Attention *a) {
     Plan plan = make_plan(a);
-    int block = BLOCK_ROWS * plan.tile->rows, blocks = round_up(a->queries, block) / block;
+    int block = BLOCK_ROWS * plan.tile->rows, blocks = ceiling(a->queries, block);
     plan.packed = scratch(plan_bytes(&plan));
     PARALLEL_FOR (int head = 0; head < a->heads; head++) pack_head(&plan, head);
     PARALLEL_FOR (int task = 0; task < blocks * a->heads; task++) {

@@ -216,7 +216,7 @@ static TARGET void NAME(transpose)(Word *out, size_t stride_out, const Word *in,
 
 static TARGET float NAME(softmax_tile)(float *scores, int n, float scale, const float *bias, float maximum,
                                        float *sums, float *rescale) {
-    int padded = (n + LANES - 1) / LANES * LANES, whole = n - n % LANES;
+    int padded = round_up(n, LANES), whole = n - n % LANES;
     V m = V_SET(maximum), factor = V_SET(scale);
     for (int i = 0; i < whole; i += VLEN) {
         V s = V_MUL(V_LOAD(scores + i), factor);

@@ -75,7 +75,7 @@ void narrow_rows(Precision precision, void *rows, size_t stride, const float *x,
 size_t packed_bytes(Precision precision, int n) {
     int filled = round_up(n, kernels->tile[precision].step);
     size_t bytes = tiles_take_floats(precision) ? sizeof(float) * (size_t)n : row_bytes(precision, filled);
-    return 64 + (bytes + 63) / 64 * 64;
+    return CACHE_LINE + whole_lines(bytes);
 }
 
 /* Elements [at, at+n) of a segment to element `done` of a packed row. */
@@ -153,7 +153,7 @@ Ahead weights_ahead(Precision precision, const Weight *w, int first, int from, i
 static void pack_bytes(Word *bytes, const float *column, int n, float *scale, int32_t *correction) {
     int sum;
     *scale = quantize((uint8_t *)bytes, column, n, &sum);
-    for (int k = 0; k < (n + 3) / 4; k++) bytes[k] ^= 0x80808080u * (kernels->byte_offset != 0);
+    for (int k = 0; k < ceiling(n, 4); k++) bytes[k] ^= 0x80808080u * (kernels->byte_offset != 0);
     *correction = -kernels->byte_offset * sum;
 }
 

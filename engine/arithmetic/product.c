@@ -204,7 +204,7 @@ static size_t group_bytes(const Linear *layer, int rows) {
 
 /* A region: a group of panels, then what threads have for themselves. */
 static size_t region_bytes(const Linear *layer, int rows) {
-    return (group_bytes(layer, rows) + 63) / 64 * 64 + task_bytes(layer->precision) * (size_t)threads_count();
+    return whole_lines(group_bytes(layer, rows)) + task_bytes(layer->precision) * (size_t)threads_count();
 }
 
 void product_in_panels(float *y, const Rows *x, const Linear *layer, int mode, char *memory) {
@@ -243,7 +243,7 @@ size_t product_memory(const Linear *layer, int rows) { return region_bytes(layer
 
 /* Of a row that linear() narrows: as packed rows lie, so that tiles can read it there. */
 static size_t narrow_bytes(const Linear *layer) {
-    return 64 + (row_bytes(layer->precision, layer->weight.cols) + 63) / 64 * 64;
+    return CACHE_LINE + whole_lines(row_bytes(layer->precision, layer->weight.cols));
 }
 
 /* A region, then the row operands: in float32, x is that already. */

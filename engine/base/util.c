@@ -91,15 +91,9 @@ const char *reason(const char *format, ...) {
 
 /* ---------------------------------------------------------------- memory */
 
-enum { ALIGNMENT = 64 }; /* a cache line, and the widest vector */
-
-static size_t aligned(size_t bytes) {
-    return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
-}
-
 void *allocate(size_t bytes) {
-    size_t size = aligned(bytes ? bytes : 1);
-    void *p = size >= bytes ? aligned_alloc(ALIGNMENT, size) : NULL;
+    size_t size = whole_lines(bytes ? bytes : 1);
+    void *p = size >= bytes ? aligned_alloc(CACHE_LINE, size) : NULL;
     if (!p) die(STATUS_RESOURCE, "out of memory: cannot allocate %.1f MiB", bytes / 1048576.0);
     return memset(p, 0, size);
 }
@@ -124,7 +118,7 @@ char *format_string(const char *format, ...) {
 
 void *arena_take(Arena *arena, size_t bytes) {
     size_t at = arena->used;
-    arena->used += aligned(bytes);
+    arena->used += whole_lines(bytes);
     if (!arena->base) return NULL;
     if (arena->used > arena->size)
         die(STATUS_RESOURCE, "an arena of %zu bytes is too small: %zu were requested (a bug)", arena->size,

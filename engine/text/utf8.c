@@ -1,4 +1,4 @@
-/* utf8.c - a growable string (Text), and conversion to and from UTF-8 and UTF-16.
+/* utf8.c - a growable string (Text), conversion to and from UTF-8 and UTF-16, decimal digits.
  *
  * The input is untrusted. Valid UTF-8 is what RFC 3629 allows: shortest forms, no surrogates, nothing above U+10FFFF.
  * Invalid bytes are replaced by U+FFFD, one for each maximal subpart of a character (Unicode Standard, section 3.9 and
@@ -107,4 +107,11 @@ void text_rewrite(Text *text, Rule *rule) {
     text_append(&out, "", 0); /* data is never NULL */
     free(text->data);
     *text = out;
+}
+
+int64_t take_digits(const char **text, int64_t most) {
+    int64_t value = 0;
+    const char *start = *text;
+    for (; **text >= '0' && **text <= '9' && value <= most; (*text)++) value = 10 * value + (**text - '0');
+    return *text > start && value <= most ? value : -1;
 }
