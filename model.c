@@ -268,7 +268,7 @@ void model_free(Model *m) {
 
 /* ---------------------------------------------------------------- settings */
 
-/* Both set a setting that was not given from the file's key, or from `otherwise` if there is no such key. */
+/* Both: a setting that was not given takes the value of the file's key, or `otherwise` if there is no such key. */
 static void set_default(int *setting, const Model *m, const char *key, int most, int otherwise) {
     if (*setting == 0) *setting = weights_size_or(m->file, key, most, otherwise);
 }

@@ -32,7 +32,7 @@ static const char *parse_ppm(Bytes bytes, Source *out) {
     int width = take_number(bytes, &at, MAX_SIDE), height = take_number(bytes, &at, MAX_SIDE);
     int white = take_number(bytes, &at, 65535);
     if (width < 1 || height < 1) return "its size is not two numbers from 1 to 32768";
-    if (white < 1) return "the header's third number, that of white, is not one from 1 to 65535";
+    if (white < 1) return "the header's third number, the value of white, is not from 1 to 65535";
     if (white > 255) return reason("16 bits a colour (white is %d), expected 8 (255)", white);
     if (at >= bytes.size || !strchr(" \t\r\n", bytes.data[at]) || !bytes.data[at]) return "the header does not end";
     size_t size = 3 * (size_t)width * (size_t)height, left = bytes.size - at - 1;
@@ -60,7 +60,7 @@ static FILE *memory_stream(Bytes bytes) {
     return stream;
 }
 
-/* What else people have pictures and clips in. */
+/* The format of a file that is neither PPM nor Y4M, by its first bytes; NULL if it is not known. */
 static const char *foreign(Bytes bytes) {
     static const struct {
         const char *start, *name;
@@ -91,8 +91,8 @@ const char *source_parse(Bytes bytes, Source *out) {
     if (starts_with(bytes, "P6")) return parse_ppm(bytes, out);
     if (starts_with(bytes, "YUV4MPEG2 ")) return parse_y4m(bytes, out);
     const char *name = foreign(bytes);
-    return name ? reason("this is %s file, expected a PPM (P6) or a Y4M; ffmpeg -i FILE picture.ppm (or clip.y4m) makes "
-                         "one of it", name)
+    return name ? reason("this is %s file, expected a PPM (P6) or a Y4M; convert it: ffmpeg -i FILE picture.ppm (or "
+                         "clip.y4m)", name)
                 : "expected a PPM (P6) or a Y4M";
 }
 

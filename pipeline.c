@@ -200,7 +200,7 @@ static void denoise_step(const Run *run, Sampling *s, Noise *noise, Video *video
     double most = run->settings->easycache;
     float *x = s->latents, *v = s->velocity, *u = guidance > 1 ? s->unconditional : NULL; /* (frames,C,H,W) */
     if (step && expert != model_expert(run->model, schedule->timesteps[step - 1]))
-        s->easy.known = 0; /* nothing of the expert that takes over */
+        s->easy.known = 0; /* the new expert has no velocities yet */
     if (most && easycache_leaves_out(&s->easy, most, step, schedule->steps, x)) {
         easycache_velocity(&s->easy, x, v, u);
         s->left_out += u ? 2 : 1;
@@ -317,9 +317,9 @@ static void note_state(Video *video) {
     outputs_advise("; to resume: sora --resume -o %s", video->run->settings->output);
 }
 
-/* Writes the state if it is time: the first after state_seconds, so that a short run writes none, each further one as
- * long after the last. If writing takes more than 1.5 of 30 seconds, the pause grows in proportion. Before the last
- * chunk is decoded (`urgent`) only the age of the run counts. */
+/* Writes the state if it is due: state_seconds after the run began (a short run writes none), then state_seconds after
+ * the last one. If writing took more than 1.5 seconds, the next pause is longer in proportion. Before the last chunk is
+ * decoded (`urgent`), only the age of the run counts. */
 static void save_state(const Run *run, Sampling *s, Noise *noise, Video *video, bool urgent) {
     double start = seconds(), pause = run->settings->state_seconds;
     if (!video->state || start < (urgent ? video->started + pause : video->next)) return;

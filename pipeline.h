@@ -34,8 +34,8 @@ typedef struct {
     int C, T, H, W;            /* latents (T,C,H,W); T is rounded up to whole chunks */
     int decoded;               /* latent frames that are decoded: the first ones of T */
     int given, redrawn;        /* the source's latent frames: kept as they are, or mixed with noise (--strength) */
-    int ahead;                 /* video frames of the source that come before all that are decoded */
-    int held;                  /* latent frames that stay as encoded while others are denoised: the first, then the last */
+    int ahead;                 /* source frames before the first one that is encoded (--extend); written as they are */
+    int held;                  /* latent frames that are encoded, not denoised: the first; or the first and the last */
     int condition_channels;    /* channels that the transformer reads beside the latents: mask, encoded picture */
     int pictured, encoded;     /* video frames that the encoder takes, latent frames that it gives */
     int chunks, given_chunks;  /* number of chunks; the first of them hold the given frames */
@@ -136,7 +136,7 @@ typedef struct {
     int index;               /* of the next frame */
     int chunk;               /* chunks that are decoded */
     int resumed;             /* frames that an earlier run had written */
-    double started, next;    /* when the first step began; before when no state is written; in seconds() */
+    double started, next;    /* by seconds(): when this process began the loop; when the next state is due */
     VaeStream *decoder;      /* NULL before the first latent frame */
     char *state;             /* name of the state file; NULL: none is written */
     bool kept;               /* the state file exists */
@@ -150,7 +150,7 @@ static inline size_t video_frame_values(const Settings *s) { return (size_t)3 * 
 Video video_open(const Run *run);
 /* Writes the file's header and the frames before the decoded ones, and opens the decoder. */
 void video_begin(const Run *run, Video *video);
-/* --preview, with a tiny decoder: draws the first frame of what a step takes the finished chunk for, x - sigma * v. */
+/* --preview, with a tiny decoder: draws the first frame of the step's prediction of x0, x - sigma * v. */
 void video_guess(const Run *run, Video *video, const float *x, const float *v, float sigma);
 void video_close(Video *video);
 void video_state(Video *video, StateFile *file);

@@ -90,7 +90,7 @@ Chunk chunk_at(const Run *run, int index) {
     return chunk;
 }
 
-/* Number of chunks of n frames that hold so many frames, the first of which may be alone in its chunk. */
+/* Chunks of n frames that `frames` frames need. `alone`: the first frame is a chunk of its own. */
 static int count_chunks(int frames, int n, bool alone) {
     return alone && frames ? 1 + ceiling(frames - 1, n) : ceiling(frames, n);
 }
@@ -237,7 +237,7 @@ static int longest_prompt(const Run *run, bool encoded) {
     return n;
 }
 
-/* Of the encoder and of what it reads; 0 without a source. */
+/* Bytes of the VAE's encoder and of the readers of its sources; 0 without a source. */
 static size_t source_stage_memory(const Run *run) {
     const Settings *s = run->settings;
     if (!s->source) return 0;
@@ -286,7 +286,7 @@ static size_t run_memory(const Run *run) {
     return kept + larger_size(before, run->chunks > 1 ? together + scratch : apart);
 }
 
-/* Steps of a chunk in which the prompt is read; in which the negative one is, too. */
+/* Steps of a chunk that read the prompt; with `negative`, those that read the negative prompt, too. */
 static int count_steps(const Run *run, int chunk, bool negative) {
     const Schedule *schedule = chunk_schedule(run, chunk);
     int count = 0;

@@ -114,9 +114,13 @@ static const struct {
     [VERSION] = {"version", 0, NULL, "the version, and the instruction set that is used on this machine", NULL},
 };
 
-/* What a state holds of an option: the text that was given; the value that the run settled on; nothing, because it
- * belongs to one call and may be given again with --resume; nothing, and it may not be given with --resume. */
-static const enum { AS_GIVEN, AS_VALUE, OF_CALL, NOT_KEPT } kept[OPTIONS] = {
+/* What a state keeps of an option. Only an option OF_CALL may be given with --resume. */
+static const enum {
+    AS_GIVEN, /* the text that was given */
+    AS_VALUE, /* the value that the run settled on */
+    OF_CALL,  /* nothing: it belongs to one call of the program */
+    NOT_KEPT  /* nothing */
+} kept[OPTIONS] = {
     [MODEL] = AS_VALUE, [PROMPT] = AS_VALUE, [AT] = AS_VALUE, [NOISE] = AS_VALUE, [SEED] = AS_VALUE,
     [PRECISION] = AS_VALUE, [ISA] = AS_VALUE, [EMBEDS] = AS_VALUE, [NEGATIVE_EMBEDS] = AS_VALUE,
     [IMAGE] = AS_VALUE, [LAST_IMAGE] = AS_VALUE, [VIDEO_FILE] = AS_VALUE,

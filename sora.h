@@ -116,7 +116,8 @@ typedef struct {
     const float *head_modulation; /* (2,D): shift, scale */
 } Transformer;
 
-Transformer transformer_load(const WeightFile *file, Precision precision, const char *prefix); /* of its tensors */
+/* prefix: of the tensors' names, "" or "transformer_2." */
+Transformer transformer_load(const WeightFile *file, Precision precision, const char *prefix);
 void transformer_free(Transformer *transformer);
 
 /* A prompt as the transformer reads it: keys and values of cross attention in every block, computed once a prompt.
@@ -156,7 +157,8 @@ typedef struct {
     float *x, *y;          /* (L,D) */
     float *wide;           /* in turn: patches; q, k and v; the FFN's hidden layer (L,ffn_dim) */
     float *time;           /* (frames,D): time embedding */
-    float *modulation, *e; /* (frames,6,D): its projection; (6,frames,D): plus one block's own modulation */
+    float *modulation;     /* (frames,6,D): projection of the time embedding */
+    float *e;              /* (6,frames,D): that plus a block's own modulation */
 } TransformerState;
 /* `frames`: the most in one pass. `seen`: the most that self attention reads, cached ones and the pass's own. */
 TransformerState transformer_state_take(Arena *arena, const Transformer *transformer, int frames, int seen, int H, int W);
@@ -284,7 +286,8 @@ void state_item(StateFile *file, const char *name, void *data, size_t bytes);
 int64_t state_number(StateFile *file, const char *name, int64_t value, int64_t least, int64_t most);
 /* Writes `mine` and returns it, or returns the bytes of the file, of any length. */
 Bytes state_bytes(StateFile *file, const char *name, Bytes mine);
-bool state_same(StateFile *file, const char *name, const void *mine, size_t bytes); /* false if the file has others */
+/* Writes `mine` and returns true, or returns whether the file has the same bytes. */
+bool state_same(StateFile *file, const char *name, const void *mine, size_t bytes);
 /* SHA-256 of the results of one small call of each kind of kernel. It differs where a build or processor rounds
  * differently. */
 void arithmetic_digest(Precision precision, char hex[65]);
@@ -294,7 +297,7 @@ void arithmetic_digest(Precision precision, char hex[65]);
 typedef struct {
     Linear layer;            /* (O, kt*kh*kw*I), input channels innermost */
     int kt, kh, kw, in, out; /* kernel size, channels; out 0: the layer has no such convolution */
-    int up, stride;          /* 1 or 2: it reads every pixel up x up times, and steps over stride x stride of them */
+    int up, stride;          /* 1 or 2: nearest-neighbour upsampling of the input; stride of the output */
 } Conv;
 
 /* Each half is a list of layers, and the tiny decoder is one. What each kind does with a frame x (pixels, channels): */
@@ -517,7 +520,7 @@ typedef struct {
     const char *image, *video;                                  /* at most one: the file of the source */
     const char *last_image;                                     /* --last-image */
     const Source *source, *last_source;                         /* NULL: none */
-    int source_frames;                                          /* of it that are used; set by settings_complete() */
+    int source_frames;                                          /* frames of it that are used; set by settings_complete() */
     double strength;                                            /* --strength; negative: not given */
     double easycache;                                           /* --easycache; 0: every step is computed */
     VaeHalf decoder;                                            /* DECODER or TINY */
@@ -560,7 +563,7 @@ typedef struct {
 /* Dies with STATUS_USAGE and the reason if the file cannot be used. Precision AUTOMATIC is the file's key
  * default.precision; without that key, F32 for float32 weights and the fastest on this processor for narrower ones. */
 Model model_load(const char *path, Precision precision);
-void model_bind(Model *model); /* the part of it after the tokenizer: all but that is set from the file */
+void model_bind(Model *model); /* the second half of model_load(): sets what follows the tokenizer, from model->file */
 void model_free(Model *model);
 int model_expert(const Model *model, double timestep); /* index of the expert that serves it */
 int model_train_timesteps(const WeightFile *file); /* timesteps are from 0 to this number */

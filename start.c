@@ -197,8 +197,8 @@ static void encode(const Run *run, Encoding *e, int frames, float *out, size_t s
     scratch_free();
 }
 
-/* The mask's channel k of latent frame t belongs to video frame stride * t + k, less stride - 1: the first latent frame
- * stands for video frame 0 alone. */
+/* Channel k of the mask's latent frame t belongs to video frame stride * t + k - (stride - 1), where stride is the VAE's
+ * temporal_stride. Latent frame 0 stands for video frame 0 alone: all its channels are 1. */
 static void encode_condition(const Run *run, Encoding *e) {
     size_t plane = (size_t)run->H * run->W, stride = run->condition_channels * plane;
     int masks = run->condition_channels - run->C;

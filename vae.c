@@ -5,11 +5,11 @@
  * are spatial_stride (8) times H and W. Each half is a list of layers that a frame passes in order:
  *
  *   decoder: latents * std + mean -> conv2 (1x1x1) -> conv1 (3x3x3) -> residual, attention, residual -> levels -> head
- *     level: residual blocks; then UPSAMPLE_TIME, if this level doubles the frames, and a convolution that reads every
- *            pixel 2 x 2 times; not in the last
- *   encoder: conv1 (3x3x3) -> levels -> residual, attention, residual -> head -> conv1 (1x1x1) -> (mean(z) - mean) / std
- *     level: residual blocks; then a convolution with stride 2, and DOWNSAMPLE_TIME, if this level halves the frames; not
- *            in the last
+ *     level: residual blocks; then, in all but the last, UPSAMPLE_TIME, if this level doubles the frames, and
+ *            nearest-neighbour upsampling by 2 with a convolution
+ *   encoder: conv1 (3x3x3) -> levels -> residual, attention, residual -> head -> conv1 (1x1x1) -> (z - mean) / std
+ *     level: residual blocks; then, in all but the last, a convolution with stride 2, and DOWNSAMPLE_TIME, if this level
+ *            halves the frames
  *   head:  conv(silu(norm(x))); the decoder's is clamped to [-1,1]
  *
  * Time is causal: a 3x3x3 convolution reads a frame and the two before it, never a later one. Frames before the clip's
@@ -38,8 +38,8 @@
  * looks back one frame in each MEMORY block.
  *
  *   tiny:  3 tanh(latents / 3) -> conv, ReLU -> levels -> ReLU, conv
- *     level: three MEMORY blocks; a 1x1 convolution, which makes two frames of one in the last two levels; a convolution
- *            that reads every pixel 2 x 2 times
+ *     level: three MEMORY blocks; a 1x1 convolution, which makes two frames of one in the last two levels;
+ *            nearest-neighbour upsampling by 2 with a convolution
  *
  * Of the clip's first latent frame it makes four frames, too. The first three are dropped, as upstream does.
  *
@@ -466,7 +466,8 @@ static void copy_half(VaeStream *s, const Grid *grid, int C, int half) {
         memcpy(s->x + (size_t)i * C, grid->wide + ((size_t)2 * i + half) * C, sizeof(float) * (size_t)C);
 }
 
-/* Returns whether x goes on: unchanged if it is the clip's first frame, as conv1 of the pair if it is the second of one. */
+/* Returns whether x goes on to the next layer. The clip's first frame does, unchanged. The first frame of a pair does not.
+ * At the second, x becomes conv1 of the pair. */
 static bool downsample_time(VaeStream *s, Grid *grid, const VaeLayer *layer, LayerState *state) {
     to_operands(s, grid, s->x, layer->conv1.in);
     if (!state->started || !state->waiting) cache_frame(grid, &state->cache[0], 2);
@@ -479,8 +480,8 @@ static bool downsample_time(VaeStream *s, Grid *grid, const VaeLayer *layer, Lay
 
 /* ---------------------------------------------------------------- shortcuts of Wan 2.2 */
 
-/* The frame of a pair that passes a layer: 0 or 1, and 1 for the clip's first, which is the second of a pair that begins
- * with zeros, or of which only the second half is used. */
+/* Whether this frame is the first (0) or the second (1) of a pair. The clip's first frame is a second one: for ADD_MEANS
+ * the frame before it is zeros, for ADD_COPIES the first copy is not used. */
 static int next_of_pair(LayerState *state, int time) {
     int which = time == 1 ? 0 : !state->started || state->waiting;
     state->waiting = time > 1 && state->started && !state->waiting;
@@ -488,8 +489,8 @@ static int next_of_pair(LayerState *state, int time) {
     return which;
 }
 
-/* Adds x (pixels, in) to the means over pixels, frames and neighbouring channels: AvgDown3D. A channel out of them is the
- * mean of a run of the in*time*space*space numbers (channel, frame, row, column). */
+/* AvgDown3D: adds x (pixels, in) to means over pixels, frames and neighbouring channels. The in*time*space*space values
+ * (channel, frame, row, column) are cut into `out` runs in order. Each channel that comes out is the mean of a run. */
 static void keep_means(VaeStream *s, const Grid *grid, LayerState *state, LayerState *add, const Shortcut *past) {
     int which = next_of_pair(state, past->time), columns = grid->width / past->space, f = past->space;
     int run = past->in * past->time * f * f / past->out, pixels = grid->height / f * columns;
@@ -504,8 +505,8 @@ static void keep_means(VaeStream *s, const Grid *grid, LayerState *state, LayerS
             }
 }
 
-/* Adds to x (pixels, out) the number of which it is a copy: DupUp3D. The in channels, each repeated, are the numbers
- * (channel, frame, row, column). */
+/* DupUp3D: adds one kept value to each element of x (pixels, out). The `in` channels of a kept pixel, each repeated
+ * `repeats` times, fill the places (channel, frame, row, column) in order. */
 static void add_copies(VaeStream *s, const Grid *grid, LayerState *state, const Shortcut *past) {
     int which = next_of_pair(state, past->time), f = past->space, columns = grid->width / f;
     int repeats = past->out * past->time * f * f / past->in;

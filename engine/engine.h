@@ -94,7 +94,7 @@ typedef struct {
 } OutputFile;
 OutputFile output_open(const char *path);
 OutputFile output_continue(const char *path); /* with what an earlier run wrote, which is protected (outputs_note) */
-void output_cut(OutputFile *out, size_t bytes); /* it goes on behind so many; not on "-" */
+void output_cut(OutputFile *out, size_t bytes); /* truncates it; what is written next follows; not for "-" */
 void output_write(OutputFile *out, const void *data, size_t bytes);
 void output_write_at(OutputFile *out, size_t offset, const void *data, size_t bytes); /* not to "-" */
 void output_flush(OutputFile *out);
@@ -423,7 +423,7 @@ void narrow_rows(Precision precision, void *rows, size_t stride, const float *x,
 /* A packed row, which a tile reads: elements side by side, of bfloat16 filled up with zeros to the tile's step. Its
  * bytes are also the stride from one packed row to the next. */
 size_t packed_bytes(Precision precision, int n);
-bool tiles_take_floats(Precision precision);   /* in BF16, too, where pairs of it are not multiplied */
+bool tiles_take_floats(Precision precision);   /* with F32; with BF16 where tiles do not multiply pairs */
 bool tiles_take_operands(Precision precision); /* a row operand is a packed row already */
 /* From elements [from, from+n) of a row operand in segments of `each` elements; or from n floats, not INT8. */
 void pack_row(Precision precision, void *packed, const void *const *segments, int each, int from, int n);
@@ -436,12 +436,12 @@ size_t panel_bytes(Precision precision, int n);
 void pack_panel(Precision precision, void *panel, const Weight *w, int first, int from, int n);
 void pack_columns(Precision precision, void *panel, const float *w, size_t stride, int cols, int n);
 
-/* What a tile fetches into the cache while it multiplies: in each round, `step` of k (Tile), what lies at `at`, which
- * then moves on by `bytes`; after every `run` rounds by `skip` more. INT8's tiles leave out `skip`. */
+/* What a tile prefetches while it multiplies. A round is `step` of k (Tile). Each round prefetches what lies at `at`. */
 typedef struct {
     const char *at;
-    size_t bytes, skip;
-    int run;
+    size_t bytes; /* by which `at` moves on in a round */
+    size_t skip;  /* by which it moves on besides, after every `run` rounds */
+    int run;      /* rounds; INT8's tiles ignore run and skip */
 } Ahead;
 
 /* What tile `tile` of those that multiply a panel of n elements fetches: its share of the next panel; or, where that is
@@ -481,7 +481,7 @@ typedef struct {
     void (*locate)(const void *of, int row, const void **where);
     const void *of;
     size_t stride;
-    bool whole_tiles; /* behind the last row lie as many as fill up its tile; what they hold does not matter */
+    bool whole_tiles; /* the memory behind the last row can be read up to a whole tile; its contents do not matter */
 } Rows;
 enum { REPLACE, ACCUMULATE };
 /* y = or += x @ weight (O, segments*n) + bias */
@@ -516,7 +516,7 @@ void l2_norm(float *y, const float *x, int L, int n, const float *gain);
 /* silu(l2_norm(x)) as row operands; n <= MAX_CHANNELS. */
 enum { MAX_CHANNELS = 4096 };
 void l2_norm_silu(Precision precision, void *rows, const float *x, int L, int n, const float *gain);
-/* Each `each` rows have a scale and a shift (n) of their own, one set after the other; add_gated's gates likewise. */
+/* scale, shift (L/each, n): row l uses row l / each of them. So it is with the gate of add_gated(). */
 void layer_norm(float *y, const float *x, int L, int n, float eps, const float *scale, const float *shift, int each);
 void silu(float *y, const float *x, size_t n);
 void relu(float *y, const float *x, size_t n); /* max(x, 0); NaN stays NaN */
@@ -525,11 +525,11 @@ void add(float *y, const float *x, size_t n);                                   
 void multiply(float *y, const float *x, size_t n);                                 /* y *= x */
 void add_gated(float *y, const float *x, int L, int n, const float *gate, int each); /* y += x * gate (L/each, n) */
 
-/* Rotary positions of tokens ordered (t, h, w): each axis turns pairs (x[2i], x[2i+1]) of its own in every head, in
- * that order, by the angles of the token's place on it. */
+/* RoPE of tokens ordered (t, h, w). The pairs (x[2i], x[2i+1]) of a head are split into three runs, for t, h and w. A run
+ * is rotated by the angles of the token's position on its axis. */
 typedef struct {
     int rows, columns;     /* of tokens in a frame */
-    int temporal, spatial; /* pairs of a head that turn with time; with rows, and as many with columns */
+    int temporal, spatial; /* pairs in the run for t; in that for h, and in that for w */
     float *time;           /* (frames, 2, temporal): cosines, then sines */
     float *row, *column;   /* (rows, 2, spatial), (columns, 2, spatial) */
 } Rope;
@@ -558,8 +558,8 @@ typedef struct {
 } Tile;
 
 /* What is computed in a way of its own on each instruction set. naive.c defines every result to the bit. With F32 and
- * INT8 all tables give these bits. With BF16 all do that sum in rising order of k; the others multiply pairs, and
- * sum in the order of their instruction: PAIRS adds k + 1 before k, for every even k. */
+ * INT8 all tables give these bits. With BF16 the tables whose order is RISING do, too. The others multiply pairs, and
+ * add in the order of their instruction: PAIRS adds element k + 1 before element k, for every even k; AMX_TILES: amx.c. */
 typedef enum { RISING, PAIRS, AMX_TILES } Order;
 typedef struct {
     const char *name;
@@ -584,8 +584,7 @@ typedef struct {
     Tile tile[PRECISIONS];
     int tile_cols; /* C; it divides MAX_TILE_COLS */
     Order order_of_bf16;
-    /* What INT8 row operands carry added to each byte: 128 where the dot product wants them unsigned,
-     * else 0. */
+    /* Added to each byte of an INT8 row operand: 128 where the dot-product instruction takes unsigned bytes, else 0. */
     int byte_offset;
     void (*enter)(void), (*leave)(void); /* around a thread's tiles; NULL: there is nothing to do */
     void (*transpose)(Word *out, size_t stride_out, const Word *in, size_t stride_in, int rows, int n);

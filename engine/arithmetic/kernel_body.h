@@ -195,8 +195,8 @@ static TARGET float NAME(quantize)(uint8_t *y, const float *x, int n, int *sum) 
     return largest < INFINITY ? largest / 127.0f : NAN;
 }
 
-/* out [n][stride_out] = words of `rows` rows of n, transposed; rows is a multiple of VLEN. So many rows at once are
- * more than a processor fetches of its own accord, and what follows one in memory is needed next. */
+/* out [n][stride_out] = words of `rows` rows of n, transposed; rows is a multiple of VLEN. The hardware prefetcher does
+ * not follow so many rows at once, so the words that come next in each row are prefetched. */
 static TARGET void NAME(transpose)(Word *out, size_t stride_out, const Word *in, size_t stride_in, int rows,
                                    int n) {
     for (int j = 0; j < rows; j += VLEN) {

@@ -221,6 +221,6 @@ const Kernels naive_table = {
     .to_bf16 = naive_to_bf16,
     .quantize = naive_quantize,
     .tile = {{NULL, 1, INT8_CHUNK, 1}, {NULL, 1, INT8_CHUNK, 1}, {NULL, 1, INT8_CHUNK, 4}},
-    .tile_cols = 1, /* a tile is one result, in what adds up memory */
+    .tile_cols = 1, /* product_memory() and attention_memory() count a tile as one result */
     .multiply_add = naive_multiply_add,
 };

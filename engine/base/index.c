@@ -7,8 +7,8 @@
  *
  * Names from an untrusted file can be chosen so that all of them hash to one place, which would make n names cost n^2
  * comparisons. So a name that is not placed after MAX_PROBES comparisons is not added, and the index is `crowded`.
- * Names that were not chosen so never come near: in a table that is half full, the longest run of taken places is
- * about 5 log(n), 100 for a billion names. */
+ * Names that nobody chose to collide stay far below that: in a table that is half full, the longest run of taken
+ * places is about 5 log(n), 100 for a billion names. */
 #include "engine/engine.h"
 
 #include <string.h>

@@ -351,7 +351,7 @@ const char *weights_open(const char *path, WeightFile **out) {
     return NULL;
 }
 
-/* A file that took its place since then is another: what is mapped is still there. */
+/* If the path names another file by now (another inode), nothing is wrong: the mapped one still exists. */
 void weights_require_unchanged(const WeightFile *file) {
     struct stat now;
     const struct stat *then = &file->opened;
