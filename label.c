@@ -60,7 +60,7 @@ static void fill(const Plane *plane, Box box, uint8_t value) {
     int right = smaller(ceiling(box.left + box.width, plane->dx), plane->width);
     int bottom = smaller(ceiling(box.top + box.height, plane->dy), plane->height);
     for (int y = box.top / plane->dy; y < bottom; y++)
-        for (int x = box.left / plane->dx; x < right; x++) plane->samples[(size_t)y * (size_t)plane->width + (size_t)x] = value;
+        for (int x = box.left / plane->dx; x < right; x++) plane->samples[(size_t)y * plane->width + x] = value;
 }
 
 static void draw(const Plane *luma, const char *const line[HEIGHT], int left, int top, int dot) {
@@ -94,7 +94,8 @@ void label_draw(const VideoFormat *format, uint8_t *planes) {
     int left = box.left + GAP * dot, top = box.top + GAP * dot;
     draw(&luma, made, left, top, dot);
     if (one_line) {
-        fill(&luma, (Box){left + (first + between / 2 - 1) * dot, top + (2 + CAPITAL / 2) * dot, 2 * dot, 2 * dot}, 235);
+        Box point = {left + (first + between / 2 - 1) * dot, top + (2 + CAPITAL / 2) * dot, 2 * dot, 2 * dot};
+        fill(&luma, point, 235);
         draw(&luma, generated, left + (first + between) * dot, top, dot);
     } else {
         draw(&luma, generated, left, top + (HEIGHT + GAP) * dot, dot);

@@ -24,8 +24,8 @@
  *   4. F(k,l) = DFT(f) / (|DFT(f)|^2 averaged over the 3x3 frequencies around)^0.35: pictures are strongest in low
  *      frequencies, and this lets all frequencies count about the same
  *   5. c = inverse DFT(F * conj(DFT(presence))): the correlation at all 64x64 shifts (a cropped clip is shifted)
- *   6. if no peak of c is high enough, scale the clip back by each of 279 factors from 1/2 to 2, repeat 2 to 5, and do so
- *      in finer steps around the best factor
+ *   6. if no peak of c is high enough, scale the clip back by each of 279 factors from 1/2 to 2 and repeat 2 to 5; then
+ *      the same in finer steps around the best factor
  * A mark is found if the peak is MARK_DEVIATIONS standard deviations above the mean of all shifts. The signs of the
  * payload's correlations at that shift are its bits.
  *

@@ -49,8 +49,8 @@ static void check_parts(const Model *m) {
         weights_refuse(m->file, "the text encoder's width is %d, the transformer expects %d", m->text_encoder.dim,
                        t->text_dim);
     if (t->in_dim != channels || t->out_dim != z)
-        weights_refuse(m->file, "the transformer maps %d channels to %d, expected %d to %d in a model of type %s", t->in_dim,
-                       t->out_dim, channels, z, weights_string_or(m->file, "wan.model_type", "t2v"));
+        weights_refuse(m->file, "the transformer maps %d channels to %d, expected %d to %d in a model of type %s",
+                       t->in_dim, t->out_dim, channels, z, weights_string_or(m->file, "wan.model_type", "t2v"));
     if (m->recipe.chunk_frames && (m->expert_count > 1 || m->start != TEXT))
         weights_refuse(m->file, "causal.chunk_frames is %d, expected none in a model of type %s with %d experts",
                        m->recipe.chunk_frames, weights_string_or(m->file, "wan.model_type", "t2v"), m->expert_count);
@@ -317,7 +317,8 @@ static void check_source(const Settings *s, const Model *m) {
         die(STATUS_USAGE, "--%s: needs a model that generates in chunks, or Wan 2.2's TI2V-5B or I2V-A14B; this one "
             "generates a whole clip from text", s->image ? "image" : "extend");
     if (s->last_image && m->start == TEXT)
-        die(STATUS_USAGE, "--last-image: needs a model such as Wan 2.2's I2V-A14B or TI2V-5B; this one does not take one");
+        die(STATUS_USAGE,
+            "--last-image: needs a model such as Wan 2.2's I2V-A14B or TI2V-5B; this one does not take one");
 }
 
 /* Checks that the model can use the source. A clip gives size and frame rate, unless they were given. */
@@ -334,7 +335,8 @@ static void complete_source(Settings *s, const Model *m) {
         s->width = format->width, s->height = format->height;
     if (!s->fps_num) s->fps_num = format->rate_num, s->fps_den = format->rate_den;
     if (s->source_frames < frames && (s->extend || !s->frames))
-        warn("--video %s: %d of its %d frames are used, a multiple of %d plus 1", s->video, s->source_frames, frames, stride);
+        warn("--video %s: %d of its %d frames are used, a multiple of %d plus 1", s->video, s->source_frames, frames,
+             stride);
 }
 
 /* With --extend, frames are added to the source's; with --strength, they are the source's. */
@@ -342,8 +344,8 @@ static void complete_source_length(Settings *s, const Model *m) {
     int stride = m->vae.temporal_stride, below = larger(s->frames / stride * stride, stride);
     if (s->extend) {
         if (below != s->frames)
-            die(STATUS_USAGE, "--frames: %d more frames with --extend is not a multiple of %d, such as %d or %d", s->frames,
-                stride, below, below + stride);
+            die(STATUS_USAGE, "--frames: %d more frames with --extend is not a multiple of %d, such as %d or %d",
+                s->frames, stride, below, below + stride);
         s->frames += s->source_frames;
     } else if (s->strength >= 0) {
         if (s->frames > s->source_frames)
@@ -396,14 +398,16 @@ static void complete_schedule(Settings *s, const Model *m) {
                        weights_string_or(m->file, "scheduler.sampler", ""));
     int steps = m->recipe.first.steps ? smaller(m->recipe.first.steps, s->steps) : s->steps;
     if (s->strength >= 0 && !steps_in_part(steps, s->strength))
-        die(STATUS_USAGE, "--strength: %g of %d steps is none, expected at least %.4g", s->strength, steps, 1.0 / steps);
+        die(STATUS_USAGE, "--strength: %g of %d steps is none, expected at least %.4g", s->strength, steps,
+            1.0 / steps);
 }
 
 /* Steps are left out only of a schedule that is long enough, in a model that makes the whole clip at once. */
 static void check_easycache(const Settings *s, const Model *m) {
     if (!s->easycache) return;
     if (m->recipe.chunk_frames)
-        die(STATUS_USAGE, "--easycache: needs a model that generates the whole clip at once, this one generates chunks");
+        die(STATUS_USAGE,
+            "--easycache: needs a model that generates the whole clip at once, this one generates chunks");
     if (m->recipe.schedule.steps)
         die(STATUS_USAGE, "--easycache: needs a schedule of any length, this model has a fixed one");
     int steps = s->strength >= 0 ? steps_in_part(s->steps, s->strength) : s->steps;
@@ -418,8 +422,8 @@ static void complete_output(Settings *s) {
     s->ppm = dot && !strcasecmp(dot, ".ppm");
     if (!s->ppm) return;
     if (s->frames > 1)
-        die(STATUS_USAGE, "--output %s: a PPM is one picture, and the clip has %d frames: give --frames 1, or -o %.*s.y4m",
-            s->output, s->frames, (int)(dot - s->output), s->output);
+        die(STATUS_USAGE, "--output %s: a PPM is one picture, and the clip has %d frames: give --frames 1, or "
+            "-o %.*s.y4m", s->output, s->frames, (int)(dot - s->output), s->output);
     s->chroma = 444;
 }
 
@@ -432,7 +436,8 @@ static void complete_guidance(Settings *s, const Model *m) {
     set_default_number(&s->guidance[0], m, "default.guidance", 0, 5.0);
     if (s->guidance[1] < 0) s->guidance[1] = s->guidance[0];
     for (int i = 0; i < m->expert_count; i++)
-        if (s->guidance[i] < 1) warn("guidance %g is taken as 1, which is no guidance, as in diffusers", s->guidance[i]);
+        if (s->guidance[i] < 1)
+            warn("guidance %g is taken as 1, which is no guidance, as in diffusers", s->guidance[i]);
 }
 
 /* Which earlier frames self attention sees. */

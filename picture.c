@@ -64,9 +64,9 @@ static FILE *memory_stream(Bytes bytes) {
 static const char *foreign(Bytes bytes) {
     static const struct {
         const char *start, *name;
-    } formats[] = {{"\x89PNG", "a PNG"}, {"\xff\xd8\xff", "a JPEG"}, {"GIF8", "a GIF"},        {"RIFF", "a WebP or AVI"},
-                   {"BM", "a BMP"},      {"P3", "a text PPM"},         {"P5", "a grey PGM"},     {"P7", "a PAM"},
-                   {"P4", "a PBM"},      {"\x1a\x45\xdf\xa3", "a Matroska or WebM"}};
+    } formats[] = {{"\x89PNG", "a PNG"}, {"\xff\xd8\xff", "a JPEG"}, {"GIF8", "a GIF"}, {"RIFF", "a WebP or AVI"},
+                   {"BM", "a BMP"}, {"P3", "a text PPM"}, {"P5", "a grey PGM"}, {"P7", "a PAM"}, {"P4", "a PBM"},
+                   {"\x1a\x45\xdf\xa3", "a Matroska or WebM"}};
     for (size_t i = 0; i < sizeof formats / sizeof *formats; i++)
         if (starts_with(bytes, formats[i].start)) return formats[i].name;
     return bytes.size > 8 && !memcmp(bytes.data + 4, "ftyp", 4) ? "an MP4, MOV, HEIC or AVIF" : NULL;
@@ -159,7 +159,8 @@ static float weigh(const Axis *axis, int i, const float *line, size_t stride, in
 /* Planes [3,h,w] to [3,Y,X]: columns first, then rows. */
 static void scale(const float *planes, int w, int h, float *out, int width, int height) {
     double step = fmin((double)w / width, (double)h / height); /* the larger of the two scales covers */
-    Axis across = axis_new(w, (w - step * width) / 2, step, width), down = axis_new(h, (h - step * height) / 2, step, height);
+    Axis across = axis_new(w, (w - step * width) / 2, step, width);
+    Axis down = axis_new(h, (h - step * height) / 2, step, height);
     float *narrow = allocate(sizeof(float) * 3 * (size_t)h * (size_t)width);
     PARALLEL_FOR (int row = 0; row < 3 * h; row++)
         for (int x = 0; x < width; x++)
@@ -182,12 +183,15 @@ struct SourceReader {
     float *planes;     /* [3,h,w], if frames are scaled */
 };
 
-static bool fits(const Source *s, int width, int height) { return s->format.width == width && s->format.height == height; }
+static bool fits(const Source *s, int width, int height) {
+    return s->format.width == width && s->format.height == height;
+}
 
 SourceReader *source_reader_open(const Source *s, int width, int height) {
     SourceReader *r = allocate(sizeof *r);
     *r = (SourceReader){.source = s, .width = width, .height = height};
-    if (!fits(s, width, height)) r->planes = allocate(sizeof(float) * 3 * (size_t)s->format.width * (size_t)s->format.height);
+    if (!fits(s, width, height))
+        r->planes = allocate(sizeof(float) * 3 * (size_t)s->format.width * (size_t)s->format.height);
     if (s->pixels) return r;
     VideoFormat format;
     r->stream = memory_stream(s->bytes);

@@ -19,7 +19,7 @@
  *   peak memory = max(text encoder, transformer, decoder)      one chunk
  *                 max(text encoder, transformer + decoder)     several chunks
  *
- * A source (--image, --video) adds the VAE's encoder: to the maximum if one chunk is encoded, to the sum if several are.
+ * A source (--image, --video) adds the VAE's encoder: to the maximum if one chunk is encoded, to the sum if more are.
  * A story adds the text encoder to the sum: later prompts are encoded when they take effect.
  *
  * With several chunks and a window (--window), the peak does not depend on the clip's length. Weights are read from the
@@ -413,7 +413,8 @@ static void make_clip(const Run *run, Noise *noise, Video *video, StateFile *sta
         decode_chunk(run, &s, noise, video);
         if (s.chunk + 1 == run->chunks) break;
         show_progress(video, "cache", 0, 1);
-        fill_cache(run, &s, s.chunk, "cache", chunk_at(run, s.chunk), s.latents); /* last: the frames do not wait for it */
+        /* Last, so that the frames do not wait for it. */
+        fill_cache(run, &s, s.chunk, "cache", chunk_at(run, s.chunk), s.latents);
     }
     video->left_out = s.left_out;
     profile_left_out(video->left_out);

@@ -35,7 +35,7 @@ typedef struct {
     int decoded;               /* latent frames that are decoded: the first ones of T */
     int given, redrawn;        /* the source's latent frames: kept as they are, or mixed with noise (--strength) */
     int ahead;                 /* source frames before the first one that is encoded (--extend); written as they are */
-    int held;                  /* latent frames that are encoded, not denoised: the first; or the first and the last */
+    int held;                  /* latent frames of a chunk that stay as encoded: the first, or the first and the last */
     int condition_channels;    /* channels that the transformer reads beside the latents: mask, encoded picture */
     int pictured, encoded;     /* video frames that the encoder takes, latent frames that it gives */
     int chunks, given_chunks;  /* number of chunks; the first of them hold the given frames */

@@ -74,13 +74,13 @@ static Schedule make_schedule(const Model *m, const Settings *s) {
     Schedule schedule = schedule_make(s->sampler, s->steps, s->shift, model_train_timesteps(m->file));
     for (int i = 0; i < s->steps; i++)
         if (!(schedule.sigmas[i + 1] < schedule.sigmas[i]))
-            die(STATUS_USAGE, "--steps %d with --shift %g: sigma does not decrease in step %d, expected fewer steps or a "
-                "smaller shift", s->steps, s->shift, i + 1);
+            die(STATUS_USAGE, "--steps %d with --shift %g: sigma does not decrease in step %d, expected fewer steps or "
+                "a smaller shift", s->steps, s->shift, i + 1);
     return schedule;
 }
 
-/* All chunks have chunk_frames frames, except an independent first frame and the last given chunk, which may be shorter.
- * The last generated chunk may reach past the clip's end. */
+/* All chunks have chunk_frames frames, except an independent first frame, and the last given chunk, which may be
+ * shorter. The last generated chunk may reach past the clip's end. */
 Chunk chunk_at(const Run *run, int index) {
     bool given = index < run->given_chunks;
     int n = run->chunk_frames, start = given ? 0 : run->given, i = given ? index : index - run->given_chunks;
@@ -131,8 +131,8 @@ static void plan_chunks(Run *run) {
     Chunk last = chunk_at(run, run->chunks - 1);
     run->T = last.first + last.frames;
     if (run->redrawn && run->T > run->decoded)
-        die(STATUS_USAGE, "--strength: the model generates chunks of %d latent frames, expected a number of frames that "
-            "fills them, found %d", n, s->frames);
+        die(STATUS_USAGE, "--strength: the model generates chunks of %d latent frames, expected a number of frames "
+            "that fills them, found %d", n, s->frames);
     run->window = (Window){s->window ? smaller(s->window, run->T) : run->T, s->sink, !strcmp(s->positions, "relative")};
     run->window.sink = smaller(run->window.sink, run->T);
 }
@@ -242,7 +242,8 @@ static size_t source_stage_memory(const Run *run) {
     const Settings *s = run->settings;
     if (!s->source) return 0;
     size_t encoded = run->redrawn ? run->chunk_frames * run->frame_size : 0; /* in begin_chunk() */
-    return vae_memory(&run->model->vae, ENCODER, run->H, run->W) + source_reader_memory(s->source, s->width, s->height) +
+    return vae_memory(&run->model->vae, ENCODER, run->H, run->W) +
+           source_reader_memory(s->source, s->width, s->height) +
            (s->last_source ? source_reader_memory(s->last_source, s->width, s->height) : 0) +
            sizeof(float) * (video_frame_values(s) + encoded);
 }
@@ -250,10 +251,11 @@ static size_t source_stage_memory(const Run *run) {
 /* Private memory at its peak, in bytes: what is kept for the whole run, plus the largest stage (see the top of
  * pipeline.c). Scratch is the memory that linear layers and attention use for packed operands. */
 static size_t run_memory(const Run *run) {
+    const Settings *s = run->settings;
     const TextEncoder *e = &run->model->text_encoder;
     const Transformer *t = &run->model->experts->transformer;
     const Vae *vae = &run->model->vae;
-    const VideoFormat format = video_format(run->settings);
+    const VideoFormat format = video_format(s);
     int n = longest_prompt(run, false), encoded = longest_prompt(run, true), L = longest_pass(run) * run->tokens,
         keys = larger(cache_capacity(run), run->chunk_frames) * run->tokens;
     size_t latents = sizeof(float) * run->chunk_frames * run->frame_size,
@@ -268,13 +270,13 @@ static size_t run_memory(const Run *run) {
                        (run->guided ? text_context_memory(run, run->negative.n) : 0),
            denoising_scratch = larger_size(text_context_fill_scratch(t, n),
                                       transformer_scratch(t, longest_pass(run), L, keys, n + 1)),
-           guessing = run->settings->preview && vae->halves[TINY].count
+           guessing = s->preview && vae->halves[TINY].count
                           ? vae_memory(vae, TINY, run->H, run->W) + sizeof(float) * run->frame_size : 0,
            guessing_scratch = guessing ? vae_scratch(vae, TINY, run->H, run->W) : 0,
-           decoding = vae_memory(vae, run->settings->decoder, run->H, run->W),
-           decoding_scratch = vae_scratch(vae, run->settings->decoder, run->H, run->W);
+           decoding = vae_memory(vae, s->decoder, run->H, run->W),
+           decoding_scratch = vae_scratch(vae, s->decoder, run->H, run->W);
     denoising += guessing, denoising_scratch = larger_size(denoising_scratch, guessing_scratch);
-    if (run->settings->extend) kept += source_reader_memory(run->settings->source, run->settings->width, run->settings->height);
+    if (s->extend) kept += source_reader_memory(s->source, s->width, s->height);
     for (int i = 0; i < run->prompt_count; i++) kept += sizeof(float) * (size_t)run->prompts[i].n * e->dim;
     size_t before = larger_size(reading, encoding + encoding_scratch),
            apart = larger_size(denoising + denoising_scratch, decoding + decoding_scratch),

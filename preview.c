@@ -88,7 +88,8 @@ Preview preview_open(void) {
     else if (*variable("NO_COLOR")) warn("--preview: the environment variable NO_COLOR is set");
     else preview.enabled = true;
     if (preview.enabled && !window_of_terminal(&window))
-        warn("--preview: the window has %d columns and %d rows, expected at least 2 and 4", window.ws_col, window.ws_row);
+        warn("--preview: the window has %d columns and %d rows, expected at least 2 and 4", window.ws_col,
+             window.ws_row);
     preview.true_colour = strstr(colours, "truecolor") || strstr(colours, "24bit");
     return preview;
 }

@@ -46,8 +46,8 @@ static const struct {
     [NEGATIVE] = {"negative", 'n', "TEXT", "what the video should not show", NULL},
     [EMBEDS] = {"embeds", 0, "FILE", "embeds of the prompt from a .npy file: the text encoder is not run", NULL},
     [NEGATIVE_EMBEDS] = {"negative-embeds", 0, "FILE", "the same for what the video should not show", NULL},
-    [OUTPUT_FILE] = {"output", 'o', "FILE", "Y4M video (default: out.y4m), or PPM picture with -f 1; - is standard output",
-                     NULL},
+    [OUTPUT_FILE] = {"output", 'o', "FILE",
+                     "Y4M video (default: out.y4m), or PPM picture with -f 1; - is standard output", NULL},
     [RESUME] = {"resume", 0, NULL, "continue an interrupted run from OUTPUT.state", NULL},
     [NO_STATE] = {"no-state", 0, NULL, "do not write OUTPUT.state during long runs", NULL},
 
@@ -76,14 +76,16 @@ static const struct {
 
     [AT] = {"at", 0, "\"TIME TEXT\"", "change the prompt to TEXT at TIME (12, 12.5 or 1:05); may be repeated",
             "Only for models that generate in chunks"},
-    [STORY] = {"story", 0, "FILE", "read lines of TIME TEXT from FILE; - is standard input; time 0 is the prompt", NULL},
+    [STORY] = {"story", 0, "FILE", "read lines of TIME TEXT from FILE; - is standard input; time 0 is the prompt",
+               NULL},
     [WINDOW] = {"window", 0, "N", "latent frames that attention sees, the current chunk included; 0 is all", NULL},
     [SINK] = {"sink", 0, "N", "how many of them are always the first frames of the video", NULL},
     [POSITIONS] = {"positions", 0, "NAME", "RoPE positions in the video (absolute) or in the window (relative)", NULL},
 
     [THREADS] = {"threads", 't', "N", "number of threads (default: all available cores)", "Speed"},
     [PRECISION] = {"precision", 0, "TYPE", "arithmetic of the large matrix products: f32, bf16 or int8", NULL},
-    [ISA] = {"isa", 0, "NAME", "instruction set: auto, naive, generic, avx2, avx512[vnni|bf16], amx, neon[dotprod]", NULL},
+    [ISA] = {"isa", 0, "NAME", "instruction set: auto, naive, generic, avx2, avx512[vnni|bf16], amx, neon[dotprod]",
+             NULL},
     [DECODER_NAME] = {"decoder", 0, "full|tiny", "VAE decoder; tiny is faster and coarser, if the model has one", NULL},
 
     [PREVIEW] = {"preview", 0, NULL, "draw the frames in a colour terminal as they are decoded", "Reports"},
@@ -109,7 +111,8 @@ static const struct {
     [INFO] = {"info", 0, NULL, "the model's configuration and tensors", "Print and exit"},
     [TOKENIZE] = {"tokenize", 0, NULL, "the prompt's token ids", NULL},
     [SAVE_EMBEDS] = {"save-embeds", 0, "FILE", "write the prompt's embeds to FILE (.npy), for --embeds", NULL},
-    [VERIFY] = {"verify", 0, "FILE", "whether a Y4M (- is standard input) carries a mark and agrees with FILE.json", NULL},
+    [VERIFY] = {"verify", 0, "FILE", "whether a Y4M (- is standard input) carries a mark and agrees with FILE.json",
+                NULL},
     [HELP] = {"help", 'h', NULL, "this text", NULL},
     [VERSION] = {"version", 0, NULL, "the version, and the instruction set that is used on this machine", NULL},
 };
@@ -384,7 +387,8 @@ static Option find_option(const char *text, const char **value) {
 
 /* "--name=value", or "--name" for a switch, and a 0 byte. */
 static void append_argument(Text *arguments, Option option, const char *value) {
-    char *text = value ? format_string("--%s=%s", options[option].name, value) : format_string("--%s", options[option].name);
+    const char *name = options[option].name;
+    char *text = value ? format_string("--%s=%s", name, value) : format_string("--%s", name);
     text_append(arguments, text, strlen(text) + 1);
     free(text);
 }
@@ -516,15 +520,16 @@ static int print_info(const char *path) {
     return STATUS_OK;
 }
 
-/* Refuses the extensions of other video and picture formats, and says how to convert the Y4M. Refuses .npy: the file may
- * be a tensor of --check, or one that --dump will write. */
+/* Refuses the extensions of other video and picture formats, and says how to convert the Y4M. Refuses .npy, too: the
+ * file may be a tensor of --check, or one that --dump will write. */
 static void check_output_name(const char *output) {
     static const char *const others[] = {"mp4", "m4v", "mov", "mkv", "webm", "avi", "gif", "webp", "apng", "png",
                                          "jpg", "jpeg", "mpg", "mpeg", "ts", "ogv", "wmv", "flv", "avif"};
     const char *dot = strrchr(output, '.');
     int stem = dot ? (int)(dot - output) : 0;
     if (dot && !strcmp(dot, ".npy"))
-        die(STATUS_USAGE, "--output %s: the video is written as Y4M, expected another name; --dump writes .npy", output);
+        die(STATUS_USAGE, "--output %s: the video is written as Y4M, expected another name; --dump writes .npy",
+            output);
     for (size_t i = 0; dot && i < sizeof others / sizeof *others; i++)
         if (!strcasecmp(dot + 1, others[i]))
             die(STATUS_USAGE, "--output %s: the video is written as Y4M; for %s give -o %.*s.y4m, then: ffmpeg -i "
@@ -582,8 +587,8 @@ static void protect_inputs(const Command *c, const char *model) {
             if (same_file(inputs[i], written[j])) lost = inputs[i];
     free(record), free(state);
     if (lost)
-        die(STATUS_USAGE, "--%s %s: would overwrite the input file %s", c->save_embeds ? "save-embeds" : "output", output,
-            lost);
+        die(STATUS_USAGE, "--%s %s: would overwrite the input file %s", c->save_embeds ? "save-embeds" : "output",
+            output, lost);
     for (int i = 0; i < 3; i++) {
         if (!c->dump || !arrays[i]) continue;
         const char *slash = strrchr(arrays[i], '/');

@@ -161,15 +161,16 @@ typedef struct {
     float *e;              /* (6,frames,D): that plus a block's own modulation */
 } TransformerState;
 /* `frames`: the most in one pass. `seen`: the most that self attention reads, cached ones and the pass's own. */
-TransformerState transformer_state_take(Arena *arena, const Transformer *transformer, int frames, int seen, int H, int W);
+TransformerState transformer_state_take(Arena *arena, const Transformer *transformer, int frames, int seen, int H,
+                                        int W);
 void rope_angles(float *angles, int pos, int pairs); /* (2,pairs) of one position on one axis: cosines, then sines */
 void timestep_sinusoids(float *out, int freq_dim, float timestep); /* (freq_dim): cosines, then sines */
 /* Of one pass of L tokens, with `keys` keys in self attention and `positions` text positions. */
 double transformer_flops(const Transformer *transformer, int L, int keys, int positions);
 size_t transformer_scratch(const Transformer *transformer, int frames, int L, int keys, int positions);
 /* velocity (frames,out_dim,H,W) of the chunk. input: planes that have in_dim channels in all, the latents first. First
- * drops the frames that have left the cache's window. Leaves the chunk's keys and values in the cache, where the next pass
- * overwrites them unless kv_cache_keep() is called in between. */
+ * drops the frames that have left the cache's window. Leaves the chunk's keys and values in the cache, where the next
+ * pass overwrites them unless kv_cache_keep() is called in between. */
 void transformer_forward(const Transformer *transformer, TransformerState *state, const TextContext *text,
                          KvCache *cache, const Chunk *chunk, const Planes *input, float *velocity);
 
@@ -270,14 +271,14 @@ void easycache_state(EasyCache *cache, bool guided, StateFile *file);
 
 char *state_path(const char *output); /* OUTPUT.state, a new string */
 StateFile *state_create(const char *path);                 /* for writing; errors are reported by state_commit() */
-const char *state_commit(StateFile *file);                 /* fsync, rename; NULL or the reason, then the old file stays */
+const char *state_commit(StateFile *file);                 /* NULL; or the reason, and the old file stays */
 const char *state_open(const char *path, StateFile **out); /* for reading, checksum verified; NULL or the reason */
 const char *state_parse(Bytes bytes, StateFile **out);     /* the same from memory; the bytes stay the caller's */
-const char *state_close(StateFile *file);                  /* after reading: NULL or the first thing that did not match */
+const char *state_close(StateFile *file);                  /* after reading: NULL or the first mismatch */
 /* Reads a state's command line: arguments, each followed by a 0 byte. */
 const char *state_arguments(const char *path, Text *out);
 
-/* The functions below write to a created file and read from an opened one. After an error in reading they do nothing. */
+/* These functions write to a created file and read from an opened one. After an error in reading they do nothing. */
 bool state_is_read(const StateFile *file);
 const char *state_fault(const StateFile *file); /* the error in reading so far, or NULL */
 void state_refuse(StateFile *file, const char *format, ...) PRINTF_LIKE(2, 3); /* adds an error of the caller's */
@@ -354,9 +355,9 @@ size_t vae_memory(const Vae *vae, VaeHalf half, int H, int W);  /* while it is o
 size_t vae_scratch(const Vae *vae, VaeHalf half, int H, int W); /* besides, in vae_push(): convolutions and attention */
 double vae_flops(const Vae *vae, VaeHalf half, int frames, int H, int W); /* of so many frames that go in */
 /* Takes the clip's next frame, and hands each frame that comes out to the sink as soon as it is ready.
- * DECODER: in, a normalised latent frame (z_dim,H,W); out, video frames [3,Y,X] clamped to [-1,1]: 1 for the clip's first
- * latent frame, temporal_stride for every later one. TINY: the same. ENCODER: the way back; a latent frame comes out
- * after the clip's first video frame and after every temporal_stride of the later ones. */
+ * DECODER: in, a normalised latent frame (z_dim,H,W); out, video frames [3,Y,X] clamped to [-1,1]: 1 for the clip's
+ * first latent frame, temporal_stride for every later one. TINY: the same. ENCODER: the way back; a latent frame comes
+ * out after the clip's first video frame and after every temporal_stride of the later ones. */
 void vae_push(VaeStream *stream, const float *frame);
 void vae_stream_state(VaeStream *stream, StateFile *file); /* between two frames that go in */
 void vae_close(VaeStream *stream); /* accepts NULL */
@@ -385,11 +386,11 @@ const char *y4m_open(FILE *stream, Sha256 *sha, Y4mReader **out, VideoFormat *fo
  * the error. */
 const char *y4m_next(Y4mReader *reader, float *frame, bool *end);
 void y4m_close(Y4mReader *reader);
-/* The inverse of y4m_convert(): frame [3,Y,X] from planes, which may be in full range, 0 to 255. Planes that are no colour
- * give values beyond [-1,1]. */
+/* The inverse of y4m_convert(): frame [3,Y,X] from planes, which may be in full range, 0 to 255. Planes that are no
+ * colour give values beyond [-1,1]. */
 void y4m_to_floats(const VideoFormat *format, bool full_range, const uint8_t *planes, float *frame);
 
-/* ---------------------------------------------------------------- picture.c: the source of a run: a picture or a clip */
+/* ---------------------------------------------------------------- picture.c: a run's source, a picture or a clip */
 
 /* A Y4M, or a PPM (P6), which is a clip of one frame. */
 typedef struct {
@@ -405,8 +406,8 @@ const char *source_open(const char *path, Source *out);
 const char *source_parse(Bytes bytes, Source *out); /* the same from memory; the bytes stay the caller's */
 void source_close(Source *source);
 
-/* Gives the frames of a source one by one, as [3,Y,X] of X = width and Y = height. If the file has another size, they are
- * scaled to cover, antialiased, and cropped in the centre. */
+/* Gives the frames of a source one by one, as [3,Y,X] of X = width and Y = height. If the file has another size, they
+ * are scaled to cover, antialiased, and cropped in the centre. */
 typedef struct SourceReader SourceReader;
 SourceReader *source_reader_open(const Source *source, int width, int height);
 void source_next(SourceReader *reader, float *frame); /* at most source->frames times */
@@ -511,7 +512,7 @@ enum { EXPERTS = 2 }; /* the most transformers that a model has */
 /* What one run is asked to do. The command line sets what the user gave; settings_complete() sets the rest. */
 typedef struct {
     const char *prompt, *negative, *output, *noise, *producer, *produce_id; /* NULL: not given */
-    const char *embeds, *negative_embeds;                       /* files that replace the text encoder; NULL: not given */
+    const char *embeds, *negative_embeds;                       /* files that hold embeds; NULL: not given */
     int width, height, frames, fps_num, fps_den, steps, chroma; /* 0: not given */
     double seconds, guidance[EXPERTS], shift;                   /* negative: not given */
     Sampler sampler;                                            /* SAMPLERS: not given */
@@ -520,12 +521,12 @@ typedef struct {
     const char *image, *video;                                  /* at most one: the file of the source */
     const char *last_image;                                     /* --last-image */
     const Source *source, *last_source;                         /* NULL: none */
-    int source_frames;                                          /* frames of it that are used; set by settings_complete() */
+    int source_frames;                                          /* its frames in use; set by settings_complete() */
     double strength;                                            /* --strength; negative: not given */
     double easycache;                                           /* --easycache; 0: every step is computed */
     VaeHalf decoder;                                            /* DECODER or TINY */
     bool extend;                                                /* the clip begins with the source's own frames */
-    bool ppm;                                                   /* the output is a picture; set by settings_complete() */
+    bool ppm;                                                   /* a picture is written; set by settings_complete() */
     Story story;                                                /* the prompts after the first */
     uint64_t seed;
     Bytes arguments;      /* the command line, for OUTPUT.state; empty: no state is written */
@@ -579,7 +580,7 @@ int model_frames(const Model *model); /* video frames of the clips that the mode
 int prompt_ids(const Model *model, const char *prompt, int32_t *ids);
 /* Writes the text encoder's output for the prompt to a .npy file, (n, text_dim), which --embeds reads. */
 void embeds_write(Model *model, const char *prompt, const char *path);
-size_t generate_memory(Model *model, const Settings *settings); /* private memory at its peak; mapped weights excluded */
+size_t generate_memory(Model *model, const Settings *settings); /* private memory at its peak, without the weights */
 
 /* ---------------------------------------------------------------- pipeline.c: the stages in one run */
 
@@ -602,8 +603,8 @@ uint64_t record_bits(const Model *model, const Settings *settings, const InputHa
 /* Writes and commits the record. passes_left_out: of the transformer, by --easycache. */
 void record_write(OutputFile *file, const Model *model, const Settings *settings, const InputHashes *inputs,
                   const char *y4m_sha256, int passes_left_out);
-/* Prints what a record says, whatever text that may be, and returns whether it agrees with itself, with the SHA-256 of the
- * video beside it and with the video's mark, if there is one. */
+/* Prints what a record says, whatever text that may be, and returns whether it agrees with itself, with the SHA-256 of
+ * the video beside it and with the video's mark, if there is one. */
 bool record_check(FILE *out, Bytes record, const char *y4m_sha256, const MarkFound *mark);
 /* Prints what the Y4M's mark and the record beside it say. Returns true if there is a record or a mark, and all that is
  * there agrees. */

@@ -3,11 +3,12 @@
  *
  *   generates in chunks   the encoded picture is a chunk of its own, whose keys and values others look back at
  *   TI2V-5B               held frames: the picture's latent frame is not denoised, and its timestep is 0
- *   I2V-A14B              condition: the clip picture, 0, 0, ... is encoded, and read beside the latents in every step. A mask
- *                         comes first, with a channel for each video frame of a latent one: 1 for a picture, else 0
+ *   I2V-A14B              condition: the clip picture, 0, 0, ... is encoded, and read beside the latents in every
+ *                         step. A mask comes first, with a channel for each video frame of a latent one: 1 for a
+ *                         picture, else 0
  *
- * --last-image is a second held frame, or the last frame of the clip that becomes the condition. With --extend the picture is the
- * source's last frame. */
+ * --last-image is a second held frame, or the last frame of the clip that becomes the condition. With --extend the
+ * picture is the source's last frame. */
 #include "pipeline.h"
 
 #include <stdlib.h>
@@ -197,8 +198,8 @@ static void encode(const Run *run, Encoding *e, int frames, float *out, size_t s
     scratch_free();
 }
 
-/* Channel k of the mask's latent frame t belongs to video frame stride * t + k - (stride - 1), where stride is the VAE's
- * temporal_stride. Latent frame 0 stands for video frame 0 alone: all its channels are 1. */
+/* Channel k of the mask's latent frame t belongs to video frame s * t + k - (s - 1), where s is the VAE's temporal
+ * stride. Latent frame 0 stands for video frame 0 alone: all its channels are 1. */
 static void encode_condition(const Run *run, Encoding *e) {
     size_t plane = (size_t)run->H * run->W, stride = run->condition_channels * plane;
     int masks = run->condition_channels - run->C;
@@ -233,7 +234,8 @@ void begin_chunk(const Run *run, Encoding *encoding, Noise *noise, int index, fl
     if (run->held || run->condition_channels) take_conditions(run, encoding);
     if (run->held) encode(run, encoding, run->held, encoding->held, run->frame_size);
     if (run->condition_channels) encode_condition(run, encoding);
-    float *encoded = run->redrawn ? allocate(sizeof(float) * count) : NULL, sigma = chunk_schedule(run, index)->sigmas[0];
+    float sigma = chunk_schedule(run, index)->sigmas[0], *encoded = NULL;
+    if (run->redrawn) encoded = allocate(sizeof(float) * count);
     if (encoded) encode(run, encoding, chunk.frames, encoded, run->frame_size);
     initial_noise(run, noise, chunk, latents);
     for (size_t i = 0; encoded && i < count; i++) latents[i] = (1 - sigma) * encoded[i] + sigma * latents[i];

@@ -8,9 +8,9 @@
  *   ...
  *   sha256 5f0c...                  of everything before it
  *
- * Reading and writing share one list of items: functions such as kv_cache_state() call state_item() and state_number() in
- * order, which write to a file that was created and read from a file that was opened. pipeline.c's run_state() calls all
- * of them. Reading requires the same names and sizes in the same order, and numbers within their range. The first
+ * Reading and writing share one list of items: functions such as kv_cache_state() call state_item() and state_number()
+ * in order, which write to a file that was created and read from a file that was opened. pipeline.c's run_state() calls
+ * all of them. Reading requires the same names and sizes in the same order, and numbers within their range. The first
  * mismatch ends it: later calls do nothing, and state_close() returns the reason.
  *
  * A state is written to OUTPUT.state.part, flushed with fsync() and renamed, so that OUTPUT.state is always complete. A
@@ -171,7 +171,8 @@ const char *state_arguments(const char *path, Text *out) {
     if (why) return why;
     Bytes found = state_bytes(f, "arguments", (Bytes){NULL, 0});
     text_append(out, found.data, found.size);
-    if (!f->why && found.size && found.data[found.size - 1]) state_refuse(f, "\"arguments\" does not end with a 0 byte");
+    if (!f->why && found.size && found.data[found.size - 1])
+        state_refuse(f, "\"arguments\" does not end with a 0 byte");
     why = f->why ? reason("%s", f->why) : NULL;
     f->rest.size = 0;
     state_close(f);

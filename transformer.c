@@ -1,8 +1,8 @@
 /* transformer.c - latents, text, timestep -> velocity: the diffusion transformer of Wan 2.1 and 2.2 (Wan Team, 2025).
  *
  * Takes a chunk's latents (frames,in_dim,H,W), a timestep for each frame, and a prompt as a TextContext. Gives the
- * velocity (frames,out_dim,H,W). An image-to-video model reads more channels than it gives: the latents, then an encoded
- * picture and its mask. Latents are cut into patches of 1 x ph x pw; a patch is a token, and tokens are ordered (t, h, w).
+ * velocity (frames,out_dim,H,W). An image-to-video model reads more channels than it gives: the latents, then a mask
+ * and an encoded picture. Latents are cut into patches of 1 x ph x pw; a patch is a token. Tokens are ordered (t, h, w).
  * L = frames * H/ph * W/pw.
  *
  *   e0 = time_embedding(sinusoids(timestep))              (frames,D)      linear, silu, linear
@@ -144,7 +144,8 @@ size_t text_context_fill_memory(const Transformer *t, int n) {
 
 size_t text_context_fill_scratch(const Transformer *t, int n) {
     int positions = smaller(n + 1, t->text_len);
-    size_t products = larger_size(linear_memory(&t->text_embedding_0, positions), linear_memory(&t->text_embedding_2, positions));
+    size_t products = larger_size(linear_memory(&t->text_embedding_0, positions),
+                                  linear_memory(&t->text_embedding_2, positions));
     return larger_size(products, linear_memory(&t->blocks->cross_attn.k, positions));
 }
 
@@ -270,7 +271,7 @@ void transformer_forward(const Transformer *t, TransformerState *s, const TextCo
     float *q = s->wide, *k = q + (size_t)L * D, *v = k + (size_t)(past + L) * D; /* (L,D), (past+L,D), (past+L,D) */
     float *new_k = k + (size_t)past * D, *new_v = v + (size_t)past * D;          /* (L,D): the chunk's rows of k, v */
     float *e = s->e;                                          /* (6,frames,D): the block's shifts, scales and gates */
-    float *wide = s->wide;                                    /* (L,D) or (L,ffn_dim), over q, k, v once they are used */
+    float *wide = s->wide;                                    /* (L,D) or (L,ffn_dim), over q, k, v after their use */
 #define E(which) (e + (size_t)(which) * frames * D)
     Rope rope_k = s->rope, rope_q = rope_k;
     for (int f = 0; f < cache->frames + frames; f++)

@@ -8,8 +8,8 @@
  *     level: residual blocks; then, in all but the last, UPSAMPLE_TIME, if this level doubles the frames, and
  *            nearest-neighbour upsampling by 2 with a convolution
  *   encoder: conv1 (3x3x3) -> levels -> residual, attention, residual -> head -> conv1 (1x1x1) -> (z - mean) / std
- *     level: residual blocks; then, in all but the last, a convolution with stride 2, and DOWNSAMPLE_TIME, if this level
- *            halves the frames
+ *     level: residual blocks; then, in all but the last, a convolution with stride 2, and DOWNSAMPLE_TIME, if this
+ *            level halves the frames
  *   head:  conv(silu(norm(x))); the decoder's is clamped to [-1,1]
  *
  * Time is causal: a 3x3x3 convolution reads a frame and the two before it, never a later one. Frames before the clip's
@@ -30,12 +30,12 @@
  * cache; of every two later frames the first ends there, and at the second the convolution reads both and the last one
  * of the pair before.
  *
- * Wan 2.2's VAE (vae.is_residual) has a shortcut past each level that changes the resolution, and past the encoder's last:
- * KEEP_FRAME keeps what enters the level; ADD_MEANS adds means of it to what leaves the encoder's level, ADD_COPIES copies
- * of it to what leaves the decoder's. Its upsampling convolutions keep the number of channels.
+ * Wan 2.2's VAE (vae.is_residual) has a shortcut past each level that changes the resolution, and past the encoder's
+ * last. KEEP_FRAME keeps what enters the level. ADD_MEANS adds means of it to what leaves the encoder's level, and
+ * ADD_COPIES adds copies of it to what leaves the decoder's. Its upsampling convolutions keep the number of channels.
  *
- * The tiny decoder (TAEHV's taew2_1 and taew2_2) is one more list, for the same latents: much less work, less detail. It
- * looks back one frame in each MEMORY block.
+ * The tiny decoder (TAEHV's taew2_1 and taew2_2) is one more list, for the same latents: much less work, less detail.
+ * It looks back one frame in each MEMORY block.
  *
  *   tiny:  3 tanh(latents / 3) -> conv, ReLU -> levels -> ReLU, conv
  *     level: three MEMORY blocks; a 1x1 convolution, which makes two frames of one in the last two levels;
@@ -92,8 +92,8 @@ static void check_shortcuts(const WeightFile *file, const Levels *levels) {
         int down = before * (i < last ? 4 * (1 + levels->temporal[i]) : 1);
         int up = own * (i ? 4 * (1 + levels->temporal[i - 1]) : after);
         if (down % own || up % after)
-            weights_refuse(file, "vae.dim_mult has no shortcuts past level %d: %d of %d, or %d of %d values", i, own, down,
-                           after, up);
+            weights_refuse(file, "vae.dim_mult has no shortcuts past level %d: %d of %d, or %d of %d values", i, own,
+                           down, after, up);
     }
 }
 
@@ -175,7 +175,7 @@ static void bind_head(const WeightFile *file, Vae *vae, VaeLayers *list, int O, 
     list->layers[list->count - 1].norm1 = norm;
 }
 
-/* Begins a shortcut past a level, if the VAE has them; end_shortcut() ends it. Returns the index of KEEP_FRAME, or -1. */
+/* Begins a shortcut past a level, which end_shortcut() ends. Returns the index of KEEP_FRAME; -1 without shortcuts. */
 static int begin_shortcut(const Levels *levels, VaeLayers *list) {
     if (!levels->residual) return -1;
     add_layer(list, KEEP_FRAME);
@@ -218,7 +218,8 @@ static void bind_encoder(const WeightFile *file, Vae *vae, const Levels *levels)
 static void bind_decoder(const WeightFile *file, Vae *vae, const Levels *levels) {
     VaeLayers *list = &vae->halves[DECODER];
     char path[MAX_TENSOR_NAME];
-    int base = weights_size_or(file, "vae.decoder_base_dim", MAX_CHANNELS, weights_size(file, "vae.base_dim", MAX_CHANNELS));
+    int base = weights_size(file, "vae.base_dim", MAX_CHANNELS);
+    base = weights_size_or(file, "vae.decoder_base_dim", MAX_CHANNELS, base);
     int z = vae->z_dim, width = base * levels->mult[levels->count - 1], index = 0;
     add_convolution(file, vae, list, z, z, 1, 1, "conv2");
     add_convolution(file, vae, list, width, z, 3, 3, "decoder.conv1");
@@ -349,8 +350,8 @@ typedef struct {
     int columns;           /* of the output */
 } ConvInput;
 
-/* Addresses of the pixels under each tap, for output pixel `row`. Taps are ordered (t, y, x). Padding is on all sides; with
- * stride 2, only below and to the right. */
+/* Addresses of the pixels under each tap, for output pixel `row`. Taps are ordered (t, y, x). Padding is on all sides;
+ * with stride 2, only below and to the right. */
 static void locate_pixel(const void *of, int row, const void **where) {
     const ConvInput *input = of;
     const Conv *conv = input->conv;
@@ -370,8 +371,8 @@ static void locate_pixel(const void *of, int row, const void **where) {
 static void run_conv(const ConvInput *input, float *out, int mode) {
     const Conv *conv = input->conv;
     int area = conv->kh * conv->kw, skip = input->skip * area;
-    Rows rows = {.rows = input->height / conv->stride * input->columns, .segments = conv->kt * area - skip, .n = conv->in,
-                 .skip = skip, .locate = locate_pixel, .of = input};
+    Rows rows = {.rows = input->height / conv->stride * input->columns, .segments = conv->kt * area - skip,
+                 .n = conv->in, .skip = skip, .locate = locate_pixel, .of = input};
     product(out, rows, &conv->layer, mode);
 }
 
@@ -387,8 +388,9 @@ static void cache_frame(Grid *grid, FeatCache *cache, int kept) {
 /* out (pixels, O) = or += conv of the frame in grid->operands and of the kt - 1 frames in its cache, which the frame
  * then enters. */
 static void convolve(const VaeStream *s, Grid *grid, const Conv *conv, FeatCache *cache, float *out, int mode) {
-    ConvInput input = {.conv = conv, .frames = {grid->operands}, .zeros = s->zeros, .pixel = row_bytes(s->vae->precision, conv->in),
-                 .height = grid->height * conv->up, .width = grid->width * conv->up};
+    ConvInput input = {.conv = conv, .frames = {grid->operands}, .zeros = s->zeros,
+                       .pixel = row_bytes(s->vae->precision, conv->in),
+                       .height = grid->height * conv->up, .width = grid->width * conv->up};
     input.columns = input.width / conv->stride;
     int kept = conv->kt - 1;
     if (kept) {
@@ -466,8 +468,8 @@ static void copy_half(VaeStream *s, const Grid *grid, int C, int half) {
         memcpy(s->x + (size_t)i * C, grid->wide + ((size_t)2 * i + half) * C, sizeof(float) * (size_t)C);
 }
 
-/* Returns whether x goes on to the next layer. The clip's first frame does, unchanged. The first frame of a pair does not.
- * At the second, x becomes conv1 of the pair. */
+/* Returns whether x goes on to the next layer. The clip's first frame does, unchanged. The first frame of a pair does
+ * not. At the second, x becomes conv1 of the pair. */
 static bool downsample_time(VaeStream *s, Grid *grid, const VaeLayer *layer, LayerState *state) {
     to_operands(s, grid, s->x, layer->conv1.in);
     if (!state->started || !state->waiting) cache_frame(grid, &state->cache[0], 2);
@@ -480,8 +482,8 @@ static bool downsample_time(VaeStream *s, Grid *grid, const VaeLayer *layer, Lay
 
 /* ---------------------------------------------------------------- shortcuts of Wan 2.2 */
 
-/* Whether this frame is the first (0) or the second (1) of a pair. The clip's first frame is a second one: for ADD_MEANS
- * the frame before it is zeros, for ADD_COPIES the first copy is not used. */
+/* Whether this frame is the first (0) or the second (1) of a pair. The clip's first frame is a second one: for
+ * ADD_MEANS the frame before it is zeros, for ADD_COPIES the first copy is not used. */
 static int next_of_pair(LayerState *state, int time) {
     int which = time == 1 ? 0 : !state->started || state->waiting;
     state->waiting = time > 1 && state->started && !state->waiting;
@@ -494,7 +496,8 @@ static int next_of_pair(LayerState *state, int time) {
 static void keep_means(VaeStream *s, const Grid *grid, LayerState *state, LayerState *add, const Shortcut *past) {
     int which = next_of_pair(state, past->time), columns = grid->width / past->space, f = past->space;
     int run = past->in * past->time * f * f / past->out, pixels = grid->height / f * columns;
-    if (past->time == 1 || which == 0 || !add->started) memset(add->kept, 0, sizeof(float) * (size_t)pixels * past->out);
+    if (past->time == 1 || which == 0 || !add->started)
+        memset(add->kept, 0, sizeof(float) * (size_t)pixels * past->out);
     add->started = true;
     PARALLEL_ROWS(i, pixels, past->in)
         for (int c = 0; c < past->in; c++)
@@ -527,8 +530,8 @@ static void keep(VaeStream *s, const Grid *grid, const VaeLayer *layer, LayerSta
 
 /* ---------------------------------------------------------------- both ends of the lists */
 
-/* Index in x (pixels, 3*p*p) of colour c of pixel (y,x) of the video, W patches wide. Channel (c*p + b)*p + a is colour c,
- * row a, column b of a p x p patch, as in upstream's patchify; p is 1 in Wan 2.1. */
+/* Index in x (pixels, 3*p*p) of colour c of pixel (y,x) of the video, W patches wide. Channel (c*p + b)*p + a is colour
+ * c, row a, column b of a p x p patch, as in upstream's patchify; p is 1 in Wan 2.1. */
 static size_t patch_index(int p, int W, int c, int y, int x) {
     return ((size_t)(y / p) * W + x / p) * 3 * p * p + (c * p + x % p) * p + y % p;
 }
@@ -680,13 +683,13 @@ static void take_buffers(VaeStream *s, Arena *arena, int H, int W) {
     }
     for (int i = 0; i < s->list->count; i++) {
         const VaeLayer *layer = &s->list->layers[i];
+        const Shortcut *past = &layer->past;
         LayerState *state = &s->states[i];
-        take_cache(s, arena, &s->grids[state->in], &layer->conv1, &state->cache[0]);
-        take_cache(s, arena, &s->grids[state->in], &layer->conv2, &state->cache[1]);
-        if (layer->kind == ADD_MEANS)
-            state->kept = arena_floats(arena, (size_t)pixels_of(&s->grids[state->in]) * layer->past.out);
-        if (layer->kind == ADD_COPIES)
-            state->kept = arena_floats(arena, (size_t)pixels_of(&s->grids[s->states[layer->past.partner].in]) * layer->past.in);
+        const Grid *grid = &s->grids[state->in], *before = &s->grids[s->states[past->partner].in]; /* the partner's */
+        take_cache(s, arena, grid, &layer->conv1, &state->cache[0]);
+        take_cache(s, arena, grid, &layer->conv2, &state->cache[1]);
+        if (layer->kind == ADD_MEANS) state->kept = arena_floats(arena, (size_t)pixels_of(grid) * past->out);
+        if (layer->kind == ADD_COPIES) state->kept = arena_floats(arena, (size_t)pixels_of(before) * past->in);
     }
     s->x = arena_floats(arena, floats);
     s->t = arena_floats(arena, floats);
@@ -747,10 +750,10 @@ size_t vae_scratch(const Vae *vae, VaeHalf half, int H, int W) {
         const VaeLayer *layer = &s->list->layers[i];
         const Conv *convs[] = {&layer->conv1, &layer->conv2, &layer->conv3, &layer->shortcut};
         int pixels = pixels_of(&s->grids[s->states[i].out]);
-        if (layer->kind == ATTENTION) most = larger_size(most, attention_memory(vae->precision, pixels, 1, layer->conv2.in));
+        if (layer->kind == ATTENTION)
+            most = larger_size(most, attention_memory(vae->precision, pixels, 1, layer->conv2.in));
         for (int j = 0; j < 4; j++)
-            if (convs[j]->out)
-                most = larger_size(most, product_memory(&convs[j]->layer, pixels));
+            if (convs[j]->out) most = larger_size(most, product_memory(&convs[j]->layer, pixels));
     }
     vae_close(s);
     return most;
@@ -783,7 +786,7 @@ double vae_flops(const Vae *vae, VaeHalf half, int count, int H, int W) {
         bool passes = layer->kind == UPSAMPLE_TIME && layer->conv1.kt > 1; /* the clip's first */
         if (passes) frames--;
         for (int j = 0; j < 4; j++) {
-            int kept = layer->kind == DOWNSAMPLE_TIME ? 0 : convs[j]->kt - 1; /* of 2, none are there at first, then 1 */
+            int kept = layer->kind == DOWNSAMPLE_TIME ? 0 : convs[j]->kt - 1; /* of 2, first none are there, then 1 */
             sum += conv_flops(convs[j], frames, area, kept == 2 && frames > 1 ? 3 : kept > 0 ? kept : 0);
         }
         if (layer->kind == DOWNSAMPLE_TIME) frames++;

@@ -31,7 +31,8 @@ void show_progress(const Video *video, const char *stage, int done, int total) {
 static void write_header(Video *video) {
     char header[80];
     const VideoFormat *f = &video->format;
-    write_bytes(video, header, video->run->settings->ppm ? ppm_header(f->width, f->height, header) : y4m_header(f, header));
+    bool ppm = video->run->settings->ppm;
+    write_bytes(video, header, ppm ? ppm_header(f->width, f->height, header) : y4m_header(f, header));
 }
 
 /* planes = the pixels of a PPM, which has the same size: chroma is 444 */
@@ -68,8 +69,8 @@ static const char *likely_cause(const Run *run) {
     double guidance = fmax(s->guidance[0], s->guidance[1]);
     if (guidance > 15) return reason("--guidance %g is more than most models bear", guidance);
     if (!run->recipe->schedule.steps && (s->steps <= 8 || guidance <= 1))
-        return reason("%d steps with guidance %g suit distilled weights only, and those need their own schedule in the file "
-                      "(export.py --recipe)", s->steps, guidance);
+        return reason("%d steps with guidance %g suit distilled weights only, and those need their own schedule in the "
+                      "file (export.py --recipe)", s->steps, guidance);
     if (run->model->precision != F32)
         return reason("numbers beyond the range of %s; try --precision f32", precision_name(run->model->precision));
     return "a schedule or guidance that does not suit the weights, or damaged weights";
@@ -78,7 +79,8 @@ static const char *likely_cause(const Run *run) {
 static void warn_of_failure(const Video *video) {
     double clamped = (double)video->clamped / (double)video->values;
     if (video->constant)
-        warn("%d of %d frames have one colour only; likely cause: %s", video->constant, video->index, likely_cause(video->run));
+        warn("%d of %d frames have one colour only; likely cause: %s", video->constant, video->index,
+             likely_cause(video->run));
     else if (clamped >= 0.9)
         warn("%.0f %% of the clip's values are at the ends of their range; likely cause: %s", 100 * clamped,
              likely_cause(video->run));
@@ -92,7 +94,8 @@ static void write_frame(Video *video, float *frame) {
     profile_begin(OUTPUT);
     if (kept) source_next(video->source, frame);
     tap_frame(frame, SHAPE(3, s->frames, s->height, s->width), video->index, "video");
-    require_finite(video->run->model, frame, video_frame_values(s), reason("frame %d of %d", video->index + 1, s->frames));
+    require_finite(video->run->model, frame, video_frame_values(s),
+                   reason("frame %d of %d", video->index + 1, s->frames));
     if (!kept) inspect_frame(video, frame);
     y4m_convert(&video->format, frame, video->planes);
     if (s->mark && !kept) mark_add(&video->mark, &video->format, video->planes);
@@ -127,7 +130,8 @@ Video video_open(const Run *run) {
     Video video = {.run = run, .format = video_format(s)};
     video.state = state_path(s->output);
     if (!s->resume && !access(video.state, F_OK))
-        die(STATUS_USAGE, "%s: an unfinished run of this output; resume it with --resume, or delete the file", video.state);
+        die(STATUS_USAGE, "%s: an unfinished run of this output; resume it with --resume, or delete the file",
+            video.state);
     video.file = s->resume ? output_continue(s->output) : output_open(s->output);
     if (video.file.temporary) {
         char *stale = format_string("%s.part", video.state);

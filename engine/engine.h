@@ -230,7 +230,7 @@ size_t utf8_decode(Bytes text, uint32_t *code); /* decodes the first character o
 size_t character_bytes(Bytes text); /* of the first character, judged by its first byte, at most text.size */
 /* Whether a text, not empty, begins with a valid character that is no control character. *bytes: its bytes. */
 bool is_printable(Bytes text, size_t *bytes);
-/* Parses decimal digits at *text, and moves it past them. Returns -1 if there are none, or the number exceeds `most`. */
+/* Parses decimal digits at *text, and moves it past them. Returns -1 if there are none or they exceed `most`. */
 int64_t take_digits(const char **text, int64_t most);
 
 /* A rule may replace the start of a text (valid UTF-8, not empty). If it applies, it appends the replacement to `out`
@@ -436,7 +436,7 @@ size_t panel_bytes(Precision precision, int n);
 void pack_panel(Precision precision, void *panel, const Weight *w, int first, int from, int n);
 void pack_columns(Precision precision, void *panel, const float *w, size_t stride, int cols, int n);
 
-/* What a tile prefetches while it multiplies. A round is `step` of k (Tile). Each round prefetches what lies at `at`. */
+/* What a tile prefetches while it multiplies. A round is `step` of k (Tile), and each prefetches what lies at `at`. */
 typedef struct {
     const char *at;
     size_t bytes; /* by which `at` moves on in a round */
@@ -525,8 +525,8 @@ void add(float *y, const float *x, size_t n);                                   
 void multiply(float *y, const float *x, size_t n);                                 /* y *= x */
 void add_gated(float *y, const float *x, int L, int n, const float *gate, int each); /* y += x * gate (L/each, n) */
 
-/* RoPE of tokens ordered (t, h, w). The pairs (x[2i], x[2i+1]) of a head are split into three runs, for t, h and w. A run
- * is rotated by the angles of the token's position on its axis. */
+/* RoPE of tokens ordered (t, h, w). The pairs (x[2i], x[2i+1]) of a head are split into three runs, for t, h and w.
+ * Each run is rotated by the angles of the token's position on its axis. */
 typedef struct {
     int rows, columns;     /* of tokens in a frame */
     int temporal, spatial; /* pairs in the run for t; in that for h, and in that for w */
@@ -558,8 +558,9 @@ typedef struct {
 } Tile;
 
 /* What is computed in a way of its own on each instruction set. naive.c defines every result to the bit. With F32 and
- * INT8 all tables give these bits. With BF16 the tables whose order is RISING do, too. The others multiply pairs, and
- * add in the order of their instruction: PAIRS adds element k + 1 before element k, for every even k; AMX_TILES: amx.c. */
+ * INT8 all tables give these bits. With BF16 the tables whose order is RISING do, too. The others multiply pairs and
+ * add in the order of their instruction: PAIRS adds element k + 1 before element k, for every even k; AMX_TILES is in
+ * amx.c. */
 typedef enum { RISING, PAIRS, AMX_TILES } Order;
 typedef struct {
     const char *name;

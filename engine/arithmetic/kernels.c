@@ -186,8 +186,8 @@ static inline TARGET_AVX512 void transpose_16x16(__m512i r[16]) {
 #include "engine/arithmetic/kernel_body.h"
 
 #ifdef __linux__
-/* The rest of a table whose products in BF16 and INT8 are in amx.c. A part is 512 of k, so that this part of a panel stays
- * in the first-level cache. */
+/* The rest of a table whose products in BF16 and INT8 are in amx.c. A part is 512 of k, so that a panel's part stays in
+ * the first-level cache. */
 #define HAS_AMX
 #define ISA_NAME "amx"
 #define NAME(x) amx_##x

@@ -407,7 +407,8 @@ void weights_refuse(const WeightFile *file, const char *format, ...) {
 void tensor_name(char name[MAX_TENSOR_NAME], const char *format, va_list arguments) {
     int length = vsnprintf(name, MAX_TENSOR_NAME, format, arguments);
     if (length >= MAX_TENSOR_NAME)
-        die(STATUS_USAGE, "tensor \"%.60s...\": a name of %d bytes, expected less than %d", name, length, MAX_TENSOR_NAME);
+        die(STATUS_USAGE, "tensor \"%.60s...\": a name of %d bytes, expected less than %d", name, length,
+            MAX_TENSOR_NAME);
 }
 
 #define FORMAT_NAME(name, format)             \
