@@ -2,8 +2,8 @@
  *
  * Takes a chunk's latents (frames,in_dim,H,W), a timestep for each frame, and a prompt as a TextContext. Gives the
  * velocity (frames,out_dim,H,W). An image-to-video model reads more channels than it gives: the latents, then a mask
- * and an encoded picture. Latents are cut into patches of 1 x ph x pw; a patch is a token. Tokens are ordered (t, h, w).
- * L = frames * H/ph * W/pw.
+ * and an encoded picture. Latents are cut into patches of 1 x ph x pw; a patch is a token. Tokens are ordered (t, h,
+ * w), and L = frames * H/ph * W/pw.
  *
  *   e0 = time_embedding(sinusoids(timestep))              (frames,D)      linear, silu, linear
  *   e  = time_projection(silu(e0))                        (frames,6,D)

@@ -3,8 +3,8 @@
  *   fuzz SECONDS [TARGET]   fuzzes each target, or TARGET, for SECONDS
  *   fuzz TARGET FILE        runs one input, such as one saved by an earlier run
  *
- * Compiled with -DLIBFUZZER (make libfuzzer), libFuzzer or AFL++ chooses the inputs of the target $FUZZ_TARGET, which may
- * not be one with `apart`.
+ * Compiled with -DLIBFUZZER (make libfuzzer), libFuzzer or AFL++ chooses the inputs of the target $FUZZ_TARGET, which
+ * may not be one with `apart`.
  *
  * A parser fails if a sanitizer stops it, if it runs longer than MAX_SECONDS_EACH, or if it calls die(), which parsers
  * must not do. The input is then saved as fuzz-TARGET.input. Targets with `apart` may call die(): loading a model
@@ -144,7 +144,8 @@ static bool run_source(Bytes in) {
     if (source_parse(in, &source)) return false;
     int width = source.format.width, height = source.format.height;
     float *frame = allocate(3 * sizeof(float) * (size_t)width * (size_t)height);
-    SourceReader *whole = source_reader_open(&source, width, height), *small = source_reader_open(&source, WIDTH, HEIGHT);
+    SourceReader *whole = source_reader_open(&source, width, height);
+    SourceReader *small = source_reader_open(&source, WIDTH, HEIGHT);
     for (int i = 0; i < source.frames; i++) source_next(whole, frame);
     source_next(small, scaled);
     for (int i = 0; i < 3 * WIDTH * HEIGHT; i++)
@@ -648,7 +649,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         seed_all(name);
         for (int t = 0; t < TARGETS; t++)
             if (name && !strcmp(name, targets[t].name) && !targets[t].apart) target = &targets[t];
-        if (!target) die(STATUS_USAGE, "FUZZ_TARGET: expected weights, npy, source, stream, record, text, story or state");
+        if (!target)
+            die(STATUS_USAGE, "FUZZ_TARGET: expected weights, npy, source, stream, record, text, story or state");
     }
     target->run((Bytes){data, size});
     return 0;

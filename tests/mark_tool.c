@@ -1,7 +1,8 @@
 /* mark_tool.c - marks any Y4M, and asks how often chance finds a mark; for tests/reference_trust.py.
  *
  *   mark_tool mark BITS IN OUT     adds the mark to IN's luma; prints the PSNR and the mean change
- *   mark_tool chance KEYS IN       looks for the marks of so many other keys (an even number): the deviations, a line each */
+ *   mark_tool chance KEYS IN       looks for the marks of so many other keys (an even number): prints the deviations,
+ *                                  one a line */
 #include "mark.c"
 
 #include <errno.h>

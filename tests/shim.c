@@ -5,8 +5,8 @@
  *   torn   the same in the middle of it: half of the bytes are in the file
  *   full   the call fails with ENOSPC, and so does every later call that needs space
  *
- * FAULT_COUNT=FILE writes how many calls there were when the process ends. FAULT_CLOCK=1 sets the clock of the day back by
- * an hour at every look at it. test_faults.c is its user. */
+ * FAULT_COUNT=FILE writes how many calls there were when the process ends. FAULT_CLOCK=1 sets the clock of the day back
+ * by an hour at every look at it. test_faults.c is its user. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -44,7 +44,8 @@ static int fails(void) {
 }
 
 size_t fwrite(const void *data, size_t size, size_t n, FILE *stream) {
-    size_t (*real)(const void *, size_t, size_t, FILE *) = (size_t (*)(const void *, size_t, size_t, FILE *))next("fwrite");
+    typedef size_t Fwrite(const void *, size_t, size_t, FILE *);
+    Fwrite *real = (Fwrite *)next("fwrite");
     if (stream == stderr || stream == stdout) return real(data, size, n, stream);
     if (fails()) return 0;
     if (calls == fault_at() && !strcmp(fault(), "torn")) {

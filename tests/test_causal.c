@@ -66,21 +66,25 @@ static void check_recipes(void) {
     check_keys("", NULL);
     check_keys("scheduler.rule=multistep", NULL);
     check_keys(LIST, NULL);
-    check_keys(CHUNKS_OF_3 "causal.window=12 causal.sink=3 causal.positions=relative causal.prompt_change=recache", NULL);
+    check_keys(CHUNKS_OF_3 "causal.window=12 causal.sink=3 causal.positions=relative causal.prompt_change=recache",
+               NULL);
     check_keys(CHUNKS_OF_3 "scheduler.first_timesteps=1000,500, causal.context_noise=100.5", NULL);
     check_keys("scheduler.rule=heun", "scheduler.rule is 'heun', expected multistep, renoise or euler");
     check_keys("scheduler.rule=euler", "scheduler.timesteps is missing, and scheduler.rule euler needs it");
-    check_keys("scheduler.timesteps=1000,", "scheduler.timesteps needs scheduler.rule renoise or euler, found multistep");
+    check_keys("scheduler.timesteps=1000,",
+               "scheduler.timesteps needs scheduler.rule renoise or euler, found multistep");
     check_keys("scheduler.rule=renoise scheduler.timesteps=500,750,", "does not decrease: 750 follows 500");
     check_keys("scheduler.rule=renoise scheduler.timesteps=500,500,", "does not decrease: 500 follows 500");
     check_keys("scheduler.rule=renoise scheduler.timesteps=1001,", "holds 1001, expected more than 0 and at most 1000");
     check_keys("scheduler.rule=renoise scheduler.timesteps=5,0,", "holds 0, expected more than 0");
-    check_keys("scheduler.rule=renoise scheduler.timesteps=1000", "scheduler.timesteps is not an array of 1 to 1000 numbers");
+    check_keys("scheduler.rule=renoise scheduler.timesteps=1000",
+               "scheduler.timesteps is not an array of 1 to 1000 numbers");
     check_keys(LIST "scheduler.sigmas=1", "scheduler.sigmas is not an array of 1 to 1000 numbers");
     check_keys(CHUNKS_OF_3 "scheduler.first_timesteps=1000", "scheduler.first_timesteps is not an array of 1 to 1000");
     check_keys(LIST "scheduler.sigmas=1,0.5,", "scheduler.sigmas has 2 elements, expected 4, one a timestep");
     check_keys(LIST "scheduler.sigmas=1,0.5,0.7,0.1,", "scheduler.sigmas does not decrease");
-    check_keys(LIST "scheduler.first_timesteps=1000,", "scheduler.first_timesteps needs causal.chunk_frames, which is missing");
+    check_keys(LIST "scheduler.first_timesteps=1000,",
+               "scheduler.first_timesteps needs causal.chunk_frames, which is missing");
     check_keys(LIST "scheduler.noise_scale=0.0", "scheduler.noise_scale is 0, expected more than 0");
     check_keys("causal.chunk_frames=5000", "key \"causal.chunk_frames\" is 5000, expected 1 to 4096");
     check_keys(CHUNKS_OF_3 "causal.window=2", "the window is 2 frames, expected at least a chunk of 3, or 0");
@@ -178,9 +182,9 @@ static float *run_passes(const Model *m, const float *latents, Passes p) {
     for (int c = 0; c < CHUNKS; c++) {
         Chunk chunk = {c * FRAMES, FRAMES, noisy};
         bool last = c + 1 == CHUNKS;
-        for (int i = 0; i < (last ? 1 : p.noisy); i++) /* the others' latents as noise */
-            transformer_forward(t, &state, &text, &cache, &chunk, &(Planes){t->in_dim, latents + (last ? c : c + 1) * n},
-                                velocity);
+        Planes input = {t->in_dim, latents + (last ? c : c + 1) * n}; /* the others' latents as noise */
+        for (int i = 0; i < (last ? 1 : p.noisy); i++)
+            transformer_forward(t, &state, &text, &cache, &chunk, &input, velocity);
         if (last) break;
         chunk.timesteps = clean;
         transformer_forward(t, &state, &text, &cache, &chunk, &(Planes){t->in_dim, latents + c * n}, velocity);

@@ -1,9 +1,10 @@
 /* test_faults.c - a run that is killed at any moment, or whose disk is full at any moment, resumes to the same bytes.
  *
- * $SORA writes a state after every step here (SORA_STATE_SECONDS=0). tests/shim.c, which is loaded into it (LD_PRELOAD),
- * counts its calls that write, rename or remove a file; a fault hits one of them, so that every gap between two calls can
- * be tried. Other kills come after a random time. After each fault the run is finished, by --resume where there is a state;
- * then video and record must have the bytes of an undisturbed run, and nothing else may be left.
+ * $SORA writes a state after every step here (SORA_STATE_SECONDS=0). tests/shim.c, which is loaded into it
+ * (LD_PRELOAD), counts its calls that write, rename or remove a file. A fault hits one of them, so that every gap
+ * between two calls can be tried. Other kills come after a random time. After each fault the run is finished, by
+ * --resume where there is a state. Then video and record must have the bytes of an undisturbed run, and nothing else
+ * may be left.
  *
  * FAULTS=N asks for N kills and 3/4 N full disks, spread over all calls of all clips; the default takes seconds. */
 #include "tests/test.h"
@@ -27,19 +28,20 @@ typedef struct {
 } Clip;
 
 static const Clip clips[] = {
-    {"whole", {"-m", "tests/goldens/model/model.gguf", "-s", "32x16", "-f", "13", "--steps", "5", "-g", "3", "--shift", "3",
-               "--seed", "7", "a red fox", NULL}},
-    {"chunks", {"-m", "tests/goldens/causal/model.gguf", "-s", "16x16", "-f", "33", "--window", "6", "--sink", "1", "--seed",
-                "7", "--drift", "--mark", "--at", "1 a dog", "a red fox", NULL}},
-    {"extended", {"-m", "tests/goldens/causal/model.gguf", "-s", "48x32", "--video", "tests/goldens/images/clip.y4m", "--extend",
-                  "-f", "16", "--window", "6", "--seed", "7", "a red fox", NULL}},
-    {"anew", {"-m", "tests/goldens/model/model.gguf", "--video", "tests/goldens/images/clip.y4m", "--strength", "0.8", "--steps", "4",
-              "-g", "3", "--shift", "3", "--seed", "7", "a red fox", NULL}},
-    {"pictures", {"-m", "tests/goldens/pictures/model.gguf", "-s", "32x16", "-f", "13", "--image", "tests/goldens/pictures/first.y4m",
-                  "--last-image", "tests/goldens/pictures/last.y4m", "--steps", "4", "-g", "3", "--guidance-2", "2", "--shift", "3",
-                  "--seed", "7", "a red fox", NULL}},
-    {"from the last frame", {"-m", "tests/goldens/pictures/model.gguf", "--video", "tests/goldens/images/clip.y4m", "--extend", "-f",
-                             "16", "--steps", "2", "-g", "3", "--shift", "3", "--seed", "7", "a red fox", NULL}},
+    {"whole", {"-m", "tests/goldens/model/model.gguf", "-s", "32x16", "-f", "13", "--steps", "5", "-g", "3",
+               "--shift", "3", "--seed", "7", "a red fox", NULL}},
+    {"chunks", {"-m", "tests/goldens/causal/model.gguf", "-s", "16x16", "-f", "33", "--window", "6", "--sink", "1",
+                "--seed", "7", "--drift", "--mark", "--at", "1 a dog", "a red fox", NULL}},
+    {"extended", {"-m", "tests/goldens/causal/model.gguf", "-s", "48x32", "--video", "tests/goldens/images/clip.y4m",
+                  "--extend", "-f", "16", "--window", "6", "--seed", "7", "a red fox", NULL}},
+    {"anew", {"-m", "tests/goldens/model/model.gguf", "--video", "tests/goldens/images/clip.y4m", "--strength", "0.8",
+              "--steps", "4", "-g", "3", "--shift", "3", "--seed", "7", "a red fox", NULL}},
+    {"pictures", {"-m", "tests/goldens/pictures/model.gguf", "-s", "32x16", "-f", "13",
+                  "--image", "tests/goldens/pictures/first.y4m", "--last-image", "tests/goldens/pictures/last.y4m",
+                  "--steps", "4", "-g", "3", "--guidance-2", "2", "--shift", "3", "--seed", "7", "a red fox", NULL}},
+    {"from the last frame", {"-m", "tests/goldens/pictures/model.gguf", "--video", "tests/goldens/images/clip.y4m",
+                             "--extend", "-f", "16", "--steps", "2", "-g", "3", "--shift", "3", "--seed", "7",
+                             "a red fox", NULL}},
     {"easycache", {"-m", "tests/goldens/model/model.gguf", "-s", "32x16", "-f", "5", "--steps", "14", "-g", "3",
                    "--shift", "3", "--easycache", "10", "--seed", "7", "a red fox", NULL}},
     {"tiny", {"-m", "tests/goldens/tiny/model.gguf", "-s", "32x16", "-f", "17", "--steps", "2", "-g", "1",
@@ -199,12 +201,12 @@ static long count_calls(int clip) {
 static void kill_at(int clip, const char *fault, long at) {
     clear();
     int status = run(&clips[clip], false, (Disturbance){.fault = fault, .at = at});
-    CHECK(status == 1000 + SIGKILL || (!strcmp(fault, "torn") && status == 0), "%s, %s at call %ld: status %d", clips[clip].name,
-          fault, at, status);
+    CHECK(status == 1000 + SIGKILL || (!strcmp(fault, "torn") && status == 0), "%s, %s at call %ld: status %d",
+          clips[clip].name, fault, at, status);
     if (status == 1000 + SIGKILL) note_kill();
     status = finish(clip);
-    CHECK(status == 0 && is_complete(clip), "%s, %s at call %ld: ends with status %d, %d files, or other bytes", clips[clip].name,
-          fault, at, status, count_files());
+    CHECK(status == 0 && is_complete(clip), "%s, %s at call %ld: ends with status %d, %d files, or other bytes",
+          clips[clip].name, fault, at, status, count_files());
 }
 
 static void fill_at(int clip, long at) {
@@ -216,11 +218,11 @@ static void fill_at(int clip, long at) {
     CHECK(status == 3 && lines == 1 && (strstr(last, "No space left") || strstr(last, "complete")),
           "%s, full at call %ld: status %d, %d lines: %s", clips[clip].name, at, status, lines, last);
     CHECK(stated == !!strstr(last, "to resume: sora --resume"), "%s, full at call %ld: %s", clips[clip].name, at, last);
-    CHECK(stated || exists("clip.y4m") || strstr(last, "complete") || count_files() == 0, "%s, full at call %ld: %d files are left",
-          clips[clip].name, at, count_files());
+    CHECK(stated || exists("clip.y4m") || strstr(last, "complete") || count_files() == 0,
+          "%s, full at call %ld: %d files are left", clips[clip].name, at, count_files());
     status = finish(clip);
-    CHECK(status == 0 && is_complete(clip), "%s, full at call %ld: ends with status %d, %d files, or other bytes", clips[clip].name,
-          at, status, count_files());
+    CHECK(status == 0 && is_complete(clip), "%s, full at call %ld: ends with status %d, %d files, or other bytes",
+          clips[clip].name, at, status, count_files());
 }
 
 /* Killed after a random time, again and again until it is done. */
@@ -240,8 +242,8 @@ static void kill_at_random(int clip, double longest, int most) {
         CHECK(status == 1000 + SIGKILL || status == 0, "%s, killed at random: status %d", clips[clip].name, status);
     }
     status = finish(clip);
-    CHECK(status == 0 && is_complete(clip), "%s, killed at random: ends with status %d, %d files, or other bytes", clips[clip].name,
-          status, count_files());
+    CHECK(status == 0 && is_complete(clip), "%s, killed at random: ends with status %d, %d files, or other bytes",
+          clips[clip].name, status, count_files());
 }
 
 static void other_faults(int clip) {
@@ -253,7 +255,8 @@ static void other_faults(int clip) {
     nanosleep(&(struct timespec){0, 50000000}, NULL);
     kill(child, SIGCONT);
     int status = ended(child);
-    CHECK(status == 0 && is_complete(clip), "%s, stopped, with a clock that goes back: status %d", clips[clip].name, status);
+    CHECK(status == 0 && is_complete(clip), "%s, stopped, with a clock that goes back: status %d", clips[clip].name,
+          status);
     /* Without the shim this may be a sanitizer's build, which takes all address space. */
     for (size_t mebibytes = 8; shim && mebibytes <= 72; mebibytes += 16) {
         clear();
@@ -262,7 +265,8 @@ static void other_faults(int clip) {
         CHECK(status == 0 || status == 99 || status == 127 || status >= 1000 || (status <= 3 && lines == 1),
               "%s in %zu MiB: status %d, %d lines: %s", clips[clip].name, mebibytes, status, lines, last);
         status = finish(clip);
-        CHECK(status == 0 && is_complete(clip), "%s in %zu MiB, then in more: status %d", clips[clip].name, mebibytes, status);
+        CHECK(status == 0 && is_complete(clip), "%s in %zu MiB, then in more: status %d", clips[clip].name, mebibytes,
+              status);
     }
 }
 
@@ -294,7 +298,8 @@ static void folders(void) {
     CHECK(status == 3 && lines == 1 && strstr(last, "clip.y4m: cannot write: No such file"),
           "a folder that is gone: status %d, %d lines: %s", status, lines, last);
     rename(gone, folder);
-    CHECK(run(&clip, true, (Disturbance){0}) == 0 && exists("clip.y4m") && count_files() == 2, "a folder that is there again");
+    CHECK(run(&clip, true, (Disturbance){0}) == 0 && exists("clip.y4m") && count_files() == 2,
+          "a folder that is there again");
     free(gone);
 }
 
@@ -314,7 +319,8 @@ static void models(void) {
         kill(child, SIGCONT);
         int status = ended(child), lines = said(last);
         if (replaced) CHECK(status == 0 && exists("clip.y4m"), "a model that is replaced: status %d: %s", status, last);
-        else CHECK(status == 2 && lines == 1 && strstr(last, "written to while"), "a model that is written to: status %d: %s", status, last);
+        else CHECK(status == 2 && lines == 1 && strstr(last, "written to while"),
+                   "a model that is written to: status %d: %s", status, last);
     }
     free((void *)model.data), free(path), free(other);
 }
@@ -351,8 +357,9 @@ void test_faults(void) {
     for (int c = 0; c < CLIPS - (wanted == NULL); c++) other_faults(c);
     folders();
     models();
-    if (wanted) printf("%d kills: %d before a state, %d in sampling, %d while a state is written, %d in decoding, %d after the "
-                       "video has its name; %d resumes; %ld calls\n", kills, killed.before, killed.sampling, killed.saving, killed.decoding, killed.after,
-           resumes, all);
+    if (wanted)
+        printf("%d kills: %d before a state, %d in sampling, %d while a state is written, %d in decoding, %d after the "
+               "video has its name; %d resumes; %ld calls\n", kills, killed.before, killed.sampling, killed.saving,
+               killed.decoding, killed.after, resumes, all);
     free(folder);
 }

@@ -22,7 +22,8 @@ static void test_object(void) {
     json_bool(&json, "ok", true);
     json_close(&json);
     static const char expected[] =
-        "{\n  \"tool\": \"sora\",\n  \"low\": -9223372036854775807,\n  \"seed\": 18446744073709551615,\n  \"empty\": {},\n"
+        "{\n  \"tool\": \"sora\",\n  \"low\": -9223372036854775807,\n  \"seed\": 18446744073709551615,\n"
+        "  \"empty\": {},\n"
         "  \"size\": {\n    \"shift\": 3,\n    \"third\": 0.3333333333333333,\n"
         "    \"tenth\": 0.1,\n    \"none\": null\n  },\n  \"ok\": true\n}\n";
     CHECK(!strcmp((char *)json.text.data, expected), "the object is\n%s", (char *)json.text.data);
@@ -62,7 +63,8 @@ static void expect_found(const char *text, const char *key, const char *expected
 }
 
 static void test_find(void) {
-    const char *text = "{\"a\": {\"b\": \"inner\"}, \"text\": \"b\", \"c\" : [\"b\", 1],\n\"b\":\"x\\\"y\", \"n\": -1.5e3}";
+    const char *text = "{\"a\": {\"b\": \"inner\"}, \"text\": \"b\", \"c\" : [\"b\", 1],\n"
+                       "\"b\":\"x\\\"y\", \"n\": -1.5e3}";
     expect_found(text, "b", "x\\\"y");
     expect_found(text, "n", "-1.5e3");
     expect_found(text, "text", "b");

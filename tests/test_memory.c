@@ -31,7 +31,8 @@ enum { MEASURED = 1 };
 static void compare(const char *what, size_t expected, size_t before) {
     size_t taken = memory_peak() - before;
     if (taken > expected || (double)expected > 1.05 * (double)taken + 1.5 * MIB)
-        die(STATUS_CHECK, "%s: predicted %.2f MiB, measured %.2f MiB", what, (double)expected / MIB, (double)taken / MIB);
+        die(STATUS_CHECK, "%s: predicted %.2f MiB, measured %.2f MiB", what, (double)expected / MIB,
+            (double)taken / MIB);
 }
 
 static void run(void *of) {
@@ -75,8 +76,8 @@ static void encode(void *precision) {
     size_t before = memory_peak(), rest = MIB;
     text_encode(&e, ids, N, embeds);
     scratch_free();
-    compare(reason("text encoder, %s", precision_name(p)), text_encoder_memory(&e, N) + text_encoder_scratch(&e, N) + rest,
-            before);
+    compare(reason("text encoder, %s", precision_name(p)),
+            text_encoder_memory(&e, N) + text_encoder_scratch(&e, N) + rest, before);
 }
 
 /* Prints the peak of so many seconds of video, a frame a second. */

@@ -102,7 +102,8 @@ static void test_version(const char *name) {
 
 static void test_refused(void) {
     static const char *const cases[][2] = {
-        {"complex", "the values are of type '<c8' (complex numbers), expected floats of 2, 4 or 8 bytes, integers or booleans"},
+        {"complex",
+         "the values are of type '<c8' (complex numbers), expected floats of 2, 4 or 8 bytes, integers or booleans"},
         {"text", "'<U9', expected"},
         {"bytes", "'|V2' (bfloat16? numpy does not name it in a file)"},
         {"fields", "the values are of a structured type, expected plain numbers"},
@@ -134,7 +135,8 @@ static void test_fit(void) {
         {SHAPE(1, 3), SHAPE(1, 3), NULL},
         {SHAPE(2, 4, 2, 8, 6), SHAPE(4, 2, 8, 6),
          "shape [2, 4, 2, 8, 6], expected [4, 2, 8, 6]: a batch, expected a single element of it"},
-        {SHAPE(512, 24), SHAPE(6, 24), "shape [512, 24], expected [6, 24]: it has more rows, perhaps padding; expected only the first"},
+        {SHAPE(512, 24), SHAPE(6, 24),
+         "shape [512, 24], expected [6, 24]: it has more rows, perhaps padding; expected only the first"},
         {SHAPE(1, 512, 24), SHAPE(6, 24), "expected [6, 24]: it has more rows"},
         {SHAPE(512), SHAPE(6), "shape [512], expected [6]: it has more rows"},
         {SHAPE(2, 4, 8, 6), SHAPE(4, 2, 8, 6), "expected [4, 2, 8, 6]: its axes are in another order"},

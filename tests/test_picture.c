@@ -61,14 +61,15 @@ static void check_flat(void) {
     static const int sizes[][2] = {{1, 1}, {1, 9}, {3, 2}, {40, 50}};
     float frame[3 * 40 * 50];
     Source source;
-    if (source_parse(text("P6#a\r2 3 100 " "d2\0d2\0d2\0\xff" "2\0d2\0d2\0", 13 + 18), &source)) abort(); /* 255 is 100, too */
+    const char *picture = "P6#a\r2 3 100 " "d2\0d2\0d2\0\xff" "2\0d2\0d2\0"; /* 255 is 100, too */
+    if (source_parse(text(picture, 13 + 18), &source)) abort();
     for (int i = 0; i < 4; i++) {
         int pixels = sizes[i][0] * sizes[i][1];
         read_first(&source, sizes[i][0], sizes[i][1], frame);
         for (int p = 0; p < pixels; p++)
-            CHECK(frame[p] > 0.99999f && frame[p] < 1.00001f && frame[pixels + p] > -1e-5f && frame[pixels + p] < 1e-5f &&
-                  frame[2 * pixels + p] < -0.99999f, "%dx%d: pixel %d is %g %g %g", sizes[i][0], sizes[i][1], p, frame[p],
-                  frame[pixels + p], frame[2 * pixels + p]);
+            CHECK(frame[p] > 0.99999f && frame[p] < 1.00001f && frame[pixels + p] > -1e-5f &&
+                  frame[pixels + p] < 1e-5f && frame[2 * pixels + p] < -0.99999f, "%dx%d: pixel %d is %g %g %g",
+                  sizes[i][0], sizes[i][1], p, frame[p], frame[pixels + p], frame[2 * pixels + p]);
     }
 }
 
@@ -100,8 +101,8 @@ static void check_refused(void) {
     for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
         Source source;
         const char *why = source_parse(text(cases[i].bytes, cases[i].size), &source);
-        CHECK(why && strstr(why, cases[i].expected), "case %zu: expected \"%s\", the reason is \"%s\"", i, cases[i].expected,
-              why ? why : "none");
+        CHECK(why && strstr(why, cases[i].expected), "case %zu: expected \"%s\", the reason is \"%s\"", i,
+              cases[i].expected, why ? why : "none");
     }
 }
 

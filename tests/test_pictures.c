@@ -160,7 +160,8 @@ static void complete(void *of) {
 
 static void check_settings(void) {
     static const Refused refused[] = {
-        {experts_model, "--image: not given, and this model (Wan) makes a clip from a picture", PICTURE, false, false, false, 9},
+        {experts_model, "--image: not given, and this model (Wan) makes a clip from a picture", PICTURE, false, false,
+         false, 9},
         {text_model, "--extend: needs a model that generates in chunks, or Wan 2.2's", TEXT, false, false, true, 8},
         {text_model, "--last-image: needs a model such as", TEXT, false, true, false, 9},
         {text_model, "--image: needs a model that generates in chunks, or Wan 2.2's", TEXT, true, false, false, 9},
@@ -233,7 +234,8 @@ static void bind_long_name(void *unused) {
 
 static void check_damages(void) {
     for (size_t i = 0; i < sizeof damages / sizeof *damages; i++)
-        expect(damages[i].edits->from ? STATUS_USAGE : STATUS_OK, damages[i].message, load_damaged, (void *)&damages[i]);
+        expect(damages[i].edits->from ? STATUS_USAGE : STATUS_OK, damages[i].message, load_damaged,
+               (void *)&damages[i]);
     expect(STATUS_USAGE, ": a name of 306 bytes, expected less than 256", bind_long_name, NULL);
 }
 

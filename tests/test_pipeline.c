@@ -57,7 +57,8 @@ static bool same(Bytes a, Bytes b) { return a.size == b.size && !memcmp(a.data, 
 static void check_bits(Precision precision) {
     Bytes expected = run((Variant){"naive", 2, precision, 9});
     FOR_TABLES(isa) {
-        if (!strcmp(isa, "naive") || (precision != F32 && kernels->order_of_bf16 != RISING)) continue; /* INT8 decodes in BF16 */
+        /* INT8 decodes in BF16. */
+        if (!strcmp(isa, "naive") || (precision != F32 && kernels->order_of_bf16 != RISING)) continue;
         for (int threads = 1; threads <= 3; threads += 2) {
             Bytes video = run((Variant){isa, threads, precision, 9});
             CHECK(same(video, expected), "%s: the video of %s kernels with %d threads differs from naive",
@@ -195,10 +196,12 @@ static void check_encoder(void) {
     Coded whole = encode(vae, clip, FRAMES), begun = encode(vae, clip, FRAMES - 1);
     CHECK(whole.latents.count == 3 && begun.latents.count == 2, "%d and %d frames became %d and %d latent ones", FRAMES,
           FRAMES - 1, whole.latents.count, begun.latents.count);
-    CHECK(!memcmp(whole.latents.frames, begun.latents.frames, sizeof(float) * n * 2), "the first latents depend on later frames");
+    CHECK(!memcmp(whole.latents.frames, begun.latents.frames, sizeof(float) * n * 2),
+          "the first latents depend on later frames");
     for (int f = 0; f < 3; f++)
         for (int c = 0; c < vae->z_dim; c++)
-            memcpy(found + ((size_t)c * 3 + f) * plane, whole.latents.frames + f * n + c * plane, sizeof(float) * plane);
+            memcpy(found + ((size_t)c * 3 + f) * plane, whole.latents.frames + f * n + c * plane,
+                   sizeof(float) * plane);
     double error = relative_error(found, expected, 3 * n);
     CHECK(error < 1e-5, "the encoder's latents are off from diffusers' by %.1e", error);
     Collected later = decode(vae, DECODER, whole.latents.frames, 3);

@@ -102,11 +102,13 @@ static void check_arithmetic(void) {
         }
     }
     kernels_choose("auto");
-    CHECK(strcmp(digests[F32], digests[BF16]) && strcmp(digests[F32], digests[INT8]), "bf16 or int8 has the digest of f32");
+    CHECK(strcmp(digests[F32], digests[BF16]) && strcmp(digests[F32], digests[INT8]),
+          "bf16 or int8 has the digest of f32");
 }
 
 void test_state(void) {
-    char *path = temporary_path("thing.state"), *part = format_string("%s.part", path), *nowhere = temporary_path("no/thing");
+    char *path = temporary_path("thing.state"), *part = format_string("%s.part", path);
+    char *nowhere = temporary_path("no/thing");
     Thing written = {7, {1, -2, 0.5f}}, thing;
     const char *why = write_thing(path, written);
     CHECK(!why, "a state cannot be written: %s", why ? why : "");
@@ -120,7 +122,8 @@ void test_state(void) {
     CHECK(why && !strcmp(why, "No such file or directory"), "a state without a folder: %s", why ? why : "");
     CHECK(!mkdir(part, 0700) && (why = write_thing(path, (Thing){8, {0}})), "a state is written over a folder");
     Bytes still;
-    CHECK(!read_file(path, 1 << 16, &still) && !read_thing(still, &thing) && thing.number == 7, "a failed state took the old one's place");
+    CHECK(!read_file(path, 1 << 16, &still) && !read_thing(still, &thing) && thing.number == 7,
+          "a failed state took the old one's place");
     free((void *)still.data);
     rmdir(part);
     check_arithmetic();

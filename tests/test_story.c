@@ -46,7 +46,8 @@ void test_story(void) {
     check_refused("3 a\n3 b\n", "line 2: time 3 s is not after 3 s");
 
     Story story = {0};
-    const char *why = story_parse(&story, bytes_of("\xef\xbb\xbf# a story\r\n\r\n0 one\r\n  # aside\n12.5 two # not a comment\n1:05  three"));
+    const char *why = story_parse(&story, bytes_of("\xef\xbb\xbf# a story\r\n\r\n0 one\r\n  # aside\n"
+                                                   "12.5 two # not a comment\n1:05  three"));
     CHECK(!why && story.count == 3, "a story of %d lines: %s", story.count, why ? why : "");
     if (story.count == 3) {
         CHECK(story.lines[1].time == 12.5 && !strcmp(story.lines[1].text, "two # not a comment"),

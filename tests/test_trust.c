@@ -43,7 +43,7 @@ static MarkFound look(const Mark *mark, double scale, int left, int top) {
                 double luma = (1 - fy) * ((1 - fx) * planes[y0 * W + x0] + fx * planes[y0 * W + x1]) +
                               fy * ((1 - fx) * planes[y1 * W + x0] + fx * planes[y1 * W + x1]);
                 for (int c = 0; c < 3; c++)
-                    frame[((size_t)c * (size_t)height + (size_t)y) * (size_t)width + (size_t)x] = (float)((luma - 125.5) / 109.5);
+                    frame[((size_t)c * height + y) * width + x] = (float)((luma - 125.5) / 109.5);
             }
         mark_gather(&sum, &seen, frame);
         free(planes);

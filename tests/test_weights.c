@@ -431,7 +431,8 @@ static void test_sparse(void) {
     WeightFile *file = NULL;
     Builder b;
     put_header(&b, 30000000, 0);
-    bool made = stream && fwrite(b.data, 1, b.size, stream) == b.size && !fflush(stream) && !ftruncate(fileno(stream), 1LL << 30);
+    bool made = stream && fwrite(b.data, 1, b.size, stream) == b.size && !fflush(stream) &&
+                !ftruncate(fileno(stream), 1LL << 30);
     if (stream) fclose(stream);
     if (made) {
         memory_note();
@@ -471,8 +472,8 @@ void test_weights(void) {
     CHECK(!why, "foreign.gguf: %s", why);
     if (!why) {
         test_foreign(file);
-        expect_death(bind_foreign, file, "tensor \"of.iq4_xs\" is iq4_xs, expected f32, f16, q4_0, q4_1, q5_0, q5_1, q8_0, "
-                                          "q2_k, q3_k, q4_k, q5_k, q6_k or bf16");
+        expect_death(bind_foreign, file, "tensor \"of.iq4_xs\" is iq4_xs, expected f32, f16, q4_0, q4_1, q5_0, q5_1, "
+                                         "q8_0, q2_k, q3_k, q4_k, q5_k, q6_k or bf16");
         expect_death(read_foreign, file, "tensor \"of.i8\" is i8, expected f32, f16, q4_0");
     }
     weights_close(file);

@@ -275,7 +275,8 @@ static void read_pipe(void *unused) {
         if (frames == PIPED / 10) early = memory_peak();
     }
     if (why || frames != PIPED) die(STATUS_CHECK, "%d frames: %s", frames, why ? why : "no more");
-    if (memory_peak() > early + (64 << 10)) die(STATUS_CHECK, "%zu bytes after 60 seconds, %zu after 600", early, memory_peak());
+    if (memory_peak() > early + (64 << 10))
+        die(STATUS_CHECK, "%zu bytes after 60 seconds, %zu after 600", early, memory_peak());
     y4m_close(reader);
     fclose(in);
 }
