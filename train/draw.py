@@ -95,15 +95,15 @@ SIDE = {"circle": 0.92, "square": 0.80, "triangle": 0.97, "star": 1.01, "heart":
 
 # ---- motions: where the subject is at each time --------------------------------------------------------------------
 #
-# Every motion goes on for ever, and what it does next can be seen from its last second and a half. Who travels turns at
-# the edge. Who falls, bounces or jumps feels one gravity.
+# Every motion goes on for ever. Its last second and a half determine what it does next. Subjects that travel turn at
+# the edge. Gravity is the same for all that fall, bounce or jump.
 
 CLIP = FRAMES - 1  # frames in the unit of time
 JUMP_LENGTH = 0.4
 GRAVITY = 8 * JUMP / JUMP_LENGTH ** 2
 EDGE = 0.33  # how far from the middle walkers turn
-SMALLEST, LARGEST = 0.45, 1.45  # scale at which who shrinks or grows stays
-LEAST = 0.13  # radius: in a story nobody becomes smaller
+SMALLEST, LARGEST = 0.45, 1.45  # scale at which a subject stops shrinking, or growing
+LEAST = 0.13  # radius: in a story no subject becomes smaller
 
 
 class Track:
@@ -119,7 +119,8 @@ class Track:
 
 
 def _turning(x, edge):
-    """(x, 1 or -1: on the way there or back) of who would go on and on to x, but turns `edge` away from the middle."""
+    """(x, 1 or -1: on the way there or back) of a subject that turns `edge` away from the middle. x: where it would be
+    if it never turned."""
     inside, p = np.abs(x - 0.5) < edge + 1e-9, (x - 0.5 + edge) % (4 * edge)
     back = ~inside & (p > 2 * edge)
     return np.where(inside, x, 0.5 + np.where(back, 3 * edge - p, p - edge)), np.where(back, -1, 1)
@@ -132,13 +133,13 @@ def parabola(s, start, end):
 
 
 def _two_jumps(s):
-    """Height over the ground of who jumps twice in each unit of time, 1 at the top."""
+    """Height over the ground, 1 at the top, of a subject that jumps twice in each unit of time."""
     s = s % 1
     return parabola(s, 0.06, 0.06 + JUMP_LENGTH) + parabola(s, 0.54, 0.54 + JUMP_LENGTH)
 
 
 def _bouncing(s, height):
-    """Height over an elastic ground of who falls from `height`, and comes up to it again."""
+    """Height over an elastic ground of a subject that falls from `height` and comes up to it again."""
     fall = np.sqrt(2 * height / GRAVITY)
     return height - GRAVITY / 2 * ((s + fall) % (2 * fall) - fall) ** 2
 
@@ -151,8 +152,8 @@ def _legs(s, steps):
 def move(motion, s, x0, y0, r, floor, scale=None, top=None, smallest=SMALLEST):
     """The Track of a subject. x0, y0: where it would rest in the air; r: radius; floor: its y on the ground.
 
-    scale: how large it is, at first if it grows or shrinks; top: y from which it falls; smallest: scale at which who
-    shrinks stays.
+    scale: how large it is, at first if it grows or shrinks; top: y from which it falls; smallest: scale at which it
+    stops shrinking.
     """
     reach = 0.48 - r
     sign = -1 if motion.endswith("left") else 1
@@ -191,7 +192,7 @@ def floor_of(shape, r):
 
 
 def relate(relation, s, dx, shapes, mirrored=False):
-    """Tracks of the two subjects of a relation, by their shapes. dx: how far to the side they are who jump together."""
+    """Tracks of the two subjects of a relation, by their shapes. dx: how far to the side they jump together."""
     if mirrored:
         tracks = relate(relation, s, -dx, shapes)
         for track in tracks:
@@ -206,7 +207,7 @@ def relate(relation, s, dx, shapes, mirrored=False):
     if relation == "jump together":
         height = JUMP * _two_jumps(s)
         return [Track(s, 0.5 + dx - 0.2, floors[0] - height), Track(s, 0.5 + dx + 0.2, floors[1] - height)]
-    if relation == "chase":  # who is chased turns at the edge, and runs past who comes after it
+    if relation == "chase":  # the chased one turns at the edge first, and runs past the other
         lead = 0.5 + 0.24 * ramp
         return [on_ground(0, *_turning(lead - 0.18, 0.42), 3), on_ground(1, *_turning(lead + 0.18, 0.42), 3)]
     if relation == "pass":
@@ -224,7 +225,7 @@ def relate(relation, s, dx, shapes, mirrored=False):
 # ---- stories: from one sentence to the next ------------------------------------------------------------------------
 
 GLIDE = 0.3  # units of time in which a subject gets from where it is to where it does the next thing
-HOMES = {2: PAIR_HOMES, 3: (1 / 6, 1 / 2, 5 / 6)}  # x of so many who each move on their own
+HOMES = {2: PAIR_HOMES, 3: (1 / 6, 1 / 2, 5 / 6)}  # x of so many that each move on their own
 OUTSIDE = 0.5 + 1.1 * PAIR_RADIUS  # how far from the middle a subject is no longer seen
 
 
@@ -291,7 +292,7 @@ def _clock(motion, pose, r, floor):
     (x, y), high = pose[:2], 0.04 + r
     if motion.endswith(("left", "right")):
         there = (0.5 - x if motion.endswith("left") else x - 0.5) / (EDGE if motion.startswith("run") else 0.48 - r)
-        return 0.5 + (0 if motion.startswith("walk") else np.clip(there, -1, 1) / 2)  # who walks does so from anywhere
+        return 0.5 + (0 if motion.startswith("walk") else np.clip(there, -1, 1) / 2)  # any place will do for walking
     return {"up": (floor - y) / (floor - high), "down": (y - high) / (floor - high),
             "bounce": np.sqrt(2 * np.clip(y - high, 0, floor - high) / GRAVITY),
             "loop": np.arctan2(x - 0.5, 0.47 - y) / (2 * np.pi) % 1}.get(motion, 0.0)
@@ -307,8 +308,8 @@ def _another(x, home, dy, pose, r, size, begin):
 
 
 def _together(scene, poses, begin):
-    """The Acts of two subjects that begin to do something together, where it brings them least out of their way; who
-    meets or collides is still to do so."""
+    """The Acts of two subjects that begin to do something together, where it brings them least out of their way;
+    before they meet or collide, if they are to."""
     s, found = np.arange(0, 0.5 if scene.relation in ("meet", "collide") else 4, 1 / 64), []
     for mirrored in (False, True):
         ways = _related(scene, mirrored)
@@ -326,7 +327,7 @@ def _strange(x, middle, dy):
 
 
 def _next(acts, before, scene, begin):
-    """The Acts of a scene that begins in frame `begin`, after these of the scene before; at the end those who leave."""
+    """The Acts of a scene that begins in frame `begin`, after these of the scene before; those that leave come last."""
     past = {a.subject.colour: a for a in acts if a.subject in before.subjects}
     poses = {colour: a.pose(begin) for colour, a in past.items()}
     middle = np.mean([pose[0] for pose in poses.values()])
@@ -371,14 +372,50 @@ def acts(story):
     return result
 
 
-# ---- backgrounds ---------------------------------------------------------------------------------------------------
+# ---- backgrounds: layers of paint over a gradient ------------------------------------------------------------------
+#
+# What a layer covers is a list of signed distances in frame widths, of the points x, y at time s.
 
-def _gradient(size, stops):
-    """[size, size, 3]: colours (y, r, g, b) interpolated from top to bottom."""
-    y = (np.arange(size) + 0.5) / size
-    stops = np.array(stops, float)
-    column = np.stack([np.interp(y, stops[:, 0], stops[:, i]) for i in (1, 2, 3)], -1)
-    return np.repeat(column[:, None], size, 1)
+def _hills(x, y, s, level, height, waves, phase):
+    """All below a sine wave. level, height: of the frame's height; waves: across the frame; phase: radians."""
+    return [level - height * np.sin(waves * x * 2 * np.pi + phase) - y]
+
+
+def _disc(x, y, s, middle_x, middle_y, radius):
+    return [np.hypot(x - middle_x, y - middle_y) - radius]
+
+
+def _dots(x, y, s, seed, count, top, bottom, radius, drift=0):
+    """Round dots at places between top and bottom that the seed fixes; drift: 1 falls, -1 rises, one turn a unit."""
+    places = np.random.default_rng(seed).uniform(0, 1, (count, 3))
+    return [np.hypot(x - px, y - (top + (bottom - top) * ((py + drift * s) % 1))) - radius * (0.7 + 0.6 * scale)
+            for px, py, scale in places]
+
+
+# {name: (colours (y, r, g, b) from top to bottom, layers (colour, opacity, what it covers, its arguments))}
+BACKGROUND = {
+    "plain": ([(0, 200, 194, 182), (0.80, 190, 184, 174), (0.81, 164, 158, 150), (1, 172, 166, 158)], []),
+    "night": ([(0, 18, 22, 52), (0.8, 52, 56, 104)],
+              [((226, 222, 196), 1, _dots, 1, 18, 0.02, 0.72, 0.011),
+               ((38, 48, 66), 1, _hills, 0.80, 0.02, 1.0, 0.6)]),
+    "meadow": ([(0, 158, 206, 236), (0.75, 184, 214, 230)],
+               [((168, 202, 140), 1, _hills, 0.70, 0.03, 1.5, 0.0),
+                ((140, 186, 108), 1, _hills, 0.79, 0.01, 1.0, 2.0),
+                ((238, 226, 180), 1, _dots, 2, 9, 0.87, 0.98, 0.012)]),
+    "sunset": ([(0, 92, 74, 118), (0.45, 196, 126, 124), (0.76, 242, 186, 140)],
+               [((255, 226, 172), 1, _disc, 0.74, 0.66, 0.11),
+                ((98, 76, 92), 1, _hills, 0.80, 0.012, 1.0, 1.0)]),
+    "sea": ([(0, 104, 178, 192), (0.8, 38, 100, 132)],
+            [((150, 150, 122), 1, _hills, 0.82, 0.012, 1.5, 0.5),
+             ((168, 214, 220), 0.7, _dots, 3, 9, 0.02, 0.78, 0.014, -1)]),
+    "snow": ([(0, 140, 160, 188), (0.78, 162, 180, 204)],
+             [((186, 200, 222), 1, _hills, 0.79, 0.015, 1.0, 3.0),
+              ((226, 233, 242), 1, _dots, 4, 14, 0.0, 1.0, 0.014, 1)]),
+    "desert": ([(0, 150, 196, 214), (0.75, 204, 212, 202)],
+               [((206, 176, 132), 1, _hills, 0.68, 0.04, 1.0, 1.2),
+                ((222, 194, 148), 1, _hills, 0.79, 0.012, 1.5, 0.0)]),
+}
+DRIFTING = "sea", "snow"  # their dots
 
 
 def _paint(canvas, distance, colour, opacity=1.0):
@@ -387,79 +424,20 @@ def _paint(canvas, distance, colour, opacity=1.0):
     canvas += alpha * (np.asarray(colour, float) - canvas)
 
 
-def _hills(canvas, level, height, waves, phase, colour):
-    size = canvas.shape[0]
-    y, x = (np.mgrid[:size, :size] + 0.5) / size
-    _paint(canvas, (level - height * np.sin(waves * x * 2 * np.pi + phase) - y) * size, colour)
-
-
-def _dots(canvas, seed, count, top, bottom, radius, colour, shift=0.0, opacity=1.0):
-    """Round dots at fixed places between top and bottom; shift moves them down, wrapping round."""
-    size = canvas.shape[0]
-    y, x = (np.mgrid[:size, :size] + 0.5) / size
-    places = np.random.default_rng(seed).uniform(0, 1, (count, 3))
-    for px, py, scale in places:
-        py = top + (bottom - top) * ((py + shift) % 1)
-        _paint(canvas, (np.hypot(x - px, y - py) - radius * (0.7 + 0.6 * scale)) * size, colour, opacity)
-
-
-def _plain(size, s):
-    return _gradient(size, [(0, 200, 194, 182), (0.80, 190, 184, 174), (0.81, 164, 158, 150), (1, 172, 166, 158)])
-
-
-def _night(size, s):
-    c = _gradient(size, [(0, 18, 22, 52), (0.8, 52, 56, 104)])
-    _dots(c, 1, 18, 0.02, 0.72, 0.011, (226, 222, 196))
-    _hills(c, 0.80, 0.02, 1.0, 0.6, (38, 48, 66))
-    return c
-
-
-def _meadow(size, s):
-    c = _gradient(size, [(0, 158, 206, 236), (0.75, 184, 214, 230)])
-    _hills(c, 0.70, 0.03, 1.5, 0.0, (168, 202, 140))
-    _hills(c, 0.79, 0.01, 1.0, 2.0, (140, 186, 108))
-    _dots(c, 2, 9, 0.87, 0.98, 0.012, (238, 226, 180))
-    return c
-
-
-def _sunset(size, s):
-    c = _gradient(size, [(0, 92, 74, 118), (0.45, 196, 126, 124), (0.76, 242, 186, 140)])
-    y, x = (np.mgrid[:size, :size] + 0.5) / size
-    _paint(c, (np.hypot(x - 0.74, y - 0.66) - 0.11) * size, (255, 226, 172))
-    _hills(c, 0.80, 0.012, 1.0, 1.0, (98, 76, 92))
-    return c
-
-
-def _sea(size, s):
-    c = _gradient(size, [(0, 104, 178, 192), (0.8, 38, 100, 132)])
-    _hills(c, 0.82, 0.012, 1.5, 0.5, (150, 150, 122))
-    _dots(c, 3, 9, 0.02, 0.78, 0.014, (168, 214, 220), shift=-s, opacity=0.7)
-    return c
-
-
-def _snow(size, s):
-    c = _gradient(size, [(0, 140, 160, 188), (0.78, 162, 180, 204)])
-    _hills(c, 0.79, 0.015, 1.0, 3.0, (186, 200, 222))
-    _dots(c, 4, 14, 0.0, 1.0, 0.014, (226, 233, 242), shift=s)
-    return c
-
-
-def _desert(size, s):
-    c = _gradient(size, [(0, 150, 196, 214), (0.75, 204, 212, 202)])
-    _hills(c, 0.68, 0.04, 1.0, 1.2, (206, 176, 132))
-    _hills(c, 0.79, 0.012, 1.5, 0.0, (222, 194, 148))
-    return c
-
-
-BACKGROUND = {"plain": _plain, "night": _night, "meadow": _meadow, "sunset": _sunset, "sea": _sea, "snow": _snow,
-              "desert": _desert}
-
-
 @functools.lru_cache(maxsize=16)
 def _turn(name, size):
     """float32 [n, size, size, 3]: the frames in which what drifts in a background (snow, bubbles) makes one turn."""
-    shifts = np.arange(CLIP) / CLIP if name in ("sea", "snow") else [0.0]
-    return np.stack([BACKGROUND[name](size, s) for s in shifts]).astype(np.float32)
+    y, x = (np.mgrid[:size, :size] + 0.5) / size
+    stops, layers = BACKGROUND[name]
+    heights, *channels = np.array(stops, float).T
+    frames = []
+    for s in np.arange(CLIP) / CLIP if name in DRIFTING else [0.0]:
+        canvas = np.stack([np.interp(y, heights, channel) for channel in channels], -1)
+        for colour, opacity, covers, *arguments in layers:
+            for distance in covers(x, y, s, *arguments):
+                _paint(canvas, distance * size, colour, opacity)
+        frames.append(canvas)
+    return np.stack(frames).astype(np.float32)
 
 
 def background(name, size, frames, first=0):
@@ -515,7 +493,7 @@ def blend(video, layer):
 def draw(story, size=SIZE, frames=FRAMES, first=0):
     """uint8 [frames, size, size, 3]: these frames of a Story, or of a Scene, which is a story without a next sentence.
 
-    Of those who are there the last is drawn first, so the first passes in front of the others.
+    A scene's last subject is drawn first, so the first passes in front of the others.
     """
     if isinstance(story, Scene):
         story = Story((story,), (0,))
