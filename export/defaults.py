@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from export.files import ExportError, read_json, reading
-from export.recipes import RECIPES, schedule
+from export.recipes import RECIPES, falls, schedule
 
 # wan/configs/shared_config.py: sample_neg_prompt, part of the released models' configuration.
 NEGATIVE_PROMPT = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
@@ -205,7 +205,9 @@ def check_default(where, name, value):
     if type(value) not in kinds:
         raise ExportError(f"{where} is {value!r}, expected {EXPECTED[row.kind]}")
     if row.kind is list:
-        check_list(where, value, *row.allowed)
+        if not falls(value, *row.allowed):
+            raise ExportError("{} is {!r}, expected numbers that fall, each above {} and at most {}".format(
+                where, value, *row.allowed))
         return
     if row.kind is str and not is_text(value):
         raise ExportError(f"{where} is {value!r}, expected UTF-8 without a character 0")
@@ -213,15 +215,6 @@ def check_default(where, name, value):
         raise ExportError(f"{where} is {value!r}, expected one of {', '.join(row.allowed)}")
     if row.allowed and row.kind is not str and not row.allowed[0] <= value <= row.allowed[1]:
         raise ExportError("{} is {!r}, expected {:g} to {:g}".format(where, value, *row.allowed))
-
-
-def check_list(where, values, lowest, highest):
-    """Raises ExportError unless time steps or noise levels are numbers that fall. lowest: excluded; highest:
-    included."""
-    if not values or any(type(v) not in (int, float) or not lowest < v <= highest for v in values) or \
-            any(a <= b for a, b in zip(values, values[1:])):
-        raise ExportError(f"{where} is {values!r}, expected numbers that fall, each above {lowest} and at most "
-                          f"{highest}")
 
 
 def check_schedule(values, args):

@@ -137,16 +137,22 @@ def schedule(args, recipe, shift):
     return values
 
 
+def falls(values, lowest, highest):
+    """Whether time steps or noise levels are numbers that fall from at most `highest` and stay above `lowest`."""
+    return bool(values) and all(type(v) in (int, float) and lowest < v <= highest for v in values) and all(
+        a > b for a, b in zip(values, values[1:]))
+
+
 def numbers(option, text):
-    """The numbers of a text such as "1000,750,500,250"; () for None. Raises ExportError unless they fall from at most
-    1000 and are above 0. option: the one that has the text."""
+    """The numbers of a text such as "1000,750,500,250"; () for None. Raises ExportError unless they are time steps that
+    fall. option: the one that has the text."""
     if text is None:
         return ()
     try:
         times = tuple(float(word) for word in text.split(","))
     except ValueError:
         times = ()
-    if not times or not all(0 < t <= STEPS for t in times) or any(a <= b for a, b in zip(times, times[1:])):
+    if not falls(times, 0, STEPS):
         raise ExportError(f"{option} is {text!r}, expected numbers that fall from at most {STEPS}, such as "
                           "1000,750,500,250")
     return times

@@ -89,12 +89,20 @@ def from_sentencepiece(path, data):
         "tokenizer.ggml.add_space_prefix": normalizer.add_dummy_prefix,
         "tokenizer.ggml.remove_extra_whitespaces": normalizer.remove_extra_whitespaces,
         MAP: normalizer.precompiled_charsmap,
+        **sentencepiece_rules(normalizer.add_dummy_prefix, trainer.byte_fallback, normalizer.escape_whitespaces),
+    }
+
+
+def sentencepiece_rules(prefix, byte_fallback, escapes=True):
+    """The keys that say that the sentencepiece library's rules hold. prefix: whether a space is put before the text;
+    escapes: whether spaces become the pieces' mark of a space."""
+    return {
         "sora.tokenizer.rules": "sentencepiece",
-        "sora.tokenizer.byte_fallback": trainer.byte_fallback,
-        "sora.tokenizer.escape_whitespaces": normalizer.escape_whitespaces,
+        "sora.tokenizer.byte_fallback": byte_fallback,
+        "sora.tokenizer.escape_whitespaces": escapes,
         "sora.tokenizer.squeeze_spaces": False,
         "sora.tokenizer.split_words": False,
-        "sora.tokenizer.prepend_scheme": "always" if normalizer.add_dummy_prefix else "never",
+        "sora.tokenizer.prepend_scheme": "always" if prefix else "never",
         "sora.tokenizer.added_ids": [],
     }
 
@@ -119,13 +127,7 @@ def from_gguf(keys):
         "tokenizer.ggml.add_space_prefix": prefix,
         "tokenizer.ggml.remove_extra_whitespaces": bool(keys.get("tokenizer.ggml.remove_extra_whitespaces", True)),
         MAP: bytes(keys.get(MAP, b"")),
-        "sora.tokenizer.rules": "sentencepiece",
-        "sora.tokenizer.byte_fallback": BYTE in types,
-        "sora.tokenizer.escape_whitespaces": True,
-        "sora.tokenizer.squeeze_spaces": False,
-        "sora.tokenizer.split_words": False,
-        "sora.tokenizer.prepend_scheme": "always" if prefix else "never",
-        "sora.tokenizer.added_ids": [],
+        **sentencepiece_rules(prefix, BYTE in types),
     }
 
 

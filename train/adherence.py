@@ -103,7 +103,10 @@ def through_vae(autoencoder, story, first=0, frames=world.FRAMES):
 
 
 def film(index, story, texts, args, seconds=None):
-    """(first frame, frames) -> pixels, of the clip of a question: drawn and through the VAE, or the program's."""
+    """(first frame, frames) -> pixels, of the clip of a question: drawn if there is no model, drawn and through the
+    model's VAE with --ceiling, else the program's."""
+    if args.model is None:
+        return lambda first, frames: draw.draw(story, frames=frames, first=first)
     if args.ceiling:
         return lambda first, frames: through_vae(autoencoder_of(args.model), story, first, frames)
     length = ["--seconds", str(seconds)] if seconds else []
@@ -162,25 +165,23 @@ def along(kind, answers):
             "later_sentences": float(np.mean([ok for r in right for name, ok in r.items() if name != "sentence0"]))}
 
 
-def write_results(path, args, answers):
-    """A table of every prompt, its seed, and the attributes that were wrong."""
-    lines = ["seed\tprompt\twrong"] + [f"{args.seed + i}\t{prompt}\t{wrong(marks)}"
-                                       for i, (prompt, marks, _) in enumerate(answers)]
-    path.write_text("\n".join(lines) + "\n")
+def run_options(parser):
+    """Adds the options that say how clips are made, and where what is measured is kept."""
+    parser.add_argument("--sora", type=pathlib.Path, default=ROOT / "sora")
+    parser.add_argument("--option", action="append", default=[], help="for the program, as in --option=--steps=8")
+    parser.add_argument("--seed", type=int, default=0, help="of the first clip; the next one's is one more")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="clips made at a time, on one thread each")
+    parser.add_argument("--log", type=pathlib.Path, help="append the figures to this table")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=pathlib.Path, nargs="?", default=ROOT / "models" / "demo.gguf")
-    parser.add_argument("--sora", type=pathlib.Path, default=ROOT / "sora")
-    parser.add_argument("--option", action="append", default=[], help="for the program, as in --option=--steps=8")
+    run_options(parser)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--kind", choices=KINDS, default="single")
     parser.add_argument("--held-out", action="store_true")
-    parser.add_argument("--seed", type=int, default=0, help="of the first clip; the next one's is one more")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="clips made at a time, on one thread each")
     parser.add_argument("--ceiling", action="store_true", help="judge the model's VAE on drawn clips instead")
-    parser.add_argument("--log", type=pathlib.Path, help="append the shares to this table")
     parser.add_argument("--results", type=pathlib.Path, help="write the prompts, with what was wrong, into this table")
     parser.add_argument("--strip", type=pathlib.Path, help="save every fourth frame of the first ten clips as a PNG")
     args = parser.parse_args()
@@ -188,7 +189,8 @@ def main():
     with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
         answers = list(pool.map(answer, range(args.prompts), [args] * args.prompts))
     if args.results:
-        write_results(args.results, args, answers)
+        lines = [f"{args.seed + i}\t{prompt}\t{wrong(marks)}" for i, (prompt, marks, _) in enumerate(answers)]
+        args.results.write_text("\n".join(["seed\tprompt\twrong", *lines]) + "\n")
     if args.strip:
         video.save_strips(args.strip, [clip for _, _, clip in answers[:10]])
         print(*(f"{prompt}\t{wrong(marks)}" for prompt, marks, _ in answers[:10]), sep="\n")

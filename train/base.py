@@ -43,6 +43,7 @@ def _state(part, module, file):
 
 
 def _open(path):
+    """The reader of a weight file; exits with one line if it is none."""
     try:
         return Gguf(path)
     except (ValueError, OSError) as error:

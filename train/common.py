@@ -5,6 +5,7 @@ Muon (Keller Jordan, https://kellerjordan.github.io/posts/muon/) replaces each m
 orthogonal matrix before it steps, so every direction of the matrix learns at the same pace.  Vectors (biases, norms)
 and embeddings take AdamW.
 """
+import contextlib
 import os
 import pathlib
 import time
@@ -131,16 +132,23 @@ class Average:
         torch._foreach_lerp_(list(self.shadow.values()), [state[n] for n in self.shadow], 1 - decay)
 
 
-def save_atomically(obj, path):
-    """torch.save to a temporary name, then rename: a reader or a kill never meets half a file."""
+@contextlib.contextmanager
+def replacing(path):
+    """The path of a new file or folder beside `path`, which takes its place at the end of the block: no reader and no
+    kill meets half of one."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
+    new = path.with_stem(path.stem + ".new")
+    yield new
+    os.replace(new, path)
+
+
+def save_atomically(obj, path):
+    """torch.save, as replacing() does it; the file is on the disk before it gets its name."""
+    with replacing(path) as new, open(new, "wb") as f:
         torch.save(obj, f)
         f.flush()
         os.fsync(f.fileno())
-    os.replace(temporary, path)
 
 
 class Log:

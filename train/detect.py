@@ -30,17 +30,17 @@ WORST = 27.0  # no frame counts more than this, so that a hidden or cut-off subj
 ODD, REST = 4.0, 0.5  # a mean cost above the first, or above the second and that of rest, is no motion of the world's
 SECOND = 0.08  # another subject has at least this share of the largest one's area
 STEP = 1 / 64  # of two seconds: between the times at which a window is thought to begin
-# Times in which a motion has shown all its windows. What is missing looks like another: who turned at the edge goes the
-# other way.
+# Time, in units of two seconds, after which a motion's windows repeat. Motions that are not here look like one that is:
+# after the edge, left looks like right.
 SPAN = {"right": 2, "walk right": 3.3, "run right": 2, "up": 2, "fall": 0.15, "bounce": 0.55, "jump": 1, "spin": 2,
         "grow": 1.1, "shrink": 1.1, "loop": 1, "shake": 0.25, "still": STEP, "orbit": 4 / 3, "meet": 0.6,
         "jump together": 1, "chase": 3.5, "pass": 2, "collide": 1.6}
 TEXTURED = {"night": (0.0, 0.72), "meadow": (0.86, 1.0), "sea": (0.0, 0.78), "snow": (0.0, 0.74)}  # rows of the dots
 LOOKS_LIKE = {"left": "right", "walk left": "walk right", "run left": "run right", "down": "up", "fall": "still",
-              "still": "grow"}  # who has grown is nearly as high in the air as on the ground
+              "still": "grow"}  # what has grown is nearly as high in the air as on the ground
 GROUNDED = "up", "fall", "bounce", "jump", "still", "walk right", "run right"  # these know where the ground is
 THERE = 0.75  # of all frames: a subject is to be seen in so many, and in one shape; drawn ones are in 0.76 and more
-SHOWN = 0.6  # of the frames of a window: who turns in front of somebody hides it longer
+SHOWN = 0.6  # of a window's frames: a subject that turns while in front of another hides it longer
 TEXTURE = 0.5  # dots of a background that are weaker than so, of what they should be, are not there
 GHOST = 0.15  # a colour with more than this share of its pixels astray, in half of the frames, is there twice
 
@@ -65,18 +65,12 @@ class Seen:
 
 # ---- colour ---------------------------------------------------------------------------------------------
 
-def _erode(mask):
-    out = mask.copy()
-    for axis in (1, 2):
-        out &= np.roll(mask, 1, axis) & np.roll(mask, -1, axis)
-    return out
-
-
-def _dilate(mask):
-    out = mask.copy()
-    for axis in (1, 2):
-        out |= np.roll(mask, 1, axis) | np.roll(mask, -1, axis)
-    return out
+def _grown(mask, pixels):
+    """A mask [F, H, W] grown by so many pixels to all four sides, or shrunk where they are negative."""
+    join = np.logical_or if pixels > 0 else np.logical_and
+    for _ in range(abs(pixels)):
+        mask = functools.reduce(join, (np.roll(mask, shift, axis) for axis in (1, 2) for shift in (-1, 1)), mask)
+    return mask
 
 
 def colour_masks(video):
@@ -87,7 +81,8 @@ def colour_masks(video):
     square = (pixels * pixels).sum(-1)[..., None] - 2 * gain * (pixels @ fills.T) + gain * gain * (fills * fills).sum(1)
     best = square.argmin(-1)
     close = square.min(-1) < (NEAR * NEAR)[best]
-    return {name: _dilate(_erode(close & (best == i))) & close & (best == i) for i, name in enumerate(draw.FILL)}
+    masks = {name: close & (best == i) for i, name in enumerate(draw.FILL)}
+    return {name: _grown(_grown(mask, -1), 1) & mask for name, mask in masks.items()}
 
 
 def _inside(mask):
@@ -110,6 +105,7 @@ def _core(mask):
 
 
 def _follow(colour, mask):
+    """The Seen of a colour; mask [F, H, W]: its pixels."""
     size, whole, mask = mask.shape[1], mask.sum((1, 2)), _core(mask)
     count = mask.sum((1, 2))
     grid = (np.arange(size) + 0.5) / size
@@ -121,9 +117,9 @@ def _follow(colour, mask):
 
 def _is_solid(seen, begun):
     """Whether there is something left of it after two pixels are taken off all around; a gleam or an outline is not.
-    In a longer clip who has shrunk may stay so small that only one can be; but snowflakes are as large."""
-    core = _erode(seen.mask)
-    return np.median((_erode(core) if begun or seen.colour == "white" else core).mean((1, 2))) > 0.0008
+    In a longer clip a subject may have shrunk so far that only one pixel can be; but snowflakes are as large."""
+    core = _grown(seen.mask, -2 if begun or seen.colour == "white" else -1)
+    return np.median(core.mean((1, 2))) > 0.0008
 
 
 def _are_eyes(seen, others):
@@ -137,7 +133,7 @@ def _are_eyes(seen, others):
 def subjects_of(video, begun=True):
     """The subjects seen in uint8 [F, S, S, 3], the largest first."""
     masks = colour_masks(video)
-    if not begun:  # the eyes of who is in front are no part of a white one
+    if not begun:  # the eyes of a character in front of a white subject are no part of it
         masks["white"] &= ~np.any([_inside(mask) for colour, mask in masks.items() if colour != "white"], 0)
     seen = [_follow(colour, mask) for colour, mask in masks.items()]
     seen = sorted((s for s in seen if _is_solid(s, begun)), key=lambda s: -np.median(s.area))
@@ -184,8 +180,8 @@ def _fill(shape, colour, track, radius, size):
 
 @functools.lru_cache(maxsize=4)
 def _templates(size):
-    """(patches [N, PATCH^2], shape names [N], angles [N]) of every shape at every angle; of the
-    character in every pose of WALKING."""
+    """(patches [N, PATCH^2], shape names [N], angles [N]) of every shape at every angle, of the character in every
+    pose of WALKING."""
     names, angles, masks = [], [], []
     for shape, symmetry in SYMMETRY.items():
         count = 1 if shape == "circle" else 36 // symmetry
@@ -201,7 +197,7 @@ def _templates(size):
 
 def _touching(seen, others):
     """bool [F]: in which frames another subject may hide some of it; outlines, three pixels together, lie between."""
-    near = _dilate(_dilate(_dilate(_dilate(seen.mask))))
+    near = _grown(seen.mask, 4)
     return sum(((near & other.mask).any((1, 2)) for other in others), np.zeros(len(near), bool))
 
 
@@ -231,16 +227,14 @@ def fill_area(shape, radius, size):
 
 # ---- motion ---------------------------------------------------------------------------------------------
 
-def _centre_offset(shape):
-    """How far below a track's centre the middle of the fill is, in radii."""
-    return {"triangle": 0.12, "character": -0.10, "heart": -0.08}.get(shape, 0.0)
+MIDDLE = {"triangle": 0.12, "character": -0.10, "heart": -0.08}  # of the fill: radii below a track's centre
 
 
 def _cost(seen, track, radius, free_x, free_y, free_scale=0.0):
-    """[...]: mean squared error per frame between what was seen and tracks [..., F]; how much a track may be moved, and
-    (as a logarithm) scaled, to fit."""
+    """[...]: mean squared error per frame between what was seen and tracks [..., F]. How much a track may be changed to
+    fit: free_x, free_y in frame widths, free_scale as a logarithm."""
     size, visible = seen.mask.shape[1], seen.visible
-    offset = _centre_offset(seen.shape) * radius * track.scale
+    offset = MIDDLE.get(seen.shape, 0.0) * radius * track.scale
     dx = seen.centre[:, 0] - track.x + offset * np.sin(track.angle)
     dy = seen.centre[:, 1] - track.y - offset * np.cos(track.angle)
     scales, which = np.unique(track.scale, return_inverse=True)
@@ -269,7 +263,7 @@ def _times(frames, span):
 
 
 def _former(motion, s, x0, y0, r, floor):
-    """The Track of who falls or bounces in the clips of models that learned it when there was not yet one gravity."""
+    """The Track of a subject that falls or bounces in clips of models that learned it before there was one gravity."""
     top, height = 0.04 + r, np.maximum(1 - (s / 0.21) ** 2, 0)
     if motion == "fall":
         return draw.Track(s, x0, np.minimum(top + (floor - top) * (s / 0.5) ** 2, floor))
@@ -281,15 +275,15 @@ def _former(motion, s, x0, y0, r, floor):
 
 
 def _radius(seen):
-    """The radius of a subject, by its area."""
+    """The radius of a subject in frame widths, from 0.06 to 0.45, by its area."""
     radii = np.arange(6, 46) / 100
     areas = [fill_area(seen.shape, round(r, 2), seen.mask.shape[1]) for r in radii]
     return float(np.interp(np.median(seen.area[seen.visible]), areas, radii))
 
 
 def _least(seen, motion, r, home, begun, free_x=0.07, free_scale=0.0, **sizes):
-    """The cost of a motion at the place and time where it fits best. r: radius; home: x where it rests; sizes: as of
-    draw.move."""
+    """The cost of a motion at the place and time where it fits best. r: radius; home: x where it rests; free_x in frame
+    widths; free_scale as a logarithm; sizes: as of draw.move."""
     s, moves = _times(len(seen.area), 0 if begun else SPAN[motion]), [draw.move]
     if begun and motion in ("fall", "bounce"):
         moves.append(_former)
@@ -373,15 +367,19 @@ def _actions(seen, begun):
 
 # ---- background and the whole ---------------------------------------------------------------------------
 
+def _free(video, seen, pixels):
+    """bool [F, S, S]: what is more than so many pixels away from every subject that was seen."""
+    return ~functools.reduce(np.logical_or, (_grown(x.mask, pixels) for x in seen), np.zeros(video.shape[:3], bool))
+
+
 def background_of(video, seen):
-    """The background that, at its best brightness, comes closest where no subject is."""
+    """The background that, at its best brightness, comes closest where no subject is. video: uint8 [F, S, S, 3]; seen:
+    its subjects."""
     frames, size = video.shape[:2]
-    hidden = np.zeros(video.shape[:3], bool)
-    for x in seen:
-        hidden |= _dilate(_dilate(_dilate(x.mask)))
-    pixels, errors = video[~hidden].astype(np.float32), {}
+    free, errors = _free(video, seen, 3), {}
+    pixels = video[free].astype(np.float32)
     for name in world.BACKGROUNDS:
-        there = draw.background(name, size, frames)[~hidden]
+        there = draw.background(name, size, frames)[free]
         gain = np.clip((pixels * there).sum() / (there * there).sum(), 0.9, 1.1)
         errors[name] = np.abs(pixels - gain * there).mean()
     return min(errors, key=errors.get)
@@ -404,14 +402,13 @@ def _texture(name, size):
 
 def texture_of(video, seen, name):
     """How strong a background's dots are, compared with drawn ones, 1, and moving as they do: stars and flowers stand
-    still, bubbles rise, snow falls. None where there are none, or too few that nobody hides."""
+    still, bubbles rise, snow falls. None for a background without dots."""
     if name not in TEXTURED:
         return None
-    free = ~functools.reduce(np.logical_or, (_dilate(_dilate(_dilate(_dilate(x.mask)))) for x in seen),
-                             np.zeros(video.shape[:3], bool))[:, 8:-8, 8:-8]
+    free = _free(video, seen, 4)[:, 8:-8, 8:-8]
     there, drawn = _small_things(video.astype(np.float32).mean(-1)) * free, _texture(name, video.shape[1])
     best = 0.0
-    for phase in range(draw.CLIP if name in ("sea", "snow") else 1):
+    for phase in range(draw.CLIP if name in draw.DRIFTING else 1):
         pattern = drawn[(np.arange(len(video)) + phase) % len(drawn)] * free
         best = max(best, float((there * pattern).sum() / np.maximum((pattern * pattern).sum(), 1)))
     return best
@@ -430,7 +427,7 @@ def detect(video, begun=True):
         recognise(x, [other for other in seen if other is not x], begun)
     relation, order, motions = _actions(seen, begun) if seen else (None, [], [])
     place = background_of(video, seen)
-    flakes = 2 if place == "snow" and not begun else 1  # beside somebody small and white they are much of what is white
+    flakes = 2 if place == "snow" and not begun else 1  # beside a small white subject they are much of what is white
     steady = all(x.visible.mean() > (THERE if begun else SHOWN)
                  and x.astray < GHOST * (flakes if x.colour == "white" else 1) for x in seen)
     return {"background": place, "texture": texture_of(video, seen, place), "relation": relation,
@@ -446,10 +443,10 @@ SYMMETRIC = ("meet", "jump together", "collide")  # relations whose two subjects
 def compare(scene, found, begun=True, sizes=True):
     """{attribute: True or False} for every attribute that the scene asks for.
 
-    Of a window from anywhere (begun: False) also whether the background's texture is there; nobody asks which way
-    somebody goes who has turned since, or how who lies there fell. sizes: whether they are asked of who is alone.
+    Of a window from anywhere (begun: False) also whether the background's texture is there; but not which way a subject
+    goes, since it may have turned, nor how one that lies there fell. sizes: whether the size of a lone subject counts.
 
-    Subjects are matched by their colours; one that is missing is matched with one of a colour that nobody asked for.
+    Subjects are matched by their colours; one that is missing is matched with one of a colour that was not asked for.
     """
     marks = {"background": found["background"] == scene.background, "relation": found["relation"] == scene.relation,
              "count": found["count"] == len(scene.subjects)}
@@ -475,8 +472,8 @@ WAYS = {"left": (0, -1, 0.3), "right": (0, 1, 0.7), "up": (1, -1, 0.32), "down":
 
 
 def goes_there(video, subject):
-    """Whether a subject that begins to travel in the first frame of a video goes the way that it is told; None of those
-    who are told no way, or who are so near the end of it that they must turn."""
+    """Whether a subject that begins to travel in the first frame of a video goes the way that it is told; None if it is
+    told no way, or is so near the end of it that it must turn."""
     if subject.motion.split()[-1] not in WAYS:
         return None
     axis, sign, end = WAYS[subject.motion.split()[-1]]
@@ -488,7 +485,7 @@ def goes_there(video, subject):
 
 
 def all_right(marks):
-    """Whether all that was asked for is there; a background's texture, which nobody asks for, is counted beside it."""
+    """Whether all that was asked for is there; a background's texture, which no caption names, is counted apart."""
     return all(ok for name, ok in marks.items() if name != "texture")
 
 

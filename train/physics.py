@@ -4,10 +4,12 @@
     python train/physics.py models/demo.gguf --vae  # drawn clips through the model's VAE
     python train/physics.py models/demo.gguf        # clips that ./sora makes of their prompts
 
-    acceleration   of subjects that bounce or jump, in the air, in frame heights per second squared; the same for all
-    restitution    speed after a contact over the speed before it: of bouncing subjects, by heights; of colliding ones
-    momentum       of two that collide: how much the sum of their velocities changes, as a share of their speeds
-    hiding         seconds for which a standing subject is hidden by one that passes in front of it
+    acceleration   of a subject that bounces or jumps, while in the air, in frame heights per second squared; the same
+                   for all, as there is one gravity
+    restitution    speed after a contact over the speed before it, of a subject that bounces, from its heights
+    collision      the same of two that collide
+    momentum       of two that collide: how much their sum of velocities changes, as a share of their speeds
+    hiding         seconds for which a subject that stands is hidden by one that passes in front
 
 A subject's place is the middle of the pixels of its colour (detect.py).  Each line of the table: how many were
 measured, their mean, and their deviation as a share of it.
@@ -20,14 +22,13 @@ import numpy as np
 
 import adherence
 import detect
-import draw
 import world
 from common import Log
 
 SEED, FIRST = adherence.PROMPT_SEED, 1_000_000  # of the scenes; the first one's number
 SECONDS = 10
 MOTIONS = "bounce", "jump", "collide", "pass"  # what the clips show, by turns
-ALOFT = 0.04  # a subject this high over its lowest place is in the air
+ALOFT = 0.04  # a subject that is this high over its lowest place is in the air
 
 
 def question(index):
@@ -94,24 +95,18 @@ def measure(clip, scene):
 
 
 def answer(index, args):
+    """{what: [values]} of clip `index`."""
     story, texts = question(index)
-    if args.model is None:
-        clip = draw.draw(story, frames=SECONDS * adherence.FPS)
-    else:
-        clip = adherence.film(index, story, texts, args, SECONDS)(0, SECONDS * adherence.FPS)
-    return measure(clip, story.scenes[0])
+    look = adherence.film(index, story, texts, args, SECONDS)
+    return measure(look(0, SECONDS * adherence.FPS), story.scenes[0])
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=pathlib.Path, nargs="?")
     parser.add_argument("--vae", dest="ceiling", action="store_true", help="drawn clips through the model's VAE")
-    parser.add_argument("--sora", type=pathlib.Path, default=adherence.ROOT / "sora")
-    parser.add_argument("--option", action="append", default=[], help="for the program, as in --option=--steps=8")
+    adherence.run_options(parser)
     parser.add_argument("--clips", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0, help="of the first clip; the next one's is one more")
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--log", type=pathlib.Path, help="append the measures to this table")
     args = parser.parse_args()
     with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
         answers = list(pool.map(answer, range(args.clips), [args] * args.clips))

@@ -25,13 +25,15 @@ import draw
 import model
 import vae
 import world
-from common import products
+from common import products, replacing
 from world import CHUNK, SIZE
 
 START, ANYWHERE = 0, 1  # where a stretch begins
 STRETCHES, CHUNKS = (96, 32), (3, 10)  # in a shard of each; in a stretch of each
-LATEST, SENTENCES, TELLINGS = 75, 8, 6  # chunk at which a stretch begins at the latest; of half of the stories; of each
-LASTS = 4, 7  # chunks that a sentence lasts: short ones, since what is hard to learn is where they change
+LATEST = 75  # the last chunk at which a stretch of a lone sentence may begin
+SENTENCES = 8  # of every second story; the others have one
+TELLINGS = 6  # sets of captions of each story
+LASTS = 4, 7  # chunks that a sentence lasts, at least and at most: few, since where it changes is what is hard to learn
 KINDS = "single", "single", "pair", "relation"  # how stories begin, drawn from evenly
 HALF_CELL = 4 / SIZE  # a latent is 8 pixels wide and high
 
@@ -50,7 +52,8 @@ def story_of(seed, index):
 
 
 def begin_of(story, where, rng):
-    """The chunk at which a stretch of a story begins. Of a lone sentence early ones are likelier: some come to rest."""
+    """The chunk at which a stretch of a story begins. Of a lone sentence early ones are likelier, since
+    some motions come to rest."""
     if where == START:
         return 0
     last = story.starts[-1] // CHUNK
@@ -75,6 +78,7 @@ def tellings_of(story, tokenizer, rng):
 
 
 def path_of(folder, k):
+    """The file of shard k."""
     return pathlib.Path(folder) / f"shard-{k:04d}.npy"
 
 
@@ -93,11 +97,9 @@ def make_shard(k, folder, seed, encode, tokenizer, narrow):
             z = encode(drawn(story, begin, CHUNKS[where])[None])[0]  # [Z, frames, h, w]
         z = z[:, -CHUNK * CHUNKS[where]:].unflatten(1, (CHUNKS[where], CHUNK))
         out.append(z.transpose(0, 1).half().numpy())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(told))
-    temporary = path.with_suffix(".tmp.npy")
-    np.save(temporary, np.stack(out))
-    temporary.rename(path)
+    with replacing(path) as new:
+        path.with_suffix(".json").write_text(json.dumps(told))
+        np.save(new, np.stack(out))
 
 
 def draw_ahead(shards, folder, seed, autoencoder, tokenizer, compiled, narrow):

@@ -5,7 +5,6 @@
 import argparse
 import dataclasses
 import os
-import pathlib
 import signal
 import subprocess
 import sys
@@ -15,8 +14,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from transformers import AutoTokenizer
-
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 import base
 import common
@@ -204,11 +201,15 @@ class Noise:
 
 def test_a_run_that_was_ended_goes_on_as_if_nothing_had_happened(words, tmp_path, monkeypatch):
     """Over all layouts and on its own past: steps 0 to 2, 3 and 4 to 7 of eight."""
-    for name in ("PICTURE", "BEGINNING", "WHOLE", "PICTURED", "START", "ANYWHERE"):
-        monkeypatch.setattr(transformer, name, dataclasses.replace(getattr(transformer, name), samples=2))
+    for layout in transformer.LAYOUTS:
+        monkeypatch.setattr(transformer, layout.name.upper(), dataclasses.replace(layout, samples=2))
     tokens = tokenizer.Tokenizer(words)
     course = transformer.Course(8, mixed=3, whole=4, peak=1.0)
-    train_run = lambda run, pool: transformer.train(tmp_path / run, tokens, {}, pool, course, seed=0)
+
+    def train_run(run, pool):
+        transformer.train(tmp_path / run, tokens, {}, pool, course, seed=0)
+        return torch.load(tmp_path / run / "transformer.ckpt", weights_only=True)["average"]
+
     expected = train_run("whole", Noise())
 
     class Ended(Noise):

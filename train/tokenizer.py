@@ -16,6 +16,7 @@ from sentencepiece import sentencepiece_model_pb2
 from transformers import T5TokenizerFast
 
 import world
+from common import replacing
 
 WORD_SCORE, LETTER_SCORE = -4.0, -12.0
 
@@ -48,17 +49,13 @@ def write_spiece(path):
 
 
 def save(folder):
-    """Writes a tokenizer folder that transformers loads, with spiece.model in it; there is none yet, or an empty one.
-
-    It gets its name only when it is whole, so that a kill leaves nothing that a later start would take for finished.
-    """
-    folder = pathlib.Path(folder)
-    new = folder.with_name(folder.name + ".new")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    write_spiece(new / "spiece.model")
-    T5TokenizerFast.from_pretrained(new, extra_ids=0).save_pretrained(new)
-    new.rename(folder)
+    """Writes a tokenizer folder that transformers loads, with spiece.model in it. There is none yet, or an empty
+    one."""
+    with replacing(folder) as new:
+        shutil.rmtree(new, ignore_errors=True)  # what a kill has left
+        new.mkdir()
+        write_spiece(new / "spiece.model")
+        T5TokenizerFast.from_pretrained(new, extra_ids=0).save_pretrained(new)
 
 
 class Tokenizer:

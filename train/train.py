@@ -46,6 +46,7 @@ import stretches
 import tokenizer
 import transformer
 import vae
+from common import replacing
 
 FROM_NOTHING = ["tokenizer", "reading", "vae", "encoder", "autoencoder", "transformer", "model"]
 FROM_BASE = ["tokenizer", "base", "autoencoder", "transformer", "model"]
@@ -95,14 +96,13 @@ def keep_options(args):
     """Keeps the options that a run depends on in OUT/options.json, and exits if others stand there already."""
     path, now = args.out / "options.json", {name: getattr(args, name) for name in STREAM_OPTIONS}
     if not path.exists():
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(now, indent=2) + "\n")
-        temporary.replace(path)
+        with replacing(path) as new:
+            new.write_text(json.dumps(now, indent=2) + "\n")
     before = json.loads(path.read_text())
     for name in STREAM_OPTIONS:
         if before.get(name) != now[name]:
             sys.exit(f"train.py: this run began with --{name.replace('_', '-')} {before.get(name)}, not {now[name]}, "
-                     f"and what it does depends on it; who knows what they do may remove {path}")
+                     f"and what it does depends on it; whoever knows what they do may remove {path}")
 
 
 def lock(out):

@@ -41,8 +41,10 @@ from world import CHUNK
 
 WINDOW = 3 * CHUNK  # latent frames that a chunk sees, its own included
 PROMPTS = 2  # of a sample, at most: a sentence lasts for four chunks or more
-UNTOLD, UNTOLD_SHARE = 0.2, 0.75  # most noise on what is told to be clean; share of samples that have any
-OWN_FROM, OWN_SHARE, OWN_SIGMAS = 2 / 3, 0.5, (1.0, 0.75, 0.0)  # from this part of the steps on; of the batches
+UNTOLD = 0.2  # most noise that is added to the past, which is still told to be clean
+UNTOLD_SHARE = 0.75  # of the samples have such noise
+OWN_FROM, OWN_SHARE = 2 / 3, 0.5  # from this part of the steps on, this share of the batches has the model's own past
+OWN_SIGMAS = 1.0, 0.75, 0.0  # noise levels of the steps that make it
 MUON_LR, ADAM_LR, EMA_DECAY, FALLING = 0.01, 1e-3, 0.998, 0.5
 SAVE_SECONDS, LOG_STEPS = 180, 25
 
@@ -76,6 +78,7 @@ WHOLE = Layout("whole", 48, (), (0, 1, 2), together=True)
 PICTURED = Layout("pictured", 64, (0,), (1, 2, 3), frames=1, together=True)
 START = Layout("start", 16, (0, 1), (0, 1, 2, 0, 1, 2))
 ANYWHERE = Layout("anywhere", 16, (0, 1, 2, 3), (2, 3, 4, 2, 3, 4))
+LAYOUTS = PICTURE, BEGINNING, WHOLE, PICTURED, START, ANYWHERE
 GOING_ON = 0.08, 0.32, 0.6  # shares of the batches of the last three layouts
 
 
@@ -104,6 +107,7 @@ class Course:
 
 
 def from_nothing(steps):
+    """The course of a run that starts from random weights."""
     return Course(steps, mixed=steps // 8, whole=steps // 2, peak=1.0)
 
 
@@ -156,9 +160,11 @@ class Batch:
         self.prompts = [x.to(device) for x in model.pad(prompts, model.TOKENS)]
 
     def normal(self, *shape):
+        """Normal numbers of a shape, on the device; the same for the same step."""
         return torch.randn(*shape, generator=self.generator).to(self.device)
 
     def uniform(self, *shape):
+        """Numbers in [0, 1) of a shape, likewise."""
         return torch.rand(*shape, generator=self.generator).to(self.device)
 
 
@@ -186,9 +192,9 @@ class Run:
         self.step, self.seconds = state["step"], state["seconds"]
 
     def save(self, checkpoint):
+        """Keeps what restore() needs to go on, and the averaged weights of TextToVideo."""
         save_atomically({"model": self.net.state_dict(), "average": self.average.shadow, "step": self.step,
-                         "optimisers": self.optimisers.state_dict(), "steps": self.course.steps,
-                         "seconds": self.seconds}, checkpoint)
+                         "optimisers": self.optimisers.state_dict(), "seconds": self.seconds}, checkpoint)
 
     def forward(self, batch, context, x, sigma):
         """The velocity of noisy pieces x [B, n, Z, t, h, w] of noise level sigma [B, n] after those of the past."""
@@ -244,8 +250,7 @@ class Curve:
         for piece, loss in zip(batch.layout.noisy, losses.tolist()):
             self.seen.setdefault(f"{batch.layout.name}{piece}", []).append(loss)
         if run.step % LOG_STEPS == 0:
-            columns = [f"{layout.name}{piece}" for layout in (PICTURE, BEGINNING, WHOLE, PICTURED, START, ANYWHERE)
-                       for piece in dict.fromkeys(layout.noisy)]
+            columns = [f"{layout.name}{piece}" for layout in LAYOUTS for piece in dict.fromkeys(layout.noisy)]
             self.log.write(step=run.step, seconds=run.seconds, stretches=stretches, norm=norm.item(),
                            **{name: float(np.mean(self.seen.get(name, np.nan))) for name in columns})
             self.seen = {}
@@ -259,7 +264,7 @@ def is_trained(checkpoint, steps):
 
 
 def train(out, tokenizer, known, pool, course, seed, learns_text=True, compiled=False, narrow=False, device="cpu"):
-    """Trains as a Course says, going on from OUT/transformer.ckpt; the averaged weights of TextToVideo.
+    """Trains as a Course says, into OUT/transformer.ckpt, from which it also resumes.
 
     pool: of stretches; the other arguments are those of Run. A SIGTERM ends the process after the step, saved.
     """
@@ -282,4 +287,3 @@ def train(out, tokenizer, known, pool, course, seed, learns_text=True, compiled=
         if asked:
             raise SystemExit("train.py: asked to end; the same command goes on")
     signal.signal(signal.SIGTERM, before)
-    return run.average.shadow

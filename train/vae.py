@@ -27,7 +27,7 @@ from torch import nn
 
 import draw
 import world
-from common import Log, Optimisers, products, rate, save_atomically
+from common import Log, Optimisers, products, rate, replacing, save_atomically
 from world import FRAMES, SIZE
 
 Z = 16
@@ -62,26 +62,23 @@ def whole_clips(vae):
 
 
 def new_vae():
+    """An AutoencoderKLWan of CONFIG with random weights, for whole clips."""
     return whole_clips(AutoencoderKLWan(**CONFIG))
 
 
-def latent_shape(x):
-    """The shape of the latents of pixels x."""
-    b, _, f, h, w = x.shape
-    return b, Z, 1 + (f - 1) // 4, h // 8, w // 8
-
-
 def decode(vae, z):
-    """pixels [B, 3, F, H, W] of latents z, unclamped."""
+    """Pixels [B, 3, F, H, W], unclamped, of latents z [B, Z, T, H/8, W/8]."""
     return unpatchify(vae.decoder(vae.post_quant_conv(z)), CONFIG["patch_size"])
 
 
 def encode(vae, x):
-    """Mean of the latents of pixels x by Wan's own encoder."""
+    """Latents [B, Z, T, H/8, W/8] of pixels x [B, 3, F, H, W]: the mean that Wan's own encoder gives."""
     return vae.quant_conv(vae.encoder(patchify(x, CONFIG["patch_size"]))).chunk(2, 1)[0]
 
 
 class _Residual(nn.Module):
+    """x [B, width, T, h, w] plus a convolution of it within each frame."""
+
     def __init__(self, width):
         super().__init__()
         self.norm = WanRMS_norm(width, images=False)  # over channels alone: no frame depends on another
@@ -134,7 +131,8 @@ def to_tensor(clips):
 
 
 def reconstruction_loss(y, x):
-    """L1 + L2, with three times the weight where the picture has edges: flat areas are easy and would drown them."""
+    """L1 + L2 of pixels y, x [B, 3, F, H, W], with three times the weight where x has edges: flat areas are easy and
+    would drown them."""
     edge = torch.zeros_like(x[:, :1])
     edge[..., 1:] += (x[..., 1:] - x[..., :-1]).abs().mean(1, keepdim=True)
     edge[..., 1:, :] += (x[..., 1:, :] - x[..., :-1, :]).abs().mean(1, keepdim=True)
@@ -145,7 +143,7 @@ def reconstruction_loss(y, x):
 
 
 def psnr(y, x):
-    """Decibels per clip, averaged; pixels in [-1, 1]."""
+    """Decibels per clip, averaged; y, x: pixels [B, 3, F, H, W] in [-1, 1]."""
     error = ((y.clamp(-1, 1) - x) / 2).pow(2).flatten(1).mean(1)
     return float((-10 * error.log10()).mean())
 
@@ -170,17 +168,12 @@ class Clips:
 
     def __init__(self, path, seed, count):
         if not path.exists():
-            self._draw(path, seed, count)
-        self.clips = np.lib.format.open_memmap(path, mode="r")
-
-    @staticmethod
-    def _draw(path, seed, count):
-        temporary = path.with_suffix(".tmp")
-        out = np.lib.format.open_memmap(temporary, "w+", np.uint8, (count, FRAMES, SIZE, SIZE, 3))
-        for i in range(count):
-            out[i] = drawn(seed, i)
-        out.flush()
-        temporary.rename(path)
+            with replacing(path) as new:
+                clips = np.lib.format.open_memmap(new, "w+", np.uint8, (count, FRAMES, SIZE, SIZE, 3))
+                for i in range(count):
+                    clips[i] = drawn(seed, i)
+                clips.flush()
+        self.clips = np.load(path, mmap_mode="r")
 
     def batch(self, rng, count, frames):
         """float [count, 3, frames, SIZE, SIZE]: as many frames in a row of each of so many clips."""
@@ -264,7 +257,8 @@ def _clips_and_noise(clips, step, seed, frames, deviation=NOISE):
     """So many frames of a few clips, and noise for their latents: those of a step."""
     x = clips.batch(np.random.default_rng([seed, step, frames]), BATCH, frames)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    return x, deviation * torch.randn(latent_shape(x), generator=generator)
+    noise = torch.randn(BATCH, Z, 1 + (frames - 1) // 4, SIZE // 8, SIZE // 8, generator=generator)
+    return x, deviation * noise
 
 
 def train_vae(out, steps, seed, count, compiled=False, narrow=False):
@@ -289,13 +283,6 @@ def train_vae(out, steps, seed, count, compiled=False, narrow=False):
     _fit(out, "vae", _parts(vae, light)["vae"], steps, seed, count, loss_of, lambda x: decode(vae, light(x)), narrow)
 
 
-def _distance(vae, light, seed, compiled):
-    """(clips, step) -> squared distance of the two encoders' latents of a few whole clips."""
-    distance = lambda x: (encode(vae, x).float() - light(x).float()).square().mean()
-    distance = torch.compile(distance, dynamic=False, disable=not compiled)
-    return lambda clips, step: distance(clips.batch(np.random.default_rng([seed, step, 1]), BATCH, FRAMES))
-
-
 def train_encoder(out, steps, seed, count, compiled=False, narrow=False):
     """Regresses Wan's own encoder onto the light encoder's latents, on whole clips too, into OUT/encoder.ckpt.
 
@@ -307,8 +294,10 @@ def train_encoder(out, steps, seed, count, compiled=False, narrow=False):
     half = _parts(vae, light)["encoder"].requires_grad_(True)
     vae.quant_conv.weight.data[Z:] = 0
     vae.quant_conv.bias.data[Z:] = -8
-    _fit(out, "encoder", half, steps, seed, count, _distance(vae, light, seed, compiled),
-         lambda x: decode(vae, encode(vae, x)), narrow)
+    distance = lambda x: (encode(vae, x).float() - light(x).float()).square().mean()
+    distance = torch.compile(distance, dynamic=False, disable=not compiled)
+    loss_of = lambda clips, step: distance(clips.batch(np.random.default_rng([seed, step, 1]), BATCH, FRAMES))
+    _fit(out, "encoder", half, steps, seed, count, loss_of, lambda x: decode(vae, encode(vae, x)), narrow)
 
 
 def train_autoencoder(out, steps, seed, count, compiled=False, narrow=False):

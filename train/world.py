@@ -153,8 +153,8 @@ class Scene:
 class Story:
     """Scenes, one after the other; the last has no end. starts: the latent frame at which each begins, the first 0.
 
-    A scene says all that is to be seen while it lasts. Who has the same colour in the next one is the same subject: it
-    goes on from where it is. Who is new comes in, who is missing there goes out. The place changes by a cut.
+    A scene says all that is to be seen while it lasts. A subject with the same colour in the next scene is the same one
+    and goes on from where it is. New subjects come in, missing ones go out. The place changes by a cut.
     """
     scenes: tuple
     starts: tuple
@@ -171,7 +171,7 @@ def first_frame(latent):
 
 def is_held_out(shape, colour, motion):
     """True for about one combination in seven, the same ones on every machine and in every version of Python."""
-    action = motion.removesuffix(" together")  # who jumps together jumps
+    action = motion.removesuffix(" together")  # jumping together is jumping
     return zlib.crc32(f"{shape}|{colour}|{action}".encode()) % 7 == 0
 
 
@@ -225,7 +225,7 @@ def _scene(rng, kinds, held_out, weights):
     while True:
         s = _try_scene(rng, kind, weights)
         distinct = len({subject.colour for subject in s.subjects}) == len(s.subjects)
-        # Two that happen to jump would look like the relation "jump together".
+        # Two subjects that happen to jump would look like the relation "jump together".
         together = kind == "pair" and all(x.motion == "jump" for x in s.subjects)
         if distinct and not together and all(is_held_out(x.shape, x.colour, x.motion) == held_out for x in s.subjects):
             return s
@@ -315,7 +315,7 @@ def caption(s, rng):
 
 CHANGES = {"motion": 4, "relation": 3, "enter": 3, "leave": 1, "cut": 2}  # what a sentence brings, and how often
 ONCE = "fall", "grow", "shrink"  # motions that come to an end
-ALOFT = "up", "loop", "spin", "shake", "grow", "shrink"  # who does so is in the air, and may fall
+ALOFT = "up", "loop", "spin", "shake", "grow", "shrink"  # a subject that does one of these is in the air, and may fall
 _GOES = [("moves away", "moving away"), ("goes away", "going away")]
 
 
@@ -370,7 +370,7 @@ class _Teller:
             order = [int(i) for i in rng.permutation(2)]
             return dataclasses.replace(last, relation=relation,
                                        subjects=tuple(dataclasses.replace(old[i], motion=relation) for i in order))
-        # Who did something together does something else afterwards, and so does who has no room any more.
+        # These get another motion: subjects of a relation that ends, and one that has no room for its own any more.
         must = {i for i in everyone if last.relation or count == 1 and old[i].motion not in PAIR_MOTIONS}
         if change == "enter" and count < CROWD and plain and (count > 1 or old[0].size == "small"):
             subjects = tuple(self._motion(x, count + 1) if i in must else x for i, x in enumerate(old))
@@ -398,8 +398,8 @@ class _Teller:
 def story(seed, index, kinds=KINDS, held_out=False, weights={}, sentences=1, chunks=(4, 12)):
     """The story number `index` of world `seed`; it begins as the scene of that number.
 
-    kinds, held_out, weights: as of `scene`. chunks: how long a sentence lasts, at least and at most. Who is alone at
-    first may be small, and only then has room for others to come.
+    kinds, held_out, weights: as of `scene`. chunks: how long a sentence lasts, at least and at most. A subject
+    that is alone at first may be small, and only then has room for others to come.
     """
     rng = np.random.default_rng([seed, index])
     first = _scene(rng, kinds, held_out, weights)
@@ -424,7 +424,7 @@ def _sentence(before, after, rng):
     if after.relation and (new or before.relation != after.relation or not gone):
         new = after.subjects
     parts = []
-    if not new and not gone:  # a cut alone: who is there goes on, or has done what there was to do
+    if not new and not gone:  # a cut alone: a subject goes on, or has come to rest
         x = after.subjects[rng.integers(len(after.subjects))]
         new = [x] if x.motion not in ONCE else []
         parts = [] if new else [("there is", (_noun_phrase(rng, x, False),) * 2)]
