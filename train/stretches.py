@@ -52,8 +52,8 @@ def story_of(seed, index):
 
 
 def begin_of(story, where, rng):
-    """The chunk at which a stretch of a story begins. Of a lone sentence early ones are likelier, since
-    some motions come to rest."""
+    """The chunk at which a stretch of a story begins. Of a lone sentence early ones are likelier, since some
+    motions come to rest."""
     if where == START:
         return 0
     last = story.starts[-1] // CHUNK

@@ -53,17 +53,13 @@ class WholeClipResample(WanResample):
         return x
 
 
-def whole_clips(vae):
-    """Makes the encoder and decoder of an AutoencoderKLWan fit for whole clips without caches; the weights stay."""
+def new_vae():
+    """An AutoencoderKLWan of CONFIG with random weights, for whole clips without caches."""
+    vae = AutoencoderKLWan(**CONFIG)
     for module in vae.modules():
         if isinstance(module, WanResample):
             module.__class__ = WholeClipResample
     return vae
-
-
-def new_vae():
-    """An AutoencoderKLWan of CONFIG with random weights, for whole clips."""
-    return whole_clips(AutoencoderKLWan(**CONFIG))
 
 
 def decode(vae, z):
