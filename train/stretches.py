@@ -39,14 +39,18 @@ HALF_CELL = 4 / SIZE  # a latent is 8 pixels wide and high
 
 
 def story_of(seed, index):
-    """The story of stretch `index`: one sentence or, every second one, several.
+    """The story of stretch `index`: one scene or, every second one, several.
+
+    Two subjects of which one shrinks are in no story of several scenes: later it would be too small to be seen. So a
+    lone scene is not one of world.story, or the transformer would forget them.
 
     The scenes' offsets become half a latent cell, down and to one side or the other. A whole cell lies between the two,
     so a subject's latents are the same in either place, only moved, and the transformer need not learn them for every
     fraction of one.
     """
-    story = world.story(seed, index, KINDS, weights=world.LEARNED_LAST, sentences=(1, SENTENCES)[index % 2],
-                        chunks=LASTS)
+    how = dict(kinds=KINDS, weights=world.LEARNED_LAST)
+    story = (world.story(seed, index, **how, sentences=SENTENCES, chunks=LASTS) if index % 2 else
+             world.Story((world.scene(seed, index, **how),), (0,)))
     dx = math.copysign(HALF_CELL, story.scenes[0].dx)
     return dataclasses.replace(story, scenes=tuple(dataclasses.replace(s, dx=dx, dy=HALF_CELL) for s in story.scenes))
 
