@@ -34,7 +34,7 @@ LATEST = 75  # the last chunk at which a stretch of a lone sentence may begin
 SENTENCES = 8  # of every second story; the others have one
 TELLINGS = 6  # sets of captions of each story
 LASTS = 4, 7  # chunks that a sentence lasts, at least and at most: few, since where it changes is what is hard to learn
-KINDS = "single", "single", "pair", "relation"  # how stories begin, drawn from evenly
+LONE = "single", "single", "pair", "relation"  # kinds of scenes that are alone, drawn from evenly
 HALF_CELL = 4 / SIZE  # a latent is 8 pixels wide and high
 
 
@@ -48,9 +48,9 @@ def story_of(seed, index):
     so a subject's latents are the same in either place, only moved, and the transformer need not learn them for every
     fraction of one.
     """
-    how = dict(kinds=KINDS, weights=world.LEARNED_LAST)
-    story = (world.story(seed, index, **how, sentences=SENTENCES, chunks=LASTS) if index % 2 else
-             world.Story((world.scene(seed, index, **how),), (0,)))
+    weights = world.LEARNED_LAST
+    story = (world.story(seed, index, weights=weights, sentences=SENTENCES, chunks=LASTS) if index % 2 else
+             world.Story((world.scene(seed, index, LONE, weights=weights),), (0,)))
     dx = math.copysign(HALF_CELL, story.scenes[0].dx)
     return dataclasses.replace(story, scenes=tuple(dataclasses.replace(s, dx=dx, dy=HALF_CELL) for s in story.scenes))
 
