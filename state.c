@@ -189,9 +189,12 @@ StateFile *state_create(const char *path) {
     unlink(f->temporary); /* left by a killed process */
     int file = open(f->temporary, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600); /* private: it holds the prompt */
     f->stream = file < 0 ? NULL : fdopen(file, "wb");
-    if (!f->stream) f->error = errno;
-    if (!f->stream && file >= 0) close(file), unlink(f->temporary);
-    if (f->stream) outputs_note(f->temporary, false);
+    if (f->stream) {
+        outputs_note(f->temporary, false);
+    } else {
+        f->error = errno;
+        if (file >= 0) close(file), unlink(f->temporary);
+    }
     put(f, magic, sizeof magic - 1);
     return f;
 }

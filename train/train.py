@@ -67,7 +67,7 @@ def options():
     parser.add_argument("--threads", type=int, default=1, help="threads of every stage")
     parser.add_argument("--drawers", type=int, default=1, help="processes that draw while the transformer trains")
     parser.add_argument("--shards", type=int, default=400,
-                        help="that they draw, at most, of 32 or 96 stretches each")
+                        help=f"that they draw, at most, of {' or '.join(map(str, stretches.STRETCHES))} stretches each")
     parser.add_argument("--clips", type=int, default=1500, help="drawn clips for the VAE")
     parser.add_argument("--reading-steps", type=int, default=1000)
     parser.add_argument("--vae-steps", type=int, default=8000)
