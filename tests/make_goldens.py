@@ -10,6 +10,7 @@ Each part has a file VERSIONS: this command, the packages' versions, the seed.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import diffusers
 import gguf
 import numpy as np
 import torch
@@ -26,9 +28,10 @@ from safetensors.torch import save_file
 
 import clips
 import make_checkpoint
+import reference_chunks
 import reference_tiny
 import schedulers
-from dump_reference import Settings, dump
+from dump_reference import Settings, dump, float64_arithmetic
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDENS = ROOT / "tests" / "goldens"
@@ -292,26 +295,39 @@ def make_tiny(folder: Path) -> None:
     np.save(folder / "video.npy", (2 * frames - 1).transpose(0, 1).contiguous().numpy())
 
 
+@torch.no_grad()
 def make_demo(folder: Path) -> None:
-    """The tensors of one short clip by diffusers with the bundled model's weights; cli.sh has the same settings. Of the
-    blocks only the first and the last of one pass are kept. The frames are in decoded/ and come from a float64 run, since
-    the trained decoder amplifies rounding: float32 frames differ from them by 3.4e-5 with PyTorch and by 5.5e-5 with sora
-    (medians of six seeds: 6.5e-5 and 5.1e-5)."""
+    """The tensors of 21 frames of 48x48 with the bundled model's own settings by diffusers' modules; cli.sh makes the same
+    clip. Of the blocks only the first and the last of the last pass are kept. The frames are in decoded/ and
+    come from a float64 VAE, since the trained decoder amplifies rounding."""
     with TemporaryDirectory() as work:
-        checkpoint, double = Path(work) / "checkpoint", Path(work) / "double"
+        checkpoint, made = Path(work) / "checkpoint", Path(work) / "made"
         subprocess.run([sys.executable, ROOT / "train" / "base.py", ROOT / "models" / "demo.gguf", checkpoint],
                        check=True)
         run = json.loads((checkpoint / "sora.json").read_text())
-        settings = Settings(prompt="a blue star bounces on the grass", size=(run["width"], run["height"]), frames=5,
-                            steps=2, guidance=run["guidance"], shift=3.0, sampler="unipc", seed=7)
-        dump(checkpoint, folder, settings)
-        dump(checkpoint, double, settings, double=True)
-        for path in folder.glob("step*.block*.npy"):
-            if path.name not in ("step000.cond.block00.npy", "step000.cond.block04.npy"):
-                path.unlink()
-        (folder / "video.npy").unlink()
+        pipe = diffusers.WanPipeline.from_pretrained(checkpoint, dtype=torch.float32)
+        ids = [pipe.tokenizer(text, return_tensors="pt").input_ids for text in ("a blue star bounces on the grass", "")]
+        embeds = [pipe.text_encoder(x).last_hidden_state[0].numpy() for x in ids]
+        how = {"chunk": "chunk_frames", "window": "window", "rule": "rule", "timesteps": "timesteps", "sigmas": "sigmas",
+               "steps": "steps", "guidance": "guidance"}
+        case = reference_chunks.Case("demo", frames=6, **({"rule": "multistep"} | {
+            ours: run[name] for ours, name in how.items() if name in run}))
+        reference_chunks.make_reference(case, checkpoint, embeds, (pipe.vae.config.z_dim, case.frames, 6, 6), made)
+        *_, last = sorted(made.glob("*.cond.velocity.npy"))
+        kept = [last.with_name(last.name.replace("velocity", f"block{i:02d}")) for i in (0, len(pipe.transformer.blocks) - 1)]
+        for path in made.glob("*.npy"):
+            if ".block" not in path.name or path in kept:
+                shutil.copy(path, folder)
+        for name, x, e in zip(("prompt", "negative")[:1 + (case.guidance > 1)], ids, embeds):
+            np.save(folder / f"{name}.ids.npy", x[0].numpy().astype(np.int32))
+            np.save(folder / f"{name}.embeds.npy", e)
+        mean, std = (torch.tensor(x, dtype=torch.float64).view(1, -1, 1, 1, 1)
+                     for x in (pipe.vae.config.latents_mean, pipe.vae.config.latents_std))
+        latents = torch.from_numpy(np.load(folder / "latents.npy")).double()[None]
+        with float64_arithmetic():
+            video = pipe.vae.double().decode(latents * std + mean, return_dict=False)[0][0]
         (folder / "decoded").mkdir(exist_ok=True)
-        np.save(folder / "decoded" / "video.npy", np.load(double / "video.npy").astype(np.float32))
+        np.save(folder / "decoded" / "video.npy", video.float().numpy())
 
 
 def make_quantised(folder: Path) -> None:

@@ -106,7 +106,7 @@ def test_chance_finds_no_mark(tmp_path):
 
 def test_c2pa_takes_the_record(tmp_path):
     import c2pa
-    run(SORA, "-q", "--seed", "1", "-f", "5", "--steps", "1", "-o", tmp_path / "clip.y4m", "x")
+    run(SORA, "-q", "--seed", "1", "-f", "9", "-o", tmp_path / "clip.y4m", "x")
     run("ffmpeg", "-v", "error", "-i", tmp_path / "clip.y4m", "-c:v", "libx264", tmp_path / "clip.mp4")
     subprocess.run("""set -e
         openssl ecparam -name prime256v1 -genkey -noout -out ca.key
@@ -132,7 +132,7 @@ def test_c2pa_takes_the_record(tmp_path):
 def test_ffmpeg_keeps_the_label_of_the_law(tmp_path):
     """The line of docs/trust.md that puts the record's AIGC object into an MP4."""
     line, = re.findall(r"^ffmpeg -i out\.y4m .*AIGC.*$", (ROOT / "docs/trust.md").read_text(), re.M)
-    run(SORA, "-q", "--seed", "1", "-f", "5", "--steps", "1", "--producer", "some \"body\"", "-o", tmp_path / "out.y4m", "x")
+    run(SORA, "-q", "--seed", "1", "-f", "9", "--producer", "some \"body\"", "-o", tmp_path / "out.y4m", "x")
     subprocess.run(line, shell=True, check=True, cwd=tmp_path, capture_output=True)
     tags = json.loads(run("ffprobe", "-v", "error", "-show_entries", "format_tags", "-of", "json", tmp_path / "out.mp4"))
     label = json.loads(tags["format"]["tags"]["AIGC"])
