@@ -313,10 +313,10 @@ def make_demo(folder: Path) -> None:
         case = reference_chunks.Case("demo", frames=6, **({"rule": "multistep"} | {
             ours: run[name] for ours, name in how.items() if name in run}))
         reference_chunks.make_reference(case, checkpoint, embeds, (pipe.vae.config.z_dim, case.frames, 6, 6), made)
-        *_, last = sorted(made.glob("*.cond.velocity.npy"))
-        kept = [last.with_name(last.name.replace("velocity", f"block{i:02d}")) for i in (0, len(pipe.transformer.blocks) - 1)]
+        last = max(made.glob("*.cond.velocity.npy")).name.removesuffix("velocity.npy")
+        kept = [f"{last}block{i:02d}.npy" for i in (0, len(pipe.transformer.blocks) - 1)]
         for path in made.glob("*.npy"):
-            if ".block" not in path.name or path in kept:
+            if ".block" not in path.name or path.name in kept:
                 shutil.copy(path, folder)
         for name, x, e in zip(("prompt", "negative")[:1 + (case.guidance > 1)], ids, embeds):
             np.save(folder / f"{name}.ids.npy", x[0].numpy().astype(np.int32))

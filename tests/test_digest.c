@@ -10,16 +10,16 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* sora --seed 1 -m models/demo.gguf "a blue star bounces on the grass", with -s and -f if they are not 0. The
+/* sora --seed 1 -m models/demo.gguf "a blue star bounces on the grass", with -s, -f and --steps if they are not 0. The
  * digests are those of --dump's latents.npy and of the clip. */
 typedef struct {
-    int size, frames;
+    int size, frames, steps;
     const char *latents, *clip;
 } Example;
 
-static const Example shorter = {48, 5, "45e4cc9ac8e70fe0816dd38a4b11b2a52c6aa4f88f073798adc16a100e339e05",
-                                "f1e4bcbe5c06a12e4c969076c362f2405534074812d8fa83ba4bdbe5cedbbcc7"};
-static const Example whole = {0, 0, "f560d846ad66eb7400ca0b9427d4a6ff8bcd67aa2e8ba70d8830de0233c1cdc8",
+static const Example shorter = {48, 5, 2, "67170f2f4cb0d862bbba4c9b3a68416d6fcd992d65a598e867945a64d5767ccb",
+                                "a82a6812c9789d5fa180eae122ea8b088203fb74199728a7c5ba217314216414"};
+static const Example whole = {0, 0, 0, "f560d846ad66eb7400ca0b9427d4a6ff8bcd67aa2e8ba70d8830de0233c1cdc8",
                               "e2c1087270efa5c2c31c19a19fb867d323f7792bb655fbc518c188a66ee018c8"};
 
 static void check_file(const char *path, const char *expected) {
@@ -40,7 +40,7 @@ static void check_example(const Example *example) {
     Model model = model_load("models/demo.gguf", AUTOMATIC);
     Settings s = settings_new();
     s.prompt = "a blue star bounces on the grass", s.seed = 1, s.output = clip, s.quiet = true, s.record = false;
-    s.width = s.height = example->size, s.frames = example->frames;
+    s.width = s.height = example->size, s.frames = example->frames, s.steps = example->steps;
     settings_complete(&s, &model);
     taps_open(folder, "latents", NULL, 0, false);
     generate(&model, &s);
