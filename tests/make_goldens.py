@@ -298,8 +298,8 @@ def make_tiny(folder: Path) -> None:
 @torch.no_grad()
 def make_demo(folder: Path) -> None:
     """The tensors of 21 frames of 48x48 with the bundled model's own settings by diffusers' modules; cli.sh makes the same
-    clip. Of the blocks only the first and the last of the last pass are kept. The frames are in decoded/ and
-    come from a float64 VAE, since the trained decoder amplifies rounding."""
+    clip. Of the blocks only the first and the last of the last pass are kept. The frames come from a float64 VAE, since the
+    trained decoder amplifies rounding."""
     with TemporaryDirectory() as work:
         checkpoint, made = Path(work) / "checkpoint", Path(work) / "made"
         subprocess.run([sys.executable, ROOT / "train" / "base.py", ROOT / "models" / "demo.gguf", checkpoint],
@@ -308,10 +308,9 @@ def make_demo(folder: Path) -> None:
         pipe = diffusers.WanPipeline.from_pretrained(checkpoint, dtype=torch.float32)
         ids = [pipe.tokenizer(text, return_tensors="pt").input_ids for text in ("a blue star bounces on the grass", "")]
         embeds = [pipe.text_encoder(x).last_hidden_state[0].numpy() for x in ids]
-        how = {"chunk": "chunk_frames", "window": "window", "rule": "rule", "timesteps": "timesteps", "sigmas": "sigmas",
-               "steps": "steps", "guidance": "guidance"}
-        case = reference_chunks.Case("demo", frames=6, **({"rule": "multistep"} | {
-            ours: run[name] for ours, name in how.items() if name in run}))
+        names = ("window", "rule", "timesteps", "sigmas", "steps", "guidance")
+        how = {"rule": "multistep"} | {name: run[name] for name in names if name in run}
+        case = reference_chunks.Case("demo", frames=6, chunk=run.get("chunk_frames", 0), **how)
         reference_chunks.make_reference(case, checkpoint, embeds, (pipe.vae.config.z_dim, case.frames, 6, 6), made)
         last = max(made.glob("*.cond.velocity.npy")).name.removesuffix("velocity.npy")
         kept = [f"{last}block{i:02d}.npy" for i in (0, len(pipe.transformer.blocks) - 1)]
@@ -326,8 +325,7 @@ def make_demo(folder: Path) -> None:
         latents = torch.from_numpy(np.load(folder / "latents.npy")).double()[None]
         with float64_arithmetic():
             video = pipe.vae.double().decode(latents * std + mean, return_dict=False)[0][0]
-        (folder / "decoded").mkdir(exist_ok=True)
-        np.save(folder / "decoded" / "video.npy", video.float().numpy())
+        np.save(folder / "video.npy", video.float().numpy())
 
 
 def make_quantised(folder: Path) -> None:

@@ -9,7 +9,7 @@ trap 'rm -rf "$work"' EXIT
 cp sora "$work"
 cd "$work"
 export SORA_STATE_SECONDS=0 # clips are short
-options="-q -t 1 -s 48x48 -f 141"
+options="-q -t 1 -s 48x48 -f 17"
 for i in $(seq "$clips"); do
     echo "it's a \"red\" star, number $i: \$HOME"
 done >prompts.txt

@@ -32,7 +32,7 @@ colours=(red green blue yellow pink purple orange) shapes=(ball star heart cross
 for i in $(seq "$clips"); do
     echo "a ${colours[i % 7]} ${shapes[i % 6]} bounces on the grass"
 done >"$work/prompts.txt"
-options="-m $model -q -t 1 -s 48x48 -f 141"
+options="-m $model -q -t 1 -s 48x48 -f 17"
 for i in $(seq "$clips"); do
     "$sora" $options --seed "$i" -o "$work/single/$i.y4m" "$(sed -n "${i}p" "$work/prompts.txt")"
 done
