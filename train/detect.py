@@ -32,9 +32,9 @@ SECOND = 0.08  # another subject has at least this share of the largest one's ar
 STEP = 1 / 64  # of two seconds: between the times at which a window is thought to begin
 # Time, in units of two seconds, after which a motion's windows repeat. Motions that are not here look like one that is:
 # after the edge, left looks like right.
-SPAN = {"right": 2, "walk right": 3.3, "run right": 2, "up": 2, "fall": 0.15, "bounce": 0.55, "jump": 1, "spin": 2,
+SPAN = {"right": 2, "walk right": 3, "run right": 2, "up": 2, "fall": 0.15, "bounce": 0.5, "jump": 1, "spin": 2,
         "grow": 1.1, "shrink": 1.1, "loop": 1, "shake": 0.25, "still": STEP, "orbit": 4 / 3, "meet": 0.6,
-        "jump together": 1, "chase": 3.5, "pass": 2, "collide": 1.6}
+        "jump together": 1, "chase": 3.5, "pass": 2, "collide": 1.5}
 TEXTURED = {"night": (0.0, 0.72), "meadow": (0.86, 1.0), "sea": (0.0, 0.78), "snow": (0.0, 0.74)}  # rows of the dots
 LOOKS_LIKE = {"left": "right", "walk left": "walk right", "run left": "run right", "down": "up", "fall": "still",
               "still": "grow"}  # what has grown is nearly as high in the air as on the ground

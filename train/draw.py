@@ -97,11 +97,15 @@ SIDE = {"circle": 0.92, "square": 0.80, "triangle": 0.97, "star": 1.01, "heart":
 #
 # Every motion goes on for ever. Its last second and a half determine what it does next. Subjects that travel turn at
 # the edge. Gravity is the same for all that fall, bounce or jump.
+#
+# The beat is a second: as long as a chunk of the model. Jumps, bounces, legs and shakes repeat on it, and most other
+# motions after a few of them. So a motion looks the same in every chunk, or in one of a few ways.
 
 CLIP = FRAMES - 1  # frames in the unit of time
 JUMP_LENGTH = 0.4
 GRAVITY = 8 * JUMP / JUMP_LENGTH ** 2
-EDGE = 0.33  # how far from the middle walkers turn
+BOUNCES = GRAVITY / 8 * np.array([0.5, 0.375]) ** 2  # heights from which a bounce takes a second, or three quarters
+WALK_EDGE, EDGE, COLLIDE_EDGE = 0.30, 0.33, 0.27  # how far walkers turn from the middle; runners; who collided, from it
 SMALLEST, LARGEST = 0.45, 1.45  # scale at which a subject stops shrinking, or growing
 LEAST = 0.13  # radius: in a story no subject becomes smaller
 
@@ -135,7 +139,12 @@ def parabola(s, start, end):
 def _two_jumps(s):
     """Height over the ground, 1 at the top, of a subject that jumps twice in each unit of time."""
     s = s % 1
-    return parabola(s, 0.06, 0.06 + JUMP_LENGTH) + parabola(s, 0.54, 0.54 + JUMP_LENGTH)
+    return parabola(s, 0.05, 0.05 + JUMP_LENGTH) + parabola(s, 0.55, 0.55 + JUMP_LENGTH)
+
+
+def bounce_height(room):
+    """The height from which a subject bounces that has so much room; it may leave the frame by two pixels."""
+    return BOUNCES[0] if room + 0.06 > BOUNCES[0] else BOUNCES[1]
 
 
 def _bouncing(s, height):
@@ -163,7 +172,7 @@ def move(motion, s, x0, y0, r, floor, scale=None, top=None, smallest=SMALLEST):
         x, way = _turning(0.5 + sign * reach * ramp, reach)
         return Track(s, x, y0, size, facing=sign * way)
     if motion.startswith("walk"):
-        x, way = _turning(x0 + sign * 0.20 * ramp, EDGE)
+        x, way = _turning(x0 + sign * 0.20 * ramp, WALK_EDGE)
         return Track(s, x, floor, size, stride=_legs(s, 2), facing=sign * way)
     if motion.startswith("run"):
         x, way = _turning(0.5 + sign * EDGE * ramp, EDGE)
@@ -175,7 +184,7 @@ def move(motion, s, x0, y0, r, floor, scale=None, top=None, smallest=SMALLEST):
         "up": lambda: Track(s, x0, floor - (floor - high) * there, size),
         "down": lambda: Track(s, x0, high + (floor - high) * there, size),
         "fall": lambda: Track(s, x0, np.minimum((high if top is None else top) + GRAVITY / 2 * s ** 2, floor), size),
-        "bounce": lambda: Track(s, x0, floor - _bouncing(s, floor - high), size),
+        "bounce": lambda: Track(s, x0, floor - _bouncing(s, bounce_height(floor - high)), size),
         "jump": lambda: Track(s, x0, floor - JUMP * _two_jumps(s), size),
         "spin": lambda: Track(s, x0, y0, size, angle=np.pi * s),
         "grow": lambda: Track(s, x0, y0, np.minimum((SMALLEST if scale is None else scale) + 1.0 * s, LARGEST)),
@@ -217,7 +226,7 @@ def relate(relation, s, dx, shapes, mirrored=False):
     if relation == "meet":
         way_in, walks = touch + speed * np.maximum(contact - s, 0), s < contact + 1 / CLIP
     else:  # they collide, and come back from the edges
-        way = 0.42 - touch
+        way = COLLIDE_EDGE
         way_in, walks = touch + np.abs((speed * (s - contact) + way) % (2 * way) - way), 1
     return [on_ground(0, 0.5 - way_in, 1, walks=walks), on_ground(1, 0.5 + way_in, -1, walks=walks)]
 
@@ -290,11 +299,12 @@ def _first(scene):
 def _clock(motion, pose, r, floor):
     """The time at which a motion is where a subject is, as nearly as may be."""
     (x, y), high = pose[:2], 0.04 + r
+    bounce = bounce_height(floor - high)
     if motion.endswith(("left", "right")):
         there = (0.5 - x if motion.endswith("left") else x - 0.5) / (EDGE if motion.startswith("run") else 0.48 - r)
         return 0.5 + (0 if motion.startswith("walk") else np.clip(there, -1, 1) / 2)  # any place will do for walking
     return {"up": (floor - y) / (floor - high), "down": (y - high) / (floor - high),
-            "bounce": np.sqrt(2 * np.clip(y - high, 0, floor - high) / GRAVITY),
+            "bounce": np.sqrt(2 * np.clip(y - floor + bounce, 0, bounce) / GRAVITY),
             "loop": np.arctan2(x - 0.5, 0.47 - y) / (2 * np.pi) % 1}.get(motion, 0.0)
 
 

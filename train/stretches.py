@@ -1,7 +1,7 @@
 """The transformer's training data: latents of stretches of stories, in shards on disk.
 
-    shard 0, 2, ...    96 stretches of 3 chunks     the first two seconds of a story
-    shard 1, 3, ...    32 stretches of 10 chunks    from anywhere in a story's minute
+    shard 0, 2, ...    96 stretches of 3 chunks    the first seconds of a story
+    shard 1, 3, ...    32 stretches of 8 chunks    from anywhere in a story's minute
 
 Both take a core about as long: frames are what costs, in Wan's own encoder. A cut's first latent frame stands for one
 picture, where the whole film's would stand for four; it is left out. Beside the latents stand the sentences, several
@@ -29,11 +29,11 @@ from common import products, replacing
 from world import CHUNK, SIZE
 
 START, ANYWHERE = 0, 1  # where a stretch begins
-STRETCHES, CHUNKS = (96, 32), (3, 10)  # in a shard of each; in a stretch of each
-LATEST = 75  # the last chunk at which a stretch of a lone sentence may begin
+STRETCHES, CHUNKS = (96, 32), (3, 8)  # in a shard of each; in a stretch of each
+LATEST = 56  # the last chunk at which a stretch of a lone sentence may begin
 SENTENCES = 8  # of every second story; the others have one
 TELLINGS = 6  # sets of captions of each story
-LASTS = 4, 7  # chunks that a sentence lasts, at least and at most: few, since where it changes is what is hard to learn
+LASTS = 3, 5  # chunks that a sentence lasts, at least and at most: few, since where it changes is what is hard to learn
 LONE = "single", "single", "pair", "relation"  # kinds of scenes that are alone, drawn from evenly
 HALF_CELL = 4 / SIZE  # a latent is 8 pixels wide and high
 

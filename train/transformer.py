@@ -11,7 +11,7 @@ what a run from nothing does not know yet, on the beginnings of stories, whose p
 
 The fourth teaches to go on from a picture (--image):
 
-    pictured     drawn: frame 0       noisy: frames 1 2 3, of one sigma
+    pictured     drawn: frame 0       noisy: frames 1 2 3 4, of one sigma
 
 The others teach to go on chunk by chunk, by teacher forcing. First stand drawn chunks, told to be clean, then the same
 clip's later ones with noise on, twice, each time with another sigma. Every chunk sees itself and the two drawn ones
@@ -40,7 +40,7 @@ from common import Average, Log, Optimisers, products, rate, save_atomically
 from world import CHUNK
 
 WINDOW = 3 * CHUNK  # latent frames that a chunk sees, its own included
-PROMPTS = 2  # of a sample, at most: a sentence lasts for four chunks or more
+PROMPTS = 3  # of a sample, at most: five chunks, and a sentence lasts for three or more
 UNTOLD = 0.2  # most noise that is added to the past, which is still told to be clean
 UNTOLD_SHARE = 0.75  # of the samples have such noise
 OWN_FROM, OWN_SHARE = 2 / 3, 0.5  # from this part of the steps on, this share of the batches has the model's own past
@@ -73,9 +73,9 @@ class Layout:
 
 
 PICTURE = Layout("picture", 256, (), (0,), frames=1)
-BEGINNING = Layout("beginning", 96, (), (0,))
-WHOLE = Layout("whole", 48, (), (0, 1, 2), together=True)
-PICTURED = Layout("pictured", 64, (0,), (1, 2, 3), frames=1, together=True)
+BEGINNING = Layout("beginning", 72, (), (0,))
+WHOLE = Layout("whole", 36, (), (0, 1, 2), together=True)
+PICTURED = Layout("pictured", 48, (0,), (1, 2, 3, 4), frames=1, together=True)
 START = Layout("start", 16, (0, 1), (0, 1, 2, 0, 1, 2))
 ANYWHERE = Layout("anywhere", 16, (0, 1, 2, 3), (2, 3, 4, 2, 3, 4))
 LAYOUTS = PICTURE, BEGINNING, WHOLE, PICTURED, START, ANYWHERE

@@ -19,7 +19,7 @@ import zlib
 import numpy as np
 
 SIZE, FRAMES = 96, 33  # of every two-second clip: pixels a side, and frames
-CHUNK = 3  # latent frames; a sentence of a story begins where a chunk does
+CHUNK = 4  # latent frames, a second of film; a sentence of a story begins where a chunk does
 CROWD = 3  # subjects at a time, at most
 WORDS = 23  # of a story's sentence, at most; punctuation marks count
 KINDS = "single", "pair", "relation"  # one subject, two that move on their own, two that do something together
@@ -118,7 +118,7 @@ RELATIONS = {
 # once}: what is learned last.
 LEARNED_LAST = {"night": 2.5, "character": 3, "star": 2.5, "cross": 2.5, "triangle": 1.5, "small": 2,
                 "large": 1.5, "loop": 3, "jump": 3, "spin": 2, "walk left": 2.5, "walk right": 2.5, "run left": 4,
-                "run right": 4, "bounce": 1.5, "shake": 1.5, "orbit": 3, "jump together": 2.5}
+                "run right": 4, "bounce": 2.5, "shake": 1.5, "orbit": 3, "jump together": 2.5}
 _KIND_WORDS = ["nice", "happy", "cute", "pretty", "lovely", "funny", "bright", "shiny"]
 _ADVERBS = ["now", "here", "again", "happily", "gently", "today", "all alone"]
 _OPENINGS = ["a video of", "a clip of", "an animation of", "a short film of", "a cartoon of", "we see", "there is",
@@ -395,7 +395,7 @@ class _Teller:
         self._remember(scene)
 
 
-def story(seed, index, kinds=KINDS, held_out=False, weights={}, sentences=1, chunks=(4, 12)):
+def story(seed, index, kinds=KINDS, held_out=False, weights={}, sentences=1, chunks=(3, 9)):
     """The story number `index` of world `seed`; it begins as the scene of that number.
 
     kinds, held_out, weights: as of `scene`. chunks: how long a sentence lasts, at least and at most. A subject
