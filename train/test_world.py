@@ -1,7 +1,6 @@
 """Quick checks of the world, its pictures and the detector: python -m pytest train/test_world.py"""
 import dataclasses
 import itertools
-import zlib
 
 import numpy as np
 
@@ -36,17 +35,18 @@ def test_two_subjects_never_share_a_colour():
     assert all(len({x.colour for x in s.subjects}) == 2 for s in scenes)
 
 
-# CRC-32 of the first two seconds, as they have been since the world ended there. Scenes that bounce, collide or fall
-# are not among them: these have changed.
+# The sum of the first two seconds times PATTERN, as it has been since the world ended there. Scenes that bounce, collide,
+# fall or jump are not among them: these have changed.
+PATTERN = np.random.default_rng(0).standard_normal((world.FRAMES, world.SIZE, world.SIZE, 3))
 FIRST_TWO_SECONDS = {
-    1: 2107456493, 2: 205193994, 4: 2307198432, 5: 2475700795, 6: 2566935832, 7: 3041695620, 8: 843564998, 12:
-    468050958, 14: 725052207, 16: 110723530, 17: 199831975, 23: 3396070240, 50: 4271532130, 62: 3546183406, 123:
-    3629821423, 128: 3031548830, 197: 2779637285, 367: 3566763771}
+    1: 84646, 2: 203583, 4: 185411, 5: 233868, 6: 31598, 7: 181023, 12: 231356, 16: 75330, 17: 154181, 19: 123999, 23:
+    129942, 62: 193352, 123: 19070, 128: 156838, 197: 255341, 367: 119872}
 
 
 def test_the_first_two_seconds_stay_what_they_were():
-    for index, digest in FIRST_TWO_SECONDS.items():
-        assert zlib.crc32(draw.draw(world.scene(5, index)).tobytes()) == digest, world.scene(5, index)
+    """But for pixels that another processor rounds the other way; a subject a hundredth aside changes a sum by more."""
+    for index, expected in FIRST_TWO_SECONDS.items():
+        assert abs((draw.draw(world.scene(5, index)) * PATTERN).sum() - expected) < 200, world.scene(5, index)
 
 
 STORIES = [world.story(12, i, sentences=6) for i in range(12)]
