@@ -159,7 +159,8 @@ def export(args):
              *(lora.note for lora in loras)]
     print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     write(output, keys, planned)
-    print(f"{output}: {len(planned)} tensors, {output.stat().st_size:,} bytes", file=sys.stderr)
+    count = f"{len(planned)} tensor" + "s" * (len(planned) != 1)
+    print(f"{output}: {count}, {output.stat().st_size:,} bytes", file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
