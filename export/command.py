@@ -33,7 +33,8 @@ FILE_TYPES = {Type.F32: 0, Type.F16: 1, Type.Q4_0: 2, Type.Q4_1: 3, Type.Q8_0: 7
 def check_experts_fit(first, second):
     """Raises ExportError unless two transformers have the same sizes. A weight file states eps in f32."""
     for size, value in first.sizes.items():
-        if second.sizes[size] != value and not (size == "eps" and math.isclose(value, second.sizes[size], rel_tol=1e-6)):
+        if second.sizes[size] != value and not (size == "eps" and
+                                                math.isclose(value, second.sizes[size], rel_tol=1e-6)):
             raise ExportError(f"{second.path}: {size} is {second.sizes[size]}, expected {value} as in the first expert "
                               f"{first.path}")
 
@@ -122,7 +123,8 @@ def export(args):
     if sources.transformer_2:
         check_experts_fit(transformer, parts["transformer_2"])
         second = parts["transformer_2"].path
-        files = f"both in {second}" if second == transformer.path else f"{transformer.path}, then {second} for low noise"
+        files = (f"both in {second}" if second == transformer.path else
+                 f"{transformer.path}, then {second} for low noise")
         transformer.notes.append(f"two experts: {files}")
         transformer.notes += order_note(transformer, parts["transformer_2"])
     elif args.lora_2:
@@ -131,7 +133,8 @@ def export(args):
         transformer.notes += expert_note(transformer)
 
     shapes = {name: shape for name, shape, _ in transformer.rows()}
-    merged = {part: [open_lora(option, shapes, args.lora_skip_unmatched, recipe and recipe.lora_alpha) for option in given]
+    merged = {part: [open_lora(option, shapes, args.lora_skip_unmatched, recipe and recipe.lora_alpha)
+                     for option in given]
               for part, given in (("transformer", args.lora), ("transformer_2", args.lora_2))}
     loras = [lora for some in merged.values() for lora in some]
     planned = [t for name, part in parts.items() for t in plan(part, wanted, merged.get(name, ()))]
@@ -152,10 +155,12 @@ def export(args):
     }
     if sources.own:
         keys |= carried_keys(sources.own, keys)
-    notes = [*([note] if note else []), *(n for part in parts.values() for n in part.notes), *(lora.note for lora in loras)]
+    notes = [*([note] if note else []), *(n for part in parts.values() for n in part.notes),
+             *(lora.note for lora in loras)]
     print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
     write(output, keys, planned)
-    print(f"{output}: {len(planned)} tensors, {output.stat().st_size:,} bytes", file=sys.stderr)
+    count = f"{len(planned)} tensor" + "s" * (len(planned) != 1)
+    print(f"{output}: {count}, {output.stat().st_size:,} bytes", file=sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
@@ -173,7 +178,8 @@ def arguments(argv):
                              "that export.py wrote")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the GGUF file to write")
     parser.add_argument("--type", choices=TYPES, default="keep",
-                        help="type of the matrices (default keep: as stored; a type that sora cannot read becomes bf16)")
+                        help="type of the matrices (default keep: as stored; "
+                             "a type that sora cannot read becomes bf16)")
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[:SCALE]",
                         help="merge a LoRA; can be given several times")
     parser.add_argument("--lora-2", action="append", default=[], metavar="FILE[:SCALE]",

@@ -20,8 +20,8 @@ from export.files import ExportError, read_json, reading
 from export.recipes import RECIPES, falls, schedule
 
 # wan/configs/shared_config.py: sample_neg_prompt, part of the released models' configuration.
-NEGATIVE_PROMPT = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，"
-                   "JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
+NEGATIVE_PROMPT = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，"
+                   "低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，"
                    "形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
 RELEASED = {  # (dim, num_layers, model type, number of experts): its settings, from the original configuration
     (1536, 30, "t2v", 1): {"name": "Wan2.1-T2V-1.3B"},
@@ -143,8 +143,8 @@ def causal_defaults(config):
 
 
 def checkpoint_defaults(sources, transformer):
-    """{name: value} of what the release and the files of a diffusers folder state. Where they disagree, there is a note in
-    transformer.notes: diffusers' converter writes another shift for Wan 2.2 A14B than the release uses."""
+    """{name: value} of what the release and the files of a diffusers folder state. Where they disagree, there is a note
+    in transformer.notes: diffusers' converter writes another shift for Wan 2.2 A14B than the release uses."""
     sizes, experts = transformer.sizes, 1 + bool(sources.transformer_2)
     released = RELEASED.get((sizes["dim"], sizes["num_layers"], sizes["model_type"], experts), {})
     values = {"negative_prompt": NEGATIVE_PROMPT} | released if released else {}
@@ -157,7 +157,8 @@ def checkpoint_defaults(sources, transformer):
         values["boundary"] = sources.boundary
     if values.get("shift") != released.get("shift", values.get("shift")):
         transformer.notes.append(f"{sources.scheduler}: the shift is {values['shift']:g}, the release's is "
-                                 f"{released['shift']:g}, which is used; --shift {values['shift']:g} for diffusers' clips")
+                                 f"{released['shift']:g}, which is used; "
+                                 f"--shift {values['shift']:g} for diffusers' clips")
         values["shift"] = released["shift"]
     return values
 
@@ -259,7 +260,8 @@ def check_experts(values, two):
         raise ExportError("two experts that generate in chunks cannot be run yet")
     for name in ("boundary", "guidance_2"):
         if not two and name in values:
-            raise ExportError(f"{option_of(name)} is given, but there is one transformer, expected --transformer-2, too")
+            raise ExportError(f"{option_of(name)} is given, but there is one transformer, "
+                              "expected --transformer-2, too")
 
 
 def is_text(value):

@@ -12,8 +12,8 @@ FORMAT_VERSION = 1
 # {part: {key of the weight file: name of the size in sizes.py}}
 SIZES = {
     "transformer": {
-        **{f"wan.{size}": size for size in ("model_type", "dim", "ffn_dim", "freq_dim", "in_dim", "out_dim", "num_heads",
-                                            "num_layers", "text_len", "text_dim", "patch_size", "eps")},
+        **{f"wan.{size}": size for size in ("model_type", "dim", "ffn_dim", "freq_dim", "in_dim", "out_dim",
+                                            "num_heads", "num_layers", "text_len", "text_dim", "patch_size", "eps")},
         "t5encoder.context_length": "text_len",
     },
     "text_encoder": {

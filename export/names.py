@@ -66,12 +66,13 @@ RENAMES = {
 
 RENAMES["transformer_2"] = RENAMES["transformer"]
 
-# (pattern of a key, the model that has it): models that sora cannot run yet. The first that matches a file's key counts.
+# (pattern of a key, the model that has it): models that sora cannot run yet. The first that matches a key counts.
 UNSUPPORTED = [
     (r"\bemb_pos$|\bpos_embed$", "a first-and-last-frame model (CLIP image encoder)"),
     (r"^vace_", "a VACE model"),
     (r"\bmotion_encoder\.|\bface_adapter\.|\bface_encoder\.|\bpose_patch_embedding\.", "a Wan-Animate model"),
-    (r"\bcasual_audio_encoder\.|\baudio_injector\.|\bcond_encoder\.|\bframe_packer\.|\baudio_proj\.|\baudio_cross_attn\.",
+    (r"\bcasual_audio_encoder\.|\baudio_injector\.|\bcond_encoder\.|\bframe_packer\.|\baudio_proj\.|"
+     r"\baudio_cross_attn\.",
      "a model of speech or sound (Wan-S2V and others)"),
     (r"\bcontrol_adapter\.|\bref_conv\.|\bcam_encoder\.", "a model of cameras or controls (Wan-Fun and others)"),
     (r"\bimg_emb\.|\.[kv]_img\.|image_embedder|\.add_[kv]_proj\.|norm_added_[kqv]\.|norm_k_img\.",
@@ -99,12 +100,14 @@ def our_name(part, name):
 
 
 def count_upsamples(names):
-    """Renames what is numbered level by level to decoder.upsamples.N and encoder.downsamples.N, numbered through all levels
-    as in Wan 2.1's original release. Other names stay. Level by level are diffusers' decoder.up_blocks.LEVEL.{resnets.R,
-    upsamplers.0}, in Wan 2.2's VAE also its encoder (down_blocks, downsampler), and the original release of that one
-    (decoder.upsamples.LEVEL.upsamples.R, in which the last R is the resampling layer)."""
+    """Renames what is numbered level by level to decoder.upsamples.N and encoder.downsamples.N, numbered through all
+    levels as in Wan 2.1's original release. Other names stay. Level by level are diffusers'
+    decoder.up_blocks.LEVEL.{resnets.R, upsamplers.0}, in Wan 2.2's VAE also its encoder (down_blocks, downsampler),
+    and the original release of that one (decoder.upsamples.LEVEL.upsamples.R, in which the last R is the
+    resampling layer)."""
     for half, way in (("decoder", "up"), ("encoder", "down")):
-        pattern = re.compile(rf"{half}\.{way}(?:_block|sample)s\.(\d+)\.(resnets|{way}samples|{way}samplers?)\.(?:(\d+)\.)?")
+        pattern = re.compile(rf"{half}\.{way}(?:_block|sample)s\.(\d+)\.(resnets|{way}samples|{way}samplers?)\."
+                             r"(?:(\d+)\.)?")
         found = [m for m in map(pattern.match, names) if m]
         resnets = 1 + max((int(m[3]) for m in found if m[2] == "resnets"), default=-2)
         level = max([resnets + 1, *(int(m[3]) + 1 for m in found if m[2] == f"{way}samples")])

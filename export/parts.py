@@ -129,8 +129,8 @@ def order_note(first, second):
 
 
 def own_part(name, path, file):
-    """A part of a weight file that export.py wrote. Its tensors need no renaming, and its keys state the sizes. Its only
-    transformer can be the second expert of another file."""
+    """A part of a weight file that export.py wrote. Its tensors need no renaming, and its keys state the sizes. Its
+    only transformer can be the second expert of another file."""
     kind = KINDS[name if name != "transformer_2" or has_experts(file) else "transformer"]
     tensors = {key.removeprefix(kind.prefix): t for key, t in file.tensors.items() if re.match(kind.names, key)}
     return Part(name, path, tensors, {}, [file.path], stated_sizes(name, file))

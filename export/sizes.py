@@ -174,8 +174,8 @@ def text_encoder_sizes(part):
     return sizes
 
 
-# wan/modules/vae.py, class WanVAE, and vae2_2.py, class Wan2_2_VAE: mean and standard deviation of the released VAEs' 16
-# and 48 latent channels.
+# wan/modules/vae.py, class WanVAE, and vae2_2.py, class Wan2_2_VAE: mean and standard deviation of the released VAEs'
+# 16 and 48 latent channels.
 LATENTS_MEAN = [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
                 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921]
 LATENTS_STD = [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,

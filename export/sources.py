@@ -25,7 +25,7 @@ class Sources:
     own: Gguf | None = None  # the weight file, if one is converted again
     pipeline: str | None = None  # its class in model_index.json
     expands: bool = False  # whether a picture may be the first frame: expand_timesteps in model_index.json
-    boundary: float | None = None  # from which noise level on the first expert serves: boundary_ratio in model_index.json
+    boundary: float | None = None  # from which noise level the first expert serves: boundary_ratio in model_index.json
     patterns: dict = field(default_factory=dict)  # {part: pattern of its files, in a folder that holds several parts}
 
 

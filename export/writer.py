@@ -73,8 +73,8 @@ class Planned:
         return self.source.file.raw(self.source.key, first * columns, last * columns)
 
     def convert(self, values):
-        """Converts f32 (rows, columns) to an array of the stored type; blocks by the gguf package. Raises ExportError for
-        numbers above the type's range."""
+        """Converts f32 (rows, columns) to an array of the stored type; blocks by the gguf package. Raises ExportError
+        for numbers above the type's range."""
         if self.type == Type.F32:
             return values.numpy()
         if self.type == Type.BF16:
@@ -97,8 +97,8 @@ def folded_shape(shape):
 
 
 def stored_type(rule, source, columns, wanted, changed):
-    """The type of a tensor in the file: that of --type if its rule allows it; with keep the source's. wanted: the type of
-    --type, None for keep; columns: of the tensor as a matrix; changed: whether LoRAs are merged into it."""
+    """The type of a tensor in the file: that of --type if its rule allows it; with keep the source's. wanted: the type
+    of --type, None for keep; columns: of the tensor as a matrix; changed: whether LoRAs are merged into it."""
     if rule == EXACT or (rule in (KEPT, CONV) and source.dtype not in ("F16", "BF16")):
         return Type.F32
 

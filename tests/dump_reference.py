@@ -4,8 +4,8 @@
     python tests/dump_reference.py CHECKPOINT DIR --prompt "A red fox" --size 832x480 --frames 17 --steps 4
     ./sora -m model.gguf --check DIR "A red fox" -s 832x480 -f 17 --steps 4 ...
 
-CHECKPOINT is a diffusers folder. Names and shapes are those of sora's --dump (docs/validating.md): no batch axis, float32
-(ids int32). Of the text encoder's 512 positions only the n with tokens are written.
+CHECKPOINT is a diffusers folder. Names and shapes are those of sora's --dump (docs/validating.md): no batch axis,
+float32 (ids int32). Of the text encoder's 512 positions only the n with tokens are written.
 """
 
 import argparse
@@ -105,7 +105,8 @@ class Recorder:
 
     def on_source(self, source) -> None:
         if not self.begun:
-            self.save("source", source[:, :1 + (source.shape[1] - 1) // self.stride * self.stride])  # all that is encoded
+            # upstream encodes no more frames than these
+            self.save("source", source[:, :1 + (source.shape[1] - 1) // self.stride * self.stride])
 
     def on_encoded(self, encoded, noise) -> None:
         self.save("encoded", encoded[0])
@@ -131,8 +132,8 @@ class Recorder:
 
 @contextlib.contextmanager
 def float64_arithmetic():
-    """Makes upstream's .float() leave float64 tensors alone. float32 tensors stay float32, above all the sinusoids of the
-    time step: the model was trained with their float32 rounding."""
+    """Makes upstream's .float() leave float64 tensors alone. float32 tensors stay float32, above all the sinusoids of
+    the time step: the model was trained with their float32 rounding."""
     to_float = torch.Tensor.float
     torch.Tensor.float = lambda tensor: tensor if tensor.dtype == torch.float64 else to_float(tensor)
     try:
@@ -159,11 +160,12 @@ def load(checkpoint: Path, kind: type = WanPipeline) -> WanPipeline:
 @torch.no_grad()
 def dump(checkpoint: Path, folder: Path, settings: Settings, double: bool = False,
          source: np.ndarray | None = None) -> None:
-    """Generates one clip with WanPipeline, WanVideoToVideoPipeline or WanImageToVideoPipeline, and writes its tensors into
-    `folder`.
+    """Generates one clip with WanPipeline, WanVideoToVideoPipeline or WanImageToVideoPipeline, and writes its tensors
+    into `folder`.
 
     checkpoint: a diffusers folder; double: compute and write float64, from the same noise.
-    source: the clip [3, F, Y, X] that is made anew, with settings.strength; or settings.pictures pictures, as its frames.
+    source: the clip [3, F, Y, X] that is made anew, with settings.strength;
+        or settings.pictures pictures, as its frames.
     """
     pipe = load(checkpoint, WanImageToVideoPipeline if settings.pictures else WanPipeline)
     pipe.scheduler = schedulers.configure(settings.sampler, settings.shift)
@@ -225,8 +227,8 @@ def record_condition(pipe: WanImageToVideoPipeline, recorder: Recorder) -> None:
 
 
 def redraw(pipe: WanPipeline, folder: Path, settings: Settings, source: np.ndarray, widened: list) -> None:
-    """Makes the source anew. Of the schedule, time steps and sigmas of the steps that are taken are written. widened: the
-    modules that compute in float64."""
+    """Makes the source anew. Of the schedule, time steps and sigmas of the steps that are taken are written. widened:
+    the modules that compute in float64."""
     parts = {name: part for name, part in pipe.components.items() if name != "transformer_2"}
     pipe = WanVideoToVideoPipeline(**parts)
     pipe.vae_scale_factor_spatial = pipe.vae.config.scale_factor_spatial  # it takes a VAE without patches for granted
@@ -249,7 +251,8 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path)
     for name, default in vars(Settings()).items():
-        kind = float if default is None else (lambda text: tuple(map(int, text.split("x")))) if name == "size" else type(default)
+        kind = (float if default is None else
+                (lambda text: tuple(map(int, text.split("x")))) if name == "size" else type(default))
         parser.add_argument(f"--{name}", type=kind, default=default)
     parser.add_argument("--double", action="store_true", help="compute in float64")
     arguments = vars(parser.parse_args())

@@ -5,8 +5,8 @@
     python tests/make_checkpoint.py wan2.1-t2v-1.3b FOLDER --dtype bf16 [--blocks N]
 
 The shapes come from the classes of diffusers and transformers, on the meta device, which needs no memory. Weights are
-scaled so that activations neither vanish nor explode. They are drawn and written some rows at a time, so little memory is
-needed. The tokenizer is a small sentencepiece model that is trained here, unless --tokenizer gives one.
+scaled so that activations neither vanish nor explode. They are drawn and written some rows at a time, so little memory
+is needed. The tokenizer is a small sentencepiece model that is trained here, unless --tokenizer gives one.
 """
 
 import argparse
@@ -86,7 +86,8 @@ CORPUS = ("a red fox jumps over the lazy dog", "a cat walks on the grass, realis
 # ---------------------------------------------------------------- models: names and shapes, without memory
 
 def meta_models(text_encoder, transformer, vae, seed, rows):
-    """(text encoder, transformer, VAE) on the meta device. rows: of the embedding, unless text_encoder has vocab_size."""
+    """(text encoder, transformer, VAE) on the meta device.
+    rows: of the embedding, unless text_encoder has vocab_size."""
     text = UMT5Config(**{"vocab_size": rows, "feed_forward_proj": "gated-gelu", **text_encoder})
     vae = dict(vae)
     channels = vae.get("z_dim", 16)
@@ -105,7 +106,8 @@ def shapes(model):
 
 
 def draw(name, shape, rows, config, generator):
-    """Random rows of a tensor, (rows, ...): scales near 1, small biases, matrices that keep the variance of their input."""
+    """Random rows of a tensor, (rows, ...): scales near 1, small biases,
+    matrices that keep the variance of their input."""
     values = torch.randn(rows, *shape[1:], generator=generator)
     if re.search(r"(norm\w*\.weight|norm\.weight|gamma)$", name):
         return 1 + 0.1 * values
@@ -184,7 +186,8 @@ def write_json(path, value):
 # ---------------------------------------------------------------- tokenizer
 
 def train_tokenizer(normalization="identity"):
-    """The bytes of a small spiece.model in umT5's order: <pad>, </s>, <unk>, bytes, pieces; without a normaliser map."""
+    """The bytes of a small spiece.model in umT5's order: <pad>, </s>, <unk>, bytes, pieces;
+    without a normaliser map."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS * 20), model_writer=model, vocab_size=380, model_type="unigram",
@@ -212,8 +215,8 @@ def write_tokenizer(folder, source):
 def make(folder, seed=0, layout="diffusers", dtype="f32", text_encoder=None, transformer=None, vae=None, shard="2GB",
          tokenizer=None, boundary=None, expand=False):
     """Makes FOLDER. text_encoder, transformer, vae: arguments of the models' classes, over those of the preset small;
-    shard: largest file of a sharded part, such as "500KB"; tokenizer: a file to copy; boundary: between two transformers,
-    None for one; expand: the pipeline has expand_timesteps, as TI2V-5B's."""
+    shard: largest file of a sharded part, such as "500KB"; tokenizer: a file to copy; boundary: between two
+    transformers, None for one; expand: the pipeline has expand_timesteps, as TI2V-5B's."""
     folder, small = Path(folder), PRESETS["small"]
     folder.mkdir(parents=True)
     pieces = write_tokenizer(folder / ("tokenizer" if layout == "diffusers" else "google/umt5-xxl"),
@@ -231,8 +234,8 @@ def parse_size(text):
 
 
 def drawer(model, seed, part):
-    """A function from a name to the tensor's slices. Each tensor has its own seed, so file and order do not matter. part: 0
-    text encoder, 1 transformer, 2 VAE, 3 second transformer."""
+    """A function from a name to the tensor's slices. Each tensor has its own seed, so file and order do not matter.
+    part: 0 text encoder, 1 transformer, 2 VAE, 3 second transformer."""
     config, tensors = dict(model.config.to_dict() if part == 0 else model.config), shapes(model)
     order = {name: i for i, name in enumerate(tensors)}
 
@@ -273,8 +276,8 @@ def write_diffusers(folder, models, dtype, limit, seed, boundary, expand):
 
 
 def original_names(models):
-    """{original name: diffusers' or transformers' name} for each model. Those of transformer and VAE come from export.py's
-    tables; tests/export compares them with diffusers' converters."""
+    """{original name: diffusers' or transformers' name} for each model. Those of transformer and VAE come from
+    export.py's tables; tests/export compares them with diffusers' converters."""
     def t5(name):
         for pattern, replacement in ORIGINAL_T5:
             name = re.sub(pattern, replacement, name)
@@ -320,7 +323,8 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard", default="5GB", help="largest file of a sharded part")
     parser.add_argument("--tokenizer", type=Path, help="spiece.model or tokenizer.json to use")
-    parser.add_argument("--blocks", type=int, help="of the transformer and of the text encoder, instead of the model's own")
+    parser.add_argument("--blocks", type=int,
+                        help="of the transformer and of the text encoder, instead of the model's own")
     args = parser.parse_args()
     preset = dict(PRESETS[args.preset])
     if args.blocks:

@@ -77,8 +77,8 @@ HALVES = {"q4_0": [0], "q4_1": [0, 2], "q5_0": [0], "q5_1": [0, 2], "q2_k": [80,
 
 
 def make_weights(folder: Path) -> None:
-    """tiny.gguf: keys and tensors of every type that the reader knows, written by the gguf package. NAME.npy [rows, cols]:
-    the tensors, dequantised by that package."""
+    """tiny.gguf: keys and tensors of every type that the reader knows, written by the gguf package.
+    NAME.npy [rows, cols]: the tensors, dequantised by that package."""
     writer = gguf.GGUFWriter(folder / "tiny.gguf", "wan")
     writer.add_uint8("test.u8", 200)
     writer.add_int8("test.i8", -100)
@@ -140,9 +140,9 @@ def make_foreign(path: Path) -> None:
 
 
 def make_noise(folder: Path) -> None:
-    """integers.npy, randn_N.npy, randn_mixed.npy, randn_clip.npy: [len(seeds), n], a row for each seed. seeds/SEED/noise.npy:
-    seeds from the whole range. The seeds, and the sizes of the mixed draws, are those of test_noise.c. The numbers are
-    torch's on a processor with AVX2."""
+    """integers.npy, randn_N.npy, randn_mixed.npy, randn_clip.npy: [len(seeds), n], a row for each seed.
+    seeds/SEED/noise.npy: seeds from the whole range. The seeds, and the sizes of the mixed draws, are those of
+    test_noise.c. The numbers are torch's on a processor with AVX2."""
     seeds = [0, 7, 2**32 + 7, 2**64 - 1]
 
     def save(name: str, draw: Callable[[torch.Generator], torch.Tensor]) -> None:
@@ -205,8 +205,8 @@ def make_npy(folder: Path) -> None:
 
 
 def make_model(folder: Path) -> None:
-    """model.gguf: a very small model with random weights. *.npy: the tensors of one clip by diffusers; cli.sh has the same
-    settings."""
+    """model.gguf: a very small model with random weights. *.npy: the tensors of one clip by diffusers; cli.sh has the
+    same settings."""
     settings = Settings(prompt="a red fox", negative="the lazy dog", size=(32, 16), frames=5, steps=2, guidance=3.0,
                         shift=3.0, sampler="unipc", seed=7)
     with TemporaryDirectory() as work:
@@ -217,8 +217,8 @@ def make_model(folder: Path) -> None:
 
 
 def make_small(checkpoint: Path, channels: int = 4, vae_sizes: dict | None = None, **pipeline) -> Path:
-    """The checkpoint of model.gguf. channels: that the transformer reads; vae_sizes: other ones of the VAE; pipeline: further
-    arguments of make()."""
+    """The checkpoint of model.gguf. channels: that the transformer reads; vae_sizes: other ones of the VAE; pipeline:
+    further arguments of make()."""
     text_encoder = {"d_model": 24, "d_kv": 8, "num_heads": 2, "d_ff": 40, "num_layers": 2}
     transformer = {"num_attention_heads": 2, "attention_head_dim": 12, "ffn_dim": 40, "num_layers": 2, "freq_dim": 32,
                    "in_channels": channels, "out_channels": 4}
@@ -230,7 +230,8 @@ def make_small(checkpoint: Path, channels: int = 4, vae_sizes: dict | None = Non
 
 def make_images(folder: Path) -> None:
     """clip.y4m, and in anew/ the tensors of it made anew by diffusers with the weights of model.gguf, as cli.sh does.
-    picture.ppm, and as NAME.npy [3, Y, X] what Pillow's BICUBIC makes of its middle in another size, in floating point."""
+    picture.ppm, and as NAME.npy [3, Y, X] what Pillow's BICUBIC makes of its middle in another size,
+    in floating point."""
     planes = clips.make_planes(32, 16, 9, SEED)
     clips.write_y4m(folder / "clip.y4m", planes)
     settings = Settings(prompt="a red fox", negative="the lazy dog", size=(32, 16), frames=9, steps=3, guidance=3.0,
@@ -246,13 +247,14 @@ def make_images(folder: Path) -> None:
         left, top = (23 - scale * width) / 2, (17 - scale * height) / 2
         box = (left, top, left + scale * width, top + scale * height)
         planes = [Image.fromarray(pixels[..., c] / np.float32(127.5) - np.float32(1)) for c in range(3)]
-        np.save(folder / f"{name}.npy", np.stack([p.resize((width, height), Image.Resampling.BICUBIC, box) for p in planes]))
+        np.save(folder / f"{name}.npy",
+                np.stack([p.resize((width, height), Image.Resampling.BICUBIC, box) for p in planes]))
 
 
 def make_pictures(folder: Path) -> None:
-    """first.y4m, last.y4m: two pictures. planes/: the tensors of a clip from one to the other by diffusers, with the weights
-    of model.gguf: an image-to-video model with two experts. held/: the same with weights like TI2V-5B's: the first and last
-    latent frames are held, and the VAE has shortcuts."""
+    """first.y4m, last.y4m: two pictures. planes/: the tensors of a clip from one to the other by diffusers, with the
+    weights of model.gguf: an image-to-video model with two experts. held/: the same with weights like TI2V-5B's: the
+    first and last latent frames are held, and the VAE has shortcuts."""
     planes = clips.make_planes(32, 16, 2, SEED + 1)
     for i, name in enumerate(("first", "last")):
         clips.write_y4m(folder / f"{name}.y4m", planes[i:i + 1])
@@ -266,8 +268,8 @@ def make_pictures(folder: Path) -> None:
         held = make_small(Path(work) / "held", expand=True, vae_sizes={
             "decoder_base_dim": 8, "patch_size": 2, "in_channels": 12, "out_channels": 12, "is_residual": True,
             "scale_factor_spatial": 8})
-        subprocess.run([sys.executable, ROOT / "export.py", held, "-o", folder / "held" / "model.gguf", "--type", "f32"],
-                       check=True)
+        subprocess.run([sys.executable, ROOT / "export.py", held, "-o", folder / "held" / "model.gguf",
+                        "--type", "f32"], check=True)
         dump(held, folder / "held", replace(settings, guidance_2=None), source=clips.colours(planes))
     for path in folder.glob("*/step*.block*.npy"):
         path.unlink()
@@ -297,9 +299,9 @@ def make_tiny(folder: Path) -> None:
 
 @torch.no_grad()
 def make_demo(folder: Path) -> None:
-    """The tensors of 21 frames of 48x48 with the bundled model's own settings by diffusers' modules; cli.sh makes the same
-    clip. Of the blocks only the first and the last of the last pass are kept. The frames come from a float64 VAE, since the
-    trained decoder amplifies rounding."""
+    """The tensors of 21 frames of 48x48 with the bundled model's own settings by diffusers' modules; cli.sh makes the
+    same clip. Of the blocks only the first and the last of the last pass are kept. The frames come from a float64 VAE,
+    since the trained decoder amplifies rounding."""
     with TemporaryDirectory() as work:
         checkpoint, made = Path(work) / "checkpoint", Path(work) / "made"
         subprocess.run([sys.executable, ROOT / "train" / "base.py", ROOT / "models" / "demo.gguf", checkpoint],
@@ -329,8 +331,8 @@ def make_demo(folder: Path) -> None:
 
 
 def make_quantised(folder: Path) -> None:
-    """comfy.safetensors: small weights in ComfyUI's formats. dequantised.safetensors: the same, dequantised by ComfyUI's
-    library comfy-kitchen 0.2.40."""
+    """comfy.safetensors: small weights in ComfyUI's formats. dequantised.safetensors: the same, dequantised by
+    ComfyUI's library comfy-kitchen 0.2.40."""
     from comfy_kitchen.tensor import QuantizedTensor
     int8, fp8 = "TensorWiseINT8Layout", "TensorCoreFP8Layout"
     generator = torch.Generator().manual_seed(SEED)

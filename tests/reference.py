@@ -2,8 +2,8 @@
 """Compares sora with diffusers, tensor by tensor, on random checkpoints of many shapes: `make test-reference`.
 
 1. Every model of MODELS becomes a diffusers folder and a float32 GGUF.
-2. For every case of CASES, a pipeline of diffusers writes its tensors (dump_reference.py), and sora runs the same settings
-   with --dump and --check. numpy compares sora's dump with the reference, and sora's own verdict must agree.
+2. For every case of CASES, a pipeline of diffusers writes its tensors (dump_reference.py), and sora runs the same
+   settings with --dump and --check. numpy compares sora's dump with the reference, and sora's own verdict must agree.
 3. Single weights are changed. The check must fail and name the first tensor that depends on the weight.
 
 A tensor's error is its largest difference over the reference's largest magnitude. Where the reference's own rounding
@@ -38,8 +38,8 @@ FOX = "A red fox jumps over 12 lazy dogs."
 KNOWN = "a red fox jumps over the lazy dog"  # in the corpus of make_checkpoint's spiece.model
 WORDS = " ".join(f"{word} {n}" for n in range(60) for word in ("red", "über", "走る", "jumps,", "Ωmega"))
 
-# Arguments of make_checkpoint.make(): the differences from a small Wan 2.1. A model has a tokenizer.json of umT5's kind,
-# or with "spiece" only a spiece.model.
+# Arguments of make_checkpoint.make(): the differences from a small Wan 2.1. A model has a tokenizer.json of umT5's
+# kind, or with "spiece" only a spiece.model.
 MODELS = {
     "wan": {},
     "odd widths": {
@@ -101,7 +101,8 @@ MODELS = {
 }
 MODELS["expanded"] = MODELS["residual VAE"] | {"expand": True}  # time steps for each token, as TI2V-5B
 MODELS["expanded, small"] = MODELS["small residual VAE"] | {"expand": True}
-MODELS["expanded, Wan 2.1's VAE"] = {"expand": True, "transformer": {"num_attention_heads": 3, "attention_head_dim": 16}}
+MODELS["expanded, Wan 2.1's VAE"] = {
+    "expand": True, "transformer": {"num_attention_heads": 3, "attention_head_dim": 16}}
 
 
 @dataclass
@@ -124,8 +125,8 @@ class Case:
 def case(model, size, frames, sampler, steps=3, guidance=3.0, shift=3.0, prompt=FOX, negative="blurry, static",
          seed=7, double=False, strength=None, guidance_2=None, pictures=0,
          easycache=0.0) -> Case:
-    return Case(model, Settings(prompt, negative, size, frames, steps, guidance, shift, sampler, seed, guidance_2, strength,
-                                pictures, easycache), double)
+    return Case(model, Settings(prompt, negative, size, frames, steps, guidance, shift, sampler, seed, guidance_2,
+                                strength, pictures, easycache), double)
 
 
 CASES = [
@@ -158,7 +159,8 @@ CASES = [
     case("three levels with patches", (64, 48), 9, "unipc", strength=0.7),
     case("three levels without patches", (32, 16), 13, "euler", steps=5, strength=0.8),
     case("four levels with patches", (96, 64), 9, "dpm++", steps=4, strength=0.75),
-    *(case("residual VAE", (64, 32), frames, "unipc", steps=2, guidance=1.0, strength=0.5) for frames in (1, 2, 5, 9, 17)),
+    *(case("residual VAE", (64, 32), frames, "unipc", steps=2, guidance=1.0, strength=0.5)
+      for frames in (1, 2, 5, 9, 17)),
     case("two experts", (48, 32), 9, "unipc", steps=6, shift=12.0, guidance=4.0, guidance_2=3.0, double=True),
     case("two experts", (32, 48), 5, "euler", steps=4, shift=3.0, guidance=4.0, guidance_2=2.0),
     case("two experts", (32, 48), 5, "dpm++", steps=5, shift=5.0, guidance=1.0),
@@ -237,8 +239,8 @@ class Tally:
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """Largest difference over the largest magnitude of `expected`. Infinite if a shape or an integer differs, or if `actual`
-    has NaN or infinity."""
+    """Largest difference over the largest magnitude of `expected`. Infinite if a shape or an integer differs, or if
+    `actual` has NaN or infinity."""
     if actual.shape != expected.shape or not np.isfinite(actual).all():
         return np.inf
     if expected.dtype.kind == "i":

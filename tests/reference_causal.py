@@ -1,11 +1,11 @@
 """Clips made in chunks against upstream's own models: windows, sinks, positions, lists, prompt changes, given frames.
 
-tests/goldens/causal/NAME holds what upstream's model made (VERSIONS there).  The weights are those of tests/goldens/causal/model.gguf;
-each case writes its keys into a copy, runs ./sora and has it compare.  Given frames are latents: --feed puts them in the place
-of what the encoder makes of any picture or clip of that length.
+tests/goldens/causal/NAME holds what upstream's model made (VERSIONS there).  The weights are those of
+tests/goldens/causal/model.gguf; each case writes its keys into a copy, runs ./sora and has it compare.  Given frames
+are latents: --feed puts them in the place of what the encoder makes of any picture or clip of that length.
 
-A clip that is continued twice has to be, bit for bit, the clip that is continued once by both lengths, where the second run
-begins from the very latents of the first.  Usage: reference_causal.py
+A clip that is continued twice has to be, bit for bit, the clip that is continued once by both lengths, where the second
+run begins from the very latents of the first.  Usage: reference_causal.py
 """
 import pathlib
 import subprocess
@@ -35,7 +35,8 @@ CASES = {
     "contextnoise": (9, {"causal.context_noise": 100.0}, []),
     "flush": (18, {}, ["--window", "6", "--sink", "1", "--positions", "relative", "--at", f"2.5 {SWITCHED}"]),
     "recache": (24, {"causal.prompt_change": "recache"}, ["--window", "9", "--sink", "3", "--at", f"3 {SWITCHED}"]),
-    "recache-early": (12, {"causal.prompt_change": "recache"}, ["--window", "9", "--sink", "3", "--at", f"1 {SWITCHED}"]),
+    "recache-early": (12, {"causal.prompt_change": "recache"},
+                      ["--window", "9", "--sink", "3", "--at", f"1 {SWITCHED}"]),
     "recache-relative": (24, {"causal.prompt_change": "recache"},
                          ["--window", "9", "--sink", "3", "--positions", "relative", "--at", f"3 {SWITCHED}"]),
 }
@@ -100,7 +101,8 @@ def write_with_keys(path, target, keys):
     for name, value in keys.items():
         add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         if isinstance(value, list):
-            writer.add_key_value(name, [float(x) for x in value], gguf.GGUFValueType.ARRAY, sub_type=gguf.GGUFValueType.FLOAT32)
+            writer.add_key_value(name, [float(x) for x in value], gguf.GGUFValueType.ARRAY,
+                                 sub_type=gguf.GGUFValueType.FLOAT32)
         else:
             add[type(value)](name, value)
     for tensor in source.tensors:
@@ -117,8 +119,8 @@ def main():
         for name, (frames, keys, options) in CASES.items():
             model = pathlib.Path(folder) / f"{name}.gguf"
             write_with_keys(GOLDENS / "model.gguf", model, keys)
-            command = [ROOT / "sora", "-m", model, "-s", "48x32", "-f", str(4 * frames - 3), "--seed", "7", "-q", "-o", "/dev/null",
-                       "--check", GOLDENS / name, "--tolerance", "1e-5", *options, PROMPT]
+            command = [ROOT / "sora", "-m", model, "-s", "48x32", "-f", str(4 * frames - 3), "--seed", "7", "-q",
+                       "-o", "/dev/null", "--check", GOLDENS / name, "--tolerance", "1e-5", *options, PROMPT]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode == 0 and "check passed: 2 tensors" in result.stderr:
                 passed += 1
@@ -128,7 +130,8 @@ def main():
         for name, (keys, given, end) in GIVEN.items():
             model = pathlib.Path(folder) / f"{name}.gguf"
             write_with_keys(GOLDENS / "model.gguf", model, keys)
-            result = sora(model, *source(pathlib.Path(folder), given, end), "--check", GOLDENS / name, "--feed", "--tolerance", "1e-5")
+            result = sora(model, *source(pathlib.Path(folder), given, end), "--check", GOLDENS / name, "--feed",
+                          "--tolerance", "1e-5")
             passed, failed = passed + fed(result, 3), failed + (not fed(result, 3))
             if not fed(result, 3):
                 print(f"{name}: status {result.returncode}\n{result.stderr}", file=sys.stderr)

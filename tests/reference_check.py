@@ -5,8 +5,8 @@
 
 1. The page's commands run on a small random checkpoint: export, diffusers' tensors, --check, --check --feed.
 2. One layer of the reference is changed. --feed must fail that block in each pass, and nothing else.
-3. Both references are written as other tools might write them, in float16, Fortran order and big-endian, with batch axes
-   and integer time steps, and checked again.
+3. Both references are written as other tools might write them, in float16, Fortran order and big-endian, with batch
+   axes and integer time steps, and checked again.
 """
 
 import argparse
@@ -90,7 +90,8 @@ def main() -> None:
         (good / "dump.py").write_text("\n".join(commands("python")) + "\n")
         for line in (export, dump):
             result = play(line, good, sora)
-            claim(result.returncode == 0, f"{line}: exit status {result.returncode} {result.stderr[-300:] * result.returncode}")
+            claim(result.returncode == 0,
+                  f"{line}: exit status {result.returncode} {result.stderr[-300:] * result.returncode}")
         shutil.copytree(good, faulty)
         make_faulty(faulty / "checkpoint")
         play(dump, faulty, sora)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Compares clips that sora makes chunk by chunk, or in a model's own few steps, with diffusers: `make test-reference`.
 
-diffusers has no causal Wan. But what a chunk sees is a mask: the reference runs diffusers' WanTransformer3DModel, without
-any cache, over all frames of the past at the context's time step and the chunk at its own, as one sequence with a time
-step for each token. Attention is diffusers' own, called once for each chunk with the mask and the positions that this
-chunk has; which frames are held at that time is worked out here, on lists of frame numbers.
+diffusers has no causal Wan. But what a chunk sees is a mask: the reference runs diffusers' WanTransformer3DModel,
+without any cache, over all frames of the past at the context's time step and the chunk at its own, as one sequence with
+a time step for each token. Attention is diffusers' own, called once for each chunk with the mask and the positions that
+this chunk has; which frames are held at that time is worked out here, on lists of frame numbers.
 
 Frames that a new prompt has written anew (recache) stand in the sequence twice: as they were, for those that saw them
 so, and again, with the new prompt, for those that come after.
@@ -73,7 +73,8 @@ class Case:
         return f"{self.model}: {self.frames} frames, {how}, {self.rule}" + "".join(f", {m}" for m in more)
 
     def keys(self) -> dict:
-        keys = {"scheduler.rule": self.rule, "default.guidance": self.guidance, "scheduler.noise_scale": self.noise_scale}
+        keys = {"scheduler.rule": self.rule, "default.guidance": self.guidance,
+                "scheduler.noise_scale": self.noise_scale}
         if self.rule != "multistep":
             keys["scheduler.timesteps"] = self.timesteps
         if self.sigmas:
@@ -198,7 +199,8 @@ class Run:
         self.numbers += numbers
         self.sequence.append(Segment(latents, timestep, prompt, numbers, places, self.held + places))
 
-    def passes(self, latents: torch.Tensor, timestep: float, prompt: int, numbers: list[int], keep: bool) -> torch.Tensor:
+    def passes(self, latents: torch.Tensor, timestep: float, prompt: int, numbers: list[int],
+               keep: bool) -> torch.Tensor:
         """The velocity of frames behind all others; they stay there if `keep`."""
         held = list(self.held)
         self.add(latents, timestep, prompt, numbers)
@@ -248,7 +250,8 @@ def draw(case: Case, generator: torch.Generator, shape: tuple[int, ...]) -> torc
 
 
 @torch.no_grad()
-def make_reference(case: Case, checkpoint: Path, embeds: list[np.ndarray], shape: tuple[int, ...], folder: Path) -> None:
+def make_reference(case: Case, checkpoint: Path, embeds: list[np.ndarray], shape: tuple[int, ...],
+                   folder: Path) -> None:
     """Writes the clip's tensors. embeds: of PROMPTS, then of the negative prompt, [n,E] each; shape: [C,T,H,W]."""
     model = WanTransformer3DModel.from_pretrained(checkpoint / "transformer").float().eval()
     padded = torch.zeros(len(embeds), 512, embeds[0].shape[1])

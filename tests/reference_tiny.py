@@ -138,8 +138,8 @@ def run(case: Case, sora: Path, work: Path, latent_frames: int) -> tuple[np.ndar
     frames = 4 * latent_frames - 3
     result = subprocess.run(
         [sora, "-q", "-m", work / "model.gguf", "a red fox", "-s", f"{case.size[0]}x{case.size[1]}", "-f", str(frames),
-         "--steps", "1", "-g", "1", "--seed", str(latent_frames), "--precision", "f32", "--decoder", "tiny", "--no-record",
-         "-o", work / "out.y4m", "--dump", dumped], capture_output=True, text=True)
+         "--steps", "1", "-g", "1", "--seed", str(latent_frames), "--precision", "f32", "--decoder", "tiny",
+         "--no-record", "-o", work / "out.y4m", "--dump", dumped], capture_output=True, text=True)
     if result.returncode:
         sys.exit(f"sora failed on {case}:\n{result.stderr}")
     return tuple(np.load(dumped / f"{name}.npy").swapaxes(0, 1) for name in ("latents", "video"))

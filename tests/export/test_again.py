@@ -81,4 +81,5 @@ def test_weight_files_that_are_not_understood(tmp_path, folders, capsys, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(command, "FIXED", command.FIXED | {"sora.unheard_of": 3})
         export(folders / "diffusers", path)
-    assert "unknown key sora.unheard_of, expected a file of this version" in refused(capsys, tmp_path / "out.gguf", path)
+    assert "unknown key sora.unheard_of, expected a file of this version" in refused(
+        capsys, tmp_path / "out.gguf", path)

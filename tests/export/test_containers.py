@@ -30,7 +30,8 @@ STAND_INS = {
     "html": (b"<!DOCTYPE html><html>Access to model is restricted</html>" * 40, "is a web page"),
     "xml": (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "is a web page"),
     "empty": (b"", "is empty"),
-    "text": (b"not found", "unknown format by its first bytes, expected one of .safetensors, .pth, .pt, .bin, .ckpt, .gguf"),
+    "text": (b"not found",
+             "unknown format by its first bytes, expected one of .safetensors, .pth, .pt, .bin, .ckpt, .gguf"),
 }
 
 
@@ -282,7 +283,8 @@ def test_blocks_that_run_over_the_ends_of_rows(place, folders, weights):
 def test_an_original_shape_that_does_not_fit(place, folders, weights, capsys):
     write_gguf(place / "wan.gguf", "wan", {k: (v, Type.F32) for k, v in weights.items()},
                [("add_array", f"comfy.gguf.orig_shape.{Q}", [48, 47])])
-    assert f"{Q} is [48, 47], expected as many elements as the tensor's [48, 48]" in refusal(capsys, place / "wan.gguf", folders)
+    assert f"{Q} is [48, 47], expected as many elements as the tensor's [48, 48]" in refusal(
+        capsys, place / "wan.gguf", folders)
 
 
 KINDS = ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL",

@@ -34,7 +34,8 @@ def test_schedulers(tmp_path, folders, name, sampler, shift):
 
 
 @pytest.mark.parametrize("values, says", [
-    ({"stepps": 3}, "sora.json: stepps: unknown setting, expected one of name, width"), ({"steps": "3"}, "steps is '3', expected a number"),
+    ({"stepps": 3}, "sora.json: stepps: unknown setting, expected one of name, width"),
+    ({"steps": "3"}, "steps is '3', expected a number"),
     ({"steps": True}, "steps is True, expected a number"), ({"steps": 5000}, "steps is 5000, expected 1 to 1000"),
     ({"steps": 0}, "steps is 0, expected 1 to 1000"), ({"steps": None}, "steps is None, expected a number"),
     ({"guidance": float("nan")}, "guidance is nan, expected 0 to 1000"),

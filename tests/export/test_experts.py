@@ -28,7 +28,8 @@ def experts(request, tmp_path_factory):
 
 def test_both_layouts_give_one_file(tmp_path, experts):
     kind, root = experts
-    files = [export(root / layout, tmp_path / f"{layout}.gguf", "--type", "f32") for layout in ("diffusers", "original")]
+    files = [export(root / layout, tmp_path / f"{layout}.gguf", "--type", "f32")
+             for layout in ("diffusers", "original")]
     assert digest(files[0]) == digest(files[1])
     values = keys(files[0])
     assert values["wan.model_type"] == kind and values["scheduler.boundary"] == BOUNDARIES[kind]
@@ -46,12 +47,15 @@ def test_both_layouts_give_one_file(tmp_path, experts):
 def test_experts_one_by_one(tmp_path, experts, folders):
     _, root = experts
     high, low = root / "original/high_noise_model", root / "original/low_noise_model"
-    file = export(folders / "diffusers", tmp_path / "out.gguf", "--type", "f32", "--transformer", high, "--transformer-2", low)
+    file = export(folders / "diffusers", tmp_path / "out.gguf", "--type", "f32", "--transformer", high,
+                  "--transformer-2", low)
     expected = tensors(export(root / "original", tmp_path / "expected.gguf", "--type", "f32"))
     found = tensors(file)
-    assert all((found[name][1] == expected[name][1]).all() for name in expected if "blocks." in name and "enc." not in name)
+    assert all((found[name][1] == expected[name][1]).all() for name in expected
+               if "blocks." in name and "enc." not in name)
     assert keys(file)["scheduler.boundary"] == 0.875
-    export(folders / "diffusers", tmp_path / "low.gguf", "--type", "f32", "--transformer", low)  # another file's only one
+    # the second expert can be the only transformer of another weight file
+    export(folders / "diffusers", tmp_path / "low.gguf", "--type", "f32", "--transformer", low)
     file = export(folders / "diffusers", tmp_path / "own.gguf", "--type", "f32", "--transformer", high,
                   "--transformer-2", tmp_path / "low.gguf", "--boundary", 0.5, "--guidance-2", 2)
     assert all((tensors(file)[name][1] == found[name][1]).all() for name in found)
@@ -63,7 +67,8 @@ def test_experts_the_other_way_round(tmp_path, experts, folders, capsys):
     high, low = (experts[1] / f"original/{level}_noise_model" for level in ("high", "low"))
     for first, second, told in ((high, low, False), (low, high, True)):
         export(folders / "diffusers", tmp_path / "out.gguf", "--transformer", first, "--transformer-2", second)
-        assert ("the other way round: expected --transformer HIGH --transformer-2 LOW" in capsys.readouterr().err) == told
+        assert ("the other way round: expected --transformer HIGH --transformer-2 LOW"
+                in capsys.readouterr().err) == told
 
 
 def test_a_lora_for_each_expert(tmp_path, experts):
@@ -168,7 +173,8 @@ def test_layouts_that_disagree_are_told(tmp_path, kind, shift, guidance):
 
 OTHERS = {  # a key of a model that is not run, and its name in the error
     "img_emb.emb_pos": "first-and-last-frame", "condition_embedder.image_embedder.pos_embed": "first-and-last-frame",
-    "img_emb.proj.0.weight": "CLIP", "blocks.0.cross_attn.k_img.weight": "CLIP", "blocks.0.attn2.norm_added_k.weight": "CLIP",
+    "img_emb.proj.0.weight": "CLIP", "blocks.0.cross_attn.k_img.weight": "CLIP",
+    "blocks.0.attn2.norm_added_k.weight": "CLIP",
     "vace_patch_embedding.weight": "VACE", "face_encoder.norm1.weight": "Wan-Animate",
     "pose_patch_embedding.weight": "Wan-Animate", "casual_audio_encoder.weights": "Wan-S2V",
     "audio_injector.injector.0.q.weight": "Wan-S2V", "frame_packer.proj.weight": "Wan-S2V",
@@ -181,8 +187,10 @@ OTHERS = {  # a key of a model that is not run, and its name in the error
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
 def test_models_that_are_not_run_are_refused_by_name(tmp_path, folders, capsys, key, prefix):
     weights = {prefix + k: v for k, v in load_file(folders / "original/diffusion_pytorch_model.safetensors").items()}
-    save_file(weights | {prefix + "img_emb.x.weight": torch.zeros(2)} | {prefix + key: torch.zeros(2)}, tmp_path / "model.safetensors")
-    line = refused(capsys, tmp_path / "out.gguf", folders / "diffusers", "--transformer", tmp_path / "model.safetensors")
+    save_file(weights | {prefix + "img_emb.x.weight": torch.zeros(2)} | {prefix + key: torch.zeros(2)},
+              tmp_path / "model.safetensors")
+    line = refused(capsys, tmp_path / "out.gguf", folders / "diffusers", "--transformer",
+                   tmp_path / "model.safetensors")
     assert OTHERS[key] in line and "cannot be run yet" in line and key.split(".")[-1] in line
 
 

@@ -131,7 +131,8 @@ WRONG = [  # (change of a diffusers folder, part of the error line)
     (lambda f: change_transformer(f, lambda w: w.update({"blocks.0.attn2.add_k_proj.weight": torch.zeros(2)})),
      "image-to-video"),
     (lambda f: change_transformer(f, lambda w: w.update({"vace_blocks.0.proj_in.weight": torch.zeros(2)})), "VACE"),
-    (lambda f: change_json(f / "transformer/config.json", num_layers=3), "num_layers is 3, expected 2 by the tensors' shapes"),
+    (lambda f: change_json(f / "transformer/config.json", num_layers=3),
+     "num_layers is 3, expected 2 by the tensors' shapes"),
     (lambda f: change_json(f / "transformer/config.json", qk_norm="rms_norm"), "qk_norm is 'rms_norm'"),
     (lambda f: change_json(f / "transformer/config.json", num_attention_heads="two"),
      "num_attention_heads is 'two', expected a number from 1 to 1024"),
@@ -178,7 +179,8 @@ def test_what_is_wrong_is_named(tmp_path, folders, capsys, change, says):
 
 
 @pytest.mark.parametrize("name, says", [
-    ("high_noise_model/x", "high_noise_model: no weight file"), ("Wan2.2_VAE.pth", "Wan2.2_VAE.pth, expected one"), ("models_clip_xlm.pth", "image-to-video"),
+    ("high_noise_model/x", "high_noise_model: no weight file"), ("Wan2.2_VAE.pth", "Wan2.2_VAE.pth, expected one"),
+    ("models_clip_xlm.pth", "image-to-video"),
     ("diffusion_pytorch_model.safetensors.index.json", "missing.safetensors: named by")])
 def test_original_folders_that_cannot_be_run(tmp_path, folders, capsys, name, says):
     copy = shutil.copytree(folders / "original", tmp_path / "copy")
@@ -189,16 +191,17 @@ def test_original_folders_that_cannot_be_run(tmp_path, folders, capsys, name, sa
 
 def test_levels_of_wan22_vae_are_counted_through(tmp_path):
     """The residual VAE in diffusers' names, and in those of wan/modules/vae2_2.py, which number level by level."""
-    vae = {"base_dim": 8, "decoder_base_dim": 12, "z_dim": 16, "dim_mult": [1, 2, 2], "num_res_blocks": 2, "patch_size": 2,
-           "in_channels": 12, "out_channels": 12, "is_residual": True, "temperal_downsample": [True, False],
-           "scale_factor_spatial": 8, "scale_factor_temporal": 2}
+    vae = {"base_dim": 8, "decoder_base_dim": 12, "z_dim": 16, "dim_mult": [1, 2, 2], "num_res_blocks": 2,
+           "patch_size": 2, "in_channels": 12, "out_channels": 12, "is_residual": True,
+           "temperal_downsample": [True, False], "scale_factor_spatial": 8, "scale_factor_temporal": 2}
     make_checkpoint.make(tmp_path / "diffusers", seed=1, vae=vae)
     stored = load_file(tmp_path / "diffusers/vae/diffusion_pytorch_model.safetensors")
     through = [our_name("vae", name) for name in count_upsamples(list(stored))]
     nested = through
     for half, way, size in (("encoder", "down", 3), ("decoder", "up", 4)):
-        nested = [re.sub(rf"{half}\.{way}samples\.(\d+)", lambda m: f"{half}.{way}samples.{int(m[1]) // size}.{way}samples."
-                         f"{int(m[1]) % size}", name) for name in nested]
+        nested = [re.sub(rf"{half}\.{way}samples\.(\d+)",
+                         lambda m: f"{half}.{way}samples.{int(m[1]) // size}.{way}samples.{int(m[1]) % size}", name)
+                  for name in nested]
     assert count_upsamples(nested) == through
     assert "decoder.upsamples.0.upsamples.3.resample.1.weight" in nested
     assert "encoder.downsamples.0.downsamples.2.time_conv.weight" in nested

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 
 def lora(style, with_alpha):
-    """{key: tensor} of a random LoRA of rank 4 for some modules of the small transformer, with the keys of one style."""
+    """{key: tensor} of a random LoRA of rank 4 for some modules of the small transformer,
+    with the keys of one style."""
     generator = torch.Generator().manual_seed(5)
     dim, ffn = 48, 104
     modules = {f"blocks.{i}.{a}.{m}": (dim, dim) for i in (0, 1) for a in ("self_attn", "cross_attn") for m in "qkvo"}
@@ -115,8 +116,10 @@ def test_an_adapter_as_peft_saves_it(tmp_path, folders, capsys, options):
 @pytest.mark.parametrize("down, alpha, says", [
     (torch.ones(4, 48, dtype=torch.int8), torch.tensor(4.0), "lora_A.weight is I8"),
     (torch.full((4, 48), math.nan), torch.tensor(4.0), "NaN or infinity after merging its LoRAs"),
-    (torch.ones(4, 48), torch.ones(2), "cannot be read"), (torch.ones(0, 48), torch.tensor(4.0), "expected a rank above 0"),
-    (torch.ones(3, 48), torch.tensor(4.0), "has rank 4"), (torch.tensor(1.0), torch.tensor(4.0), "expected a rank above 0")])
+    (torch.ones(4, 48), torch.ones(2), "cannot be read"),
+    (torch.ones(0, 48), torch.tensor(4.0), "expected a rank above 0"),
+    (torch.ones(3, 48), torch.tensor(4.0), "has rank 4"),
+    (torch.tensor(1.0), torch.tensor(4.0), "expected a rank above 0")])
 def test_lora_values_that_are_none_are_refused(tmp_path, folders, capsys, down, alpha, says):
     base, path = "diffusion_model.blocks.0.self_attn.q", tmp_path / "lora.safetensors"
     save_file({f"{base}.lora_A.weight": down, f"{base}.lora_B.weight": torch.ones(48, 4), f"{base}.alpha": alpha}, path)
@@ -162,7 +165,8 @@ def test_a_lora_of_another_shape_is_refused(tmp_path, folders, capsys):
 
 
 @pytest.mark.parametrize("option, says", [
-    ("nowhere.safetensors", "nowhere.safetensors: "), ("a.safetensors:nan", "'nan' is not a number, expected FILE or FILE:SCALE"),
+    ("nowhere.safetensors", "nowhere.safetensors: "),
+    ("a.safetensors:nan", "'nan' is not a number, expected FILE or FILE:SCALE"),
     ("a.safetensors:half", "'half' is not a number, expected FILE or FILE:SCALE")])
 def test_a_lora_that_cannot_be_applied_is_named(tmp_path, folders, capsys, option, says):
     line = refused(capsys, tmp_path / "out.gguf", folders / "diffusers", "--lora", tmp_path / option)

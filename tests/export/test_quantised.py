@@ -192,7 +192,8 @@ def test_scales_that_are_not_read_are_named(place, folders, weights, capsys, hel
 
 @pytest.mark.parametrize("change, what", [
     ({"blocks.0.self_attn.q.weight": torch.zeros(48, 48, dtype=torch.int8)}, "q.weight is I8, expected F64, F32"),
-    ({"blocks.9.self_attn.q.weight_scale": torch.ones(1)}, "blocks.9.self_attn.q.weight_scale is the scale of no tensor"),
+    ({"blocks.9.self_attn.q.weight_scale": torch.ones(1)},
+     "blocks.9.self_attn.q.weight_scale is the scale of no tensor"),
     ({"blocks.9.self_attn.q.comfy_quant": says({"format": "int8_tensorwise"})},
      "the metadata names blocks.9.self_attn.q, expected a weight"),
     ({"blocks.0.self_attn.q.weight_scale": torch.ones(1, dtype=torch.int32)}, "is F32 with a scale of I32")])

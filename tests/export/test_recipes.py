@@ -1,4 +1,5 @@
-"""Recipes: schedules of distilled and causal weights, layouts of such weights, errors for weights without a schedule."""
+"""Recipes: schedules of distilled and causal weights, layouts of such weights,
+errors for weights without a schedule."""
 
 import json
 import math
@@ -112,7 +113,7 @@ def test_longlive_is_a_base_and_a_lora(folders, place, weights, capsys):
     want = weights[f"{base}.weight"] + up @ down
     assert np.abs(file[f"{base}.weight"][1] - want.numpy()).max() <= 1e-5 * want.abs().max()
     assert digest(export_parts(folders, place / "b.gguf", **options)) == digest(
-        export_parts(folders, place / "out.gguf", recipe="longlive", **options))  # the recipe is also known by the file's name
+        export_parts(folders, place / "out.gguf", recipe="longlive", **options))  # the file's name tells the recipe
     options = parts(folders) | {"--transformer": place / "longlive_base.pt", "--lora": place / "lora.pt",
                                 "--recipe": "self-forcing"}
     (place / "out.gguf").unlink()
@@ -252,7 +253,8 @@ WRONG = [
     (["--timesteps", "", "--rule", "euler"], "--timesteps is '', expected numbers"),
     (["--timesteps", "1000,x", "--rule", "euler"], "--timesteps is '1000,x', expected numbers"),
     (["--timesteps", "nan", "--rule", "euler"], "--timesteps is 'nan', expected numbers"),
-    (["--timesteps", "937.5", "--rule", "euler"], "time steps 937.5: expected whole numbers before the shift (--no-warp takes"),
+    (["--timesteps", "937.5", "--rule", "euler"],
+     "time steps 937.5: expected whole numbers before the shift (--no-warp takes"),
     (["--timesteps", "900,899.9", "--no-warp", "--rule", "euler"], "sigmas is [0.89"),
     (["--first-timesteps", "1000"], "--first-timesteps is given, expected --timesteps or --recipe"),
     (["--no-warp"], "--no-warp is given, expected --timesteps or --recipe"),
