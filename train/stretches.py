@@ -81,6 +81,11 @@ def tellings_of(story, tokenizer, rng):
     return result
 
 
+def where_of(k):
+    """Where the stretches of shard k begin: START or ANYWHERE."""
+    return k % 2
+
+
 def path_of(folder, k):
     """The file of shard k."""
     return pathlib.Path(folder) / f"shard-{k:04d}.npy"
@@ -92,7 +97,7 @@ def make_shard(k, folder, seed, encode, tokenizer, narrow):
 
     encode: pixels [1, 3, F, H, W] -> latents.
     """
-    path, where, out, told = path_of(folder, k), k % 2, [], []
+    path, where, out, told = path_of(folder, k), where_of(k), [], []
     for index in range(k * max(STRETCHES), k * max(STRETCHES) + STRETCHES[where]):
         story, rng = story_of(seed, index), np.random.default_rng([seed, index, 5])
         begin = begin_of(story, where, rng)
@@ -132,8 +137,9 @@ class Pool:
             if not path.exists():
                 time.sleep(1)
                 continue
-            self.latents[self.shards % 2].extend(np.load(path, mmap_mode="r"))
-            self.told[self.shards % 2].extend(json.loads(path.with_suffix(".json").read_text()))
+            where = where_of(self.shards)
+            self.latents[where].extend(np.load(path, mmap_mode="r"))
+            self.told[where].extend(json.loads(path.with_suffix(".json").read_text()))
             self.shards += 1
         return sum(map(len, self.told))
 

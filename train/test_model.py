@@ -169,8 +169,8 @@ def test_a_sample_of_chunks_computes_what_the_program_computes_with_its_cache(wo
     state = base.text_to_video(bundled, words)
     pipeline.save(tmp_path / "pipe", words, state, base.autoencoder(bundled).state_dict())
     subprocess.run([sys.executable, train.ROOT / "export.py", tmp_path / "pipe", "-o", tmp_path / "m.gguf"], check=True)
-    subprocess.run([train.ROOT / "sora", "-m", tmp_path / "m.gguf", "-q", "-f", "45", "--dump", tmp_path / "dump", "-o",
-                    tmp_path / "clip.y4m", "--at", f"1.3125 {prompts[1]}", prompts[0]], check=True)
+    subprocess.run([train.ROOT / "sora", "-m", tmp_path / "m.gguf", "-q", "-f", "61", "--dump", tmp_path / "dump", "-o",
+                    tmp_path / "clip.y4m", "--at", f"1.8125 {prompts[1]}", prompts[0]], check=True)
     dumped = lambda name: torch.from_numpy(np.load(tmp_path / "dump" / f"{name}.npy"))  # [Z, frames, h, w]
     net = transformer.TextToVideo(len(tokenizer.Tokenizer(words))).eval()
     net.load_state_dict(state)

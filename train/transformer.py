@@ -45,7 +45,7 @@ UNTOLD = 0.2  # most noise that is added to the past, which is still told to be 
 UNTOLD_SHARE = 0.75  # of the samples have such noise
 OWN_FROM, OWN_SHARE = 2 / 3, 0.5  # from this part of the steps on, this share of the batches has the model's own past
 OWN_SIGMAS = 1.0, 0.75, 0.0  # noise levels of the steps that make it
-MUON_LR, ADAM_LR, EMA_DECAY, FALLING = 0.01, 1e-3, 0.998, 0.5
+MUON_LR, ADAM_LR, EMA_DECAY, FALLING = 0.01, 1e-3, 0.998, 0.7
 SAVE_SECONDS, LOG_STEPS = 180, 25
 
 
@@ -223,7 +223,7 @@ class Run:
         untold = UNTOLD * batch.uniform(len(clean)) * (batch.uniform(len(clean)) < UNTOLD_SHARE)
         context = context + untold.view(-1, 1, 1, 1, 1, 1) * (batch.normal(*context.shape) - context)
         sigma = batch.normal(len(clean), 1 if layout.together else clean.shape[1]).expand(-1, clean.shape[1])
-        sigma = torch.sigmoid(0.6 + 1.2 * sigma)  # most are where a clip's contents are decided
+        sigma = torch.sigmoid(1.1 + sigma)  # most are 0.5 and more, as in the program's four steps
         s, noise = sigma[:, :, None, None, None, None], batch.normal(*clean.shape)
         found = self.forward(batch, context, (1 - s) * clean + s * noise, sigma)
         return (found - (noise - clean)).square().mean((0, 2, 3, 4, 5))
