@@ -66,6 +66,7 @@ int run_apart(void (*run)(void *), void *argument, char output[4096]) {
     pid_t child = fork();
     if (!child) {
         apart = true;
+        threads_set(1); /* fork() did not copy the others, and waking those that slept may block for ever */
         dup2(ends[1], STDERR_FILENO);
         close(ends[0]);
         run(argument);
