@@ -114,13 +114,13 @@ def test_c2pa_takes_the_record(tmp_path):
     subprocess.run("""set -e
         openssl ecparam -name prime256v1 -genkey -noout -out ca.key
         openssl req -x509 -new -key ca.key -sha256 -days 2 -subj '/O=test/CN=CA' \
--addext keyUsage=critical,keyCertSign -out ca.pem
+            -addext keyUsage=critical,keyCertSign -out ca.pem
         openssl ecparam -name prime256v1 -genkey -noout | openssl pkcs8 -topk8 -nocrypt -out key.pem
         openssl req -new -key key.pem -subj '/O=test/CN=signer' -out signer.csr
         printf 'basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\n\
 extendedKeyUsage=critical,emailProtection\nauthorityKeyIdentifier=keyid\nsubjectKeyIdentifier=hash\n' >extensions
         openssl x509 -req -in signer.csr -CA ca.pem -CAkey ca.key -CAcreateserial -days 1 -sha256 \
--extfile extensions -out signer.pem
+            -extfile extensions -out signer.pem
         cat signer.pem ca.pem >chain.pem""", shell=True, check=True, cwd=tmp_path, capture_output=True)
     signer = c2pa.Signer.from_info(c2pa.C2paSignerInfo(
         alg=c2pa.C2paSigningAlg.ES256, sign_cert=(tmp_path / "chain.pem").read_bytes(),

@@ -105,7 +105,7 @@ CLIP = FRAMES - 1  # frames in the unit of time
 JUMP_LENGTH = 0.4
 GRAVITY = 8 * JUMP / JUMP_LENGTH ** 2
 BOUNCES = GRAVITY / 8 * np.array([0.5, 0.375]) ** 2  # heights from which a bounce takes a second, or three quarters
-WALK_EDGE, EDGE, COLLIDE_EDGE = 0.30, 0.33, 0.27  # how far walkers turn from the middle; runners; who collided, from it
+WALK_EDGE, EDGE = 0.30, 0.33  # how far from the middle walkers turn, and runners
 SMALLEST, LARGEST = 0.45, 1.45  # scale at which a subject stops shrinking, or growing
 LEAST = 0.13  # radius: in a story no subject becomes smaller
 
@@ -147,8 +147,9 @@ def bounce_height(room):
     return BOUNCES[0] if room + 0.06 > BOUNCES[0] else BOUNCES[1]
 
 
-def _bouncing(s, height):
-    """Height over an elastic ground of a subject that falls from `height` and comes up to it again."""
+def _bouncing(s, room):
+    """Height over an elastic ground of a subject that falls from bounce_height(room) and comes up to it again."""
+    height = bounce_height(room)
     fall = np.sqrt(2 * height / GRAVITY)
     return height - GRAVITY / 2 * ((s + fall) % (2 * fall) - fall) ** 2
 
@@ -184,7 +185,7 @@ def move(motion, s, x0, y0, r, floor, scale=None, top=None, smallest=SMALLEST):
         "up": lambda: Track(s, x0, floor - (floor - high) * there, size),
         "down": lambda: Track(s, x0, high + (floor - high) * there, size),
         "fall": lambda: Track(s, x0, np.minimum((high if top is None else top) + GRAVITY / 2 * s ** 2, floor), size),
-        "bounce": lambda: Track(s, x0, floor - _bouncing(s, bounce_height(floor - high)), size),
+        "bounce": lambda: Track(s, x0, floor - _bouncing(s, floor - high), size),
         "jump": lambda: Track(s, x0, floor - JUMP * _two_jumps(s), size),
         "spin": lambda: Track(s, x0, y0, size, angle=np.pi * s),
         "grow": lambda: Track(s, x0, y0, np.minimum((SMALLEST if scale is None else scale) + 1.0 * s, LARGEST)),
@@ -222,11 +223,10 @@ def relate(relation, s, dx, shapes, mirrored=False):
     if relation == "pass":
         return [on_ground(0, *_turning(0.5 + 0.42 * ramp, 0.42)), Track(s, 0.5, floors[1] - 0.10)]
     touch = (SIDE[shapes[0]] + SIDE[shapes[1]]) * PAIR_RADIUS / 2  # half the distance between their centres
-    speed, contact = 0.36, 0.55
+    speed, contact, way = 0.36, 0.55, 0.27  # way: how far those who collide go back
     if relation == "meet":
         way_in, walks = touch + speed * np.maximum(contact - s, 0), s < contact + 1 / CLIP
     else:  # they collide, and come back from the edges
-        way = COLLIDE_EDGE
         way_in, walks = touch + np.abs((speed * (s - contact) + way) % (2 * way) - way), 1
     return [on_ground(0, 0.5 - way_in, 1, walks=walks), on_ground(1, 0.5 + way_in, -1, walks=walks)]
 

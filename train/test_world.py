@@ -35,8 +35,8 @@ def test_two_subjects_never_share_a_colour():
     assert all(len({x.colour for x in s.subjects}) == 2 for s in scenes)
 
 
-# The sum of the first two seconds times PATTERN, as it has been since the world ended there. Scenes that bounce, collide,
-# fall or jump are not among them: these have changed.
+# The sum of the first two seconds times PATTERN, as it has been since the world ended there. Scenes that bounce,
+# collide, fall or jump are not among them: these have changed.
 PATTERN = np.random.default_rng(0).standard_normal((world.FRAMES, world.SIZE, world.SIZE, 3))
 FIRST_TWO_SECONDS = {
     1: 84646, 2: 203583, 4: 185411, 5: 233868, 6: 31598, 7: 181023, 12: 231356, 16: 75330, 17: 154181, 19: 123999, 23:
