@@ -125,11 +125,11 @@ def answer(index, args):
     for name, first, frames, begun in parts:
         scene = story.at(first)
         marks[name] = detect.compare(scene, detect.detect(look(first, frames), begun), begun, args.kind != "story")
-        begin = first - SETTLED
-        if args.kind == "story" and begin > 0:
+        before = first - SETTLED - 1  # the last frame of the sentence before
+        if args.kind == "story" and before > 0:
             for i, subject in enumerate(scene.subjects):
-                if subject not in story.at(begin - 1).subjects:
-                    went = detect.goes_there(look(begin, SETTLED), subject)
+                if subject not in story.at(before).subjects:
+                    went = detect.goes_there(look(first, SETTLED), subject)
                     marks[name] |= {} if went is None else {f"way{i}": went}
     return " | ".join(text for _, text in texts), marks, look(*parts[-1][1:3]) if args.strip else None
 

@@ -11,12 +11,11 @@ import functools
 
 import numpy as np
 
-from world import FRAMES, SIZE, Scene, Story, first_frame
+from world import CHUNK, CROWD, FRAMES, SIZE, Scene, Story, first_frame
 
 GROUND = 0.86  # y of the floor on which subjects stand
 RADIUS = {"small": 0.175, "medium": 0.22, "large": 0.275}
 PAIR_RADIUS = 0.17
-JUMP = 0.29  # height of a jump
 PAIR_HOMES = 0.25, 0.75  # x of two subjects that each move on their own
 OUTLINE_COLOUR = np.array([36, 30, 46], np.float32)
 OUTLINE_WIDTH = 0.014  # of the frame
@@ -102,9 +101,9 @@ SIDE = {"circle": 0.92, "square": 0.80, "triangle": 0.97, "star": 1.01, "heart":
 # motions after a few of them. So a motion looks the same in every chunk, or in one of a few ways.
 
 CLIP = FRAMES - 1  # frames in the unit of time
-JUMP_LENGTH = 0.4
-GRAVITY = 8 * JUMP / JUMP_LENGTH ** 2
-BOUNCES = GRAVITY / 8 * np.array([0.5, 0.375]) ** 2  # heights from which a bounce takes a second, or three quarters
+BOUNCE, BOUNCE_LENGTH, JUMP_LENGTH = 0.31, 0.5, 0.4  # height, and units of time in the air
+GRAVITY = 8 * BOUNCE / BOUNCE_LENGTH ** 2
+JUMP = GRAVITY * JUMP_LENGTH ** 2 / 8  # height
 WALK_EDGE, EDGE = 0.30, 0.33  # how far from the middle walkers turn, and runners
 SMALLEST, LARGEST = 0.45, 1.45  # scale at which a subject stops shrinking, or growing
 LEAST = 0.13  # radius: in a story no subject becomes smaller
@@ -136,22 +135,15 @@ def parabola(s, start, end):
     return 4 * p * (1 - p)
 
 
+def _bouncing(s):
+    """Height over an elastic ground, 1 at the top, of a subject that falls from there and comes up to it again."""
+    return parabola((s + BOUNCE_LENGTH / 2) % BOUNCE_LENGTH, 0, BOUNCE_LENGTH)
+
+
 def _two_jumps(s):
     """Height over the ground, 1 at the top, of a subject that jumps twice in each unit of time."""
     s = s % 1
     return parabola(s, 0.05, 0.05 + JUMP_LENGTH) + parabola(s, 0.55, 0.55 + JUMP_LENGTH)
-
-
-def bounce_height(room):
-    """The height from which a subject bounces that has so much room; it may leave the frame by two pixels."""
-    return BOUNCES[0] if room + 0.06 > BOUNCES[0] else BOUNCES[1]
-
-
-def _bouncing(s, room):
-    """Height over an elastic ground of a subject that falls from bounce_height(room) and comes up to it again."""
-    height = bounce_height(room)
-    fall = np.sqrt(2 * height / GRAVITY)
-    return height - GRAVITY / 2 * ((s + fall) % (2 * fall) - fall) ** 2
 
 
 def _legs(s, steps):
@@ -185,7 +177,7 @@ def move(motion, s, x0, y0, r, floor, scale=None, top=None, smallest=SMALLEST):
         "up": lambda: Track(s, x0, floor - (floor - high) * there, size),
         "down": lambda: Track(s, x0, high + (floor - high) * there, size),
         "fall": lambda: Track(s, x0, np.minimum((high if top is None else top) + GRAVITY / 2 * s ** 2, floor), size),
-        "bounce": lambda: Track(s, x0, floor - _bouncing(s, floor - high), size),
+        "bounce": lambda: Track(s, x0, floor - BOUNCE * _bouncing(s), size),
         "jump": lambda: Track(s, x0, floor - JUMP * _two_jumps(s), size),
         "spin": lambda: Track(s, x0, y0, size, angle=np.pi * s),
         "grow": lambda: Track(s, x0, y0, np.minimum((SMALLEST if scale is None else scale) + 1.0 * s, LARGEST)),
@@ -232,32 +224,40 @@ def relate(relation, s, dx, shapes, mirrored=False):
 
 
 # ---- stories: from one sentence to the next ------------------------------------------------------------------------
+#
+#     beat 0                         beat 1, 2, ...
+#     each goes to where it begins   what the sentence says, as a clip of two seconds begins
+#
+# Who is told nothing new goes on, unless somebody comes or goes: then all take new places and begin again. Who falls
+# does so at once.
 
-GLIDE = 0.3  # units of time in which a subject gets from where it is to where it does the next thing
-HOMES = {2: PAIR_HOMES, 3: (1 / 6, 1 / 2, 5 / 6)}  # x of so many that each move on their own
+BEAT = 4 * CHUNK  # frames
+HOMES = {1: (1 / 2,), 2: PAIR_HOMES, 3: (1 / 6, 1 / 2, 5 / 6)}  # x of so many that each move on their own
 OUTSIDE = 0.5 + 1.1 * PAIR_RADIUS  # how far from the middle a subject is no longer seen
+FAR = 0.1  # a character that has so far to go to its place walks there
 
 
 class Act:
-    """What one subject does from frame `begin` on.
+    """What one subject does.
 
-    way: s -> Track; clock: s in that frame; r: radius; size: the scale that it has unless it grows or shrinks.
+    way: s -> Track; begin: the frame in which s is 0, before which it waits at its beginning; r: radius; size: the
+    scale that it has unless it grows or shrinks.
     """
 
-    def __init__(self, subject, r, way, begin=0, clock=0.0, size=1.0):
-        self.subject, self.r, self.way, self.begin, self.clock, self.size = subject, r, way, begin, clock, size
-        self.gap, self.since = None, begin
+    def __init__(self, subject, r, way, begin=0, size=1.0):
+        self.subject, self.r, self.way, self.begin, self.size = subject, r, way, begin, size
+        self.gap, self.since = np.zeros(4), begin
 
     def track(self, frames):
         """Its Track in these frames."""
-        track = self.way((frames - self.begin) / CLIP + self.clock)
-        if self.gap is not None:
-            p = np.clip((frames - self.since) / (GLIDE * CLIP), 0, 1)
-            left = 1 - p * p * (3 - 2 * p)
-            track.x, track.y, track.scale, track.angle = (
-                a + gap * left for a, gap in zip((track.x, track.y, track.scale, track.angle), self.gap))
-            if self.subject.enters:
-                track.stride = track.stride + _legs(p, 2) * (p < 1)
+        track = self.way(np.maximum(frames - self.begin, 0) / CLIP)
+        p = np.clip((frames - self.since) / BEAT, 0, 1)
+        left = 1 - p * p * (3 - 2 * p)
+        track.x, track.y, track.scale, track.angle = (
+            a + gap * left for a, gap in zip((track.x, track.y, track.scale, track.angle), self.gap))
+        if abs(self.gap[0]) > FAR:
+            track.stride = np.where(p < 1, _legs(p, 2), track.stride)
+            track.facing = np.where(p < 1, -np.sign(self.gap[0]), track.facing)
         return track
 
     def pose(self, frame):
@@ -266,68 +266,34 @@ class Act:
         return np.array([track.x[0], track.y[0], track.scale[0], track.angle[0]])
 
     def glide(self, pose, frame):
-        """Itself, but at a pose in a frame, from which it glides to its own way."""
-        self.gap, self.since = None, frame
+        """Itself, but at a pose in a frame, from which it glides to its own way in a beat."""
         gap = pose - self.pose(frame)
         gap[3] = (gap[3] + np.pi) % (2 * np.pi) - np.pi
-        self.gap = gap
+        self.gap, self.since = gap, frame
         return self
 
 
-def _alone(subject, home, dy, r, **more):
-    """The way of a subject that moves on its own."""
-    return functools.partial(move, subject.motion, x0=home, y0=0.48 + dy, r=r, floor=floor_of(subject.shape, r), **more)
+def _way(scene, i, home, r, mirrored=False, **more):
+    """s -> Track of subject i of a scene. home: x where it rests, r: its radius, if it moves on its own; mirrored: of
+    a relation; more: as of move."""
+    x = scene.subjects[i]
+    if scene.relation:
+        shapes = [x.shape for x in scene.subjects]
+        return lambda s: relate(scene.relation, s, scene.dx, shapes, mirrored)[i]
+    return functools.partial(move, x.motion, x0=home, y0=0.48 + scene.dy, r=r, floor=floor_of(x.shape, r), **more)
 
 
-def _related(scene, mirrored=False):
-    """The ways of the two subjects of a relation."""
-    shapes = [x.shape for x in scene.subjects]
-    return [lambda s, i=i: relate(scene.relation, s, scene.dx, shapes, mirrored)[i] for i in range(2)]
+def _homes(scene):
+    """x of each place of a scene, from left to right."""
+    count = len(scene.subjects)
+    return [x + scene.dx * (count < CROWD) for x in HOMES[count]]
 
 
 def _first(scene):
     """The Acts of a scene that nothing comes before."""
-    if scene.relation:
-        return [Act(x, PAIR_RADIUS, way) for x, way in zip(scene.subjects, _related(scene))]
-    if len(scene.subjects) == 1:
-        x, r = scene.subjects[0], RADIUS[scene.subjects[0].size]
-        return [Act(x, r, _alone(x, 0.5 + scene.dx, scene.dy, r))]
-    return [Act(x, PAIR_RADIUS, _alone(x, home + scene.dx, scene.dy, PAIR_RADIUS))
-            for x, home in zip(scene.subjects, PAIR_HOMES)]
-
-
-def _clock(motion, pose, r, floor):
-    """The time at which a motion is where a subject is, as nearly as may be."""
-    (x, y), high = pose[:2], 0.04 + r
-    bounce = bounce_height(floor - high)
-    if motion.endswith(("left", "right")):
-        there = (0.5 - x if motion.endswith("left") else x - 0.5) / (EDGE if motion.startswith("run") else 0.48 - r)
-        return 0.5 + (0 if motion.startswith("walk") else np.clip(there, -1, 1) / 2)  # any place will do for walking
-    return {"up": (floor - y) / (floor - high), "down": (y - high) / (floor - high),
-            "bounce": np.sqrt(2 * np.clip(y - floor + bounce, 0, bounce) / GRAVITY),
-            "loop": np.arctan2(x - 0.5, 0.47 - y) / (2 * np.pi) % 1}.get(motion, 0.0)
-
-
-def _another(x, home, dy, pose, r, size, begin):
-    """The Act of a subject that begins to move on its own."""
-    radius = r * size
-    floor = floor_of(x.shape, radius)
-    way = _alone(x, home, dy, radius, scale=size, top=min(pose[1], floor),
-                 smallest=max(SMALLEST, LEAST / r))
-    return Act(x, r, way, begin, _clock(x.motion, pose, radius, floor), size)
-
-
-def _together(scene, poses, begin):
-    """The Acts of two subjects that begin to do something together, where it brings them least out of their way;
-    before they meet or collide, if they are to."""
-    s, found = np.arange(0, 0.5 if scene.relation in ("meet", "collide") else 4, 1 / 64), []
-    for mirrored in (False, True):
-        ways = _related(scene, mirrored)
-        tracks = [way(s) for way in ways]
-        far = sum((t.x - pose[0]) ** 2 + (t.y - pose[1]) ** 2 for t, pose in zip(tracks, poses))
-        found.append((far.min(), mirrored, s[far.argmin()], ways))
-    _, _, clock, ways = min(found)
-    return [Act(x, PAIR_RADIUS, way, begin, clock) for x, way in zip(scene.subjects, ways)]
+    radii = [RADIUS[x.size] if len(scene.subjects) == 1 else PAIR_RADIUS for x in scene.subjects]
+    return [Act(x, r, _way(scene, i, home, r))
+            for i, (x, home, r) in enumerate(zip(scene.subjects, _homes(scene), radii))]
 
 
 def _strange(x, middle, dy):
@@ -336,35 +302,34 @@ def _strange(x, middle, dy):
     return np.array([0.5 + side * OUTSIDE, 0.5 - OUTSIDE if x.motion == "fall" else 0.48 + dy, 1.0, 0.0])
 
 
+def _is_mirrored(scene, there):
+    """Whether a relation that begins brings its subjects less out of their way if it is mirrored; there: their poses."""
+    start = np.array([_way(scene, i, 0, 0)(np.zeros(1)).x[0] for i in range(2)])
+    x = np.array([pose[0] for pose in there])
+    return np.abs(1 - start - x).sum() < np.abs(start - x).sum()
+
+
 def _next(acts, before, scene, begin):
     """The Acts of a scene that begins in frame `begin`, after these of the scene before; those that leave come last."""
     past = {a.subject.colour: a for a in acts if a.subject in before.subjects}
     poses = {colour: a.pose(begin) for colour, a in past.items()}
     middle = np.mean([pose[0] for pose in poses.values()])
     there = [poses[x.colour] if x.colour in poses else _strange(x, middle, scene.dy) for x in scene.subjects]
-    count = len(scene.subjects)
-    homes = [np.clip(there[0][0], 0.25, 0.75)] if count == 1 else [x + scene.dx * (count == 2) for x in HOMES[count]]
-    homes = [homes[i] for i in np.argsort(np.argsort([pose[0] for pose in there]))]
-    together = scene.relation and _together(scene, there, begin)
-    result = []
+    homes = [_homes(scene)[i] for i in np.argsort(np.argsort([pose[0] for pose in there]))]
+    mirrored, result = bool(scene.relation) and _is_mirrored(scene, there), []
     for i, (x, home, pose) in enumerate(zip(scene.subjects, homes, there)):
         old = past.get(x.colour)
-        goes_on = old and old.subject.motion == x.motion and before.relation == scene.relation
+        if old and (old.subject.motion, before.relation) == (x.motion, scene.relation) and len(there) == len(past):
+            result.append(old)
+            continue
         r, size = (old.r, old.size) if old else (PAIR_RADIUS, 1.0)
-        if old and old.subject.motion in ("grow", "shrink") and not goes_on:
+        if old and old.subject.motion in ("grow", "shrink"):
             size = pose[2]
-        if goes_on and count == len(before.subjects):
-            act = old
-        elif goes_on:
-            act = Act(x, r, functools.partial(old.way, x0=home), old.begin, old.clock, old.size).glide(pose, begin)
-        elif scene.relation:
-            act = together[i].glide(pose, begin)
-            act.r = r
-        else:
-            if x.motion == "fall" and not old:
-                pose = np.array([home, *pose[1:]])
-            act = _another(x, home, scene.dy, pose, r, size, begin).glide(pose, begin)
-        result.append(act)
+        if x.motion == "fall" and not old:
+            pose = np.array([home, *pose[1:]])
+        way = _way(scene, i, home, r * size, mirrored, scale=size, top=min(pose[1], floor_of(x.shape, r * size)),
+                   smallest=max(SMALLEST, LEAST / r))
+        result.append(Act(x, r, way, begin + BEAT * (x.motion != "fall"), size).glide(pose, begin))
     for colour, old in past.items():
         if colour not in {x.colour for x in scene.subjects}:
             x = 0.5 + np.sign(poses[colour][0] - 0.5 + 1e-9) * OUTSIDE
@@ -417,10 +382,10 @@ BACKGROUND = {
                 ((98, 76, 92), 1, _hills, 0.80, 0.012, 1.0, 1.0)]),
     "sea": ([(0, 104, 178, 192), (0.8, 38, 100, 132)],
             [((150, 150, 122), 1, _hills, 0.82, 0.012, 1.5, 0.5),
-             ((168, 214, 220), 0.7, _dots, 3, 9, 0.02, 0.78, 0.014, -1)]),
+             ((168, 214, 220), 0.7, _dots, 3, 9, 0.02, 0.78, 0.018, -1)]),
     "snow": ([(0, 140, 160, 188), (0.78, 162, 180, 204)],
              [((186, 200, 222), 1, _hills, 0.79, 0.015, 1.0, 3.0),
-              ((226, 233, 242), 1, _dots, 4, 14, 0.0, 1.0, 0.014, 1)]),
+              ((226, 233, 242), 1, _dots, 4, 14, 0.0, 1.0, 0.016, 1)]),
     "desert": ([(0, 150, 196, 214), (0.75, 204, 212, 202)],
                [((206, 176, 132), 1, _hills, 0.68, 0.04, 1.0, 1.2),
                 ((222, 194, 148), 1, _hills, 0.79, 0.012, 1.5, 0.0)]),

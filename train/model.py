@@ -107,11 +107,9 @@ def _rotated(x, cos, sin):
 
 
 def _attend(q, k, v, bias=None):
-    """Attention of q [..., N, heads, d] to k, v [..., L, heads, d]; bias is added to the logits."""
-    q, k, v = (x.transpose(-2, -3) for x in (q, k, v))
-    logits = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    logits = logits if bias is None else logits + bias
-    return (logits.softmax(-1) @ v).transpose(-2, -3).flatten(-2)
+    """Attention of q [B, N, heads, d] to k, v [B, L, heads, d]; bias is added to the logits."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return nn.functional.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
 
 
 def plain_block(block, x, e, turns, sees, text, bias, prompt_of):
@@ -130,7 +128,8 @@ def plain_block(block, x, e, turns, sees, text, bias, prompt_of):
     y, attn = block.norm2(x), block.attn2
     q = attn.norm_q(attn.to_q(y).float()).unflatten(-1, heads)
     k, v = attn.norm_k(attn.to_k(text).float()).unflatten(-1, heads), attn.to_v(text).unflatten(-1, heads)
-    x = x + attn.to_out[0](_attend(q, k[prompt_of], v[prompt_of], bias[prompt_of]))
+    of = prompt_of.flatten()
+    x = x + attn.to_out[0](_attend(q.flatten(0, 1), k[of], v[of], bias[of]).view(x.shape))
 
     return x + block.ffn(block.norm3(x) * (1 + ffn_scale) + ffn_shift) * ffn_gate
 

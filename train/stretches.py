@@ -1,9 +1,9 @@
 """The transformer's training data: latents of stretches of stories, in shards on disk.
 
-    shard 0, 2, ...    96 stretches of 3 chunks    the first seconds of a story
-    shard 1, 3, ...    32 stretches of 8 chunks    from anywhere in a story's minute
+    shard 0, 3, 6, ...    96 stretches of 3 chunks    the first seconds of a story
+    the others            32 stretches of 8 chunks    from anywhere in a story's minute
 
-Both take a core about as long: frames are what costs, in Wan's own encoder. A cut's first latent frame stands for one
+A story is one scene or several: one half of the first shards' have several, three quarters of the others'. Both take a core about as long: frames are what costs, in Wan's own encoder. A cut's first latent frame stands for one
 picture, where the whole film's would stand for four; it is left out. Beside the latents stand the sentences, several
 tellings of each story, so a shard needs nothing else to be read.
 
@@ -31,15 +31,15 @@ from world import CHUNK, SIZE
 START, ANYWHERE = 0, 1  # where a stretch begins
 STRETCHES, CHUNKS = (96, 32), (3, 8)  # in a shard of each; in a stretch of each
 LATEST = 56  # the last chunk at which a stretch of a lone sentence may begin
-SENTENCES = 8  # of every second story; the others have one
+SENTENCES = 8  # of a story that has several
 TELLINGS = 6  # sets of captions of each story
 LASTS = 3, 5  # chunks that a sentence lasts, at least and at most: few, since where it changes is what is hard to learn
 LONE = "single", "single", "pair", "relation"  # kinds of scenes that are alone, drawn from evenly
 HALF_CELL = 4 / SIZE  # a latent is 8 pixels wide and high
 
 
-def story_of(seed, index):
-    """The story of stretch `index`: one scene or, every second one, several.
+def story_of(seed, index, where):
+    """The story of stretch `index`: one scene, if the index is even or divisible by four, or several.
 
     Two subjects of which one shrinks are in no story of several scenes: later it would be too small to be seen. So a
     lone scene is not one of world.story, or the transformer would forget them.
@@ -49,7 +49,7 @@ def story_of(seed, index):
     fraction of one.
     """
     weights = world.LEARNED_LAST
-    story = (world.story(seed, index, weights=weights, sentences=SENTENCES, chunks=LASTS) if index % 2 else
+    story = (world.story(seed, index, weights=weights, sentences=SENTENCES, chunks=LASTS) if index % (2, 4)[where] else
              world.Story((world.scene(seed, index, LONE, weights=weights),), (0,)))
     dx = math.copysign(HALF_CELL, story.scenes[0].dx)
     return dataclasses.replace(story, scenes=tuple(dataclasses.replace(s, dx=dx, dy=HALF_CELL) for s in story.scenes))
@@ -83,7 +83,7 @@ def tellings_of(story, tokenizer, rng):
 
 def where_of(k):
     """Where the stretches of shard k begin: START or ANYWHERE."""
-    return k % 2
+    return START if k % 3 == 0 else ANYWHERE
 
 
 def path_of(folder, k):
@@ -99,7 +99,7 @@ def make_shard(k, folder, seed, encode, tokenizer, narrow):
     """
     path, where, out, told = path_of(folder, k), where_of(k), [], []
     for index in range(k * max(STRETCHES), k * max(STRETCHES) + STRETCHES[where]):
-        story, rng = story_of(seed, index), np.random.default_rng([seed, index, 5])
+        story, rng = story_of(seed, index, where), np.random.default_rng([seed, index, 5])
         begin = begin_of(story, where, rng)
         told.append({"begin": begin, "tellings": tellings_of(story, tokenizer, rng)})
         with products(narrow):
