@@ -226,12 +226,14 @@ def relate(relation, s, dx, shapes, mirrored=False):
 # ---- stories: from one sentence to the next ------------------------------------------------------------------------
 #
 #     beat 0                         beat 1, 2, ...
-#     each goes to where it begins   what the sentence says, as a clip of two seconds begins
+#     each goes to where it begins   what the sentence says, from its beginning
 #
+# From beat 1 on a chunk shows what a chunk of the scene alone would show: a story is made of what is known already.
 # Who is told nothing new goes on, unless somebody comes or goes: then all take new places and begin again. Who falls
 # does so at once.
 
 BEAT = 4 * CHUNK  # frames
+PICTURE = 3  # frames by which a clip's first latent frame, which is one picture, is shorter than others
 HOMES = {1: (1 / 2,), 2: PAIR_HOMES, 3: (1 / 6, 1 / 2, 5 / 6)}  # x of so many that each move on their own
 OUTSIDE = 0.5 + 1.1 * PAIR_RADIUS  # how far from the middle a subject is no longer seen
 FAR = 0.1  # a character that has so far to go to its place walks there
@@ -329,7 +331,7 @@ def _next(acts, before, scene, begin):
             pose = np.array([home, *pose[1:]])
         way = _way(scene, i, home, r * size, mirrored, scale=size, top=min(pose[1], floor_of(x.shape, r * size)),
                    smallest=max(SMALLEST, LEAST / r))
-        result.append(Act(x, r, way, begin + BEAT * (x.motion != "fall"), size).glide(pose, begin))
+        result.append(Act(x, r, way, begin + PICTURE + BEAT * (x.motion != "fall"), size).glide(pose, begin))
     for colour, old in past.items():
         if colour not in {x.colour for x in scene.subjects}:
             x = 0.5 + np.sign(poses[colour][0] - 0.5 + 1e-9) * OUTSIDE

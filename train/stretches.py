@@ -3,9 +3,10 @@
     shard 0, 3, 6, ...    96 stretches of 3 chunks    the first seconds of a story
     the others            32 stretches of 8 chunks    from anywhere in a story's minute
 
-A story is one scene or several: one half of the first shards' have several, three quarters of the others'. Both take a core about as long: frames are what costs, in Wan's own encoder. A cut's first latent frame stands for one
-picture, where the whole film's would stand for four; it is left out. Beside the latents stand the sentences, several
-tellings of each story, so a shard needs nothing else to be read.
+Both take a core about as long: frames are what costs, in Wan's own encoder. A story has one scene, or several: one in
+two of the first kind of shard, three in four of the other. A cut's first latent frame stands for one picture, where the
+whole film's would stand for four; it is left out. Beside the latents stand the sentences, several tellings of each
+story, so a shard needs nothing else to be read.
 
 Other processes draw the shards, one after the other, while the transformer trains on those that are there. A model
 that sees the same stretches again and again learns them by heart.
@@ -31,7 +32,8 @@ from world import CHUNK, SIZE
 START, ANYWHERE = 0, 1  # where a stretch begins
 STRETCHES, CHUNKS = (96, 32), (3, 8)  # in a shard of each; in a stretch of each
 LATEST = 56  # the last chunk at which a stretch of a lone sentence may begin
-SENTENCES = 8  # of a story that has several
+LONE_EVERY = 2, 4  # of so many stories of each, one has one scene
+SENTENCES = 8  # of the others
 TELLINGS = 6  # sets of captions of each story
 LASTS = 3, 5  # chunks that a sentence lasts, at least and at most: few, since where it changes is what is hard to learn
 LONE = "single", "single", "pair", "relation"  # kinds of scenes that are alone, drawn from evenly
@@ -39,7 +41,7 @@ HALF_CELL = 4 / SIZE  # a latent is 8 pixels wide and high
 
 
 def story_of(seed, index, where):
-    """The story of stretch `index`: one scene, if the index is even or divisible by four, or several.
+    """The story of stretch `index` that begins at its START or ANYWHERE.
 
     Two subjects of which one shrinks are in no story of several scenes: later it would be too small to be seen. So a
     lone scene is not one of world.story, or the transformer would forget them.
@@ -49,7 +51,7 @@ def story_of(seed, index, where):
     fraction of one.
     """
     weights = world.LEARNED_LAST
-    story = (world.story(seed, index, weights=weights, sentences=SENTENCES, chunks=LASTS) if index % (2, 4)[where] else
+    story = (world.story(seed, index, weights=weights, sentences=SENTENCES, chunks=LASTS) if index % LONE_EVERY[where] else
              world.Story((world.scene(seed, index, LONE, weights=weights),), (0,)))
     dx = math.copysign(HALF_CELL, story.scenes[0].dx)
     return dataclasses.replace(story, scenes=tuple(dataclasses.replace(s, dx=dx, dy=HALF_CELL) for s in story.scenes))

@@ -101,7 +101,7 @@ def test_only_one_process_trains_in_a_folder(tmp_path):
 
 
 def test_a_subject_has_the_same_latents_in_each_of_its_places():
-    scene = next(s for s in (stretches.story_of(0, i).scenes[0] for i in range(1000))
+    scene = next(s for s in (stretches.story_of(0, i, stretches.START).scenes[0] for i in range(1000))
                  if s.background == "plain" and s.subjects[0].motion == "jump")
     light = vae.LightEncoder().eval()
     with torch.no_grad():
@@ -227,7 +227,7 @@ def test_a_run_that_was_ended_goes_on_as_if_nothing_had_happened(words, tmp_path
 
 def test_what_the_judge_asks_for_is_learned():
     """Every motion of a pair, and every relation, begins some stretch."""
-    begins = [stretches.story_of(0, i).scenes[0] for i in range(1000)]
+    begins = [stretches.story_of(0, i, stretches.START).scenes[0] for i in range(1000)]
     assert {x.motion for s in begins if len(s.subjects) == 2 for x in s.subjects} == {
         *world.PAIR_MOTIONS, *world.RELATIONS}
 
@@ -244,6 +244,6 @@ def test_a_stretch_begins_where_its_sentences_say(words, tmp_path, monkeypatch):
         for i, told in enumerate(pool.told[where]):
             assert (told["begin"] == 0) == (where == stretches.START)
             frame = world.first_frame(world.CHUNK * (told["begin"] + 2)) + 3  # the last of chunk 2's first latent frame
-            story = stretches.story_of(0, 4 * where + i)
+            story = stretches.story_of(0, 4 * where + i, where)
             expected = small(vae.to_tensor(draw.draw(story, first=frame, frames=1))[None])[0, :, 0]
             assert np.allclose(pool.latents[where][i][2, :, 0], expected.half(), atol=1e-3)

@@ -79,7 +79,7 @@ PICTURED = Layout("pictured", 48, (0,), (1, 2, 3, 4), frames=1, together=True)
 START = Layout("start", 16, (0, 1), (0, 1, 2, 0, 1, 2))
 ANYWHERE = Layout("anywhere", 16, (0, 1, 2, 3), (2, 3, 4, 2, 3, 4))
 LAYOUTS = PICTURE, BEGINNING, WHOLE, PICTURED, START, ANYWHERE
-GOING_ON = 0.06, 0.24, 0.7  # shares of the batches of the last three layouts
+GOING_ON = 0.06, 0.30, 0.64  # shares of the batches of the last three layouts
 
 
 @dataclasses.dataclass(frozen=True)
