@@ -331,7 +331,8 @@ def _next(acts, before, scene, begin):
             pose = np.array([home, *pose[1:]])
         way = _way(scene, i, home, r * size, mirrored, scale=size, top=min(pose[1], floor_of(x.shape, r * size)),
                    smallest=max(SMALLEST, LEAST / r))
-        result.append(Act(x, r, way, begin + PICTURE + BEAT * (x.motion != "fall"), size).glide(pose, begin))
+        wait = PICTURE + BEAT * (x.motion != "fall")
+        result.append(Act(x, r, way, begin + wait, size).glide(pose, begin))
     for colour, old in past.items():
         if colour not in {x.colour for x in scene.subjects}:
             x = 0.5 + np.sign(poses[colour][0] - 0.5 + 1e-9) * OUTSIDE

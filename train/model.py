@@ -2,11 +2,9 @@
 
 Both are small.  The transformer's weights are diffusers', its pass is written here: a sample is a sequence of chunks of
 latent frames, each of which sees some of the others and reads a prompt of its own. Where there is one chunk, the pass
-is diffusers'. Two things differ, and neither changes a result:
-
-- Attention is written as plain matrix products, because PyTorch's fused attention is very slow backwards on a CPU.
-- Wan attends to all 512 text positions, of which all but the prompt's are zeros.  Zeros have equal keys and values, so
-  one of them with its logit raised by log(count) stands for all; twenty times less work for the prompts of this world.
+is diffusers'. One thing differs, and changes no result: Wan attends to all 512 text positions, of which all but the
+prompt's are zeros.  Zeros have equal keys and values, so one of them with its logit raised by log(count) stands for
+all; twenty times less work for the prompts of this world.
 """
 import torch
 from diffusers import WanTransformer3DModel

@@ -50,9 +50,9 @@ def story_of(seed, index, where):
     so a subject's latents are the same in either place, only moved, and the transformer need not learn them for every
     fraction of one.
     """
-    weights = world.LEARNED_LAST
-    story = (world.story(seed, index, weights=weights, sentences=SENTENCES, chunks=LASTS) if index % LONE_EVERY[where] else
-             world.Story((world.scene(seed, index, LONE, weights=weights),), (0,)))
+    weights, is_lone = world.LEARNED_LAST, index % LONE_EVERY[where] == 0
+    story = (world.Story((world.scene(seed, index, LONE, weights=weights),), (0,)) if is_lone else
+             world.story(seed, index, weights=weights, sentences=SENTENCES, chunks=LASTS))
     dx = math.copysign(HALF_CELL, story.scenes[0].dx)
     return dataclasses.replace(story, scenes=tuple(dataclasses.replace(s, dx=dx, dy=HALF_CELL) for s in story.scenes))
 
