@@ -258,8 +258,10 @@ def _moves(seen, cost):
 
 
 def _times(frames, span):
-    """Times [N, F] of the frames of a window that begins anywhere in a span, or, if that is 0, of a clip."""
-    return np.arange(0, max(span, STEP), STEP)[:, None] + np.arange(frames) / draw.CLIP
+    """Times [N, F] of the frames of a window that begins anywhere in a span, or, if that is 0, of a clip. Where a story
+    begins a motion, it waits for the first frames of the window."""
+    begins = np.arange(-draw.PICTURE / draw.CLIP if span else 0, max(span, STEP), STEP)
+    return np.maximum(begins[:, None] + np.arange(frames) / draw.CLIP, 0)
 
 
 def _former(motion, s, x0, y0, r, floor):
