@@ -42,7 +42,7 @@ PROMPT_SEED = 3
 KINDS = (*world.KINDS, "hard", "minute", "story")
 FPS, WINDOW = 16, 32  # WINDOW: frames that are judged at a time of a long clip
 MINUTE = 0, 2, 4, 5, 6, 8, 15, 30, 50, 52, 54, 56, 58  # seconds at which the windows of a minute begin
-SETTLED = 16  # frames after its time, at which a sentence is judged
+SETTLED = draw.BEAT  # frames after its time, at which a sentence is judged
 CONTEXT = 48  # frames before a window that the VAE must see, for the window to be as in the whole clip
 
 
@@ -124,12 +124,13 @@ def answer(index, args):
     marks = {}
     for name, first, frames, begun in parts:
         scene = story.at(first)
-        marks[name] = detect.compare(scene, detect.detect(look(first, frames), begun), begun, args.kind != "story")
+        window = look(first, frames)
+        marks[name] = detect.compare(scene, detect.detect(window, begun), begun, args.kind != "story")
         before = first - SETTLED - 1  # the last frame of the sentence before
         if args.kind == "story" and before > 0:
             for i, subject in enumerate(scene.subjects):
                 if subject not in story.at(before).subjects:
-                    went = detect.goes_there(look(first, SETTLED), subject)
+                    went = detect.goes_there(window[:SETTLED], subject)
                     marks[name] |= {} if went is None else {f"way{i}": went}
     return " | ".join(text for _, text in texts), marks, look(*parts[-1][1:3]) if args.strip else None
 

@@ -511,7 +511,7 @@ def account(clips, seed, held_out=False, long=False):
             looks = [(world.scene(seed, i, held_out=held_out), 0, True)]
         elif i % 2:
             story = world.story(seed, i, held_out=held_out, sentences=6)
-            looks = [(story, world.first_frame(start) + draw.CLIP // 2, False) for start in story.starts]
+            looks = [(story, world.first_frame(start) + draw.BEAT, False) for start in story.starts]
         else:
             looks = [(world.story(seed, i, held_out=held_out), int(np.random.default_rng(i).integers(160, 960)), False)]
         for look, first, begun in looks:

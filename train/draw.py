@@ -305,8 +305,8 @@ def _strange(x, middle, dy):
 
 
 def _is_mirrored(scene, there):
-    """Whether a relation that begins brings its subjects less out of their way if it is mirrored; there: their poses."""
-    start = np.array([_way(scene, i, 0, 0)(np.zeros(1)).x[0] for i in range(2)])
+    """Whether a relation that begins is less out of its subjects' way if it is mirrored; there: their poses."""
+    start = np.array([t.x[0] for t in relate(scene.relation, np.zeros(1), scene.dx, [x.shape for x in scene.subjects])])
     x = np.array([pose[0] for pose in there])
     return np.abs(1 - start - x).sum() < np.abs(start - x).sum()
 
@@ -317,7 +317,7 @@ def _next(acts, before, scene, begin):
     poses = {colour: a.pose(begin) for colour, a in past.items()}
     middle = np.mean([pose[0] for pose in poses.values()])
     there = [poses[x.colour] if x.colour in poses else _strange(x, middle, scene.dy) for x in scene.subjects]
-    homes = [_homes(scene)[i] for i in np.argsort(np.argsort([pose[0] for pose in there]))]
+    homes = np.array(_homes(scene))[np.argsort(np.argsort([pose[0] for pose in there]))]
     mirrored, result = bool(scene.relation) and _is_mirrored(scene, there), []
     for i, (x, home, pose) in enumerate(zip(scene.subjects, homes, there)):
         old = past.get(x.colour)
