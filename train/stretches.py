@@ -128,7 +128,7 @@ def draw_ahead(shards, folder, seed, autoencoder, tokenizer, compiled, narrow):
 
 
 class Pool:
-    """The windows of all shards that are there, up to the first that is not."""
+    """The stretches of all shards that are there, up to the first that is not."""
 
     def __init__(self, folder):
         self.folder, self.shards, self.latents, self.told = folder, 0, ([], []), ([], [])
@@ -145,11 +145,9 @@ class Pool:
             self.shards += 1
         return sum(map(len, self.told))
 
-    def window(self, rng, chunks, where):
-        """(latents [chunks, Z, CHUNK, h, w], the text of each chunk) of so many chunks of a stretch."""
-        i = int(rng.integers(len(self.told[where])))
-        first = 0 if where == START else int(rng.integers(CHUNKS[where] - chunks + 1))
-        begin, tellings = self.told[where][i]["begin"], self.told[where][i]["tellings"]
-        telling = tellings[rng.integers(len(tellings))]
-        texts = [[text for start, text in telling if start <= begin + first + c][-1] for c in range(chunks)]
-        return np.asarray(self.latents[where][i][first:first + chunks]), texts
+    def stretch(self, i, where, rng):
+        """(latents [CHUNKS, Z, CHUNK, h, w], the text of each chunk) of stretch i, in one of its tellings."""
+        latents, told = self.latents[where][i], self.told[where][i]
+        telling = told["tellings"][rng.integers(TELLINGS)]
+        return latents, [[text for start, text in telling if start <= told["begin"] + c][-1]
+                         for c in range(CHUNKS[where])]

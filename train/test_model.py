@@ -175,7 +175,7 @@ def test_a_sample_of_chunks_computes_what_the_program_computes_with_its_cache(wo
     net = transformer.TextToVideo(len(tokenizer.Tokenizer(words))).eval()
     net.load_state_dict(state)
     layout = transformer.Layout("all", 1, (0, 1, 2), (0, 1, 2, 3))
-    sigmas, noise = pipeline.SIGMAS, dumped("noise").split(world.CHUNK, dim=1)
+    sigmas, noise = transformer.SIGMAS, dumped("noise").split(world.CHUNK, dim=1)
     drawn = [dumped(f"chunk{c:03d}.latents") for c in layout.drawn]
     ids = model.pad([tokenizer.Tokenizer(words)(text) for text in prompts], model.TOKENS)
     for step, sigma in enumerate(sigmas):
@@ -190,21 +190,24 @@ def test_a_sample_of_chunks_computes_what_the_program_computes_with_its_cache(wo
 
 
 class Noise:
-    """A Pool of windows of noise, of which one sample in two is a story."""
+    """A Pool of stretches of noise whose sentence changes."""
+    told = [range(4), range(4)]
 
     def grow(self):
         return 8
 
-    def window(self, rng, chunks, where):
-        return rng.normal(size=(chunks, vae.Z, world.CHUNK, 6, 6)), (["a red star"] * 2 + ["a"] * chunks)[:chunks]
+    def stretch(self, i, where, rng):
+        chunks = stretches.CHUNKS[where]
+        latents = np.random.default_rng(int(i)).normal(size=(chunks, vae.Z, world.CHUNK, 6, 6))
+        return latents, (["a red star"] * 2 + ["a"] * chunks)[:chunks]
 
 
 def test_a_run_that_was_ended_goes_on_as_if_nothing_had_happened(words, tmp_path, monkeypatch):
     """Over all layouts and on its own past: steps 0 to 2, 3 and 4 to 7 of eight."""
-    for layout in transformer.LAYOUTS:
+    for layout in (*transformer.LAYOUTS, transformer.NEXT):
         monkeypatch.setattr(transformer, layout.name.upper(), dataclasses.replace(layout, samples=2))
     tokens = tokenizer.Tokenizer(words)
-    course = transformer.Course(8, mixed=3, whole=4, peak=1.0)
+    course = transformer.Course(8, mixed=3, whole=4, own=5, peak=1.0)
 
     def train_run(run, pool):
         transformer.train(tmp_path / run, tokens, {}, pool, course, seed=0)

@@ -21,12 +21,14 @@ before it:
     anywhere     drawn 0 1 2 3      noisy     2 3 4         noisy 4 sees drawn 2, drawn 3 and itself
 
 So one pass learns six times, each from the past that the C program's cache would hold (cache.c). The program's past is
-its own work and never quite clean: three samples in four have noise on the drawn pieces that they are not told of, and
-in the last third of the steps half of the batches have the model's own guesses of chunks 2 and 3 for a past.
+its own work and never quite clean: three samples in four have noise on the drawn pieces that they are not told of. And
+the model goes on by itself over some stretches now and then, as the program does. What it made is kept in OUT/own/, and
+is the past of half of the samples from anywhere. The wanted chunks stay the drawn ones, so it learns to find back.
 
 Each piece reads the prompt of its time, so a story is a sample like any other.
 """
 import dataclasses
+import itertools
 import signal
 import time
 
@@ -36,15 +38,16 @@ from torch import nn
 
 import model
 import stretches
-from common import Average, Log, Optimisers, products, rate, save_atomically
+from common import Average, Log, Optimisers, products, rate, replacing, save_atomically
 from world import CHUNK
 
 WINDOW = 3 * CHUNK  # latent frames that a chunk sees, its own included
-PROMPTS = 3  # of a sample, at most: five chunks, and a sentence lasts for three or more
+SHIFT = 3.0
+SIGMAS = [SHIFT * u / (1 + (SHIFT - 1) * u) for u in (1, 0.75, 0.5, 0.25)]  # the noise levels of a chunk's four steps
 UNTOLD = 0.2  # most noise that is added to the past, which is still told to be clean
 UNTOLD_SHARE = 0.75  # of the samples have such noise
-OWN_FROM, OWN_SHARE = 2 / 3, 0.5  # from this part of the steps on, this share of the batches has the model's own past
-OWN_SIGMAS = 1.0, 0.75, 0.0  # noise levels of the steps that make it
+OWN_SHARE = 0.5  # of the batches from anywhere have the model's own past, from the step on that the course says
+OWN_EVERY, OWN_KEPT = 10, 60  # after so many steps the model makes another past; so many of the last ones are used
 MUON_LR, ADAM_LR, EMA_DECAY, FALLING = 0.01, 1e-3, 0.998, 0.7
 SAVE_SECONDS, LOG_STEPS = 180, 25
 
@@ -79,19 +82,21 @@ PICTURED = Layout("pictured", 48, (0,), (1, 2, 3, 4), frames=1, together=True)
 START = Layout("start", 16, (0, 1), (0, 1, 2, 0, 1, 2))
 ANYWHERE = Layout("anywhere", 16, (0, 1, 2, 3), (2, 3, 4, 2, 3, 4))
 LAYOUTS = PICTURE, BEGINNING, WHOLE, PICTURED, START, ANYWHERE
-GOING_ON = 0.06, 0.30, 0.64  # shares of the batches of the last three layouts
+NEXT = Layout("next", 16, (0, 1), (2,))  # how the program makes a chunk
+GOING_ON = 0.06, 0.34, 0.60  # shares of the batches of the last three layouts
 
 
 @dataclasses.dataclass(frozen=True)
 class Course:
     """How a run of so many steps goes.
 
-    mixed: until this step pictures, beginnings and whole clips take turns; whole: until this one they are whole. peak:
-    the highest factor of the learning rate.
+    mixed: until this step pictures, beginnings and whole clips take turns; whole: until this one they are whole. own:
+    from this one on the past may be the model's own. peak: the highest factor of the learning rate.
     """
     steps: int
     mixed: int
     whole: int
+    own: int
     peak: float
 
     def layout(self, step, rng):
@@ -101,6 +106,10 @@ class Course:
             return WHOLE
         return (PICTURED, START, ANYWHERE)[rng.choice(3, p=GOING_ON)]
 
+    def own_steps(self, step):
+        """The steps at which the model made what may be the past at this step."""
+        return [s for s in range(0, step + 1, OWN_EVERY) if s >= self.own][-OWN_KEPT:]
+
     def rate(self, step):
         """Factor of the learning rate: a short rise, then the peak, then linearly down."""
         return self.peak * rate(step, self.steps, 100, FALLING)
@@ -108,12 +117,12 @@ class Course:
 
 def from_nothing(steps):
     """The course of a run that starts from random weights."""
-    return Course(steps, mixed=steps // 8, whole=steps // 2, peak=1.0)
+    return Course(steps, mixed=steps // 8, whole=steps // 2, own=steps * 2 // 3, peak=1.0)
 
 
 def from_base(steps):
     """The course of a run that starts from a finished model: it learns to go on."""
-    return Course(steps, mixed=0, whole=0, peak=0.5)
+    return Course(steps, mixed=0, whole=0, own=steps // 10, peak=0.5)
 
 
 class TextToVideo(nn.Module):
@@ -131,33 +140,49 @@ class TextToVideo(nn.Module):
                               sees, self.run_block)
 
 
-class Batch:
-    """What a step learns from: a function of the options, the step and the stretches that are there.
+@dataclasses.dataclass(frozen=True)
+class Window:
+    """Some chunks of a stretch [chunks, Z, CHUNK, h, w], as they are wanted and as they are seen later; their texts."""
+    wanted: np.ndarray
+    past: np.ndarray
+    texts: list
 
-    clean [B, count, Z, t, h, w]: the drawn pieces of the windows. ids, mask [P, L]: prompts. prompt_of [B, count]: the
-    one that each piece reads.
+
+def window_of(layout, pool, own, rng):
+    """A Window for a sample of this layout. own: a file of the model's own stretches, or None."""
+    where = stretches.ANYWHERE if layout is ANYWHERE else stretches.START
+    made = np.load(own) if own else None
+    row = int(rng.integers(len(made["stretches"]) if own else len(pool.told[where])))
+    wanted, texts = pool.stretch(made["stretches"][row] if own else row, where, rng)
+    chunks = -(-(max(layout.noisy) + 1) * layout.frames // CHUNK)
+    first = int(rng.integers(len(texts) - chunks + 1)) if where == stretches.ANYWHERE else 0
+    past = made["latents"][row] if own else wanted
+    return Window(wanted[first:first + chunks], past[first:first + chunks], texts[first:first + chunks])
+
+
+class Batch:
+    """Windows as tensors, and random numbers for them.
+
+    wanted, past [B, count, Z, t, h, w]: their pieces. prompts: (ids, mask) [P, L]. prompt_of [B, count]: the one that
+    each piece reads.
     """
 
-    def __init__(self, step, course, seed, pool, tokenizer, device):
-        rng = np.random.default_rng([seed, step])
-        self.generator, self.device = torch.Generator().manual_seed(int(rng.integers(1 << 62))), device
-        self.layout = course.layout(step, rng)
-        self.own = step >= OWN_FROM * course.steps and rng.random() < OWN_SHARE
-        size, frames, count = self.layout.samples, self.layout.frames, max(self.layout.noisy) + 1
-        chunks = -(-count * frames // CHUNK)
-        where = stretches.ANYWHERE if self.layout is ANYWHERE else stretches.START
-        windows = [pool.window(rng, chunks, where) for _ in range(size)]
-        clean = torch.from_numpy(np.stack([latents for latents, _ in windows])).float()  # [B, chunks, Z, CHUNK, h, w]
-        clean = clean.transpose(1, 2).flatten(2, 3)[:, :, :count * frames].unflatten(2, (count, frames)).transpose(1, 2)
-        self.clean = clean.to(device)
-        prompt_of, prompts = torch.zeros(size, count, dtype=torch.long), []
-        for row, (_, texts) in enumerate(windows):
-            different = list(dict.fromkeys(texts))
-            prompt_of[row] = torch.tensor([row * PROMPTS + different.index(texts[i * frames // CHUNK])
-                                           for i in range(count)])
-            prompts += [tokenizer(text) for text in different] + [[1]] * (PROMPTS - len(different))
-        self.prompt_of = prompt_of.to(device)
+    def __init__(self, layout, windows, rng, tokenizer, device):
+        self.layout, self.device = layout, device
+        self.generator = torch.Generator().manual_seed(int(rng.integers(1 << 62)))
+        self.wanted, self.past = (self._pieces([getattr(w, name) for w in windows]) for name in ("wanted", "past"))
+        chunks, prompts, prompt_of = len(windows[0].texts), [], []
+        most = 1 + -(-(chunks - 1) // stretches.LASTS[0])  # prompts of a window
+        for window in windows:
+            different = list(dict.fromkeys(window.texts))
+            prompt_of.append([len(prompts) + different.index(text) for text in window.texts])
+            prompts += [tokenizer(text) for text in different] + [[1]] * (most - len(different))
+        self.prompt_of = torch.tensor(prompt_of).repeat_interleave(CHUNK // layout.frames, 1).to(device)
         self.prompts = [x.to(device) for x in model.pad(prompts, model.TOKENS)]
+
+    def _pieces(self, latents):
+        x = torch.from_numpy(np.stack(latents)).float()  # [B, chunks, Z, CHUNK, h, w]
+        return x.unflatten(3, (-1, self.layout.frames)).transpose(2, 3).flatten(1, 2).to(self.device)
 
     def normal(self, *shape):
         """Normal numbers of a shape, on the device; the same for the same step."""
@@ -196,37 +221,42 @@ class Run:
         save_atomically({"model": self.net.state_dict(), "average": self.average.shadow, "step": self.step,
                          "optimisers": self.optimisers.state_dict(), "seconds": self.seconds}, checkpoint)
 
-    def forward(self, batch, context, x, sigma):
-        """The velocity of noisy pieces x [B, n, Z, t, h, w] of noise level sigma [B, n] after those of the past."""
+    def forward(self, batch, first, context, x, sigma):
+        """The velocity of noisy pieces x [B, n, Z, t, h, w] of noise level sigma [B, n] after those of the past.
+
+        first: the number of the piece that stands where the layout says 0.
+        """
         layout, past = batch.layout, context.shape[1]
         told = torch.cat([torch.zeros_like(sigma[:, :1]).expand(-1, past), sigma], 1)
         with products(self.narrow, self.device):
-            found = self.net(torch.cat([context, x], 1), told, *batch.prompts, batch.prompt_of[:, layout.pieces],
+            found = self.net(torch.cat([context, x], 1), told, *batch.prompts,
+                             batch.prompt_of[:, [first + p for p in layout.pieces]],
                              [layout.frames * p for p in layout.pieces], layout.sees)
         return found[:, past:].float()
 
     @torch.no_grad()
-    def guessed(self, batch, context):
-        """The past with the model's own guesses, in two Euler steps from noise, of those pieces that are noisy too."""
-        noisy = batch.layout.noisy
-        x = batch.normal(*batch.clean[:, list(noisy)].shape)
-        for sigma, after in zip(OWN_SIGMAS, OWN_SIGMAS[1:]):
-            x = x + (after - sigma) * self.forward(batch, context, x, torch.full_like(x[:, :, 0, 0, 0, 0], sigma))
-        return torch.stack([x[:, noisy.index(c)] if c in noisy else context[:, c] for c in batch.layout.drawn], 1)
+    def go_on(self, batch):
+        """Whole stretches of which the model made all chunks but the first two, as the program does."""
+        made = batch.wanted.clone()
+        for c in range(2, made.shape[1]):
+            x = batch.normal(*made[:, :1].shape)
+            for sigma, after in itertools.pairwise((*SIGMAS, 0.0)):
+                told = torch.full_like(x[:, :, 0, 0, 0, 0], sigma)
+                x = x + (after - sigma) * self.forward(batch, c - 2, made[:, c - 2:c], x, told)
+            made[:, c] = x[:, 0]
+        return made
 
     def losses(self, batch):
         """[n]: the squared distance from the wanted velocity of each noisy piece."""
         layout = batch.layout
-        context, clean = batch.clean[:, list(layout.drawn)], batch.clean[:, list(layout.noisy)]
-        if batch.own and layout is ANYWHERE:
-            context = self.guessed(batch, context)
-        untold = UNTOLD * batch.uniform(len(clean)) * (batch.uniform(len(clean)) < UNTOLD_SHARE)
+        context, wanted = batch.past[:, list(layout.drawn)], batch.wanted[:, list(layout.noisy)]
+        untold = UNTOLD * batch.uniform(len(wanted)) * (batch.uniform(len(wanted)) < UNTOLD_SHARE)
         context = context + untold.view(-1, 1, 1, 1, 1, 1) * (batch.normal(*context.shape) - context)
-        sigma = batch.normal(len(clean), 1 if layout.together else clean.shape[1]).expand(-1, clean.shape[1])
+        sigma = batch.normal(len(wanted), 1 if layout.together else wanted.shape[1]).expand(-1, wanted.shape[1])
         sigma = torch.sigmoid(1.1 + sigma)  # most are 0.5 and more, as in the program's four steps
-        s, noise = sigma[:, :, None, None, None, None], batch.normal(*clean.shape)
-        found = self.forward(batch, context, (1 - s) * clean + s * noise, sigma)
-        return (found - (noise - clean)).square().mean((0, 2, 3, 4, 5))
+        s, noise = sigma[:, :, None, None, None, None], batch.normal(*wanted.shape)
+        found = self.forward(batch, 0, context, (1 - s) * wanted + s * noise, sigma)
+        return (found - (noise - wanted)).square().mean((0, 2, 3, 4, 5))
 
     def advance(self, batch):
         """One step of the weights; (the losses of the noisy pieces, the norm of the gradient)."""
@@ -263,6 +293,37 @@ def is_trained(checkpoint, steps):
     return torch.load(checkpoint, weights_only=True, map_location="cpu", mmap=True)["step"] >= steps
 
 
+def own_path(out, step):
+    """The file of what the model made before this step: the numbers of stretches [16], and their latents."""
+    return out / "own" / f"step-{step:05d}.npz"
+
+
+def make_own(out, run, pool, seed, tokenizer):
+    """Lets the model go on by itself over some stretches."""
+    rng = np.random.default_rng([seed, run.step, 1])
+    chosen = rng.choice(len(pool.told[stretches.ANYWHERE]), NEXT.samples)
+    windows = [Window(latents, latents, texts)
+               for latents, texts in (pool.stretch(i, stretches.ANYWHERE, rng) for i in chosen)]
+    made = run.go_on(Batch(NEXT, windows, rng, tokenizer, run.device))
+    with replacing(own_path(out, run.step)) as new:
+        np.savez(new, stretches=chosen, latents=made.cpu().half().numpy())
+    for old in own_path(out, run.step).parent.glob("step-*.npz"):
+        if old < own_path(out, run.step - OWN_EVERY * 2 * OWN_KEPT):  # a run that was killed may need some older ones
+            old.unlink()
+
+
+def next_batch(out, run, pool, seed, tokenizer):
+    """What the next step learns from: a function of the options, the step and the stretches that are there."""
+    rng, own_steps = np.random.default_rng([seed, run.step]), run.course.own_steps(run.step)
+    if run.step in own_steps:
+        make_own(out, run, pool, seed, tokenizer)
+    layout = run.course.layout(run.step, rng)
+    own = layout is ANYWHERE and own_steps and rng.random() < OWN_SHARE
+    windows = [window_of(layout, pool, own_path(out, rng.choice(own_steps)) if own else None, rng)
+               for _ in range(layout.samples)]
+    return Batch(layout, windows, rng, tokenizer, run.device)
+
+
 def train(out, tokenizer, known, pool, course, seed, learns_text=True, compiled=False, narrow=False, device="cpu"):
     """Trains as a Course says, into OUT/transformer.ckpt, from which it also resumes.
 
@@ -277,7 +338,7 @@ def train(out, tokenizer, known, pool, course, seed, learns_text=True, compiled=
     before = signal.signal(signal.SIGTERM, lambda *_: asked.append(True))
     while run.step < course.steps:
         count = pool.grow()
-        batch = Batch(run.step, course, seed, pool, tokenizer, device)
+        batch = next_batch(out, run, pool, seed, tokenizer)
         losses, norm = run.advance(batch)
         run.seconds = time.time() - begun
         curve.add(run, batch, losses, norm, count)

@@ -99,6 +99,7 @@ MOTIONS = {
     "run left": _phrases(_RUN, _SIDE["left"]),
     "run right": _phrases(_RUN, _SIDE["right"] + ["", ""]),
 }
+_GOES = [("moves away", "moving away"), ("goes away", "going away")]  # of subjects that leave
 PAIR_MOTIONS = ["up", "down", "fall", "bounce", "jump", "spin", "grow", "shrink", "shake", "still"]
 RELATIONS = {
     "orbit": ["{A} orbits {B}", "{A} circles around {B}", "{A} goes around {B}", "{A} revolves around {B}",
@@ -265,13 +266,23 @@ def _noun_phrase(rng, subject, alone):
     return f"{article} {words}".strip()
 
 
-def _event(rng, s):
+def _does(rng, subject):
+    """What a subject does: (third person, participle)."""
+    forms = MOTIONS[subject.motion]
+    if subject.enters:
+        verbs = ("walks", "walking") if subject.shape == "character" else ("moves", "moving")
+        forms = _phrases([verbs], [f"in from the {subject.enters}"])
+    return forms[rng.integers(len(forms))]
+
+
+def _event(rng, s, gone):
     """What happens, without the place: (sentence, noun-phrase form), the second for use after "a video of"."""
-    names = [_noun_phrase(rng, subject, len(s.subjects) == 1) for subject in s.subjects]
+    subjects = s.subjects + gone
+    names = [_noun_phrase(rng, subject, len(subjects) == 1) for subject in subjects]
     if s.relation:
         text = str(rng.choice(RELATIONS[s.relation])).format(A=names[0], B=names[1])
         return text, text
-    verbs = [MOTIONS[subject.motion][rng.integers(len(MOTIONS[subject.motion]))] for subject in s.subjects]
+    verbs = [_does(rng, subject) for subject in s.subjects] + [_GOES[rng.integers(len(_GOES))] for _ in gone]
     if rng.random() < 0.06:
         adverb = rng.choice(_ADVERBS)
         verbs = [(f"{third} {adverb}", f"{participle} {adverb}") for third, participle in verbs]
@@ -290,9 +301,12 @@ def _junk(rng, text):
     return " ".join(words)
 
 
-def caption(s, rng):
-    """One of the many English sentences for scene `s`; `rng` (numpy Generator) chooses which."""
-    event, noun_form = _event(rng, s)
+def caption(s, rng, gone=()):
+    """One of the many English sentences for scene `s`; `rng` (numpy Generator) chooses which.
+
+    gone: subjects that are not in the scene, and leave as it begins.
+    """
+    event, noun_form = _event(rng, s, gone)
     named = s.background != "plain" or rng.random() < 0.1
     place = str(rng.choice(BACKGROUNDS[s.background])) if named else ""
     form = rng.random()
@@ -316,7 +330,6 @@ def caption(s, rng):
 CHANGES = {"motion": 4, "relation": 3, "enter": 3, "leave": 1, "cut": 2}  # what a sentence brings, and how often
 ONCE = "fall", "grow", "shrink"  # motions that come to an end
 ALOFT = "up", "loop", "spin", "shake", "grow", "shrink"  # a subject that does one of these is in the air, and may fall
-_GOES = [("moves away", "moving away"), ("goes away", "going away")]
 
 
 class _Teller:
@@ -416,47 +429,21 @@ def story(seed, index, kinds=KINDS, held_out=False, weights={}, sentences=1, chu
     return Story(tuple(teller.scenes), (0, *(int(t) for t in np.cumsum(lengths))))
 
 
-def _sentence(before, after, rng):
-    """What is new in a scene, in one sentence."""
-    colours = {x.colour: x for x in before.subjects}
-    gone = [x for x in before.subjects if x.colour not in {y.colour for y in after.subjects}]
-    new = [x for x in after.subjects if x.colour not in colours or colours[x.colour].motion != x.motion]
-    if after.relation and (new or before.relation != after.relation or not gone):
-        new = after.subjects
-    parts = []
-    if not new and not gone:  # a cut alone: a subject goes on, or has come to rest
-        x = after.subjects[rng.integers(len(after.subjects))]
-        new = [x] if x.motion not in ONCE else []
-        parts = [] if new else [("there is", (_noun_phrase(rng, x, False),) * 2)]
-    for x in gone:
-        parts.append((_noun_phrase(rng, x, False), _GOES[rng.integers(len(_GOES))]))
-    for x in new:
-        forms = MOTIONS.get(x.motion)
-        if x.enters:
-            verbs = ("walks", "walking") if x.shape == "character" else ("moves", "moving")
-            forms = _phrases([verbs], [f"in from the {x.enters}"])
-        if not after.relation:
-            parts.append((_noun_phrase(rng, x, len(after.subjects) == 1), forms[rng.integers(len(forms))]))
-    if after.relation and new:
-        names = [_noun_phrase(rng, x, False) for x in after.subjects]
-        event = str(rng.choice(RELATIONS[after.relation])).format(A=names[0], B=names[1])
-    else:
-        joint = str(rng.choice([" and ", " while ", ", "]))
-        event = joint.join(f"{name} is {doing}" if doing.endswith("ing") and rng.random() < 0.2 else f"{name} {does}"
-                           for name, (does, doing) in parts)
-    place = ""
-    if before.background != after.background or rng.random() < 0.3:
-        place = str(rng.choice(BACKGROUNDS[after.background]))
-    text = f"{event} {place}" if rng.random() < 0.7 or not place else f"{place}, {event}"
-    return " ".join(text.split()) + ("." if rng.random() < 0.3 else "")
-
-
 def story_captions(story, rng):
-    """[(latent frame, text)]: a sentence for each scene of a story, which names what is new in it."""
+    """[(latent frame, text)]: a sentence for each scene of a story.
+
+    It tells all that the scene shows, so it can be read without the sentences before it, and who leaves. Of a subject
+    that fell, grew or shrank in an earlier sentence it says that it rests.
+    """
     texts = []
-    for before, after in zip((None, *story.scenes), story.scenes):
+    for before, scene in zip((None, *story.scenes), story.scenes):
+        were = {x.colour: x for x in before.subjects} if before else {}
+        at_rest = [x.motion in ONCE and x.colour in were and were[x.colour].motion == x.motion for x in scene.subjects]
+        told = dataclasses.replace(scene, subjects=tuple(
+            dataclasses.replace(x, motion="still") if rests else x for x, rests in zip(scene.subjects, at_rest)))
+        gone = tuple(x for x in were.values() if x.colour not in {y.colour for y in scene.subjects})
         while True:
-            text = _sentence(before, after, rng) if before else caption(after, rng)
+            text = caption(told, rng, gone)
             words = text.replace(",", " ,").replace(".", " .").split()
             if len(words) <= WORDS and "twice" not in words:  # on a film without an end nothing is counted
                 break
