@@ -16,15 +16,15 @@ from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 import model
-import transformer
 import vae
 import world
+from transformer import SHIFT, SIGMAS, WINDOW
 
 # What export.py finds in sora.json beside a checkpoint, and puts into the file as its defaults. In f32 everybody gets
 # the same clip, whatever the processor multiplies fastest.
-RUN = dict(width=world.SIZE, height=world.SIZE, frames=world.FRAMES, fps=16, steps=len(transformer.SIGMAS), guidance=1.0,
-           rule="euler", timesteps=[1000 * s for s in transformer.SIGMAS], sigmas=transformer.SIGMAS, chunk_frames=world.CHUNK,
-           window=transformer.WINDOW, prompt_change="keep", negative_prompt="", name="sora.c demo", precision="f32")
+RUN = dict(width=world.SIZE, height=world.SIZE, frames=world.FRAMES, fps=16, steps=len(SIGMAS), guidance=1.0,
+           rule="euler", timesteps=[1000 * s for s in SIGMAS], sigmas=SIGMAS, chunk_frames=world.CHUNK,
+           window=WINDOW, prompt_change="keep", negative_prompt="", name="sora.c demo", precision="f32")
 diffusers_logging.disable_progress_bar()
 transformers_logging.disable_progress_bar()
 
@@ -41,7 +41,7 @@ def build(tokenizer_folder, text_to_video, vae_state):
     text_encoder.load_state_dict(_part(text_to_video, "text_encoder."))
     transformer.load_state_dict(_part(text_to_video, "transformer."))
     autoencoder.load_state_dict(vae_state)
-    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=transformer.SHIFT,
+    scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT,
                                         num_train_timesteps=1000)
     return WanPipeline(tokenizer=tokenizer, text_encoder=text_encoder.eval(), vae=autoencoder.eval(),
                        transformer=transformer.eval(), scheduler=scheduler)

@@ -90,7 +90,7 @@ GOING_ON = 0.06, 0.34, 0.60  # shares of the batches of the last three layouts
 class Course:
     """How a run of so many steps goes.
 
-    mixed: until this step pictures, beginnings and whole clips take turns; whole: until this one they are whole. own:
+    mixed: until this step pictures, beginnings and whole clips take turns. whole: until this one clips are whole. own:
     from this one on the past may be the model's own. peak: the highest factor of the learning rate.
     """
     steps: int
@@ -151,13 +151,15 @@ class Window:
 def window_of(layout, pool, own, rng):
     """A Window for a sample of this layout. own: a file of the model's own stretches, or None."""
     where = stretches.ANYWHERE if layout is ANYWHERE else stretches.START
-    made = np.load(own) if own else None
-    row = int(rng.integers(len(made["stretches"]) if own else len(pool.told[where])))
-    wanted, texts = pool.stretch(made["stretches"][row] if own else row, where, rng)
+    if own:
+        made, row = np.load(own), int(rng.integers(NEXT.samples))
+        (wanted, texts), past = pool.stretch(made["stretches"][row], where, rng), made["latents"][row]
+    else:
+        wanted, texts = pool.stretch(int(rng.integers(len(pool.told[where]))), where, rng)
+        past = wanted
     chunks = -(-(max(layout.noisy) + 1) * layout.frames // CHUNK)
     first = int(rng.integers(len(texts) - chunks + 1)) if where == stretches.ANYWHERE else 0
-    past = made["latents"][row] if own else wanted
-    return Window(wanted[first:first + chunks], past[first:first + chunks], texts[first:first + chunks])
+    return Window(*(x[first:first + chunks] for x in (wanted, past, texts)))
 
 
 class Batch:
