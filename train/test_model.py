@@ -203,11 +203,13 @@ class Noise:
 
 
 def test_a_run_that_was_ended_goes_on_as_if_nothing_had_happened(words, tmp_path, monkeypatch):
-    """Over all layouts and on its own past: steps 0 to 2, 3 and 4 to 7 of eight."""
+    """Over all layouts and on its own past, which begins before the end: steps 0 to 2, 3 and 4 to 7 of eight."""
+    monkeypatch.setattr(transformer, "OWN_EVERY", 2)
+    monkeypatch.setattr(transformer, "OWN_SHARE", 1.0)
     for layout in (*transformer.LAYOUTS, transformer.NEXT):
         monkeypatch.setattr(transformer, layout.name.upper(), dataclasses.replace(layout, samples=2))
     tokens = tokenizer.Tokenizer(words)
-    course = transformer.Course(8, mixed=3, whole=4, own=5, peak=1.0)
+    course = transformer.Course(8, mixed=3, whole=4, own=4, peak=1.0)
 
     def train_run(run, pool):
         transformer.train(tmp_path / run, tokens, {}, pool, course, seed=0)
@@ -226,6 +228,18 @@ def test_a_run_that_was_ended_goes_on_as_if_nothing_had_happened(words, tmp_path
     assert torch.load(tmp_path / "parted" / "transformer.ckpt", weights_only=True)["step"] == 6
     resumed = train_run("parted", Noise())
     assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    assert list((tmp_path / "whole" / "own").iterdir())
+
+
+def test_the_past_is_what_the_model_made(words, tmp_path, monkeypatch):
+    """Also in a run that was made shorter, so that files of earlier steps are missing."""
+    monkeypatch.setattr(transformer, "OWN_EVERY", 2)
+    monkeypatch.setattr(transformer, "OWN_SHARE", 1.0)
+    run = argparse.Namespace(step=6, course=transformer.Course(8, mixed=0, whole=0, own=2, peak=1.0), device="cpu",
+                             go_on=lambda batch: batch.wanted + 1)
+    batch = transformer.next_batch(tmp_path, run, Noise(), 0, tokenizer.Tokenizer(words))
+    assert batch.layout is transformer.ANYWHERE
+    assert torch.allclose(batch.past, batch.wanted + 1, atol=0.01)
 
 
 def test_what_the_judge_asks_for_is_learned():

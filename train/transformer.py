@@ -319,9 +319,10 @@ def next_batch(out, run, pool, seed, tokenizer):
     rng, own_steps = np.random.default_rng([seed, run.step]), run.course.own_steps(run.step)
     if run.step in own_steps:
         make_own(out, run, pool, seed, tokenizer)
+    made = [path for path in (own_path(out, step) for step in own_steps) if path.exists()]  # a shortened run lacks some
     layout = run.course.layout(run.step, rng)
-    own = layout is ANYWHERE and own_steps and rng.random() < OWN_SHARE
-    windows = [window_of(layout, pool, own_path(out, rng.choice(own_steps)) if own else None, rng)
+    own = layout is ANYWHERE and made and rng.random() < OWN_SHARE
+    windows = [window_of(layout, pool, made[rng.integers(len(made))] if own else None, rng)
                for _ in range(layout.samples)]
     return Batch(layout, windows, rng, tokenizer, run.device)
 
