@@ -19,22 +19,24 @@ static Bytes trim(Bytes text) {
     return text;
 }
 
-/* Parses a number below 10^6; with `fraction`, it may have decimals. Returns -1 for anything else. */
+/* Parses a number below 10^6; with `fraction`, it may have decimals. Returns -1 for anything else. The number is the one
+ * nearest to the text, which a sum of digits times 0.1, 0.01 ... is not. */
 static double parse_part(Bytes text, bool fraction) {
-    double value = 0, unit = 0; /* unit: value of the last decimal place read; 0 before the point */
+    double value = 0, scale = 1; /* all digits as an integer; 10 to the number of those after the point */
     size_t digits = 0;
+    bool decimals = false;
     for (size_t i = 0; i < text.size; i++) {
         uint8_t c = text.data[i];
-        if (c == '.' && fraction && unit == 0) {
-            unit = 1;
+        if (c == '.' && fraction && !decimals) {
+            decimals = true;
             continue;
         }
         if (c < '0' || c > '9') return -1;
-        if (unit > 0) unit /= 10;
-        value = unit > 0 ? value + unit * (c - '0') : 10 * value + (c - '0');
+        value = 10 * value + (c - '0');
+        if (decimals) scale *= 10;
         digits++;
     }
-    return digits > 0 && value < 1e6 ? value : -1;
+    return digits > 0 && value / scale < 1e6 ? value / scale : -1;
 }
 
 /* "12", "12.5", "1:05" or "1:02:03" in seconds; -1 for anything else. */

@@ -31,6 +31,9 @@ void test_story(void) {
     check_time("0:0.25 x", 0.25, "x");
     check_time("1:02:03.5 x", 3723.5, "x");
     check_time("90:00 x", 5400, "x");
+    check_time("8.8125 x", 8.8125, "x"); /* when a chunk begins: no later */
+    check_time("15.8125 x", 15.8125, "x");
+    check_time("0.3 x", 0.3, "x");
     check_refused("12", "line 1: no prompt follows the time '12'");
     check_refused("a red fox", "does not begin with a time");
     check_refused("-1 x", "does not begin with a time");
