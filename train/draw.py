@@ -229,8 +229,8 @@ def relate(relation, s, dx, shapes, mirrored=False):
 #     each goes to where it begins   what the sentence says, from its beginning
 #
 # From beat 1 on a chunk shows what a chunk of the scene alone would show: a story is made of what is known already.
-# Who is told nothing new goes on, unless somebody comes or goes: then all take new places and begin again. Who falls
-# does so at once.
+# Who is told nothing new goes on. If somebody comes or goes, it moves aside while it does so: each number of subjects
+# has its places. Who falls does so at once.
 
 BEAT = 4 * CHUNK  # frames
 PICTURE = 3  # frames by which a clip's first latent frame, which is one picture, is shorter than others
@@ -298,9 +298,9 @@ def _first(scene):
             for i, (x, home, r) in enumerate(zip(scene.subjects, _homes(scene), radii))]
 
 
-def _strange(x, middle, dy):
-    """The pose of a stranger before it comes: from the side that is named, else from where there is more room."""
-    side = {"left": -1, "right": 1}.get(x.enters, -1 if middle > 0.6 else 1)
+def _strange(x, dy):
+    """The pose of a stranger before it comes: from the right, unless the left is named."""
+    side = -1 if x.enters == "left" else 1
     return np.array([0.5 + side * OUTSIDE, 0.5 - OUTSIDE if x.motion == "fall" else 0.48 + dy, 1.0, 0.0])
 
 
@@ -315,14 +315,14 @@ def _next(acts, before, scene, begin):
     """The Acts of a scene that begins in frame `begin`, after these of the scene before; those that leave come last."""
     past = {a.subject.colour: a for a in acts if a.subject in before.subjects}
     poses = {colour: a.pose(begin) for colour, a in past.items()}
-    middle = np.mean([pose[0] for pose in poses.values()])
-    there = [poses[x.colour] if x.colour in poses else _strange(x, middle, scene.dy) for x in scene.subjects]
+    there = [poses[x.colour] if x.colour in poses else _strange(x, scene.dy) for x in scene.subjects]
     homes = np.array(_homes(scene))[np.argsort(np.argsort([pose[0] for pose in there]))]
     mirrored, result = bool(scene.relation) and _is_mirrored(scene, there), []
     for i, (x, home, pose) in enumerate(zip(scene.subjects, homes, there)):
         old = past.get(x.colour)
-        if old and (old.subject.motion, before.relation) == (x.motion, scene.relation) and len(there) == len(past):
-            result.append(old)
+        if old and (old.subject.motion, before.relation) == (x.motion, scene.relation):
+            way = old.way if scene.relation else functools.partial(old.way, x0=home)
+            result.append(Act(x, old.r, way, old.begin, old.size).glide(pose, begin))
             continue
         r, size = (old.r, old.size) if old else (PAIR_RADIUS, 1.0)
         if old and old.subject.motion in ("grow", "shrink"):
@@ -471,17 +471,20 @@ def blend(video, layer):
 def draw(story, size=SIZE, frames=FRAMES, first=0):
     """uint8 [frames, size, size, 3]: these frames of a Story, or of a Scene, which is a story without a next sentence.
 
-    A scene's last subject is drawn first, so the first passes in front of the others.
+    A scene's last subject is drawn first, so the first passes in front of the others. After a cut flakes and bubbles are
+    where they are in the second chunk of a clip.
     """
     if isinstance(story, Scene):
         story = Story((story,), (0,))
     parts, video = acts(story), np.empty((frames, size, size, 3), np.float32)
-    ends = [begin for begin, _, _ in parts[1:]] + [first + frames]
+    ends, place = [begin for begin, _, _ in parts[1:]] + [first + frames], None
     for (begin, scene, doing), end in zip(parts, ends):
+        if scene.background != place:
+            place, cut = scene.background, max(begin - first_frame(CHUNK), 0)
         begin, end = max(begin, first), min(end, first + frames)
         if begin < end:
             part, times = video[begin - first:end - first], np.arange(begin, end)
-            part[:] = background(scene.background, size, end - begin, begin) * np.float32(scene.light)
+            part[:] = background(place, size, end - begin, begin - cut) * np.float32(scene.light)
             for act in reversed(doing):
                 blend(part, subject_layer(act.subject, act.track(times), act.r, size))
     return np.clip(video + 0.5, 0, 255).astype(np.uint8)

@@ -14,7 +14,6 @@ that sees the same stretches again and again learns them by heart.
 import dataclasses
 import functools
 import json
-import math
 import os
 import pathlib
 import time
@@ -46,15 +45,14 @@ def story_of(seed, index, where):
     Two subjects of which one shrinks are in no story of several scenes: later it would be too small to be seen. So a
     lone scene is not one of world.story, or the transformer would forget them.
 
-    The scenes' offsets become half a latent cell, down and to one side or the other. A whole cell lies between the two,
-    so a subject's latents are the same in either place, only moved, and the transformer need not learn them for every
-    fraction of one.
+    The scenes' offsets become half a latent cell, down and to the right. A model that is to choose between two places in
+    four steps may take their mean, which is a lump.
     """
     weights, is_lone = world.LEARNED_LAST, index % LONE_EVERY[where] == 0
     story = (world.Story((world.scene(seed, index, LONE, weights=weights),), (0,)) if is_lone else
              world.story(seed, index, weights=weights, sentences=SENTENCES, chunks=LASTS))
-    dx = math.copysign(HALF_CELL, story.scenes[0].dx)
-    return dataclasses.replace(story, scenes=tuple(dataclasses.replace(s, dx=dx, dy=HALF_CELL) for s in story.scenes))
+    return dataclasses.replace(story, scenes=tuple(dataclasses.replace(s, dx=HALF_CELL, dy=HALF_CELL)
+                                                   for s in story.scenes))
 
 
 def begin_of(story, where, rng):

@@ -74,6 +74,29 @@ def test_no_subject_jumps_from_one_place_to_another():
                 here[act.subject.colour], here[act.subject.colour, "y"] = x[-1], y[-1]
 
 
+def test_who_is_told_nothing_new_goes_on_while_somebody_comes_or_goes():
+    went_on = 0
+    for story in STORIES:
+        for (_, before, old), (begin, scene, new) in itertools.pairwise(draw.acts(story)):
+            old, times = {a.subject.colour: a for a in old if a.subject in before.subjects}, np.arange(begin, begin + 48)
+            for act in new:
+                was = old.get(act.subject.colour)
+                goes_on = was and act.subject in scene.subjects and was.subject.motion == act.subject.motion
+                if goes_on and not scene.relation:
+                    assert np.allclose(act.track(times).y, was.track(times).y)
+                    went_on += len(before.subjects) != len(scene.subjects)
+    assert went_on > 3
+
+
+def test_after_a_cut_a_place_looks_as_in_the_second_chunk_of_a_clip():
+    circle = world.Subject("circle", "red", "medium", "still")
+    story = world.Story(tuple(world.Scene(place, (circle,), None, 0.0, 0.0, 1.0) for place in ("desert", "snow")),
+                        (0, 2 * world.CHUNK))
+    snow = world.Story(story.scenes[1:], (0,))
+    assert np.array_equal(draw.draw(story, 48, 40, first=world.first_frame(2 * world.CHUNK)),
+                          draw.draw(snow, 48, 40, first=world.first_frame(world.CHUNK)))
+
+
 def test_the_subjects_of_a_story_stay_themselves():
     for story in STORIES:
         for before, after in itertools.pairwise(story.scenes):

@@ -115,11 +115,12 @@ RELATIONS = {
     "collide": ["{A} and {B} collide", "{A} bumps into {B}", "{A} crashes into {B}", "{A} hits {B}",
                 "{A} and {B} crash into each other", "{A} and {B} bounce off each other", "{A} and {B} colliding"],
 }
-# {background, shape, size, motion or relation: how often the clips of the VAE and the transformer show it instead of
-# once}: what is learned last.
+# {background, shape, size, motion, relation or change: how often the clips of the VAE and the transformer show it}; what
+# is not here they show once, or as CHANGES says. It is what is learned last.
 LEARNED_LAST = {"night": 2.5, "character": 3, "star": 2.5, "cross": 2.5, "triangle": 1.5, "small": 2,
                 "large": 1.5, "loop": 3, "jump": 3, "spin": 2, "walk left": 2.5, "walk right": 2.5, "run left": 4,
-                "run right": 4, "bounce": 2.5, "shake": 1.5, "orbit": 3, "jump together": 2.5}
+                "run right": 4, "bounce": 2.5, "shake": 1.5, "orbit": 3, "jump together": 2.5, "enter": 12,
+                "leave": 3, "relation": 8}
 _KIND_WORDS = ["nice", "happy", "cute", "pretty", "lovely", "funny", "bright", "shiny"]
 _ADVERBS = ["now", "here", "again", "happily", "gently", "today", "all alone"]
 _OPENINGS = ["a video of", "a clip of", "an animation of", "a short film of", "a cartoon of", "we see", "there is",
@@ -400,7 +401,7 @@ class _Teller:
     def go_on(self):
         """Adds one scene."""
         while True:
-            scene = self._try(_choose(self.rng, list(CHANGES), CHANGES))
+            scene = self._try(_choose(self.rng, list(CHANGES), CHANGES | self.weights))
             if scene and None not in scene.subjects and all(map(self._fits, scene.subjects)):
                 if scene.relation or [x.motion for x in scene.subjects].count("jump") < 2:
                     break
