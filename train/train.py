@@ -11,7 +11,7 @@
     transformer  OUT/transformer.ckpt  hours     on stretches of stories, which are drawn into OUT/stretches/ meanwhile
     model        OUT/demo.gguf         seconds   the weight file, by export.py
 
-With --base the stages are five: the text encoder stays as it is, and VAE and transformer go on from their weights.
+With --base the stages are five: VAE, text encoder and transformer go on from their weights.
 
     tokenizer    OUT/tokenizer/        seconds
     base         OUT/base.ckpt         seconds   its text encoder and transformer; its VAE is OUT/base-vae.ckpt
@@ -130,7 +130,7 @@ def train_transformer(args, words):
         shards = range(i, args.shards, args.drawers)
         spawn.Process(target=stretches.draw_ahead, daemon=True,
                       args=(shards, folder, args.seed, autoencoder, tokens, not args.eager, args.bf16)).start()
-    transformer.train(args.out, tokens, known, stretches.Pool(folder), course, args.seed, learns_text=not args.base,
+    transformer.train(args.out, tokens, known, stretches.Pool(folder), course, args.seed,
                       compiled=not args.eager, narrow=args.bf16, device=args.device)
 
 

@@ -1,9 +1,10 @@
-"""Trains the transformer by flow matching on the frozen latents; from nothing, the text encoder with it.
+"""Trains the transformer, and the text encoder with it, by flow matching on the frozen latents.
 
     x = (1 - sigma) * clean + sigma * noise,    wanted: velocity = noise - clean,    loss: their squared distance
 
 A sample is a sequence of pieces: chunks, or single frames. It is laid out in one of six ways. The first three teach
-what a run from nothing does not know yet, on the beginnings of stories, whose pieces see each other:
+what things look like, on the beginnings of stories, whose pieces see each other. Beginnings never cease: the program's
+first chunk sees no other either:
 
     picture      noisy: frame 0
     beginning    noisy: chunk 0
@@ -83,7 +84,7 @@ START = Layout("start", 16, (0, 1), (0, 1, 2, 0, 1, 2))
 ANYWHERE = Layout("anywhere", 16, (0, 1, 2, 3), (2, 3, 4, 2, 3, 4))
 LAYOUTS = PICTURE, BEGINNING, WHOLE, PICTURED, START, ANYWHERE
 NEXT = Layout("next", 16, (0, 1), (2,))  # how the program makes a chunk
-GOING_ON = 0.06, 0.34, 0.60  # shares of the batches of the last three layouts
+GOING_ON = 0.20, 0.06, 0.22, 0.52  # shares of the batches of a beginning, and of the last three layouts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Course:
             return (PICTURE, BEGINNING, WHOLE)[step % 3]  # pictures teach what is where for a ninth of a clip's price
         if step < self.whole:
             return WHOLE
-        return (PICTURED, START, ANYWHERE)[rng.choice(3, p=GOING_ON)]
+        return (BEGINNING, PICTURED, START, ANYWHERE)[rng.choice(4, p=GOING_ON)]
 
     def own_steps(self, step):
         """The steps at which the model made what may be the past at this step."""
@@ -198,14 +199,13 @@ class Batch:
 class Run:
     """What training changes: the network, its optimisers and average, and how far it has come.
 
-    known: weights of TextToVideo that are not to be learned from nothing. learns_text: whether the text encoder learns,
-    too. narrow: whether products are in bfloat16.
+    known: weights of TextToVideo that are not to be learned from nothing. narrow: whether products are in bfloat16.
     """
 
-    def __init__(self, vocabulary, known, course, learns_text, compiled, narrow, device):
+    def __init__(self, vocabulary, known, course, compiled, narrow, device):
         self.net = TextToVideo(vocabulary, model.compiled_block if compiled else model.plain_block)
         self.net.load_state_dict(self.net.state_dict() | known)
-        self.net.to(device).text_encoder.requires_grad_(learns_text)
+        self.net.to(device)
         self.course, self.narrow, self.device = course, narrow, device
         self.optimisers = Optimisers(self.net.named_parameters(), MUON_LR, ADAM_LR, narrow)
         self.average = Average(self.net, EMA_DECAY)
@@ -327,13 +327,13 @@ def next_batch(out, run, pool, seed, tokenizer):
     return Batch(layout, windows, rng, tokenizer, run.device)
 
 
-def train(out, tokenizer, known, pool, course, seed, learns_text=True, compiled=False, narrow=False, device="cpu"):
+def train(out, tokenizer, known, pool, course, seed, compiled=False, narrow=False, device="cpu"):
     """Trains as a Course says, into OUT/transformer.ckpt, from which it also resumes.
 
     pool: of stretches; the other arguments are those of Run. A SIGTERM ends the process after the step, saved.
     """
     torch.manual_seed(seed)
-    run = Run(len(tokenizer), known, course, learns_text, compiled, narrow, device)
+    run = Run(len(tokenizer), known, course, compiled, narrow, device)
     checkpoint = out / "transformer.ckpt"
     if checkpoint.exists():
         run.restore(checkpoint)
