@@ -229,8 +229,8 @@ def relate(relation, s, dx, shapes, mirrored=False):
 #     each goes to where it begins   what the sentence says, from its beginning
 #
 # From beat 1 on a chunk shows what a chunk of the scene alone would show: a story is made of what is known already.
-# Who is told nothing new goes on. If somebody comes or goes, it moves aside while it does so: each number of subjects
-# has its places. Who falls does so at once.
+# Who is told nothing new goes on, and only moves aside if somebody comes or goes: each number of subjects has its
+# places. Who falls does so at once.
 
 BEAT = 4 * CHUNK  # frames
 PICTURE = 3  # frames by which a clip's first latent frame, which is one picture, is shorter than others
