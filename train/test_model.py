@@ -192,10 +192,15 @@ class Noise:
         return latents, (["a red star"] * 2 + ["a"] * chunks)[:chunks]
 
 
-def test_a_run_that_was_ended_goes_on_as_if_nothing_had_happened(words, tmp_path, monkeypatch):
-    """Over all layouts and on its own past, which begins before the end: steps 0 to 2, 3 and 4 to 9 of ten."""
+@pytest.fixture
+def own_past(monkeypatch):
+    """The model makes a past every two steps, and all samples from anywhere have one of them."""
     monkeypatch.setattr(transformer, "OWN_EVERY", 2)
     monkeypatch.setattr(transformer, "OWN_SHARE", 1.0)
+
+
+def test_a_run_that_was_ended_goes_on_as_if_nothing_had_happened(words, tmp_path, monkeypatch, own_past):
+    """Over all layouts and on its own past, which begins before the end: steps 0 to 2, 3 and 4 to 9 of ten."""
     for layout in (*transformer.LAYOUTS, transformer.NEXT):
         monkeypatch.setattr(transformer, layout.name.upper(), dataclasses.replace(layout, samples=2))
     tokens = tokenizer.Tokenizer(words)
@@ -221,10 +226,8 @@ def test_a_run_that_was_ended_goes_on_as_if_nothing_had_happened(words, tmp_path
     assert list((tmp_path / "whole" / "own").iterdir())
 
 
-def test_the_past_is_what_the_model_made(words, tmp_path, monkeypatch):
+def test_the_past_is_what_the_model_made(words, tmp_path, own_past):
     """Also in a run that was made shorter, so that files of earlier steps are missing."""
-    monkeypatch.setattr(transformer, "OWN_EVERY", 2)
-    monkeypatch.setattr(transformer, "OWN_SHARE", 1.0)
     run = argparse.Namespace(step=8, course=transformer.Course(10, mixed=0, whole=0, own=2, peak=1.0), device="cpu",
                              go_on=lambda batch: batch.wanted + 1)
     batch = transformer.next_batch(tmp_path, run, Noise(), 0, tokenizer.Tokenizer(words))

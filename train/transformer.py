@@ -3,8 +3,8 @@
     x = (1 - sigma) * clean + sigma * noise,    wanted: velocity = noise - clean,    loss: their squared distance
 
 A sample is a sequence of pieces: chunks, or single frames. It is laid out in one of six ways. The first three teach
-what things look like, on the beginnings of stories, whose pieces see each other. Beginnings never cease: the program's
-first chunk sees no other either:
+what things look like, on the beginnings of stories, whose pieces see each other. Beginnings never cease, since the
+program's first chunk has no past:
 
     picture      noisy: frame 0
     beginning    noisy: chunk 0
