@@ -165,8 +165,6 @@ def _patches(mask):
     return out
 
 
-SYMMETRY = {"circle": 1, "square": 4, "triangle": 3, "star": 5, "heart": 1, "cross": 4, "character": 1}
-
 # The poses of the character that it is compared with; a white one's eyes do not show as holes.
 WALKING = list(itertools.product(("red", "white"), (0.0, 0.5, -0.5, 1.0, -1.0), (-1, 0, 1)))
 
@@ -183,7 +181,7 @@ def _templates(size):
     """(patches [N, PATCH^2], shape names [N], angles [N]) of every shape at every angle, of the character in every
     pose of WALKING."""
     names, angles, masks = [], [], []
-    for shape, symmetry in SYMMETRY.items():
+    for shape, symmetry in draw.SYMMETRY.items():
         count = 1 if shape == "circle" else 36 // symmetry
         turn = 2 * np.pi / symmetry * np.arange(count) / count
         poses = WALKING if shape == "character" else [("red", 0.0, 0)]
@@ -211,8 +209,8 @@ def recognise(seen, others, begun=True):
     overlap = common / (p.sum(1)[:, None] + t.sum(1)[None] - common + 1e-6)
     there = seen.area[seen.area > 0]
     whole = seen.area > (0.6 * np.median(there) if begun else 0.85 * np.quantile(there, 0.9))
-    best = {shape: overlap[:, names == shape].max(1) for shape in SYMMETRY}
-    shape = max(SYMMETRY, key=lambda name: best[name][whole].sum())
+    best = {shape: overlap[:, names == shape].max(1) for shape in draw.SYMMETRY}
+    shape = max(draw.SYMMETRY, key=lambda name: best[name][whole].sum())
     mine = np.nonzero(names == shape)[0]
     seen.angle = angles[mine[overlap[:, mine].argmax(1)]]
     fits = (best[shape] > overlap.max(1) - 0.08) | _touching(seen, others)
@@ -244,7 +242,7 @@ def _cost(seen, track, radius, free_x, free_y, free_scale=0.0):
                   for d, free in ((dx, free_x), (dy, free_y), (ds, free_scale)))
     error = (dx / POSITION) ** 2 + (dy / POSITION) ** 2 + (ds / LOG_SCALE) ** 2
     if seen.shape != "circle":
-        period = 2 * np.pi / SYMMETRY[seen.shape]
+        period = 2 * np.pi / draw.SYMMETRY[seen.shape]
         turn = (seen.angle - track.angle + period / 2) % period - period / 2
         error = error + np.minimum((turn / (ANGLE * period)) ** 2, 4)
     return np.minimum(error[..., visible], WORST).mean(-1)

@@ -88,6 +88,8 @@ SHAPE_SDF = {"circle": _circle, "square": _square, "triangle": _triangle, "star"
              "cross": _cross}
 # How far below the centre a shape touches the ground, in radii.
 FOOT = {"circle": 0.92, "square": 0.80, "triangle": 0.68, "star": 0.86, "heart": 0.93, "cross": 0.94, "character": 1.02}
+# After which part of a turn it looks the same.
+SYMMETRY = {"circle": 1, "square": 4, "triangle": 3, "star": 5, "heart": 1, "cross": 4, "character": 1}
 # How far it reaches to either side.
 SIDE = {"circle": 0.92, "square": 0.80, "triangle": 0.97, "star": 1.01, "heart": 1.00, "cross": 0.94, "character": 0.80}
 
@@ -248,7 +250,7 @@ class Act:
 
     def __init__(self, subject, r, way, begin=0, size=1.0):
         self.subject, self.r, self.way, self.begin, self.size = subject, r, way, begin, size
-        self.gap, self.since = np.zeros(4), begin
+        self.gap, self.since, self.turned = np.zeros(4), begin, 0.0
 
     def track(self, frames):
         """Its Track in these frames."""
@@ -256,7 +258,7 @@ class Act:
         p = np.clip((frames - self.since) / BEAT, 0, 1)
         left = 1 - p * p * (3 - 2 * p)
         track.x, track.y, track.scale, track.angle = (
-            a + gap * left for a, gap in zip((track.x, track.y, track.scale, track.angle), self.gap))
+            a + gap * left for a, gap in zip((track.x, track.y, track.scale, track.angle + self.turned), self.gap))
         if abs(self.gap[0]) > FAR:
             track.stride = np.where(p < 1, _legs(p, 2), track.stride)
             track.facing = np.where(p < 1, -np.sign(self.gap[0]), track.facing)
@@ -268,10 +270,13 @@ class Act:
         return np.array([track.x[0], track.y[0], track.scale[0], track.angle[0]])
 
     def glide(self, pose, frame):
-        """Itself, but at a pose in a frame, from which it glides to its own way in a beat."""
-        gap = pose - self.pose(frame)
-        gap[3] = (gap[3] + np.pi) % (2 * np.pi) - np.pi
-        self.gap, self.since = gap, frame
+        """Itself, but at a pose in a frame, from which it glides to its own way in a beat.
+
+        It turns no further than it must: a cross that looks upright is.
+        """
+        gap, repeats = pose - self.pose(frame), 2 * np.pi / SYMMETRY[self.subject.shape]
+        self.turned = repeats * np.round(gap[3] / repeats)
+        self.gap, self.since = gap - [0, 0, 0, self.turned], frame
         return self
 
 

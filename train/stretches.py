@@ -35,7 +35,9 @@ LONE_EVERY = 2, 4  # of so many stories of each, one has one scene
 SENTENCES = 8  # of the others
 TELLINGS = 6  # sets of captions of each story
 LASTS = 3, 5  # chunks that a sentence lasts, at least and at most: few, since where it changes is what is hard to learn
-LONE = "single", "single", "pair", "relation"  # kinds of scenes that are alone, drawn from evenly
+LONE = "single", "single", "pair", "relation", world.TRIO, world.TRIO  # kinds of lone scenes, drawn from evenly
+FIRST = (*world.KINDS, world.TRIO)  # kinds of the others' first scenes
+WALKING = {"character": 10}  # how often lone scenes from anywhere show one: legs are hard to carry on
 HALF_CELL = 4 / SIZE  # a latent is 8 pixels wide and high
 
 
@@ -48,9 +50,12 @@ def story_of(seed, index, where):
     The scenes' offsets become half a latent cell, down and to the right. A model that is to choose between two places in
     four steps may take their mean, which is a lump.
     """
-    weights, is_lone = world.LEARNED_LAST, index % LONE_EVERY[where] == 0
-    story = (world.Story((world.scene(seed, index, LONE, weights=weights),), (0,)) if is_lone else
-             world.story(seed, index, weights=weights, sentences=SENTENCES, chunks=LASTS))
+    weights = world.LEARNED_LAST
+    if index % LONE_EVERY[where]:
+        story = world.story(seed, index, FIRST, weights=weights, sentences=SENTENCES, chunks=LASTS)
+    else:
+        lone = weights | (WALKING if where == ANYWHERE else {})
+        story = world.Story((world.scene(seed, index, LONE, weights=lone),), (0,))
     return dataclasses.replace(story, scenes=tuple(dataclasses.replace(s, dx=HALF_CELL, dy=HALF_CELL)
                                                    for s in story.scenes))
 

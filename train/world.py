@@ -23,6 +23,7 @@ CHUNK = 4  # latent frames, a second of film; a sentence of a story begins where
 CROWD = 3  # subjects at a time, at most
 WORDS = 23  # of a story's sentence, at most; punctuation marks count
 KINDS = "single", "pair", "relation"  # one subject, two that move on their own, two that do something together
+TRIO = "trio"  # three that move on their own
 SHAPES = {
     "circle": ["circle", "circle", "disc", "ball"],
     "square": ["square", "square", "box", "block"],
@@ -117,7 +118,7 @@ RELATIONS = {
 }
 # {background, shape, size, motion, relation or change: how often the clips of the VAE and the transformer show it}; what
 # is not here they show once, or as CHANGES says. It is what is learned last.
-LEARNED_LAST = {"night": 2.5, "character": 3, "star": 2.5, "cross": 2.5, "triangle": 1.5, "small": 2,
+LEARNED_LAST = {"night": 2.5, "character": 3, "star": 3.5, "cross": 3.5, "triangle": 1.5, "small": 2,
                 "large": 1.5, "loop": 3, "jump": 3, "spin": 2, "walk left": 2.5, "walk right": 2.5, "run left": 4,
                 "run right": 4, "bounce": 2.5, "shake": 1.5, "orbit": 3, "jump together": 2.5, "enter": 12,
                 "leave": 3, "relation": 8}
@@ -198,13 +199,14 @@ def _subject(rng, motions, sizes, weights):
 
 
 def _try_scene(rng, kind, weights):
-    """One scene of a kind (of KINDS), which may turn out to be held out."""
+    """One scene of a kind (of KINDS, or TRIO), which may turn out to be held out."""
     background = _choose(rng, list(BACKGROUNDS), weights)
     relation = None
     if kind == "single":
         subjects = (_subject(rng, MOTIONS, list(SIZES), weights),)
     else:
-        subjects = tuple(_subject(rng, PAIR_MOTIONS, ["medium"], weights) for _ in range(2))
+        motions = [m for m in PAIR_MOTIONS if kind != TRIO or m != "grow"]
+        subjects = tuple(_subject(rng, motions, ["medium"], weights) for _ in range(CROWD if kind == TRIO else 2))
     if kind == "relation":
         relation = _choose(rng, list(RELATIONS), weights)
         subjects = tuple(dataclasses.replace(s, motion=relation) for s in subjects)
@@ -228,7 +230,7 @@ def _scene(rng, kinds, held_out, weights):
         s = _try_scene(rng, kind, weights)
         distinct = len({subject.colour for subject in s.subjects}) == len(s.subjects)
         # Two subjects that happen to jump would look like the relation "jump together".
-        together = kind == "pair" and all(x.motion == "jump" for x in s.subjects)
+        together = not s.relation and [x.motion for x in s.subjects].count("jump") > 1
         if distinct and not together and all(is_held_out(x.shape, x.colour, x.motion) == held_out for x in s.subjects):
             return s
 
@@ -417,7 +419,7 @@ def story(seed, index, kinds=KINDS, held_out=False, weights={}, sentences=1, chu
     """
     rng = np.random.default_rng([seed, index])
     first = _scene(rng, kinds, held_out, weights)
-    while len(first.subjects) == 2 and "shrink" in {x.motion for x in first.subjects}:  # for ever too small to be seen
+    while len(first.subjects) > 1 and "shrink" in {x.motion for x in first.subjects}:  # for ever too small to be seen
         first = _scene(rng, kinds, held_out, weights)
     alone = first.subjects[0] if len(first.subjects) == 1 else None
     if alone and sentences > 1 and alone.motion in PAIR_MOTIONS and alone.motion not in ("grow", "shrink"):
