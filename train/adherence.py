@@ -9,6 +9,7 @@ Prints, for each attribute, the share of prompts in which the detector sees what
 attributes at once.
 
     single, pair, relation   two seconds, as in world.KINDS
+    trio                     two seconds of three that move on their own
     hard                     two seconds of small or dark things, with points or legs, that move fast
     minute                   a minute of one sentence that was held out, judged in windows of two seconds along it
     story                    five to eight sentences, each judged in the two seconds that begin a second after its time
@@ -39,7 +40,7 @@ from common import Log
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PROMPT_SEED = 3
-KINDS = (*world.KINDS, "hard", "minute", "story")
+KINDS = (*world.KINDS, world.TRIO, "hard", "minute", "story")
 FPS, WINDOW = 16, 32  # WINDOW: frames that are judged at a time of a long clip
 MINUTE = 0, 2, 4, 5, 6, 8, 15, 30, 50, 52, 54, 56, 58  # seconds at which the windows of a minute begin
 SETTLED = draw.BEAT  # frames after its time, at which a sentence is judged

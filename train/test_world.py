@@ -31,8 +31,9 @@ def test_every_word_of_a_caption_is_in_the_vocabulary(monkeypatch):
 
 
 def test_two_subjects_never_share_a_colour():
-    scenes = [world.scene(9, i, ("pair", "relation")) for i in range(300)]
-    assert all(len({x.colour for x in s.subjects}) == 2 for s in scenes)
+    scenes = [world.scene(9, i, ("pair", "relation", world.TRIO)) for i in range(300)]
+    assert {len(s.subjects) for s in scenes} == {2, 3}
+    assert all(len({x.colour for x in s.subjects}) == len(s.subjects) for s in scenes)
 
 
 # The sum of the first two seconds times PATTERN, as it has been since the world ended there. Scenes that bounce,
@@ -72,6 +73,16 @@ def test_no_subject_jumps_from_one_place_to_another():
                 y = np.append(here.get((act.subject.colour, "y"), track.y[0]), track.y)
                 assert np.hypot(np.diff(x), np.diff(y)).max() < 0.17, (story, act.subject)
                 here[act.subject.colour], here[act.subject.colour, "y"] = x[-1], y[-1]
+
+
+def test_who_has_spun_turns_upright_no_further_than_it_must():
+    """A cross turns by an eighth of a turn at most, and does not jump."""
+    spins, stands = (world.Subject("cross", "red", "medium", motion) for motion in ("spin", "still"))
+    story = world.Story(tuple(world.Scene("plain", (x,), None, 0.0, 0.0, 1.0) for x in (spins, stands)), (0, 8))
+    (_, _, [before]), (begin, _, [after]) = draw.acts(story)
+    angles = after.track(np.arange(begin, begin + 3 * draw.BEAT)).angle
+    assert angles[0] == before.pose(begin)[3] and abs(np.sin(2 * angles[-1])) < 1e-9
+    assert abs(angles[-1] - angles[0]) <= np.pi / 4 + 1e-9
 
 
 def test_who_is_told_nothing_new_goes_on_while_somebody_comes_or_goes():
