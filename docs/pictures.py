@@ -4,7 +4,6 @@
     python docs/pictures.py strip demo.y4m strip.png         # every fourth frame, side by side
     python docs/pictures.py animate demo.y4m demo.webp       # twice as large as the clip, at its own rate
     python docs/pictures.py grid                             # runs ./sora on PROMPTS, into docs/demo/ and the README
-    python docs/pictures.py minute                           # make demo-minute, into docs/demo/
     python docs/pictures.py curves build/train               # a training run's logs, into docs/training/train/ as they
                                                              # are and as a plot
     python docs/pictures.py table                            # docs/adherence/ as the table in docs/bundled-model.md
@@ -57,13 +56,12 @@ PROMPTS = [
 ]
 
 
-def animate(source, target, every=1, quality=80):
-    """A clip as an animation that repeats, of one frame in `every`."""
+def animate(source, target):
+    """A clip as an animation that repeats."""
     frames, rate = video.read(source)
     size = (ENLARGED * frames.shape[2], ENLARGED * frames.shape[1])
-    images = [Image.fromarray(f).resize(size, Image.Resampling.BICUBIC) for f in frames[::every]]
-    images[0].save(target, save_all=True, append_images=images[1:], duration=round(1000 * every / rate), loop=0,
-                   quality=quality)
+    images = [Image.fromarray(f).resize(size, Image.Resampling.BICUBIC) for f in frames]
+    images[0].save(target, save_all=True, append_images=images[1:], duration=round(1000 / rate), loop=0, quality=80)
 
 
 def insert(page, name, lines):
@@ -87,14 +85,6 @@ def grid():
             cells.append(f'<td width="25%">{image}<br>{html.escape(prompt)}{mark}</td>')
     rows = [f"<tr>{''.join(cells[i:i + COLUMNS])}</tr>" for i in range(0, len(cells), COLUMNS)]
     insert(ROOT / "README.md", "grid", ["<table>", *rows, "</table>"])
-
-
-def minute():
-    """The minute of `make demo-minute`: half of its frames as an animation, and one a second, a row for ten seconds."""
-    subprocess.run(["make", "-C", ROOT, "demo-minute"], check=True)
-    animate(ROOT / "minute.y4m", GRID / "minute.webp", every=2, quality=40)
-    frames = video.read(ROOT / "minute.y4m")[0]
-    video.save_strips(GRID / "minute-strip.webp", frames[:960].reshape(6, 160, *frames.shape[1:])[:, 8:], every=16)
 
 
 # The rows of the table: what was asked, and of which kind (train/adherence.py) and from which file it is.
@@ -165,14 +155,11 @@ def main():
         command.add_argument("source", type=pathlib.Path)
         command.add_argument("target", type=pathlib.Path)
     commands.add_parser("grid")
-    commands.add_parser("minute")
     commands.add_parser("table")
     commands.add_parser("curves").add_argument("run", type=pathlib.Path)
     args = parser.parse_args()
     if args.command == "grid":
         grid()
-    elif args.command == "minute":
-        minute()
     elif args.command == "table":
         table()
     elif args.command == "curves":

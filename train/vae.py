@@ -150,11 +150,8 @@ WEIGHTS = world.LEARNED_LAST | {"snow": 3, "sea": 3}  # flakes and bubbles are t
 def drawn(seed, index):
     """The clip of a number: the start of a scene or, every second time, two seconds from anywhere in a story.
 
-    Every second scene is a hard one: a green star at night has edges that are faint to the loss, but not to the eye.
     A cut comes where four frames begin that share a latent frame, as it does when a whole story is encoded.
     """
-    if index % 4 == 0:
-        return draw.draw(world.hard_scene(seed, index, weights=WEIGHTS))
     if index % 2 == 0:
         return draw.draw(world.scene(seed, index, weights=WEIGHTS))
     story = world.story(seed, index, weights=WEIGHTS, sentences=4)

@@ -242,11 +242,11 @@ HARD = {**{name: 0 for name in (*SHAPES, *MOTIONS, *RELATIONS, "large")}, "mediu
 DARK = "green", "blue", "purple"
 
 
-def hard_scene(seed, index, held_out=False, weights={}):
-    """The scene number `index` of those that are hard. weights: of what HARD does not name."""
+def hard_scene(seed, index, held_out=False):
+    """The scene number `index` of those that are hard."""
     rng = np.random.default_rng([seed, index])
     while True:
-        s = _scene(rng, KINDS, held_out, weights | HARD)
+        s = _scene(rng, KINDS, held_out, HARD)
         if all(x.colour in DARK for x in s.subjects):
             return s
 
