@@ -272,7 +272,7 @@ class Act:
     def glide(self, pose, frame):
         """Itself, but at a pose in a frame, from which it glides to its own way in a beat.
 
-        It turns no further than it must: a cross that looks upright is.
+        It turns no further than until it looks upright.
         """
         gap, repeats = pose - self.pose(frame), 2 * np.pi / SYMMETRY[self.subject.shape]
         self.turned = repeats * np.round(gap[3] / repeats)
