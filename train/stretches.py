@@ -37,7 +37,8 @@ TELLINGS = 6  # sets of captions of each story
 LASTS = 3, 5  # chunks that a sentence lasts, at least and at most: few, since where it changes is what is hard to learn
 LONE = "single", "single", "pair", "relation", world.TRIO, world.TRIO  # kinds of lone scenes, drawn from evenly
 FIRST = (*world.KINDS, world.TRIO)  # kinds of the others' first scenes
-WALKING = {"character": 10}  # how often lone scenes from anywhere show one: legs are hard to carry on
+# How often the lone scenes of each show what; those from anywhere characters: legs are hard to carry on.
+LONE_WEIGHTS = world.LEARNED_LAST, world.LEARNED_LAST | {"character": 10}
 HALF_CELL = 4 / SIZE  # a latent is 8 pixels wide and high
 
 
@@ -50,12 +51,10 @@ def story_of(seed, index, where):
     The scenes' offsets become half a latent cell, down and to the right. A model that is to choose between two places in
     four steps may take their mean, which is a lump.
     """
-    weights = world.LEARNED_LAST
     if index % LONE_EVERY[where]:
-        story = world.story(seed, index, FIRST, weights=weights, sentences=SENTENCES, chunks=LASTS)
+        story = world.story(seed, index, FIRST, weights=world.LEARNED_LAST, sentences=SENTENCES, chunks=LASTS)
     else:
-        lone = weights | (WALKING if where == ANYWHERE else {})
-        story = world.Story((world.scene(seed, index, LONE, weights=lone),), (0,))
+        story = world.Story((world.scene(seed, index, LONE, weights=LONE_WEIGHTS[where]),), (0,))
     return dataclasses.replace(story, scenes=tuple(dataclasses.replace(s, dx=HALF_CELL, dy=HALF_CELL)
                                                    for s in story.scenes))
 

@@ -185,6 +185,16 @@ def motions_of(shape):
     return [m for m in MOTIONS if not m.startswith(("walk", "run")) and (shape, m) != ("circle", "spin")]
 
 
+def _motions_among(count):
+    """The motions that one of so many subjects may have that each move on their own; three leave no room to grow."""
+    return [m for m in (MOTIONS if count == 1 else PAIR_MOTIONS) if (count, m) != (CROWD, "grow")]
+
+
+def _seem_related(scene):
+    """Whether subjects that each jump on their own would look like the relation "jump together"."""
+    return not scene.relation and [x.motion for x in scene.subjects].count("jump") > 1
+
+
 def _choose(rng, names, weights):
     """One of the names, each as likely as its weight says; 1 where there is none."""
     p = np.array([weights.get(name, 1) for name in names], float)
@@ -201,12 +211,9 @@ def _subject(rng, motions, sizes, weights):
 def _try_scene(rng, kind, weights):
     """One scene of a kind (of KINDS, or TRIO), which may turn out to be held out."""
     background = _choose(rng, list(BACKGROUNDS), weights)
-    relation = None
-    if kind == "single":
-        subjects = (_subject(rng, MOTIONS, list(SIZES), weights),)
-    else:
-        motions = [m for m in PAIR_MOTIONS if kind != TRIO or m != "grow"]
-        subjects = tuple(_subject(rng, motions, ["medium"], weights) for _ in range(CROWD if kind == TRIO else 2))
+    relation, count = None, {"single": 1, TRIO: CROWD}.get(kind, 2)
+    sizes = list(SIZES) if count == 1 else ["medium"]
+    subjects = tuple(_subject(rng, _motions_among(count), sizes, weights) for _ in range(count))
     if kind == "relation":
         relation = _choose(rng, list(RELATIONS), weights)
         subjects = tuple(dataclasses.replace(s, motion=relation) for s in subjects)
@@ -229,9 +236,7 @@ def _scene(rng, kinds, held_out, weights):
     while True:
         s = _try_scene(rng, kind, weights)
         distinct = len({subject.colour for subject in s.subjects}) == len(s.subjects)
-        # Two subjects that happen to jump would look like the relation "jump together".
-        together = not s.relation and [x.motion for x in s.subjects].count("jump") > 1
-        if distinct and not together and all(is_held_out(x.shape, x.colour, x.motion) == held_out for x in s.subjects):
+        if distinct and not _seem_related(s) and all(is_held_out(x.shape, x.colour, x.motion) == held_out for x in s.subjects):
             return s
 
 
@@ -354,9 +359,9 @@ class _Teller:
         """The subject with another motion, that it can have among `count` subjects; None if there is none."""
         grown = self.bulk.get(subject.colour)
         names = [m for m in motions_of(subject.shape)
-                 if m not in (subject.motion, grown) and (count == 1 or m in PAIR_MOTIONS)
+                 if m not in (subject.motion, grown) and m in _motions_among(count)
                  and (m, subject.size) not in (("grow", "large"), ("shrink", "small"))
-                 and not (count == CROWD and m == "grow") and (m != "fall" or new or subject.motion in ALOFT)]
+                 and (m != "fall" or new or subject.motion in ALOFT)]
         names = [m for m in names if self._fits(dataclasses.replace(subject, motion=m))]
         return dataclasses.replace(subject, motion=_choose(self.rng, names, self.weights), enters="") if names else None
 
@@ -405,7 +410,7 @@ class _Teller:
         while True:
             scene = self._try(_choose(self.rng, list(CHANGES), CHANGES | self.weights))
             if scene and None not in scene.subjects and all(map(self._fits, scene.subjects)):
-                if scene.relation or [x.motion for x in scene.subjects].count("jump") < 2:
+                if not _seem_related(scene):
                     break
         self.scenes.append(scene)
         self._remember(scene)
