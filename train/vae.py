@@ -148,12 +148,15 @@ WEIGHTS = world.LEARNED_LAST | {"snow": 3, "sea": 3}  # flakes and bubbles are t
 
 
 def drawn(seed, index):
-    """The clip of a number: the start of a scene or, every second time, two seconds from anywhere in a story.
+    """The clip of a number: two seconds from anywhere in a story every second time, else the start of a scene, one in
+    two of the hard ones.
 
     A cut comes where four frames begin that share a latent frame, as it does when a whole story is encoded.
     """
-    if index % 2 == 0:
+    if index % 4 == 0:
         return draw.draw(world.scene(seed, index, weights=WEIGHTS))
+    if index % 4 == 2:
+        return draw.draw(world.hard_scene(seed, index))
     story = world.story(seed, index, weights=WEIGHTS, sentences=4)
     last = world.first_frame(story.starts[-1]) // 4 + FRAMES // 4
     return draw.draw(story, first=4 * int(np.random.default_rng([seed, index, 3]).integers(last)))
