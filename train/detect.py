@@ -23,7 +23,9 @@ import world
 
 SEED = 2  # of the clips that hold it to account
 PATCH = 28  # shapes are compared on a grid of PATCH x PATCH
-NEAR = np.where([name == "white" for name in draw.FILL], 30.0, 42.0)  # how far, in 8-bit RGB, from a fill colour
+# (colour, fill) of what a subject may be; models before green became lighter show the last.
+FILLS = (*draw.FILL.items(), ("green", np.array([25, 145, 60], np.float32)))
+NEAR = np.where([name == "white" for name, _ in FILLS], 30.0, 42.0)  # how far, in 8-bit RGB, from a fill
 POSITION, LOG_SCALE, ANGLE = 0.035, 0.14, 0.10  # one unit of error of a track; of the angle after which a shape repeats
 PAIR_SCALE = 0.5  # of two subjects no size is asked, and a misread shape must not spoil the motion
 WORST = 27.0  # no frame counts more than this, so that a hidden or cut-off subject spoils little
@@ -76,12 +78,14 @@ def _grown(mask, pixels):
 def colour_masks(video):
     """{colour: mask [F, H, W]}: pixels closest to that fill, and close enough, at any brightness that shading gives."""
     pixels = video.astype(np.float32)
-    fills = np.stack(list(draw.FILL.values()))
+    fills = np.stack([fill for _, fill in FILLS])
     gain = np.clip(pixels @ fills.T / (fills * fills).sum(1), 0.93, 1.08)
     square = (pixels * pixels).sum(-1)[..., None] - 2 * gain * (pixels @ fills.T) + gain * gain * (fills * fills).sum(1)
     best = square.argmin(-1)
     close = square.min(-1) < (NEAR * NEAR)[best]
-    masks = {name: close & (best == i) for i, name in enumerate(draw.FILL)}
+    masks = dict.fromkeys(draw.FILL, False)
+    for i, (name, _) in enumerate(FILLS):
+        masks[name] = masks[name] | close & (best == i)
     return {name: _grown(_grown(mask, -1), 1) & mask for name, mask in masks.items()}
 
 
@@ -332,9 +336,9 @@ def _relation(seen, begun):
     """(cost, relation, subjects in the order of their roles)."""
     best = (np.inf, None, seen)
     for order in (seen, seen[::-1]):
-        for relation, mirrored in itertools.product(world.RELATIONS, (False,) if begun else (False, True)):
+        for relation in world.RELATIONS:
             s = _times(len(seen[0].area), 0 if begun else SPAN[relation])
-            found = draw.relate(relation, s, 0.0, [x.shape for x in order], mirrored)
+            found = draw.relate(relation, s, 0.0, [x.shape for x in order])
             cost = sum(_cost(x, t, draw.PAIR_RADIUS, 0.06, 0.02, PAIR_SCALE) for x, t in zip(order, found)).min()
             if cost < best[0]:
                 best = (cost, relation, order)

@@ -195,13 +195,8 @@ def floor_of(shape, r):
     return GROUND - FOOT[shape] * r
 
 
-def relate(relation, s, dx, shapes, mirrored=False):
+def relate(relation, s, dx, shapes):
     """Tracks of the two subjects of a relation, by their shapes. dx: how far to the side they jump together."""
-    if mirrored:
-        tracks = relate(relation, s, -dx, shapes)
-        for track in tracks:
-            track.x, track.facing = 1 - track.x, -track.facing
-        return tracks
     ramp, floors = 2 * s - 1, [floor_of(shape, PAIR_RADIUS) for shape in shapes]
     on_ground = lambda i, x, facing, step=2, walks=1: Track(
         s, x, floors[i], stride=_legs(s, step) * walks, facing=facing)
@@ -280,13 +275,13 @@ class Act:
         return self
 
 
-def _way(scene, i, home, r, mirrored=False, **more):
-    """s -> Track of subject i of a scene. home: x where it rests, r: its radius, if it moves on its own; mirrored: of
-    a relation; more: as of move."""
+def _way(scene, i, home, r, **more):
+    """s -> Track of subject i of a scene. home: x where it rests, r: its radius, if it moves on its own; more: as of
+    move."""
     x = scene.subjects[i]
     if scene.relation:
         shapes = [x.shape for x in scene.subjects]
-        return lambda s: relate(scene.relation, s, scene.dx, shapes, mirrored)[i]
+        return lambda s: relate(scene.relation, s, scene.dx, shapes)[i]
     return functools.partial(move, x.motion, x0=home, y0=0.48 + scene.dy, r=r, floor=floor_of(x.shape, r), **more)
 
 
@@ -309,22 +304,14 @@ def _strange(x, dy):
     return np.array([0.5 + side * OUTSIDE, 0.5 - OUTSIDE if x.motion == "fall" else 0.48 + dy, 1.0, 0.0])
 
 
-def _is_mirrored(scene, there):
-    """Whether a relation that begins is less out of its subjects' way if it is mirrored; there: their poses."""
-    start = np.array([t.x[0] for t in relate(scene.relation, np.zeros(1), scene.dx, [x.shape for x in scene.subjects])])
-    x = np.array([pose[0] for pose in there])
-    return np.abs(1 - start - x).sum() < np.abs(start - x).sum()
-
-
 def _next(acts, before, scene, begin):
     """The Acts of a scene that begins in frame `begin`, after these of the scene before; those that leave come last."""
     past = {a.subject.colour: a for a in acts if a.subject in before.subjects}
     poses = {colour: a.pose(begin) for colour, a in past.items()}
-    there = [poses[x.colour] if x.colour in poses else _strange(x, scene.dy) for x in scene.subjects]
-    homes = np.array(_homes(scene))[np.argsort(np.argsort([pose[0] for pose in there]))]
-    mirrored, result = bool(scene.relation) and _is_mirrored(scene, there), []
-    for i, (x, home, pose) in enumerate(zip(scene.subjects, homes, there)):
+    result = []
+    for i, (x, home) in enumerate(zip(scene.subjects, _homes(scene))):
         old = past.get(x.colour)
+        pose = poses[x.colour] if old else _strange(x, scene.dy)
         if old and (old.subject.motion, before.relation) == (x.motion, scene.relation):
             way = old.way if scene.relation else functools.partial(old.way, x0=home)
             result.append(Act(x, old.r, way, old.begin, old.size).glide(pose, begin))
@@ -334,7 +321,7 @@ def _next(acts, before, scene, begin):
             size = pose[2]
         if x.motion == "fall" and not old:
             pose = np.array([home, *pose[1:]])
-        way = _way(scene, i, home, r * size, mirrored, scale=size, top=min(pose[1], floor_of(x.shape, r * size)),
+        way = _way(scene, i, home, r * size, scale=size, top=min(pose[1], floor_of(x.shape, r * size)),
                    smallest=max(SMALLEST, LEAST / r))
         wait = PICTURE + BEAT * (x.motion != "fall")
         result.append(Act(x, r, way, begin + wait, size).glide(pose, begin))

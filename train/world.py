@@ -336,6 +336,7 @@ def caption(s, rng, gone=()):
 # ---- stories -------------------------------------------------------------------------------------------------------
 
 CHANGES = {"motion": 4, "relation": 3, "enter": 3, "leave": 1, "cut": 2}  # what a sentence brings, and how often
+WALKS_IN = 0.4  # of the subjects that come stand still then; of these a sentence says from where they come
 ONCE = "fall", "grow", "shrink"  # motions that come to an end
 ALOFT = "up", "loop", "spin", "shake", "grow", "shrink"  # a subject that does one of these is in the air, and may fall
 
@@ -372,10 +373,10 @@ class _Teller:
     def _stranger(self, subjects):
         """A subject of a new colour, that comes to these."""
         colour = self.rng.choice([c for c in COLOURS if c not in {x.colour for x in subjects} | set(self.bulk)])
-        new = Subject(_choose(self.rng, list(SHAPES), self.weights), str(colour), "medium", "")
-        new = self._motion(new, len(subjects) + 1, new=True)
-        side = str(self.rng.choice(["left", "right"])) if new and new.motion == "still" else ""
-        return new and dataclasses.replace(new, enters=side)
+        new = Subject(_choose(self.rng, list(SHAPES), self.weights), str(colour), "medium", "still")
+        if self.rng.random() < WALKS_IN:
+            return dataclasses.replace(new, enters=str(self.rng.choice(["left", "right"])))
+        return self._motion(new, len(subjects) + 1, new=True)
 
     def _try(self, change):
         """What comes after the last scene, by one change; None in it, or None, where that change cannot be."""
@@ -395,7 +396,9 @@ class _Teller:
         must = {i for i in everyone if last.relation or count == 1 and old[i].motion not in PAIR_MOTIONS}
         if change == "enter" and count < CROWD and plain and (count > 1 or old[0].size == "small"):
             subjects = tuple(self._motion(x, count + 1) if i in must else x for i, x in enumerate(old))
-            return dataclasses.replace(last, subjects=(*subjects, self._stranger(old)), relation=None)
+            new = self._stranger(old)
+            subjects = (new, *subjects) if new and new.enters == "left" else (*subjects, new)
+            return dataclasses.replace(last, subjects=subjects, relation=None)
         if change == "leave" and count > 1:
             gone = int(rng.integers(count))
             rest, must = old[:gone] + old[gone + 1:], set(range(count - 1)) if last.relation else set()
