@@ -236,7 +236,8 @@ def _scene(rng, kinds, held_out, weights):
     while True:
         s = _try_scene(rng, kind, weights)
         distinct = len({subject.colour for subject in s.subjects}) == len(s.subjects)
-        if distinct and not _seem_related(s) and all(is_held_out(x.shape, x.colour, x.motion) == held_out for x in s.subjects):
+        fits = all(is_held_out(x.shape, x.colour, x.motion) == held_out for x in s.subjects)
+        if fits and distinct and not _seem_related(s):
             return s
 
 
