@@ -7,6 +7,7 @@ at once, on a square just large enough to hold it, and blended over the backgrou
 Units: the frame is 1 wide and 1 high, x to the right, y down; time s is counted in two seconds.  A shape's own
 coordinates u, v have the subject's radius as unit.
 """
+import dataclasses
 import functools
 
 import numpy as np
@@ -460,8 +461,9 @@ def blend(video, layer):
             target += alpha[f][part] * (colour[f][part] - target)
 
 
-def draw(story, size=SIZE, frames=FRAMES, first=0):
+def draw(story, size=SIZE, frames=FRAMES, first=0, mistakes={}):
     """uint8 [frames, size, size, 3]: these frames of a Story, or of a Scene, which is a story without a next sentence.
+    mistakes: as of world.mistaken.
 
     A scene's last subject is drawn first, so the first passes in front of the others. After a cut flakes and bubbles are
     where they are in the second chunk of a clip.
@@ -478,5 +480,8 @@ def draw(story, size=SIZE, frames=FRAMES, first=0):
             part, times = video[begin - first:end - first], np.arange(begin, end)
             part[:] = background(place, size, end - begin, begin - cut) * np.float32(scene.light)
             for act in reversed(doing):
-                blend(part, subject_layer(act.subject, act.track(times), act.r, size))
+                mistake = mistakes.get(act.subject.colour, {})
+                if mistake is not None:
+                    subject = dataclasses.replace(act.subject, **mistake)
+                    blend(part, subject_layer(subject, act.track(times), act.r, size))
     return np.clip(video + 0.5, 0, 255).astype(np.uint8)

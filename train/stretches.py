@@ -8,6 +8,10 @@ two of the first kind of shard, three in four of the other. A cut's first latent
 whole film's would stand for four; it is left out. Beside the latents stand the sentences, several tellings of each
 story, so a shard needs nothing else to be read.
 
+Beside half of the stretches from anywhere stands a mistaken past: the same, but a subject has another shape or colour,
+or is not there (world.mistaken). A model that learns from it believes the sentence, not what it made before. Else it
+would keep for ever a subject that it once got wrong.
+
 Other processes draw the shards, one after the other, while the transformer trains on those that are there. A model
 that sees the same stretches again and again learns them by heart.
 """
@@ -30,6 +34,7 @@ from world import CHUNK, SIZE
 
 START, ANYWHERE = 0, 1  # where a stretch begins
 STRETCHES, CHUNKS = (96, 32), (3, 8)  # in a shard of each; in a stretch of each
+MISTAKEN = 0, 16  # stretches in a shard of each that have a mistaken past, too
 LATEST = 56  # the last chunk at which a stretch of a lone sentence may begin
 LONE_EVERY = 2, 4  # of so many stories of each, one has one scene
 SENTENCES = 8  # of the others
@@ -68,11 +73,11 @@ def begin_of(story, where, rng):
     return 1 + int(rng.integers(last + 4) if last else LATEST * rng.random() ** 3)
 
 
-def drawn(story, begin, chunks):
+def drawn(story, begin, chunks, mistakes={}):
     """Pixels of a stretch, float [3, F, SIZE, SIZE], after the frame that the encoder takes for a first picture."""
     first = world.first_frame(CHUNK * begin) - 1 if begin else 0
     frames = 4 * CHUNK * chunks + (1 if begin else -3)
-    return vae.to_tensor(draw.draw(story, SIZE, frames, first))
+    return vae.to_tensor(draw.draw(story, SIZE, frames, first, mistakes))
 
 
 def tellings_of(story, tokenizer, rng):
@@ -95,21 +100,37 @@ def path_of(folder, k):
     return pathlib.Path(folder) / f"shard-{k:04d}.npy"
 
 
+def mistaken_path_of(folder, k):
+    """The file of the mistaken pasts of shard k."""
+    return pathlib.Path(folder) / f"mistaken-{k:04d}.npy"
+
+
 @torch.no_grad()
 def make_shard(k, folder, seed, encode, tokenizer, narrow):
-    """Draws and encodes shard k: float16 [stretches, chunks, Z, CHUNK, h, w], and a JSON file of what is told.
+    """Draws and encodes shard k: float16 [stretches, chunks, Z, CHUNK, h, w], a file of its mistaken pasts, likewise
+    [MISTAKEN, ...], and a JSON file of what is told.
 
     encode: pixels [1, 3, F, H, W] -> latents.
     """
-    path, where, out, told = path_of(folder, k), where_of(k), [], []
-    for index in range(k * max(STRETCHES), k * max(STRETCHES) + STRETCHES[where]):
+    path, where, out, mistaken, told = path_of(folder, k), where_of(k), [], [], []
+
+    def latents(story, begin, mistakes={}):
+        with products(narrow):
+            z = encode(drawn(story, begin, CHUNKS[where], mistakes)[None])[0]  # [Z, frames, h, w]
+        z = z[:, -CHUNK * CHUNKS[where]:].unflatten(1, (CHUNKS[where], CHUNK))
+        return z.transpose(0, 1).half().numpy()
+
+    for i in range(STRETCHES[where]):
+        index = k * max(STRETCHES) + i
         story, rng = story_of(seed, index, where), np.random.default_rng([seed, index, 5])
         begin = begin_of(story, where, rng)
         told.append({"begin": begin, "tellings": tellings_of(story, tokenizer, rng)})
-        with products(narrow):
-            z = encode(drawn(story, begin, CHUNKS[where])[None])[0]  # [Z, frames, h, w]
-        z = z[:, -CHUNK * CHUNKS[where]:].unflatten(1, (CHUNKS[where], CHUNK))
-        out.append(z.transpose(0, 1).half().numpy())
+        out.append(latents(story, begin))
+        if i < MISTAKEN[where]:
+            scenes = [story.at(world.first_frame(CHUNK * (begin + c))) for c in range(CHUNKS[where])]
+            mistaken.append(latents(story, begin, world.mistaken(scenes, rng)))
+    if mistaken:
+        np.save(mistaken_path_of(folder, k), np.stack(mistaken))
     with replacing(path) as new:
         path.with_suffix(".json").write_text(json.dumps(told))
         np.save(new, np.stack(out))
@@ -134,6 +155,7 @@ class Pool:
 
     def __init__(self, folder):
         self.folder, self.shards, self.latents, self.told = folder, 0, ([], []), ([], [])
+        self.mistaken = []  # (number of a stretch from anywhere, its mistaken past)
 
     def grow(self):
         """Takes in the shards that have come, and waits for the first two; how many stretches there are."""
@@ -142,6 +164,9 @@ class Pool:
                 time.sleep(1)
                 continue
             where = where_of(self.shards)
+            if MISTAKEN[where]:
+                self.mistaken += enumerate(np.load(mistaken_path_of(self.folder, self.shards), mmap_mode="r"),
+                                           len(self.told[where]))
             self.latents[where].extend(np.load(path, mmap_mode="r"))
             self.told[where].extend(json.loads(path.with_suffix(".json").read_text()))
             self.shards += 1

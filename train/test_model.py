@@ -182,6 +182,7 @@ def test_a_sample_of_chunks_computes_what_the_program_computes_with_its_cache(wo
 class Noise:
     """A Pool of stretches of noise whose sentence changes."""
     told = [range(4), range(4)]
+    mistaken = [(i, np.zeros((stretches.CHUNKS[stretches.ANYWHERE], vae.Z, world.CHUNK, 6, 6))) for i in range(4)]
 
     def grow(self):
         return 8
@@ -235,6 +236,15 @@ def test_the_past_is_what_the_model_made(words, tmp_path, own_past):
     assert torch.allclose(batch.past, batch.wanted + 1, atol=0.01)
 
 
+def test_some_pasts_are_mistaken(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformer, "MISTAKEN_SHARE", 0.5)
+    run = argparse.Namespace(step=8, course=transformer.Course(10, mixed=0, whole=0, own=9, peak=1.0), device="cpu")
+    batch = transformer.next_batch(tmp_path, run, Noise(), 0, tokenizer.Tokenizer(words))
+    as_drawn = (batch.past == batch.wanted).flatten(1).all(1)
+    mistaken = (batch.past == 0).flatten(1).all(1)
+    assert (as_drawn ^ mistaken).all() and 0 < mistaken.sum() < len(mistaken)
+
+
 def test_what_the_judge_asks_for_is_learned():
     """Every motion of a pair, and every relation, begins some stretch."""
     begins = [stretches.story_of(0, i, stretches.START).scenes[0] for i in range(1000)]
@@ -245,11 +255,15 @@ def test_what_the_judge_asks_for_is_learned():
 def test_a_stretch_begins_where_its_sentences_say(words, tmp_path, monkeypatch):
     """A shard of each kind, encoded by handing the first channel through: windows have the latents of their frames."""
     monkeypatch.setattr(stretches, "STRETCHES", (4, 3))
+    monkeypatch.setattr(stretches, "MISTAKEN", (0, 2))
     small = lambda x: torch.nn.functional.interpolate(x[:, :1, ::4], scale_factor=(1, 1 / 8, 1 / 8))
     for k in (0, 1):
         stretches.make_shard(k, tmp_path, 0, small, tokenizer.Tokenizer(words), narrow=False)
     pool = stretches.Pool(tmp_path)
     assert pool.grow() == 7
+    for i, past in pool.mistaken:
+        assert not np.array_equal(past, pool.latents[stretches.ANYWHERE][i])
+    assert [i for i, _ in pool.mistaken] == [0, 1]
     for where in (stretches.START, stretches.ANYWHERE):
         for i, told in enumerate(pool.told[where]):
             assert (told["begin"] == 0) == (where == stretches.START)

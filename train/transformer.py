@@ -24,7 +24,8 @@ before it:
 So one pass learns six times, each from the past that the C program's cache would hold (cache.c). The program's past is
 its own work and never quite clean: three samples in four have noise on the drawn pieces that they are not told of. And
 the model goes on by itself over some stretches now and then, as the program does. What it made is kept in OUT/own/, and
-is the past of half of the samples from anywhere. The wanted chunks stay the drawn ones, so it learns to find back.
+is the past of half of the samples from anywhere; of others it is a mistaken one, in which a subject has a wrong shape
+or colour. The wanted chunks stay the drawn ones, so it learns to find back.
 
 Each piece reads the prompt of its time, so a story is a sample like any other.
 """
@@ -47,7 +48,8 @@ SHIFT = 3.0
 SIGMAS = [SHIFT * u / (1 + (SHIFT - 1) * u) for u in (1, 0.75, 0.5, 0.25)]  # the noise levels of a chunk's four steps
 UNTOLD = 0.2  # most noise that is added to the past, which is still told to be clean
 UNTOLD_SHARE = 0.75  # of the samples have such noise
-OWN_SHARE = 0.5  # of the batches from anywhere have the model's own past, from the step on that the course says
+OWN_SHARE = 0.5  # of the samples from anywhere have the model's own past, from the step on that the course says
+MISTAKEN_SHARE = 0.2  # of them have a mistaken one
 OWN_EVERY, OWN_KEPT = 10, 60  # after so many steps the model makes another past; so many of the last ones are used
 MUON_LR, ADAM_LR, EMA_DECAY, FALLING = 0.01, 1e-3, 0.998, 0.7
 SAVE_SECONDS, LOG_STEPS = 180, 25
@@ -149,12 +151,11 @@ class Window:
     texts: list
 
 
-def window_of(layout, pool, own, rng):
-    """A Window for a sample of this layout. own: a file of the model's own stretches, or None."""
+def window_of(layout, pool, rng, seen=None):
+    """A Window for a sample of this layout. seen: (number of a stretch, its latents as they are seen later), or None."""
     where = stretches.ANYWHERE if layout is ANYWHERE else stretches.START
-    if own:
-        made, row = np.load(own), int(rng.integers(NEXT.samples))
-        (wanted, texts), past = pool.stretch(made["stretches"][row], where, rng), made["latents"][row]
+    if seen:
+        (wanted, texts), past = pool.stretch(seen[0], where, rng), seen[1]
     else:
         wanted, texts = pool.stretch(int(rng.integers(len(pool.told[where]))), where, rng)
         past = wanted
@@ -314,6 +315,12 @@ def make_own(out, run, pool, seed, tokenizer):
             old.unlink()
 
 
+def own_stretch(path, rng):
+    """(number of a stretch, what the model made of it), one of those in a file of make_own."""
+    made, row = np.load(path), int(rng.integers(NEXT.samples))
+    return int(made["stretches"][row]), made["latents"][row]
+
+
 def next_batch(out, run, pool, seed, tokenizer):
     """What the next step learns from: a function of the options, the step and the stretches that are there."""
     rng, own_steps = np.random.default_rng([seed, run.step]), run.course.own_steps(run.step)
@@ -321,9 +328,17 @@ def next_batch(out, run, pool, seed, tokenizer):
         make_own(out, run, pool, seed, tokenizer)
     made = [path for path in (own_path(out, step) for step in own_steps) if path.exists()]  # a shortened run lacks some
     layout = run.course.layout(run.step, rng)
-    own = layout is ANYWHERE and made and rng.random() < OWN_SHARE
-    windows = [window_of(layout, pool, made[rng.integers(len(made))] if own else None, rng)
-               for _ in range(layout.samples)]
+
+    def seen():
+        """(number of a stretch, what its past looks like), or None: as it was drawn."""
+        chance = rng.random() if layout is ANYWHERE else 1
+        if chance < OWN_SHARE and made:
+            return own_stretch(made[rng.integers(len(made))], rng)
+        if OWN_SHARE <= chance < OWN_SHARE + MISTAKEN_SHARE:
+            return pool.mistaken[rng.integers(len(pool.mistaken))]
+        return None
+
+    windows = [window_of(layout, pool, rng, seen()) for _ in range(layout.samples)]
     return Batch(layout, windows, rng, tokenizer, run.device)
 
 

@@ -463,6 +463,22 @@ def story_captions(story, rng):
     return list(zip(story.starts, texts))
 
 
+def mistaken(scenes, rng):
+    """{colour: fields of Subject that are wrong, or None if it is lost}: what a model may have taken one subject of
+    these scenes of a story for, or more."""
+    subjects = [x for scene in scenes for x in scene.subjects]
+    while True:
+        mistakes = {}
+        for colour, shape in sorted({(x.colour, x.shape) for x in subjects}):
+            what = str(rng.choice(["right", "shape", "colour", "lost"], p=(0.3, 0.45, 0.15, 0.1)))
+            others = [x for x in {"shape": SHAPES, "colour": COLOURS}.get(what, ()) if x not in (shape, colour)]
+            if what != "right":
+                mistakes[colour] = {what: str(rng.choice(others))} if others else None
+        seen = [dataclasses.replace(x, **mistakes[x.colour]) for x in subjects if mistakes.get(x.colour)]
+        if mistakes and not any(is_held_out(x.shape, x.colour, x.motion) for x in seen):
+            return mistakes
+
+
 def vocabulary():
     """Every word that a caption may contain, sorted; the tokenizer keeps each as one piece."""
     phrases = ["a an the one that is and while"] + _KIND_WORDS + _ADVERBS + _OPENINGS
