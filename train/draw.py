@@ -233,7 +233,6 @@ def relate(relation, s, dx, shapes):
 BEAT = 4 * CHUNK  # frames
 PICTURE = 3  # frames by which a clip's first latent frame, which is one picture, is shorter than others
 HOMES = {1: (1 / 2,), 2: PAIR_HOMES, 3: (1 / 6, 1 / 2, 5 / 6)}  # x of so many that each move on their own
-OUTSIDE = 0.5 + 1.1 * PAIR_RADIUS  # how far from the middle a subject is no longer seen
 FAR = 0.1  # a character that has so far to go to its place walks there
 
 
@@ -299,10 +298,16 @@ def _first(scene):
             for i, (x, home, r) in enumerate(zip(scene.subjects, _homes(scene), radii))]
 
 
+def _outside(r):
+    """How far from the middle a subject of radius r is no longer seen."""
+    return 0.5 + 1.1 * r
+
+
 def _strange(x, dy):
     """The pose of a stranger before it comes: from the right, unless the left is named."""
     side = -1 if x.enters == "left" else 1
-    return np.array([0.5 + side * OUTSIDE, 0.5 - OUTSIDE if x.motion == "fall" else 0.48 + dy, 1.0, 0.0])
+    far = _outside(PAIR_RADIUS)
+    return np.array([0.5 + side * far, 0.5 - far if x.motion == "fall" else 0.48 + dy, 1.0, 0.0])
 
 
 def _next(acts, before, scene, begin):
@@ -328,8 +333,9 @@ def _next(acts, before, scene, begin):
         result.append(Act(x, r, way, begin + wait, size).glide(pose, begin))
     for colour, old in past.items():
         if colour not in {x.colour for x in scene.subjects}:
-            x = 0.5 + np.sign(poses[colour][0] - 0.5 + 1e-9) * OUTSIDE
-            leave = functools.partial(Track, x=x, y=poses[colour][1], scale=poses[colour][2], angle=poses[colour][3])
+            x, y, scale, angle = poses[colour]
+            x = 0.5 + np.sign(x - 0.5 + 1e-9) * _outside(old.r * scale)
+            leave = functools.partial(Track, x=x, y=y, scale=scale, angle=angle)
             result.append(Act(old.subject, old.r, leave, begin).glide(poses[colour], begin))
     return result
 

@@ -77,6 +77,19 @@ def test_no_subject_jumps_from_one_place_to_another():
                 here[act.subject.colour], here[act.subject.colour, "y"] = x[-1], y[-1]
 
 
+def test_who_has_left_is_seen_no_more():
+    """Not even one that has grown."""
+    stories, seen = (world.story(13, i, weights={"grow": 9, "leave": 9}, sentences=6) for i in range(40)), set()
+    for begin, scene, acts in itertools.chain.from_iterable(draw.acts(story) for story in stories):
+        for act in acts:
+            if act.subject not in scene.subjects:
+                canvas = np.zeros((1, 96, 96, 3), np.float32)
+                draw.blend(canvas, draw.subject_layer(act.subject, act.track(np.array([begin + draw.BEAT])), act.r, 96))
+                assert not canvas.any(), (scene, act.subject)
+                seen.add(act.subject.motion)
+    assert "grow" in seen
+
+
 def test_who_has_spun_turns_upright_no_further_than_it_must():
     """A cross turns by an eighth of a turn at most, and does not jump."""
     spins, stands = (world.Subject("cross", "red", "medium", motion) for motion in ("spin", "still"))
