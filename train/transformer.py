@@ -154,11 +154,9 @@ class Window:
 def window_of(layout, pool, rng, seen=None):
     """A Window for a sample of this layout. seen: (number of a stretch, its latents as they are seen later), or None."""
     where = stretches.ANYWHERE if layout is ANYWHERE else stretches.START
-    if seen:
-        (wanted, texts), past = pool.stretch(seen[0], where, rng), seen[1]
-    else:
-        wanted, texts = pool.stretch(int(rng.integers(len(pool.told[where]))), where, rng)
-        past = wanted
+    number, past = seen or (int(rng.integers(len(pool.told[where]))), None)
+    wanted, texts = pool.stretch(number, where, rng)
+    past = wanted if past is None else past
     chunks = -(-(max(layout.noisy) + 1) * layout.frames // CHUNK)
     first = int(rng.integers(len(texts) - chunks + 1)) if where == stretches.ANYWHERE else 0
     return Window(*(x[first:first + chunks] for x in (wanted, past, texts)))

@@ -178,6 +178,10 @@ def is_held_out(shape, colour, motion):
     return zlib.crc32(f"{shape}|{colour}|{action}".encode()) % 7 == 0
 
 
+def _is_held_out(subject):
+    return is_held_out(subject.shape, subject.colour, subject.motion)
+
+
 def motions_of(shape):
     """The motions that a subject of this shape may have: only characters walk, and a spinning circle shows nothing."""
     if shape == "character":
@@ -236,7 +240,7 @@ def _scene(rng, kinds, held_out, weights):
     while True:
         s = _try_scene(rng, kind, weights)
         distinct = len({subject.colour for subject in s.subjects}) == len(s.subjects)
-        fits = all(is_held_out(x.shape, x.colour, x.motion) == held_out for x in s.subjects)
+        fits = all(_is_held_out(x) == held_out for x in s.subjects)
         if fits and distinct and not _seem_related(s):
             return s
 
@@ -355,7 +359,7 @@ class _Teller:
         self.bulk |= {x.colour: x.motion for x in scene.subjects if x.motion in ("grow", "shrink")}
 
     def _fits(self, subject):
-        return is_held_out(subject.shape, subject.colour, subject.motion) == self.held_out
+        return _is_held_out(subject) == self.held_out
 
     def _motion(self, subject, count, new=False):
         """The subject with another motion, that it can have among `count` subjects; None if there is none."""
@@ -475,7 +479,7 @@ def mistaken(scenes, rng):
             if what != "right":
                 mistakes[colour] = {what: str(rng.choice(others))} if others else None
         seen = [dataclasses.replace(x, **mistakes[x.colour]) for x in subjects if mistakes.get(x.colour)]
-        if mistakes and not any(is_held_out(x.shape, x.colour, x.motion) for x in seen):
+        if mistakes and not any(map(_is_held_out, seen)):
             return mistakes
 
 
