@@ -444,6 +444,10 @@ typedef struct {
     int run;      /* rounds; INT8's tiles ignore run and skip */
 } Ahead;
 
+size_t packed_offset(Precision precision, int k); /* of element k of a packed row; k: a multiple of INT8_CHUNK */
+
+enum { REPLACE, ACCUMULATE }; /* what becomes of a result that is there already */
+
 /* What tile `tile` of those that multiply a panel of n elements fetches: its share of the next panel; or, where that is
  * not yet packed, of the weights that pack_panel() reads for it. */
 Ahead panel_ahead(Precision precision, const char *next, int n, int tile);
@@ -483,7 +487,7 @@ typedef struct {
     size_t stride;
     bool whole_tiles; /* the memory behind the last row can be read up to a whole tile; its contents do not matter */
 } Rows;
-enum { REPLACE, ACCUMULATE };
+
 /* y = or += x @ weight (O, segments*n) + bias */
 void product(float *y, Rows x, const Linear *layer, int mode);
 size_t product_memory(const Linear *layer, int rows); /* bytes of scratch that it takes */
@@ -549,11 +553,12 @@ typedef uint32_t Word;
 
 /* How a table multiplies R packed rows by the C columns of a panel. */
 typedef struct {
-    /* acc (R, C), rows ld floats apart, += R packed rows, `stride` bytes apart, times a panel, over n of k. An
-     * element of F32 is one chain of fused multiply-adds in the order of k. */
-    void (*multiply)(float *acc, int ld, const void *rows, size_t stride, const void *panel, int n, Ahead ahead);
+    /* acc (R, C), rows ld floats apart, = (mode: REPLACE) or += (ACCUMULATE) R packed rows, `stride` bytes apart, times
+     * a panel, over n of k. An element of F32 is one chain of fused multiply-adds in the order of k. */
+    void (*multiply)(float *acc, int ld, int mode, const void *rows, size_t stride, const void *panel, int n,
+                     Ahead ahead);
     int rows; /* R */
-    int part; /* of k that it is best given at once: a multiple of INT8_CHUNK and of the step */
+    int part, slice; /* of k for which rows are packed; that it is given at once: multiples of INT8_CHUNK and step */
     int step; /* zeros fill packed rows and panels up to a multiple of so many k */
 } Tile;
 
@@ -569,6 +574,7 @@ typedef struct {
     /* The operations: the sections above say what they are, and rows.c hands them row by row. */
     void (*product)(float *y, const Rows *x, const Linear *layer, int mode, char *memory);
     void (*attention)(const Attention *attention);
+    size_t (*attention_memory)(Precision precision, int keys, int heads, int d);
     void (*rms_norm_row)(float *y, const float *x, int n, const float *gain, float eps);
     void (*l2_norm_row)(float *y, const float *x, int n, const float *gain);
     void (*layer_norm_row)(float *y, const float *x, int n, float eps, const float *scale,
@@ -595,6 +601,11 @@ typedef struct {
     float (*softmax_tile)(float *scores, int n, float scale, const float *bias, float maximum, float *sums,
                           float *rescale);
 
+    /* y (rows, cols), rows y_stride floats apart, = or += sums (rows, C) + bias; bias may be NULL. `stream`: y will not
+     * be read soon, so it need not be in a cache. */
+    void (*write_sums)(float *y, size_t y_stride, int mode, const float *sums, int rows, int cols, const float *bias,
+                       bool stream);
+
     float (*multiply_add)(float a, float b, float c); /* a * b + c, rounded twice; for kernels_choose() */
 } Kernels;
 extern const Kernels *kernels;
@@ -609,7 +620,8 @@ static inline void tiles_enter(void) { if (kernels->enter) kernels->enter(); }
 static inline void tiles_leave(void) { if (kernels->leave) kernels->leave(); }
 
 void product_in_panels(float *y, const Rows *x, const Linear *layer, int mode, char *memory); /* product.c */
-void attention_in_tiles(const Attention *attention);                                        /* attention.c */
+void attention_in_tiles(const Attention *attention); /* attention.c */
+size_t tiles_attention_memory(Precision precision, int keys, int heads, int d);
 
 /* ---------------------------------------------------------------- amx.c: tiles of 16 rows of 64 bytes */
 
@@ -619,8 +631,13 @@ float amx_dot(float sum, const uint16_t *a, const uint16_t *b, int n);
 bool can_amx(void); /* asks the operating system for tiles */
 void amx_enter(void);
 void amx_leave(void);
-void amx_tile_bf16(float *acc, int ld, const void *rows, size_t stride, const void *panel, int n, Ahead ahead);
-void amx_tile_int8(float *acc, int ld, const void *rows, size_t stride, const void *panel, int n, Ahead ahead);
+void amx_tile_bf16(float *acc, int ld, int mode, const void *rows, size_t stride, const void *panel, int n,
+                   Ahead ahead);
+void amx_tile_int8(float *acc, int ld, int mode, const void *rows, size_t stride, const void *panel, int n,
+                   Ahead ahead);
+
+void amx_attention(const Attention *attention); /* amx_attention.c */
+size_t amx_attention_memory(Precision precision, int keys, int heads, int d);
 
 /* ---------------------------------------------------------------- naive.c: the operations as simple loops */
 

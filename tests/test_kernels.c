@@ -602,6 +602,7 @@ void test_kernels(void) {
         check_attention((Precision)p, 17, 40, 3, 24, true);
         check_attention((Precision)p, 75, 129, 2, 40, false);
         check_attention((Precision)p, 3, 513, 1, 130, true);
+        check_attention((Precision)p, 260, 1030, 2, 40, true);
         check_hidden_keys((Precision)p);
         check_nan_in_attention((Precision)p);
     }

@@ -29,6 +29,7 @@
 #include "engine/engine.h"
 
 #include <math.h>
+#include <string.h>
 
 /* x, or 0 of its sign if it is subnormal. */
 static float flushed(float x) { return fabsf(x) < FLT_MIN ? copysignf(0, x) : x; }
@@ -106,7 +107,7 @@ void amx_leave(void) { __asm__ volatile("tilerelease" : : : "memory"); }
     __asm__ volatile("tileloaddt1 (%0,%1,1), %%tmm" #tile : : "r"(from), "r"((size_t)(stride)) : "memory")
 #define STORE(tile, to, stride)                                                                               \
     __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" : : "r"(to), "r"((size_t)(stride)) : "memory")
-#define ZERO(tile) __asm__ volatile("tilezero %%tmm" #tile : : )
+#define ZERO_ALL() __asm__ volatile("tilezero %tmm0\n\ttilezero %tmm1\n\ttilezero %tmm2\n\ttilezero %tmm3")
 #define MULTIPLY(instruction, sum, a, b) __asm__ volatile(instruction " %%tmm" #b ", %%tmm" #a ", %%tmm" #sum : : )
 /* Four products of what is loaded. */
 #define MULTIPLY_ALL(instruction)                                                                             \
@@ -125,14 +126,18 @@ static void load_step(const char *rows, size_t stride, const char *panel, const 
     for (size_t i = 0; i < ahead->bytes; i += 64) __builtin_prefetch(ahead->at + i, 0, 2);
 }
 
-__attribute__((noinline)) void amx_tile_bf16(float *acc, int ld, const void *rows, size_t stride, const void *panel,
-                                             int n, Ahead ahead) {
+__attribute__((noinline)) void amx_tile_bf16(float *acc, int ld, int mode, const void *rows, size_t stride,
+                                             const void *panel, int n, Ahead ahead) {
     const char *a = rows, *b = panel;
     size_t line = sizeof *acc * (size_t)ld;
-    LOAD(0, acc, line);
-    LOAD(1, acc + SIDE, line);
-    LOAD(2, acc + SIDE * ld, line);
-    LOAD(3, acc + SIDE * ld + SIDE, line);
+    if (mode == REPLACE) {
+        ZERO_ALL();
+    } else {
+        LOAD(0, acc, line);
+        LOAD(1, acc + SIDE, line);
+        LOAD(2, acc + SIDE * ld, line);
+        LOAD(3, acc + SIDE * ld + SIDE, line);
+    }
     for (int k = 0, left = ahead.run; k < n; k += AMX_STEP, a += 64, b += STEP_BYTES, ahead.at += ahead.bytes) {
         load_step(a, stride, b, &ahead);
         MULTIPLY_ALL("tdpbf16ps");
@@ -145,25 +150,23 @@ __attribute__((noinline)) void amx_tile_bf16(float *acc, int ld, const void *row
 }
 
 /* acc += sum * (scale of the row * scale of the column), as tile_int8() of kernel_body.h. */
-__attribute__((target(AMX_TARGET))) static void add_scaled(float *acc, int ld, const int32_t *sums, const char *rows,
-                                                           size_t stride, const float *scales) {
+__attribute__((target(AMX_TARGET))) static void add_scaled(float *acc, int ld, int mode, const int32_t *sums,
+                                                           const char *rows, size_t stride, const float *scales) {
     for (int i = 0; i < 2 * SIDE; i++) {
         float *restrict out = acc + (size_t)i * ld, scale = *(const float *)(const void *)(rows + i * stride);
+        if (mode == REPLACE) memset(out, 0, 2 * SIDE * sizeof *out);
         for (int j = 0; j < 2 * SIDE; j++) out[j] = fmaf((float)sums[i * 2 * SIDE + j], scale * scales[j], out[j]);
     }
 }
 
-__attribute__((noinline)) void amx_tile_int8(float *acc, int ld, const void *rows, size_t stride, const void *panel,
-                                             int n, Ahead ahead) {
+__attribute__((noinline)) void amx_tile_int8(float *acc, int ld, int mode, const void *rows, size_t stride,
+                                             const void *panel, int n, Ahead ahead) {
     _Alignas(64) int32_t sums[2 * SIDE * 2 * SIDE];
     const char *chunk = rows, *b = panel;
-    for (; n > 0; n -= INT8_CHUNK, chunk += SCALE_BYTES + INT8_CHUNK) {
+    for (; n > 0; n -= INT8_CHUNK, chunk += SCALE_BYTES + INT8_CHUNK, mode = ACCUMULATE) {
         const float *scales = (const float *)(const void *)b;
         b += 2 * LINE; /* the scales, and corrections, which are 0 for signed bytes */
-        ZERO(0);
-        ZERO(1);
-        ZERO(2);
-        ZERO(3);
+        ZERO_ALL();
         for (int k = 0; k < smaller(n, INT8_CHUNK); k += 64, b += STEP_BYTES, ahead.at += ahead.bytes) {
             load_step(chunk + SCALE_BYTES + k, stride, b, &ahead);
             MULTIPLY_ALL("tdpbssd");
@@ -172,7 +175,7 @@ __attribute__((noinline)) void amx_tile_int8(float *acc, int ld, const void *row
         STORE(1, sums + SIDE, LINE);
         STORE(2, sums + SIDE * 2 * SIDE, LINE);
         STORE(3, sums + SIDE * 2 * SIDE + SIDE, LINE);
-        add_scaled(acc, ld, sums, chunk, stride, scales);
+        add_scaled(acc, ld, mode, sums, chunk, stride, scales);
     }
 }
 #endif

@@ -58,10 +58,9 @@ typedef struct {
 
 static void multiply_keys(const Plan *plan, const Block *block, int head, int first, int keys) {
     const char *panel = plan->packed + head * plan->head_size + (size_t)(first / plan->C) * plan->key_panel;
-    memset(block->scores, 0, sizeof(float) * (size_t)block->padded * TILE_KEYS);
     for (int j = 0; j < keys; j += plan->C, panel += plan->key_panel)
         for (int i = 0; i < block->padded; i += plan->tile->rows)
-            plan->tile->multiply(block->scores + (size_t)i * TILE_KEYS + j, TILE_KEYS,
+            plan->tile->multiply(block->scores + (size_t)i * TILE_KEYS + j, TILE_KEYS, REPLACE,
                                  block->queries + i * block->query_row, block->query_row, panel, plan->a->d,
                                  panel_ahead(plan->precision, panel + plan->key_panel, plan->a->d,
                                              i / plan->tile->rows));
@@ -88,7 +87,7 @@ static void add_values(const Plan *plan, const Block *block, int head, int first
                         panel_bytes(plan->precision, first);
     for (int j = 0; j < plan->width; j += plan->C, panel += plan->value_panel)
         for (int i = 0; i < block->padded; i += plan->tile->rows)
-            plan->tile->multiply(block->out + (size_t)i * plan->width + j, plan->width,
+            plan->tile->multiply(block->out + (size_t)i * plan->width + j, plan->width, ACCUMULATE,
                                  block->weights + i * plan->weight_row, plan->weight_row, panel, keys,
                                  panel_ahead(plan->precision, panel + plan->value_panel, keys, i / plan->tile->rows));
 }
@@ -156,7 +155,7 @@ static size_t plan_bytes(const Plan *plan) {
     return plan->packed_size + plan->block_size * (size_t)threads_count();
 }
 
-size_t attention_memory(Precision precision, int keys, int heads, int d) {
+size_t tiles_attention_memory(Precision precision, int keys, int heads, int d) {
     Plan plan = make_plan(&(Attention){.precision = precision, .keys = keys, .heads = heads, .d = d});
     return plan_bytes(&plan);
 }
@@ -171,6 +170,10 @@ void attention_in_tiles(const Attention *a) {
         attend(&plan, task / blocks, query, smaller(block, a->queries - query),
                plan.packed + plan.packed_size + plan.block_size * (size_t)thread_index());
     }
+}
+
+size_t attention_memory(Precision precision, int keys, int heads, int d) {
+    return kernels->attention_memory(precision, keys, heads, d);
 }
 
 void attention(const Attention *a) {

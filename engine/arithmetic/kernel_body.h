@@ -6,6 +6,7 @@
  *   TILE_BF16, TILE_INT8, ORDER, ENTER, LEAVE: only where the tiles are elsewhere (AMX),
  * and its own vocabulary, vector_*.h. That is, for V, vectors of VLEN floats:
  *   V_LOAD V_STORE V_SET V_ADD V_SUB V_MUL V_DIV V_FMA(a,b,c)=a*b+c V_ROUND V_HMAX
+ *   V_STREAM: V_STORE past the caches; V_STREAMED(): before another thread may read it
  *   V_MAX(a,b) V_MIN(a,b): NaN if b is NaN; if only a is NaN, b or NaN
  *   V_POW2(n), 2^n of -126 to 127 and 0 of -127
  *   V_LOAD_BF16(p), V_STORE_BF16(p, v): widened; narrowed to nearest even
@@ -57,12 +58,13 @@ static inline TARGET V NAME(v_exp)(V x) {
         for (stop_ = smaller((rounds), k + ahead.run); k < stop_; k++, b += TILE_VECTORS * VLEN)
 #define ROW(i) ((const char *)rows + (size_t)(i) * stride)
 
-static TARGET void NAME(tile_f32)(float *acc, int ld, const void *rows, size_t stride, const void *panel, int n,
-                                  Ahead ahead) {
+static TARGET void NAME(tile_f32)(float *acc, int ld, int mode, const void *rows, size_t stride, const void *panel,
+                                  int n, Ahead ahead) {
     const float *b = panel, *row[TILE_ROWS];
     V sum[TILE_ROWS][TILE_VECTORS];
     FOR_ROWS row[i] = (const float *)(const void *)ROW(i);
-    FOR_ROWS FOR_VECTORS sum[i][j] = V_LOAD(acc + (size_t)i * ld + j * VLEN);
+    if (mode == REPLACE) FOR_ROWS FOR_VECTORS sum[i][j] = V_SET(0.0f);
+    else FOR_ROWS FOR_VECTORS sum[i][j] = V_LOAD(acc + (size_t)i * ld + j * VLEN);
     FOR_ROUNDS(k, n) {
         V column[TILE_VECTORS];
         FOR_VECTORS column[j] = V_LOAD(b + j * VLEN);
@@ -77,12 +79,13 @@ static TARGET void NAME(tile_f32)(float *acc, int ld, const void *rows, size_t s
 
 #ifdef DOT_BF16
 /* The same, a pair of k at a time. */
-static TARGET void NAME(tile_bf16)(float *acc, int ld, const void *rows, size_t stride, const void *panel,
+static TARGET void NAME(tile_bf16)(float *acc, int ld, int mode, const void *rows, size_t stride, const void *panel,
                                    int n, Ahead ahead) {
     const Word *b = panel, *row[TILE_ROWS];
     V sum[TILE_ROWS][TILE_VECTORS];
     FOR_ROWS row[i] = (const Word *)(const void *)ROW(i);
-    FOR_ROWS FOR_VECTORS sum[i][j] = V_LOAD(acc + (size_t)i * ld + j * VLEN);
+    if (mode == REPLACE) FOR_ROWS FOR_VECTORS sum[i][j] = V_SET(0.0f);
+    else FOR_ROWS FOR_VECTORS sum[i][j] = V_LOAD(acc + (size_t)i * ld + j * VLEN);
     FOR_ROUNDS(k, (n + 1) / 2) {
         W column[TILE_VECTORS];
         FOR_VECTORS column[j] = W_LOAD(b + j * VLEN);
@@ -94,24 +97,24 @@ static TARGET void NAME(tile_bf16)(float *acc, int ld, const void *rows, size_t 
     }
     FOR_ROWS FOR_VECTORS V_STORE(acc + (size_t)i * ld + j * VLEN, sum[i][j]);
 }
-#define TILE_BF16 {NAME(tile_bf16), TILE_ROWS, PART, 2}
+#define TILE_BF16 {NAME(tile_bf16), TILE_ROWS, PART, PART, 2}
 #define ORDER PAIRS
 #elif !defined(TILE_BF16)
-#define TILE_BF16 {NAME(tile_f32), TILE_ROWS, PART, 1}
+#define TILE_BF16 {NAME(tile_f32), TILE_ROWS, PART, PART, 1}
 #define ORDER RISING
 #endif
 
 #ifndef TILE_INT8
-#define TILE_INT8 {NAME(tile_int8), TILE_ROWS, PART, 4}
+#define TILE_INT8 {NAME(tile_int8), TILE_ROWS, PART, PART, 4}
 
 /* A chunk's sums are exact integers. Then each takes one step in float32:
  *   acc += sum * (scale of the row * scale of the column)
  * The panel's correction of a column, minus byte_offset times the sum of its bytes, takes the offset of the
  * rows' bytes out again. */
-static TARGET void NAME(tile_int8)(float *acc, int ld, const void *rows, size_t stride, const void *panel,
+static TARGET void NAME(tile_int8)(float *acc, int ld, int mode, const void *rows, size_t stride, const void *panel,
                                    int n, Ahead ahead) {
     const Word *b = panel;
-    for (; n > 0; n -= INT8_CHUNK, rows = ROW(0) + SCALE_BYTES + INT8_CHUNK) {
+    for (; n > 0; n -= INT8_CHUNK, rows = ROW(0) + SCALE_BYTES + INT8_CHUNK, mode = ACCUMULATE) {
         const float *scales = (const float *)b;
         const Word *row[TILE_ROWS];
         W sum[TILE_ROWS][TILE_VECTORS], correction[TILE_VECTORS];
@@ -131,6 +134,7 @@ static TARGET void NAME(tile_int8)(float *acc, int ld, const void *rows, size_t 
         }
 #define OUT (acc + (size_t)i * ld + j * VLEN)
 #define SCALE V_MUL(V_SET(*(const float *)(row[i] - SCALE_BYTES / 4)), V_LOAD(scales + j * VLEN))
+        if (mode == REPLACE) FOR_ROWS FOR_VECTORS V_STORE(OUT, V_SET(0.0f));
         FOR_ROWS FOR_VECTORS V_STORE(OUT, V_FMA(W_FLOAT(sum[i][j]), SCALE, V_LOAD(OUT)));
 #undef OUT
 #undef SCALE
@@ -138,6 +142,26 @@ static TARGET void NAME(tile_int8)(float *acc, int ld, const void *rows, size_t 
 }
 
 #endif
+
+static TARGET void NAME(write_sums)(float *y, size_t y_stride, int mode, const float *sums, int rows, int cols,
+                                    const float *bias, bool stream) {
+    stream = stream && mode == REPLACE && cols % VLEN == 0 && ((size_t)y | y_stride * sizeof *y) % CACHE_LINE == 0;
+    for (int i = 0; i < rows; i++, y += y_stride, sums += TILE_VECTORS * VLEN) {
+        int j = 0;
+        for (; j + VLEN <= cols; j += VLEN) {
+            V value = V_LOAD(sums + j);
+            if (bias) value = V_ADD(value, V_LOAD(bias + j));
+            if (mode == ACCUMULATE) value = V_ADD(V_LOAD(y + j), value);
+            if (stream) V_STREAM(y + j, value);
+            else V_STORE(y + j, value);
+        }
+        for (; j < cols; j++) {
+            float value = bias ? sums[j] + bias[j] : sums[j];
+            y[j] = mode == ACCUMULATE ? y[j] + value : value;
+        }
+    }
+    if (stream) V_STREAMED();
+}
 
 static TARGET void NAME(from_f16)(float *y, const uint16_t *x, size_t n) {
     for (size_t i = 0; i < n; i++) y[i] = float_of_f16(x[i]);
@@ -321,11 +345,17 @@ static TARGET float NAME(multiply_add)(float a, float b, float c) {
     return result[0];
 }
 
+#ifndef ATTENTION
+#define ATTENTION attention_in_tiles
+#define ATTENTION_MEMORY tiles_attention_memory
+#endif
+
 static const Kernels NAME(table) = {
     .name = ISA_NAME,
     .fast = {true, ORDER != RISING, FAST_INT8},
     .product = product_in_panels,
-    .attention = attention_in_tiles,
+    .attention = ATTENTION,
+    .attention_memory = ATTENTION_MEMORY,
     .rms_norm_row = NAME(rms_norm_row),
     .l2_norm_row = NAME(l2_norm_row),
     .layer_norm_row = NAME(layer_norm_row),
@@ -338,13 +368,14 @@ static const Kernels NAME(table) = {
     .order_of_bf16 = ORDER,
     .byte_offset = BYTE_OFFSET,
     .tile_cols = TILE_VECTORS * VLEN,
-    .tile = {{NAME(tile_f32), TILE_ROWS, PART, 1}, TILE_BF16, TILE_INT8},
+    .tile = {{NAME(tile_f32), TILE_ROWS, PART, PART, 1}, TILE_BF16, TILE_INT8},
 #ifdef ENTER
     .enter = ENTER,
     .leave = LEAVE,
 #endif
     .transpose = NAME(transpose),
     .softmax_tile = NAME(softmax_tile),
+    .write_sums = NAME(write_sums),
     .multiply_add = NAME(multiply_add),
 };
 
@@ -357,6 +388,8 @@ static const Kernels NAME(table) = {
 #undef TILE_VECTORS
 #undef V_LOAD
 #undef V_STORE
+#undef V_STREAM
+#undef V_STREAMED
 #undef V_SET
 #undef V_ADD
 #undef V_SUB
@@ -385,6 +418,8 @@ static const Kernels NAME(table) = {
 #undef TILE_INT8
 #undef ORDER
 #undef ENTER
+#undef ATTENTION
+#undef ATTENTION_MEMORY
 #undef LEAVE
 #undef FAST_INT8
 #undef BYTE_OFFSET

@@ -196,9 +196,11 @@ static inline TARGET_AVX512 void transpose_16x16(__m512i r[16]) {
 #define TILE_VECTORS 2
 #define FAST_INT8 true
 #define BYTE_OFFSET 0
-#define TILE_BF16 {amx_tile_bf16, 32, 512, AMX_STEP}
-#define TILE_INT8 {amx_tile_int8, 32, 512, 2 * AMX_STEP}
+#define TILE_BF16 {amx_tile_bf16, 32, 1536, 512, AMX_STEP}
+#define TILE_INT8 {amx_tile_int8, 32, 1536, 512, 2 * AMX_STEP}
 #define ORDER AMX_TILES
+#define ATTENTION amx_attention
+#define ATTENTION_MEMORY amx_attention_memory
 #define ENTER amx_enter
 #define LEAVE amx_leave
 #include "engine/arithmetic/vector_avx512.h"
@@ -211,7 +213,7 @@ static bool can_avx512(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
 }
 #ifdef HAS_AMX
-static bool can_run_amx(void) { return can_avx512() && can_amx(); }
+static bool can_run_amx(void) { return can_avx512() && __builtin_cpu_supports("avx512bf16") && can_amx(); }
 #endif
 static bool can_avx512vnni(void) { return can_avx512() && __builtin_cpu_supports("avx512vnni"); }
 static bool can_avx512bf16(void) { return can_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }

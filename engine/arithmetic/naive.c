@@ -211,6 +211,7 @@ const Kernels naive_table = {
     .fast = {true, false, false},
     .product = naive_product,
     .attention = naive_attention,
+    .attention_memory = tiles_attention_memory,
     .rms_norm_row = naive_rms_norm,
     .l2_norm_row = naive_l2_norm,
     .layer_norm_row = naive_layer_norm,
@@ -220,7 +221,9 @@ const Kernels naive_table = {
     .from_bf16 = naive_from_bf16,
     .to_bf16 = naive_to_bf16,
     .quantize = naive_quantize,
-    .tile = {{NULL, 1, INT8_CHUNK, 1}, {NULL, 1, INT8_CHUNK, 1}, {NULL, 1, INT8_CHUNK, 4}},
-    .tile_cols = 1, /* product_memory() and attention_memory() count a tile as one result */
+    /* product_memory() and attention_memory() count a tile as one result */
+    .tile = {{NULL, 1, INT8_CHUNK, INT8_CHUNK, 1}, {NULL, 1, INT8_CHUNK, INT8_CHUNK, 1},
+             {NULL, 1, INT8_CHUNK, INT8_CHUNK, 4}},
+    .tile_cols = 1,
     .multiply_add = naive_multiply_add,
 };

@@ -30,7 +30,7 @@ bool tiles_take_floats(Precision precision) {
     return precision == F32 || (precision == BF16 && kernels->order_of_bf16 == RISING);
 }
 
-bool tiles_take_operands(Precision precision) { return precision != BF16 || kernels->order_of_bf16 == PAIRS; }
+bool tiles_take_operands(Precision precision) { return precision != BF16 || kernels->order_of_bf16 != RISING; }
 
 /* ---------------------------------------------------------------- row operands */
 
@@ -76,6 +76,10 @@ size_t packed_bytes(Precision precision, int n) {
     int filled = round_up(n, kernels->tile[precision].step);
     size_t bytes = tiles_take_floats(precision) ? sizeof(float) * (size_t)n : row_bytes(precision, filled);
     return CACHE_LINE + whole_lines(bytes);
+}
+
+size_t packed_offset(Precision precision, int k) {
+    return tiles_take_floats(precision) ? sizeof(float) * (size_t)k : row_offset(precision, k);
 }
 
 /* Elements [at, at+n) of a segment to element `done` of a packed row. */

@@ -24,8 +24,9 @@
  *     for each task, a block of rows against some panels:        one thread
  *       for each part of k:                                      short enough for the second-level cache
  *         pack the block's rows
- *         for each panel, for each tile of rows:  tile()         meanwhile the next panel is fetched
- *       add the bias, write y
+ *         for each panel:
+ *           for each slice of k, for each tile of rows:  tile()  meanwhile the next slice is fetched
+ *           at the end of k: add the bias, write y
  *
  * Where all rows are one block (the few tokens of a prompt) a panel is used only once. So the task itself packs
  * it, a part at a time, and it never leaves the cache.
@@ -42,6 +43,7 @@ enum {
     BLOCK_ROWS = BLOCK_TILES * MAX_TILE_ROWS, /* at most */
     TASK_PANELS = 16,       /* and panels, at most */
     GROUP_BYTES = 16 << 20, /* of packed panels, unless one is larger */
+    STREAM_BYTES = 4 << 20, /* a result that is larger is written past the caches */
 };
 
 static Arena region;
@@ -65,6 +67,7 @@ typedef struct {
     int mode, K, first;
     char *panels; /* NULL: tasks pack for themselves */
     size_t panel_size;
+    bool stream; /* y is larger than the caches */
 } Product;
 
 /* ---------------------------------------------------------------- a task */
@@ -75,7 +78,7 @@ typedef struct {
     int row, rows, tiles, panel, panels;
     float *sums;  /* [panels][tiles][R][C] */
     char *packed; /* the rows: [tiles][R] of a part of k */
-    char *own;    /* a part of a panel, if tasks pack for themselves */
+    char *own;    /* a slice of a panel, if tasks pack for themselves */
 } Task;
 
 static size_t sums_bytes(Precision precision) {
@@ -89,18 +92,14 @@ static size_t rows_bytes(Precision precision) {
 }
 
 static size_t task_bytes(Precision precision) {
-    return sums_bytes(precision) + rows_bytes(precision) + panel_bytes(precision, kernels->tile[precision].part);
-}
-
-static void pack_part(const Product *p, int panel, int k, int n, char *packed) {
-    pack_panel(p->layer->precision, packed, &p->layer->weight, p->first + panel * kernels->tile_cols,
-               p->x->skip * p->x->n + k, n);
+    return sums_bytes(precision) + rows_bytes(precision) + panel_bytes(precision, kernels->tile[precision].slice);
 }
 
 static void pack_whole(const Product *p, int panel) {
     char *packed = p->panels + panel * p->panel_size;
     for (int k = 0, part = p->tile->part; k < p->K; k += part)
-        pack_part(p, panel, k, smaller(part, p->K - k), packed + panel_bytes(p->layer->precision, k));
+        pack_panel(p->layer->precision, packed + panel_bytes(p->layer->precision, k), &p->layer->weight,
+                   p->first + panel * kernels->tile_cols, p->x->skip * p->x->n + k, smaller(part, p->K - k));
 }
 
 /* Whether tiles can read the task's rows where they lie. Only bytes are filled up to the tile's step. Rows a multiple
@@ -112,17 +111,52 @@ static bool lies_packed(const Product *p, const Task *task) {
     return tiles_take_operands(precision) && !p->x->locate && whole && filled && spread;
 }
 
-/* What tile t fetches where the task packs panel i next. */
-static Ahead weights_after(const Product *p, const Task *task, int i, int k, int n, int t) {
-    return weights_ahead(p->layer->precision, &p->layer->weight, p->first + (task->panel + i) * kernels->tile_cols,
-                         p->x->skip * p->x->n + k, n, t, task->tiles);
+/* A place in the weights: a panel of the task, and k. */
+typedef struct {
+    int panel, k;
+} Place;
+
+static const char *packed_at(const Product *p, const Task *task, Place at) {
+    return p->panels + (task->panel + at.panel) * p->panel_size + panel_bytes(p->layer->precision, at.k);
 }
 
-/* The task's sums += n of k, from `k` on. */
-static void multiply_part(const Product *p, const Task *task, const void *(*where)[MAX_SEGMENTS], int k, int n) {
-    int R = p->tile->rows, C = kernels->tile_cols;
+/* The sums of a panel. If all of k is one part, a panel is finished before the next begins. */
+static float *sums_of(const Product *p, const Task *task, int panel) {
+    int place = p->K > p->tile->part ? panel : 0;
+    return task->sums + place * task->tiles * p->tile->rows * kernels->tile_cols;
+}
+
+/* Sums = or += n of k from `at` on, where the task's rows are from the same k on. Meanwhile `next` is fetched. */
+static void multiply_slice(const Product *p, const Task *task, const char *rows, size_t stride, Place at, int n,
+                           Place next) {
+    int R = p->tile->rows, C = kernels->tile_cols, first = p->first + task->panel * C, skipped = p->x->skip * p->x->n;
     Precision precision = p->layer->precision;
-    size_t stride = packed_bytes(precision, p->tile->part), bytes = panel_bytes(precision, n);
+    const Weight *w = &p->layer->weight;
+    float *sums = sums_of(p, task, at.panel);
+    const char *panel = task->own;
+    if (p->panels) panel = packed_at(p, task, at);
+    else pack_panel(precision, task->own, w, first + at.panel * C, skipped + at.k, n);
+    for (int t = 0; t < task->tiles; t++) {
+        Ahead ahead = p->panels
+                          ? panel_ahead(precision, packed_at(p, task, next), n, t)
+                          : weights_ahead(precision, w, first + next.panel * C, skipped + next.k, n, t, task->tiles);
+        p->tile->multiply(sums + t * R * C, C, at.k ? ACCUMULATE : REPLACE, rows + t * R * stride, stride, panel, n,
+                          ahead);
+    }
+}
+
+/* Writes the sums of a panel, but for rows and outputs past the last. */
+static void finish_panel(const Product *p, const Task *task, int panel) {
+    int C = kernels->tile_cols, O = p->layer->weight.rows, column = p->first + (task->panel + panel) * C;
+    const float *bias = p->layer->bias ? p->layer->bias + column : NULL;
+    kernels->write_sums(p->y + (size_t)task->row * O + column, (size_t)O, p->mode, sums_of(p, task, panel), task->rows,
+                        smaller(C, O - column), bias, p->stream);
+}
+
+/* The task's sums = or += n of k, from `k` on, slice by slice. */
+static void multiply_part(const Product *p, const Task *task, const void *(*where)[MAX_SEGMENTS], int k, int n) {
+    Precision precision = p->layer->precision;
+    size_t stride = packed_bytes(precision, p->tile->part);
     const char *rows = task->packed;
     if (lies_packed(p, task))
         rows = (const char *)where[0][0] + row_offset(precision, k), stride = p->x->stride;
@@ -130,30 +164,13 @@ static void multiply_part(const Product *p, const Task *task, const void *(*wher
         for (int i = 0; i < task->rows; i++)
             pack_row(precision, task->packed + i * stride, where[i], p->x->n, k, n);
     for (int i = 0; i < task->panels; i++) {
-        bool last = i + 1 == task->panels;
-        const char *panel = task->own;
-        if (p->panels) panel = p->panels + (task->panel + i) * p->panel_size + panel_bytes(precision, k);
-        else pack_part(p, task->panel + i, k, n, task->own);
-        for (int t = 0; t < task->tiles; t++) {
-            Ahead ahead = p->panels ? panel_ahead(precision, panel + (last ? bytes : p->panel_size), n, t)
-                                    : weights_after(p, task, last ? 0 : i + 1, last ? k + n : k, n, t);
-            p->tile->multiply(task->sums + (i * task->tiles + t) * R * C, C, rows + t * R * stride, stride, panel, n,
-                              ahead);
+        for (int done = 0, slice; done < n; done += slice) {
+            slice = smaller(p->tile->slice, n - done);
+            Place at = {i, k + done}, next = {i, k + done + slice};
+            if (done + slice == n) next = i + 1 < task->panels ? (Place){i + 1, k} : (Place){0, k + n};
+            multiply_slice(p, task, rows + packed_offset(precision, done), stride, at, slice, next);
         }
-    }
-}
-
-/* Writes the sums of a tile, but for rows and outputs past the last. */
-static void finish_tile(const Product *p, const float *sums, int row, int rows, int column) {
-    int O = p->layer->weight.rows, cols = smaller(kernels->tile_cols, O - column);
-    const float *bias = p->layer->bias;
-    for (int i = 0; i < rows; i++) {
-        float *restrict y = p->y + (size_t)(row + i) * O + column;
-        const float *sum = sums + i * kernels->tile_cols;
-        for (int j = 0; j < cols; j++) {
-            float value = bias ? sum[j] + bias[column + j] : sum[j];
-            y[j] = p->mode == ACCUMULATE ? y[j] + value : value;
-        }
+        if (k + n == p->K) finish_panel(p, task, i);
     }
 }
 
@@ -165,22 +182,16 @@ static void locate_rows(const Product *p, const Task *task, const void *(*where)
 }
 
 static void run_task(const Product *p, Task task, char *memory) {
-    int R = p->tile->rows, C = kernels->tile_cols;
     const void *where[BLOCK_ROWS][MAX_SEGMENTS];
-    task.tiles = ceiling(task.rows, R);
+    task.tiles = ceiling(task.rows, p->tile->rows);
     task.sums = (float *)(void *)memory;
     task.packed = memory + sums_bytes(p->layer->precision);
     task.own = task.packed + rows_bytes(p->layer->precision);
-    memset(task.sums, 0, sizeof(float) * (size_t)(task.panels * task.tiles * R * C));
     locate_rows(p, &task, where);
     tiles_enter();
     for (int k = 0, part = p->tile->part; k < p->K; k += part)
         multiply_part(p, &task, where, k, smaller(part, p->K - k));
     tiles_leave();
-    for (int i = 0; i < task.panels; i++)
-        for (int t = 0; t < task.tiles; t++)
-            finish_tile(p, task.sums + (i * task.tiles + t) * R * C, task.row + t * R,
-                        smaller(R, task.rows - t * R), p->first + (task.panel + i) * C);
 }
 
 /* ---------------------------------------------------------------- all of them */
@@ -213,7 +224,8 @@ void product_in_panels(float *y, const Rows *x, const Linear *layer, int mode, c
     int K = x->segments * x->n, blocks = ceiling(x->rows, block), group = ceiling(O, C);
     size_t each_thread = task_bytes(layer->precision), panel_size = panel_size_of(layer);
     char *mine = memory + region_bytes(layer, x->rows) - each_thread * (size_t)threads_count();
-    Product p = {x, layer, y, tile, mode, K, 0, blocks > 1 ? memory : NULL, panel_size};
+    Product p = {x, layer, y, tile, mode, K, 0, blocks > 1 ? memory : NULL, panel_size,
+                 .stream = sizeof *y * (size_t)x->rows * (size_t)O > STREAM_BYTES};
     if (p.panels) group = (int)(group_bytes(layer, x->rows) / panel_size);
     for (; p.first < O; p.first += group * C) {
         int count = smaller(group, ceiling(O - p.first, C)), each = panels_per_task(blocks, count);

@@ -4,6 +4,8 @@
 #define VLEN 8
 #define V_LOAD(p) _mm256_loadu_ps(p)
 #define V_STORE(p, v) _mm256_storeu_ps(p, v)
+#define V_STREAM(p, v) _mm256_stream_ps(p, v)
+#define V_STREAMED() _mm_sfence()
 #define V_LOAD_BF16(p)                                                                                       \
     _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(p))), 16))
 #define V_STORE_BF16(p, v) avx2_store_bf16(p, v)

@@ -5,6 +5,8 @@
 #define VLEN 16
 #define V_LOAD(p) _mm512_loadu_ps(p)
 #define V_STORE(p, v) _mm512_storeu_ps(p, v)
+#define V_STREAM(p, v) _mm512_stream_ps(p, v)
+#define V_STREAMED() _mm_sfence()
 #define V_LOAD_BF16(p)                                                                                       \
     _mm512_castsi512_ps(                                                                                     \
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(p))), 16))

@@ -4,6 +4,8 @@
 #define VLEN 1
 #define V_LOAD(p) (*(p))
 #define V_STORE(p, v) (*(p) = (v))
+#define V_STREAM(p, v) V_STORE(p, v)
+#define V_STREAMED() ((void)0)
 #define V_LOAD_BF16(p) float_of_bf16(*(p))
 #define V_STORE_BF16(p, v) (*(p) = bf16_of(v))
 #define V_SET(x) (x)

@@ -5,6 +5,8 @@
 #define VLEN 4
 #define V_LOAD(p) vld1q_f32(p)
 #define V_STORE(p, v) vst1q_f32(p, v)
+#define V_STREAM(p, v) V_STORE(p, v)
+#define V_STREAMED() ((void)0)
 #define V_LOAD_BF16(p) vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16))
 #define V_STORE_BF16(p, v) neon_store_bf16(p, v)
 #define V_SET(x) vdupq_n_f32(x)
