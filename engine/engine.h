@@ -551,12 +551,19 @@ typedef uint32_t __attribute__((may_alias)) Word;
 typedef uint32_t Word;
 #endif
 
-/* How a table multiplies R packed rows by the C columns of a panel. */
+/* Some k of a tile's R rows: where the first row's lie, and the bytes from one row to the next. */
 typedef struct {
-    /* acc (R, C), rows ld floats apart, = (mode: REPLACE) or += (ACCUMULATE) R packed rows, `stride` bytes apart, times
-     * a panel, over n of k. An element of F32 is one chain of fused multiply-adds in the order of k. */
-    void (*multiply)(float *acc, int ld, int mode, const void *rows, size_t stride, const void *panel, int n,
-                     Ahead ahead);
+    const char *at;
+    size_t stride;
+    int n; /* of k */
+} Span;
+
+/* How a table multiplies R rows by the C columns of a panel. */
+typedef struct {
+    /* acc (R, C), rows ld floats apart, = (mode: REPLACE) or += (ACCUMULATE) R rows times a panel. k goes through
+     * `count` spans; INT8 takes one. An element of F32 is one chain of fused multiply-adds in the order of
+     * k. */
+    void (*multiply)(float *acc, int ld, int mode, const Span *spans, int count, const void *panel, Ahead ahead);
     int rows; /* R */
     int part, slice; /* of k for which rows are packed; that it is given at once: multiples of INT8_CHUNK and step */
     int step; /* zeros fill packed rows and panels up to a multiple of so many k */
@@ -631,10 +638,8 @@ float amx_dot(float sum, const uint16_t *a, const uint16_t *b, int n);
 bool can_amx(void); /* asks the operating system for tiles */
 void amx_enter(void);
 void amx_leave(void);
-void amx_tile_bf16(float *acc, int ld, int mode, const void *rows, size_t stride, const void *panel, int n,
-                   Ahead ahead);
-void amx_tile_int8(float *acc, int ld, int mode, const void *rows, size_t stride, const void *panel, int n,
-                   Ahead ahead);
+void amx_tile_bf16(float *acc, int ld, int mode, const Span *spans, int count, const void *panel, Ahead ahead);
+void amx_tile_int8(float *acc, int ld, int mode, const Span *spans, int count, const void *panel, Ahead ahead);
 
 void amx_attention(const Attention *attention); /* amx_attention.c */
 size_t amx_attention_memory(Precision precision, int keys, int heads, int d);

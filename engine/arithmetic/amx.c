@@ -126,9 +126,9 @@ static void load_step(const char *rows, size_t stride, const char *panel, const 
     for (size_t i = 0; i < ahead->bytes; i += 64) __builtin_prefetch(ahead->at + i, 0, 2);
 }
 
-__attribute__((noinline)) void amx_tile_bf16(float *acc, int ld, int mode, const void *rows, size_t stride,
-                                             const void *panel, int n, Ahead ahead) {
-    const char *a = rows, *b = panel;
+__attribute__((noinline)) void amx_tile_bf16(float *acc, int ld, int mode, const Span *spans, int count,
+                                             const void *panel, Ahead ahead) {
+    const char *b = panel;
     size_t line = sizeof *acc * (size_t)ld;
     if (mode == REPLACE) {
         ZERO_ALL();
@@ -138,10 +138,14 @@ __attribute__((noinline)) void amx_tile_bf16(float *acc, int ld, int mode, const
         LOAD(2, acc + SIDE * ld, line);
         LOAD(3, acc + SIDE * ld + SIDE, line);
     }
-    for (int k = 0, left = ahead.run; k < n; k += AMX_STEP, a += 64, b += STEP_BYTES, ahead.at += ahead.bytes) {
-        load_step(a, stride, b, &ahead);
-        MULTIPLY_ALL("tdpbf16ps");
-        if (--left == 0) ahead.at += ahead.skip, left = ahead.run;
+    int left = ahead.run;
+    for (const Span *span = spans; span < spans + count; span++) {
+        const char *a = span->at;
+        for (int k = 0; k < span->n; k += AMX_STEP, a += 64, b += STEP_BYTES, ahead.at += ahead.bytes) {
+            load_step(a, span->stride, b, &ahead);
+            MULTIPLY_ALL("tdpbf16ps");
+            if (--left == 0) ahead.at += ahead.skip, left = ahead.run;
+        }
     }
     STORE(0, acc, line);
     STORE(1, acc + SIDE, line);
@@ -159,11 +163,13 @@ __attribute__((target(AMX_TARGET))) static void add_scaled(float *acc, int ld, i
     }
 }
 
-__attribute__((noinline)) void amx_tile_int8(float *acc, int ld, int mode, const void *rows, size_t stride,
-                                             const void *panel, int n, Ahead ahead) {
+__attribute__((noinline)) void amx_tile_int8(float *acc, int ld, int mode, const Span *span, int count,
+                                             const void *panel, Ahead ahead) {
     _Alignas(64) int32_t sums[2 * SIDE * 2 * SIDE];
-    const char *chunk = rows, *b = panel;
-    for (; n > 0; n -= INT8_CHUNK, chunk += SCALE_BYTES + INT8_CHUNK, mode = ACCUMULATE) {
+    const char *chunk = span->at, *b = panel;
+    size_t stride = span->stride;
+    (void)count;
+    for (int n = span->n; n > 0; n -= INT8_CHUNK, chunk += SCALE_BYTES + INT8_CHUNK, mode = ACCUMULATE) {
         const float *scales = (const float *)(const void *)b;
         b += 2 * LINE; /* the scales, and corrections, which are 0 for signed bytes */
         ZERO_ALL();

@@ -170,14 +170,14 @@ static void attend_chunk(const Plan *p, const Block *b, int head, int query, int
     float *out = b->out + panel * p->d * WIDE, *maximum = b->maximum + panel * WIDE, *sum = b->sum + panel * WIDE;
     int n = smaller(CHUNK, a->keys - chunk * CHUNK), padded = round_up(n, WIDE);
     for (int i = 0; i < padded; i += WIDE)
-        amx_tile_bf16(b->scores + i * WIDE, WIDE, REPLACE, keys + i * p->key_stride, p->key_stride, queries, p->d,
-                      nothing);
+        amx_tile_bf16(b->scores + i * WIDE, WIDE, REPLACE, &(Span){keys + i * p->key_stride, p->key_stride, p->d}, 1,
+                      queries, nothing);
     if (a->bias) add_bias(a, b->scores, head, query + panel * WIDE, chunk * CHUNK, n);
     for (int i = 0; i < WIDE; i += SIDE)
         soften(out + i, p->d, maximum + i, sum + i, b->weights + 2 * i, b->scores + i, n, a->bias ? 1 : a->scale);
     for (int i = 0; i < p->d; i += WIDE)
-        amx_tile_bf16(out + i * WIDE, WIDE, ACCUMULATE, values + i * p->value_stride, p->value_stride, b->weights,
-                      padded, nothing);
+        amx_tile_bf16(out + i * WIDE, WIDE, ACCUMULATE, &(Span){values + i * p->value_stride, p->value_stride, padded},
+                      1, b->weights, nothing);
 }
 
 /* ---------------------------------------------------------------- a task */

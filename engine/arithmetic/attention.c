@@ -61,7 +61,7 @@ static void multiply_keys(const Plan *plan, const Block *block, int head, int fi
     for (int j = 0; j < keys; j += plan->C, panel += plan->key_panel)
         for (int i = 0; i < block->padded; i += plan->tile->rows)
             plan->tile->multiply(block->scores + (size_t)i * TILE_KEYS + j, TILE_KEYS, REPLACE,
-                                 block->queries + i * block->query_row, block->query_row, panel, plan->a->d,
+                                 &(Span){block->queries + i * block->query_row, block->query_row, plan->a->d}, 1, panel,
                                  panel_ahead(plan->precision, panel + plan->key_panel, plan->a->d,
                                              i / plan->tile->rows));
 }
@@ -88,7 +88,7 @@ static void add_values(const Plan *plan, const Block *block, int head, int first
     for (int j = 0; j < plan->width; j += plan->C, panel += plan->value_panel)
         for (int i = 0; i < block->padded; i += plan->tile->rows)
             plan->tile->multiply(block->out + (size_t)i * plan->width + j, plan->width, ACCUMULATE,
-                                 block->weights + i * plan->weight_row, plan->weight_row, panel, keys,
+                                 &(Span){block->weights + i * plan->weight_row, plan->weight_row, keys}, 1, panel,
                                  panel_ahead(plan->precision, panel + plan->value_panel, keys, i / plan->tile->rows));
 }
 

@@ -39,15 +39,15 @@ static inline TARGET V NAME(v_exp)(V x) {
     return V_MUL(p, V_POW2(n));
 }
 
-/* A tile: TILE_ROWS x TILE_VECTORS registers of sums, which stay where they are while k runs.
+/* A tile: TILE_ROWS x TILE_VECTORS registers of sums, which stay where they are while k spans.
  *
  *                      k ->      +----------------+   panel: one line of TILE_VECTORS registers for each k
  *                                |                |
  *        k ->                    +----------------+
- *   row  +-----------------+     +----------------+
- *   ...  |  rows, `stride` |     |  acc           |   TILE_ROWS
- *        |  bytes apart    |     |                |
- *        +-----------------+     +----------------+
+ *   row  +--------+--------+     +----------------+
+ *   ...  |  span  |  span  |     |  acc           |   TILE_ROWS
+ *        |        |        |     |                |
+ *        +--------+--------+     +----------------+
  *
  * Each round also fetches a little of what will be multiplied, or packed, next. */
 #define FOR_ROWS UNROLL for (int i = 0; i < TILE_ROWS; i++)
@@ -56,22 +56,25 @@ static inline TARGET V NAME(v_exp)(V x) {
 #define FOR_ROUNDS(k, rounds)                                                                                \
     for (int k = 0, stop_; k < (rounds); ahead.at += ahead.skip)                                             \
         for (stop_ = smaller((rounds), k + ahead.run); k < stop_; k++, b += TILE_VECTORS * VLEN)
-#define ROW(i) ((const char *)rows + (size_t)(i) * stride)
+#define ROW(i) ((const void *)(span->at + (size_t)(i) * span->stride))
 
-static TARGET void NAME(tile_f32)(float *acc, int ld, int mode, const void *rows, size_t stride, const void *panel,
-                                  int n, Ahead ahead) {
-    const float *b = panel, *row[TILE_ROWS];
+static TARGET void NAME(tile_f32)(float *acc, int ld, int mode, const Span *spans, int count, const void *panel,
+                                  Ahead ahead) {
+    const float *b = panel;
     V sum[TILE_ROWS][TILE_VECTORS];
-    FOR_ROWS row[i] = (const float *)(const void *)ROW(i);
     if (mode == REPLACE) FOR_ROWS FOR_VECTORS sum[i][j] = V_SET(0.0f);
     else FOR_ROWS FOR_VECTORS sum[i][j] = V_LOAD(acc + (size_t)i * ld + j * VLEN);
-    FOR_ROUNDS(k, n) {
-        V column[TILE_VECTORS];
-        FOR_VECTORS column[j] = V_LOAD(b + j * VLEN);
-        FETCH_AHEAD;
-        FOR_ROWS {
-            V x = V_SET(row[i][k]);
-            FOR_VECTORS sum[i][j] = V_FMA(x, column[j], sum[i][j]);
+    for (const Span *span = spans; span < spans + count; span++) {
+        const float *row[TILE_ROWS];
+        FOR_ROWS row[i] = ROW(i);
+        FOR_ROUNDS(k, span->n) {
+            V column[TILE_VECTORS];
+            FOR_VECTORS column[j] = V_LOAD(b + j * VLEN);
+            FETCH_AHEAD;
+            FOR_ROWS {
+                V x = V_SET(row[i][k]);
+                FOR_VECTORS sum[i][j] = V_FMA(x, column[j], sum[i][j]);
+            }
         }
     }
     FOR_ROWS FOR_VECTORS V_STORE(acc + (size_t)i * ld + j * VLEN, sum[i][j]);
@@ -79,20 +82,23 @@ static TARGET void NAME(tile_f32)(float *acc, int ld, int mode, const void *rows
 
 #ifdef DOT_BF16
 /* The same, a pair of k at a time. */
-static TARGET void NAME(tile_bf16)(float *acc, int ld, int mode, const void *rows, size_t stride, const void *panel,
-                                   int n, Ahead ahead) {
-    const Word *b = panel, *row[TILE_ROWS];
+static TARGET void NAME(tile_bf16)(float *acc, int ld, int mode, const Span *spans, int count, const void *panel,
+                                   Ahead ahead) {
+    const Word *b = panel;
     V sum[TILE_ROWS][TILE_VECTORS];
-    FOR_ROWS row[i] = (const Word *)(const void *)ROW(i);
     if (mode == REPLACE) FOR_ROWS FOR_VECTORS sum[i][j] = V_SET(0.0f);
     else FOR_ROWS FOR_VECTORS sum[i][j] = V_LOAD(acc + (size_t)i * ld + j * VLEN);
-    FOR_ROUNDS(k, (n + 1) / 2) {
-        W column[TILE_VECTORS];
-        FOR_VECTORS column[j] = W_LOAD(b + j * VLEN);
-        FETCH_AHEAD;
-        FOR_ROWS {
-            W x = W_SET(row[i][k]);
-            FOR_VECTORS sum[i][j] = DOT_BF16(sum[i][j], x, column[j]);
+    for (const Span *span = spans; span < spans + count; span++) {
+        const Word *row[TILE_ROWS];
+        FOR_ROWS row[i] = ROW(i);
+        FOR_ROUNDS(k, (span->n + 1) / 2) {
+            W column[TILE_VECTORS];
+            FOR_VECTORS column[j] = W_LOAD(b + j * VLEN);
+            FETCH_AHEAD;
+            FOR_ROWS {
+                W x = W_SET(row[i][k]);
+                FOR_VECTORS sum[i][j] = DOT_BF16(sum[i][j], x, column[j]);
+            }
         }
     }
     FOR_ROWS FOR_VECTORS V_STORE(acc + (size_t)i * ld + j * VLEN, sum[i][j]);
@@ -111,14 +117,17 @@ static TARGET void NAME(tile_bf16)(float *acc, int ld, int mode, const void *row
  *   acc += sum * (scale of the row * scale of the column)
  * The panel's correction of a column, minus byte_offset times the sum of its bytes, takes the offset of the
  * rows' bytes out again. */
-static TARGET void NAME(tile_int8)(float *acc, int ld, int mode, const void *rows, size_t stride, const void *panel,
-                                   int n, Ahead ahead) {
+static TARGET void NAME(tile_int8)(float *acc, int ld, int mode, const Span *span, int count, const void *panel,
+                                   Ahead ahead) {
     const Word *b = panel;
-    for (; n > 0; n -= INT8_CHUNK, rows = ROW(0) + SCALE_BYTES + INT8_CHUNK, mode = ACCUMULATE) {
+    (void)count;
+    for (int i = 0; mode == REPLACE && i < TILE_ROWS; i++)
+        memset(acc + (size_t)i * ld, 0, sizeof *acc * TILE_VECTORS * VLEN);
+    for (int n = span->n, done = 0; n > 0; n -= INT8_CHUNK, done += SCALE_BYTES + INT8_CHUNK) {
         const float *scales = (const float *)b;
         const Word *row[TILE_ROWS];
         W sum[TILE_ROWS][TILE_VECTORS], correction[TILE_VECTORS];
-        FOR_ROWS row[i] = (const Word *)(const void *)(ROW(i) + SCALE_BYTES);
+        FOR_ROWS row[i] = (const Word *)ROW(i) + (done + SCALE_BYTES) / 4;
         FOR_VECTORS correction[j] = W_LOAD(b + (TILE_VECTORS + j) * VLEN);
         FOR_ROWS FOR_VECTORS sum[i][j] = correction[j];
         b += 2 * TILE_VECTORS * VLEN;
@@ -134,7 +143,6 @@ static TARGET void NAME(tile_int8)(float *acc, int ld, int mode, const void *row
         }
 #define OUT (acc + (size_t)i * ld + j * VLEN)
 #define SCALE V_MUL(V_SET(*(const float *)(row[i] - SCALE_BYTES / 4)), V_LOAD(scales + j * VLEN))
-        if (mode == REPLACE) FOR_ROWS FOR_VECTORS V_STORE(OUT, V_SET(0.0f));
         FOR_ROWS FOR_VECTORS V_STORE(OUT, V_FMA(W_FLOAT(sum[i][j]), SCALE, V_LOAD(OUT)));
 #undef OUT
 #undef SCALE

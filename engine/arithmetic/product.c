@@ -23,7 +23,7 @@
  *   for each group of panels that fits a budget:                 packed by all threads, then used by all
  *     for each task, a block of rows against some panels:        one thread
  *       for each part of k:                                      short enough for the second-level cache
- *         pack the block's rows
+ *         pack the block's rows, but where tiles can read them in place
  *         for each panel:
  *           for each slice of k, for each tile of rows:  tile()  meanwhile the next slice is fetched
  *           at the end of k: add the bias, write y
@@ -32,7 +32,8 @@
  * it, a part at a time, and it never leaves the cache.
  *
  * A convolution differs from a linear layer only in where its rows lie: for each tap, a row of the product is a
- * run of channels at a shifted pixel. Packing puts these runs side by side. */
+ * segment, the channels of a shifted pixel. The pixels of a tile follow each other in the image, so tiles read most
+ * segments in place; where a tile crosses the image's edge, packing puts its segments side by side. */
 #include "engine/engine.h"
 
 #include <stdarg.h>
@@ -77,8 +78,9 @@ typedef struct {
 typedef struct {
     int row, rows, tiles, panel, panels;
     float *sums;  /* [panels][tiles][R][C] */
-    char *packed; /* the rows: [tiles][R] of a part of k */
+    char *packed; /* rows of a part of k, where they are packed: [tiles][R] */
     char *own;    /* a slice of a panel, if tasks pack for themselves */
+    Span spans[BLOCK_TILES][MAX_SEGMENTS]; /* of a part of k, for each tile */
 } Task;
 
 static size_t sums_bytes(Precision precision) {
@@ -102,13 +104,57 @@ static void pack_whole(const Product *p, int panel) {
                    p->first + panel * kernels->tile_cols, p->x->skip * p->x->n + k, smaller(part, p->K - k));
 }
 
-/* Whether tiles can read the task's rows where they lie. Only bytes are filled up to the tile's step. Rows a multiple
- * of 4 KB apart would share one set of the first-level cache. */
-static bool lies_packed(const Product *p, const Task *task) {
+/* Whether tiles can read segments where they lie. Only bytes are filled up to the tile's step. */
+static bool reads_in_place(const Product *p) {
     Precision precision = p->layer->precision;
-    bool filled = precision == INT8 || p->K % p->tile->step == 0, spread = p->x->stride % 4096 != 0;
-    bool whole = p->x->whole_tiles || task->rows % p->tile->rows == 0;
-    return tiles_take_operands(precision) && !p->x->locate && whole && filled && spread;
+    return tiles_take_operands(precision) && (precision == INT8 || p->x->n % p->tile->step == 0);
+}
+
+/* Where segment s of a tile's rows lies, if they are as far apart from each other as the first two. Else stride is that
+ * of no rows: 4 KB, at which they would also share one set of the first-level cache. */
+static Span segment_of(const Product *p, const void *(*where)[MAX_SEGMENTS], int s, int rows) {
+    const Span uneven = {.stride = 4096};
+    Span span = {.at = where[0][s]};
+    if (rows > 1) span.stride = (size_t)((const char *)where[1][s] - span.at);
+    for (int i = 2; i < rows; i++)
+        if ((const char *)where[i][s] != span.at + i * span.stride) return uneven;
+    bool whole = rows == p->tile->rows || p->x->whole_tiles || !span.stride;
+    return whole ? span : uneven;
+}
+
+/* n elements of the task's rows, from k on, as spans: where they lie, or packed. */
+static void find_spans(const Product *p, Task *task, const void *(*where)[MAX_SEGMENTS], int k, int n) {
+    Precision precision = p->layer->precision;
+    int R = p->tile->rows, segment = p->x->n;
+    bool in_place = reads_in_place(p);
+    size_t stride = packed_bytes(precision, p->tile->part);
+    for (int t = 0; t < task->tiles; t++) {
+        int rows = smaller(R, task->rows - t * R);
+        Span *span = task->spans[t];
+        for (int done = 0, at = k; done < n; done += span->n, at = k + done, span++) {
+            *span = in_place ? segment_of(p, where + t * R, at / segment, rows) : (Span){.stride = 4096};
+            span->n = in_place ? smaller(n - done, segment - at % segment) : n;
+            if (span->stride % 4096 || !span->stride) {
+                span->at += row_offset(precision, at % segment);
+                continue;
+            }
+            char *packed = task->packed + (size_t)(t * R) * stride + packed_offset(precision, done);
+            for (int i = 0; i < rows; i++)
+                pack_row(precision, packed + i * stride, where[t * R + i], segment, at, span->n);
+            span->at = packed, span->stride = stride;
+        }
+    }
+}
+
+/* out = n elements of spans, from element `from` on; how many spans these are. */
+static int part_of(Span *out, const Span *spans, Precision precision, int from, int n) {
+    int count = 0;
+    for (; n > 0; from -= spans->n, spans++) {
+        if (from >= spans->n) continue;
+        out[count] = (Span){spans->at + packed_offset(precision, from), spans->stride, smaller(n, spans->n - from)};
+        n -= out[count++].n, from = spans->n;
+    }
+    return count;
 }
 
 /* A place in the weights: a panel of the task, and k. */
@@ -126,9 +172,8 @@ static float *sums_of(const Product *p, const Task *task, int panel) {
     return task->sums + place * task->tiles * p->tile->rows * kernels->tile_cols;
 }
 
-/* Sums = or += n of k from `at` on, where the task's rows are from the same k on. Meanwhile `next` is fetched. */
-static void multiply_slice(const Product *p, const Task *task, const char *rows, size_t stride, Place at, int n,
-                           Place next) {
+/* Sums = or += n of k from `at` on, `done` after the part's beginning. Meanwhile `next` is fetched. */
+static void multiply_slice(const Product *p, const Task *task, Place at, int done, int n, Place next) {
     int R = p->tile->rows, C = kernels->tile_cols, first = p->first + task->panel * C, skipped = p->x->skip * p->x->n;
     Precision precision = p->layer->precision;
     const Weight *w = &p->layer->weight;
@@ -137,11 +182,12 @@ static void multiply_slice(const Product *p, const Task *task, const char *rows,
     if (p->panels) panel = packed_at(p, task, at);
     else pack_panel(precision, task->own, w, first + at.panel * C, skipped + at.k, n);
     for (int t = 0; t < task->tiles; t++) {
+        Span spans[MAX_SEGMENTS];
+        int count = part_of(spans, task->spans[t], precision, done, n);
         Ahead ahead = p->panels
                           ? panel_ahead(precision, packed_at(p, task, next), n, t)
                           : weights_ahead(precision, w, first + next.panel * C, skipped + next.k, n, t, task->tiles);
-        p->tile->multiply(sums + t * R * C, C, at.k ? ACCUMULATE : REPLACE, rows + t * R * stride, stride, panel, n,
-                          ahead);
+        p->tile->multiply(sums + t * R * C, C, at.k ? ACCUMULATE : REPLACE, spans, count, panel, ahead);
     }
 }
 
@@ -154,21 +200,13 @@ static void finish_panel(const Product *p, const Task *task, int panel) {
 }
 
 /* The task's sums = or += n of k, from `k` on, slice by slice. */
-static void multiply_part(const Product *p, const Task *task, const void *(*where)[MAX_SEGMENTS], int k, int n) {
-    Precision precision = p->layer->precision;
-    size_t stride = packed_bytes(precision, p->tile->part);
-    const char *rows = task->packed;
-    if (lies_packed(p, task))
-        rows = (const char *)where[0][0] + row_offset(precision, k), stride = p->x->stride;
-    else
-        for (int i = 0; i < task->rows; i++)
-            pack_row(precision, task->packed + i * stride, where[i], p->x->n, k, n);
+static void multiply_part(const Product *p, const Task *task, int k, int n) {
     for (int i = 0; i < task->panels; i++) {
         for (int done = 0, slice; done < n; done += slice) {
             slice = smaller(p->tile->slice, n - done);
-            Place at = {i, k + done}, next = {i, k + done + slice};
+            Place next = {i, k + done + slice};
             if (done + slice == n) next = i + 1 < task->panels ? (Place){i + 1, k} : (Place){0, k + n};
-            multiply_slice(p, task, rows + packed_offset(precision, done), stride, at, slice, next);
+            multiply_slice(p, task, (Place){i, k + done}, done, slice, next);
         }
         if (k + n == p->K) finish_panel(p, task, i);
     }
@@ -189,8 +227,11 @@ static void run_task(const Product *p, Task task, char *memory) {
     task.own = task.packed + rows_bytes(p->layer->precision);
     locate_rows(p, &task, where);
     tiles_enter();
-    for (int k = 0, part = p->tile->part; k < p->K; k += part)
-        multiply_part(p, &task, where, k, smaller(part, p->K - k));
+    for (int k = 0, part; k < p->K; k += part) {
+        part = smaller(p->tile->part, p->K - k);
+        find_spans(p, &task, where, k, part);
+        multiply_part(p, &task, k, part);
+    }
     tiles_leave();
 }
 
