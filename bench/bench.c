@@ -1,7 +1,7 @@
 /* bench.c - how fast sora is on this machine, and how close to what the machine can do.
  *
  *   bench FILE.tsv [peaks] [kernels] [stages] [growth] [minute] [steps]
- *   bench FILE.tsv transformer|text_encoder|vae_decode PRECISION SIZE [THREADS]
+ *   bench FILE.tsv transformer|attention|text_encoder|vae_decode PRECISION SIZE [THREADS]
  *
  * Lines go to standard output as a table, and to the file as tab-separated values, a heading line first.
  *

@@ -37,6 +37,7 @@ double peak_memory(int threads); /* bytes a second, reading */
 /* ---------------------------------------------------------------- kernels.c, stages.c, steps.c: what it does */
 
 void bench_kernels(void);
+void bench_attention(Precision precision, int queries, int keys, int threads); /* 12 heads of 128 */
 void bench_stages(void);
 void bench_growth(void); /* the transformer against tokens, the decoder against frames, both against threads */
 void bench_minute(void); /* what a minute of Wan 2.1 1.3B costs when it is made in chunks */

@@ -37,7 +37,7 @@ static void bench_linear(Precision precision, int L, int I, int O) {
 
 static void run_attention(void *with) { attention(with); }
 
-static void bench_attention(Precision precision, int queries, int keys) {
+void bench_attention(Precision precision, int queries, int keys, int threads) {
     enum { HEADS = 12, WIDTH = 128, D = HEADS * WIDTH };
     size_t n = (size_t)queries * D, m = (size_t)keys * D;
     Attention a = {.precision = precision, .q = random_floats(n), .k = random_floats(m),
@@ -45,7 +45,7 @@ static void bench_attention(Precision precision, int queries, int keys) {
                    .heads = HEADS, .d = WIDTH, .q_stride = D, .kv_stride = D, .out_stride = D,
                    .scale = 1.0f / sqrtf(WIDTH)};
     const char *name = queries == keys ? "self attention" : label("cross attention, %d keys", keys, 0);
-    measure(&(Job){"kernel", name, precision, queries, 0, 4.0 * queries * keys * D, 8.0 * (double)(n + m),
+    measure(&(Job){"kernel", name, precision, queries, threads, 4.0 * queries * keys * D, 8.0 * (double)(n + m),
                    run_attention, &a});
     release();
 }
@@ -108,8 +108,8 @@ void bench_kernels(void) {
         }
         if (p == INT8) break; /* attention, decoder and text encoder have no arithmetic in bytes */
         for (int i = 0; i < 2; i++) {
-            bench_attention(p, tokens[i], tokens[i]);
-            bench_attention(p, tokens[i], 41);
+            bench_attention(p, tokens[i], tokens[i], 0);
+            bench_attention(p, tokens[i], 41, 0);
         }
         bench_linear(p, 40, 4096, 4096);
         bench_linear(p, 40, 4096, 10240);

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """The same stages in sora, PyTorch (diffusers, transformers) and stable-diffusion.cpp, alternating in one run.
 
-    python bench/peers.py build/release/bench/bench build/peers.tsv [transformer] [text_encoder] [vae_decode] [sdcpp]
+    python bench/peers.py build/release/bench/bench build/peers.tsv [transformer] [attention] [text_encoder]
+        [vae_decode] [sdcpp]
         [--precisions f32 bf16 int8] [--threads N] [--rounds N] [--work build/peers]
 
 Shapes are those of Wan 2.1 1.3B and umT5-XXL, weights are random: nobody's speed depends on their values. sora and
@@ -60,6 +61,11 @@ def torch_transformer(dtype, size):
     return lambda: model(latents, torch.tensor([500]), text)
 
 
+def torch_attention(dtype, size):
+    q, k, v = torch.randn(3, 1, 12, int(size), 128, dtype=dtype)
+    return lambda: torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+
 def torch_text_encoder(dtype, size):
     """Of the positions that it is given, all are computed: the pipeline pads every prompt to 512."""
     config = UMT5Config(**{**SHAPES["text_encoder"], "vocab_size": 1000, "num_layers": 1},
@@ -89,13 +95,16 @@ TORCH = [
     ("transformer", "bf16", "256x256", "bf16", "256x256"),
     ("transformer", "int8", "256x256", "bf16", "256x256"),
     ("transformer", "bf16", "832x480", "bf16", "832x480"),
+    ("attention", "bf16", "1280", "bf16", "1280"),
+    ("attention", "bf16", "7800", "bf16", "7800"),
     ("text_encoder", "f32", "40", "f32", "40"),
     ("text_encoder", "bf16", "40", "bf16", "40"),
     ("text_encoder", "bf16", "40", "bf16", "512"),
     ("vae_decode", "f32", "256x256", "f32", "256x256"),
     ("vae_decode", "bf16", "256x256", "bf16", "256x256"),
 ]
-MODELS = {"transformer": torch_transformer, "text_encoder": torch_text_encoder, "vae_decode": torch_vae_decode}
+MODELS = {"transformer": torch_transformer, "attention": torch_attention, "text_encoder": torch_text_encoder,
+          "vae_decode": torch_vae_decode}
 
 
 def compare_with_torch(args, write):

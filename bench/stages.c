@@ -266,6 +266,7 @@ void bench_stage(const char *name, Precision precision, const char *size, int th
     sscanf(size, "%dx%d", &width, &height);
     if (!strcmp(name, "transformer")) bench_transformer(precision, 2, 5, 5, height / 8, width / 8, threads);
     else if (!strcmp(name, "text_encoder")) bench_text_encoder(precision, width, threads);
+    else if (!strcmp(name, "attention")) bench_attention(precision, width, width, threads);
     else if (!strcmp(name, "vae_decode")) bench_vae(precision, 2, height / 8, width / 8, threads, 0);
     else die(STATUS_USAGE, "'%s' is no stage", name);
 }
