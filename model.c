@@ -91,8 +91,8 @@ int model_expert(const Model *m, double timestep) {
     return i;
 }
 
-/* default.precision if the file has it. Else by the type of the transformer's first attention weight and by what this
- * processor multiplies faster than f32:
+/* default.precision if the file has it. Else by the type of the transformer's first attention weight and by what is
+ * fast on this processor:
  *
  *   f32 -> f32      q8_0 -> int8, bf16 or f32      f16, bf16 -> bf16 or f32 */
 static Precision default_precision(const WeightFile *file) {

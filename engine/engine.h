@@ -423,6 +423,7 @@ void narrow_rows(Precision precision, void *rows, size_t stride, const float *x,
 /* A packed row, which a tile reads: elements side by side, of bfloat16 filled up with zeros to the tile's step. Its
  * bytes are also the stride from one packed row to the next. */
 size_t packed_bytes(Precision precision, int n);
+size_t packed_offset(Precision precision, int k); /* of element k; for INT8 where a chunk starts */
 bool tiles_take_floats(Precision precision);   /* with F32; with BF16 where tiles do not multiply pairs */
 bool tiles_take_operands(Precision precision); /* a row operand is a packed row already */
 /* From elements [from, from+n) of a row operand in segments of `each` elements; or from n floats, not INT8. */
@@ -443,10 +444,6 @@ typedef struct {
     size_t skip;  /* by which it moves on besides, after every `run` rounds */
     int run;      /* rounds; INT8's tiles ignore run and skip */
 } Ahead;
-
-size_t packed_offset(Precision precision, int k); /* of element k of a packed row; k: a multiple of INT8_CHUNK */
-
-enum { REPLACE, ACCUMULATE }; /* what becomes of a result that is there already */
 
 /* What tile `tile` of those that multiply a panel of n elements fetches: its share of the next panel; or, where that is
  * not yet packed, of the weights that pack_panel() reads for it. */
@@ -488,6 +485,7 @@ typedef struct {
     bool whole_tiles; /* the memory behind the last row can be read up to a whole tile; its contents do not matter */
 } Rows;
 
+enum { REPLACE, ACCUMULATE };
 /* y = or += x @ weight (O, segments*n) + bias */
 void product(float *y, Rows x, const Linear *layer, int mode);
 size_t product_memory(const Linear *layer, int rows); /* bytes of scratch that it takes */
@@ -497,14 +495,14 @@ size_t product_memory(const Linear *layer, int rows); /* bytes of scratch that i
 /* out (Lq, heads*d) = softmax(scale * q k^T + bias) v per head, with a memory that does not grow with Lq*Lk.
  * Row strides are in floats. bias, if any, is bias[head*bias_head + query*bias_query + key]; -infinity hides
  * a key from a query. A query from which all keys are hidden gets NaN. */
-enum { TILE_KEYS = 128 }; /* keys after which the softmax rescales: a rounding, so the same everywhere */
+enum { TILE_KEYS = 128 }; /* keys after which the softmax rescales, a rounding: the same but on AMX in BF16 */
 typedef struct {
     Precision precision; /* F32 or BF16; bytes are too coarse here, INT8 counts as F32 */
     const float *q, *k, *v;
     float *out;
     int queries, keys, heads, d;
     size_t q_stride, kv_stride, out_stride;
-    float scale;
+    float scale; /* positive */
     const float *bias;
     ptrdiff_t bias_head, bias_query;
 } Attention;
@@ -561,22 +559,22 @@ typedef struct {
 /* How a table multiplies R rows by the C columns of a panel. */
 typedef struct {
     /* acc (R, C), rows ld floats apart, = (mode: REPLACE) or += (ACCUMULATE) R rows times a panel. k goes through
-     * `count` spans; INT8 takes one. An element of F32 is one chain of fused multiply-adds in the order of
-     * k. */
+     * `count` spans; INT8 takes one. An element of F32 is one chain of fused multiply-adds in the order of k. */
     void (*multiply)(float *acc, int ld, int mode, const Span *spans, int count, const void *panel, Ahead ahead);
     int rows; /* R */
-    int part, slice; /* of k for which rows are packed; that it is given at once: multiples of INT8_CHUNK and step */
+    int part;  /* of k for which rows are packed at once: a multiple of INT8_CHUNK and of the step */
+    int slice; /* of k that multiply() is best given at once, likewise */
     int step; /* zeros fill packed rows and panels up to a multiple of so many k */
 } Tile;
 
 /* What is computed in a way of its own on each instruction set. naive.c defines every result to the bit. With F32 and
  * INT8 all tables give these bits. With BF16 the tables whose order is RISING do, too. The others multiply pairs and
  * add in the order of their instruction: PAIRS adds element k + 1 before element k, for every even k; AMX_TILES is in
- * amx.c. */
+ * amx.c, with an attention of its own in amx_attention.c. */
 typedef enum { RISING, PAIRS, AMX_TILES } Order;
 typedef struct {
     const char *name;
-    bool fast[PRECISIONS]; /* faster than float32 */
+    bool fast[PRECISIONS]; /* faster than whatever is more exact */
 
     /* The operations: the sections above say what they are, and rows.c hands them row by row. */
     void (*product)(float *y, const Rows *x, const Linear *layer, int mode, char *memory);

@@ -27,7 +27,8 @@ static bool agree(const float *a, const float *b, size_t n, float slack) {
 }
 
 /* Instructions that multiply pairs of bfloat16 add in the processor's own order, so the result is not bit-exact. A last
- * bit of a score may turn the last bit of a rounded exponential. check_order() is exact. */
+ * bit of a score may turn the last bit of a rounded exponential. AMX rounds other exponentials, relative to the maximum
+ * of more keys. check_order() is exact. */
 static float slack_of(Precision precision) {
     static const float slack[] = {[RISING] = 0, [PAIRS] = 1e-3f, [AMX_TILES] = 1e-3f};
     return precision == BF16 ? slack[kernels->order_of_bf16] : 0;
@@ -247,7 +248,8 @@ static void check_large(Precision precision, bool few, int I, int O, const uint1
     free(x);
 }
 
-/* umT5's and the 1.3B model's feed-forward layers; then more outputs than the panels of one group have. */
+/* umT5's and the 1.3B model's feed-forward layers; then more outputs than the panels of one group have; then results
+ * that are written past the caches. */
 static void check_large_products(void) {
     static const int several_groups[PRECISIONS] = {500, 1000, 2000};
     uint16_t *w = random_weights((size_t)4096 * 10240);
@@ -256,14 +258,16 @@ static void check_large_products(void) {
         check_large((Precision)p, true, 8960, 1536, w);
         check_large((Precision)p, true, 1536, 8960, w);
         check_large((Precision)p, false, 8960, several_groups[p], w);
+        check_large((Precision)p, false, 256, 40000, w);
     }
     free(w);
 }
 
 /* ---------------------------------------------------------------- convolutions */
 
-/* A 3x3x3 convolution over frames of 6x5 pixels. The first frame is zero and is skipped. Pixels outside are zero. */
-enum { HEIGHT = 6, WIDTH = 5, PIXELS = HEIGHT * WIDTH, OUT = 19 };
+/* A 3x3x3 convolution over frames of 70x5 pixels, so wide that tiles lie within a line, and others across its end. The
+ * first frame is zero and is skipped. Pixels outside are zero. */
+enum { HEIGHT = 5, WIDTH = 70, PIXELS = HEIGHT * WIDTH, OUT = 19 };
 
 typedef struct {
     Precision precision;
@@ -597,12 +601,14 @@ void test_kernels(void) {
     check_large_products();
     for (int p = F32; p <= BF16; p++) {
         check_convolution((Precision)p, 4);
+        check_convolution((Precision)p, 96);
         check_convolution((Precision)p, 131);
         check_attention((Precision)p, 1, 1, 1, 2, false);
         check_attention((Precision)p, 17, 40, 3, 24, true);
         check_attention((Precision)p, 75, 129, 2, 40, false);
         check_attention((Precision)p, 3, 513, 1, 130, true);
         check_attention((Precision)p, 260, 1030, 2, 40, true);
+        check_attention((Precision)p, 33, 1025, 1, 64, false);
         check_hidden_keys((Precision)p);
         check_nan_in_attention((Precision)p);
     }

@@ -117,6 +117,8 @@ def make_shard(k, folder, seed, encode, tokenizer, narrow):
     def latents(story, begin, mistakes={}):
         with products(narrow):
             z = encode(drawn(story, begin, CHUNKS[where], mistakes)[None])[0]  # [Z, frames, h, w]
+        if not z.isfinite().all():
+            raise FloatingPointError(f"shard {k}: the encoder gave NaN; without --bf16, or with --eager, it may not")
         z = z[:, -CHUNK * CHUNKS[where]:].unflatten(1, (CHUNKS[where], CHUNK))
         return z.transpose(0, 1).half().numpy()
 

@@ -356,6 +356,8 @@ def train(out, tokenizer, known, pool, course, seed, compiled=False, narrow=Fals
         count = pool.grow()
         batch = next_batch(out, run, pool, seed, tokenizer)
         losses, norm = run.advance(batch)
+        if not norm.isfinite():
+            raise FloatingPointError(f"step {run.step}: the gradient is not finite; the checkpoint stays as it was")
         run.seconds = time.time() - begun
         curve.add(run, batch, losses, norm, count)
         if asked or time.time() - last_save > SAVE_SECONDS or run.step == course.steps:

@@ -29,7 +29,6 @@
 #include "engine/engine.h"
 
 #include <math.h>
-#include <string.h>
 
 /* x, or 0 of its sign if it is subnormal. */
 static float flushed(float x) { return fabsf(x) < FLT_MIN ? copysignf(0, x) : x; }
@@ -154,11 +153,10 @@ __attribute__((noinline)) void amx_tile_bf16(float *acc, int ld, int mode, const
 }
 
 /* acc += sum * (scale of the row * scale of the column), as tile_int8() of kernel_body.h. */
-__attribute__((target(AMX_TARGET))) static void add_scaled(float *acc, int ld, int mode, const int32_t *sums,
-                                                           const char *rows, size_t stride, const float *scales) {
+__attribute__((target(AMX_TARGET))) static void add_scaled(float *acc, int ld, const int32_t *sums, const char *rows,
+                                                           size_t stride, const float *scales) {
     for (int i = 0; i < 2 * SIDE; i++) {
         float *restrict out = acc + (size_t)i * ld, scale = *(const float *)(const void *)(rows + i * stride);
-        if (mode == REPLACE) memset(out, 0, 2 * SIDE * sizeof *out);
         for (int j = 0; j < 2 * SIDE; j++) out[j] = fmaf((float)sums[i * 2 * SIDE + j], scale * scales[j], out[j]);
     }
 }
@@ -167,21 +165,21 @@ __attribute__((noinline)) void amx_tile_int8(float *acc, int ld, int mode, const
                                              const void *panel, Ahead ahead) {
     _Alignas(64) int32_t sums[2 * SIDE * 2 * SIDE];
     const char *chunk = span->at, *b = panel;
-    size_t stride = span->stride;
     (void)count;
-    for (int n = span->n; n > 0; n -= INT8_CHUNK, chunk += SCALE_BYTES + INT8_CHUNK, mode = ACCUMULATE) {
+    for (int i = 0; mode == REPLACE && i < 2 * SIDE; i++) memset(acc + (size_t)i * ld, 0, 2 * SIDE * sizeof *acc);
+    for (int n = span->n; n > 0; n -= INT8_CHUNK, chunk += SCALE_BYTES + INT8_CHUNK) {
         const float *scales = (const float *)(const void *)b;
         b += 2 * LINE; /* the scales, and corrections, which are 0 for signed bytes */
         ZERO_ALL();
         for (int k = 0; k < smaller(n, INT8_CHUNK); k += 64, b += STEP_BYTES, ahead.at += ahead.bytes) {
-            load_step(chunk + SCALE_BYTES + k, stride, b, &ahead);
+            load_step(chunk + SCALE_BYTES + k, span->stride, b, &ahead);
             MULTIPLY_ALL("tdpbssd");
         }
         STORE(0, sums, LINE);
         STORE(1, sums + SIDE, LINE);
         STORE(2, sums + SIDE * 2 * SIDE, LINE);
         STORE(3, sums + SIDE * 2 * SIDE + SIDE, LINE);
-        add_scaled(acc, ld, mode, sums, chunk, stride, scales);
+        add_scaled(acc, ld, sums, chunk, span->stride, scales);
     }
 }
 #endif

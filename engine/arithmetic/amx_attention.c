@@ -14,21 +14,20 @@
  *       for each panel of 32 queries:  scores = k @ q^T;  weights = exp(scores - maximum);  out += v^T @ weights
  *     divide by the sums, transpose, write
  *
- * If a query's maximum rises, what was summed for it is multiplied by exp(old - new), once a chunk. exp(x) is 2^n times
- * a polynomial of 2^r, where n + r = x log2 e and |r| <= 1/2: its error is below 3e-6, and an exponential is then
+ * If a query's maximum rises, what was summed for it is multiplied by exp(old - new), once a chunk. exp(x) is 2^n 2^r,
+ * where n + r = x log2 e and |r| <= 1/2; 2^r is a polynomial in r, whose error is below 3e-6. Exponentials are then
  * rounded to 8 bits. */
 #include "engine/engine.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 #include <immintrin.h>
-#include <string.h>
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512bf16")))
 
 enum { SIDE = 16, WIDE = 2 * SIDE, CHUNK = 1024, BLOCK_PANELS = 8 };
 
-/* Where a head's narrowed keys and values lie: [keys] rows of d; chunk by chunk, [d] rows of CHUNK keys. All sizes are
- * filled up to whole tiles with zeros. Strides in bytes. */
+/* Where a head's narrowed keys and values lie. Keys are rows of d. Values are transposed, chunk by chunk: d rows of
+ * CHUNK keys. Zeros fill all sizes up to whole tiles. Strides are in bytes. */
 typedef struct {
     const Attention *a;
     int d, keys, chunks; /* d and keys rounded up */
@@ -46,9 +45,10 @@ static Plan make_plan(const Attention *a) {
     return p;
 }
 
-/* What a block of queries remembers from chunk to chunk, [panels] times; and what a panel needs for a chunk. */
+/* A block of queries. The first two lines are for each panel, and last from chunk to chunk. The others are for the
+ * panel and the chunk at hand. */
 typedef struct {
-    char *queries;              /* panels of d */
+    char *queries;              /* a panel of d */
     float *out, *maximum, *sum; /* [d][WIDE], [WIDE], [WIDE] */
     float *scores;              /* [CHUNK][WIDE] */
     uint16_t *weights;          /* a panel of CHUNK */
@@ -71,8 +71,8 @@ static size_t block_bytes(int d) {
 }
 
 size_t amx_attention_memory(Precision precision, int keys, int heads, int d) {
-    Plan p = make_plan(&(Attention){.keys = keys, .heads = heads, .d = d});
     if (precision != BF16) return tiles_attention_memory(precision, keys, heads, d);
+    Plan p = make_plan(&(Attention){.keys = keys, .d = d});
     return p.head_size * (size_t)heads + block_bytes(p.d) * (size_t)threads_count();
 }
 
@@ -101,12 +101,12 @@ static TARGET void pack_values(const Plan *p, int head, int chunk) {
     for (int key = chunk * CHUNK; key < smaller(p->keys, (chunk + 1) * CHUNK); key += WIDE)
         for (int i = 0; i < p->d; i += SIDE) {
             Word lines[SIDE * SIDE];
-            __mmask16 inside = (__mmask16)((1u << (i < a->d ? smaller(SIDE, a->d - i) : 0)) - 1);
+            __mmask16 inside = (__mmask16)((1u << smaller(SIDE, larger(0, a->d - i))) - 1);
             for (int j = 0; j < SIDE; j++) {
                 const float *v = a->v + (key + 2 * j) * a->kv_stride + (size_t)head * a->d + i;
                 __m512 first = _mm512_maskz_loadu_ps(key + 2 * j < a->keys ? inside : 0, v);
                 __m512 second = _mm512_maskz_loadu_ps(key + 2 * j + 1 < a->keys ? inside : 0, v + a->kv_stride);
-                _mm512_store_si512(lines + j * SIDE, pairs_of(first, second));
+                _mm512_storeu_si512(lines + j * SIDE, pairs_of(first, second));
             }
             kernels->transpose((Word *)(out + (size_t)i * p->value_stride) + (key % CHUNK) / 2,
                                p->value_stride / sizeof(Word), lines, SIDE, SIDE, SIDE);
@@ -135,28 +135,29 @@ static void add_bias(const Attention *a, float *scores, int head, int query, int
         }
 }
 
-/* 16 queries: scores [keys][WIDE] to weights; rescales what was summed, out [d][WIDE]. */
+/* 16 queries: scores [keys][WIDE] to weights; rescales what was summed, out [d][WIDE]. NaN in a score may be lost from
+ * `highest`, but its weight is NaN, and so is the sum. */
 static TARGET void soften(float *out, int d, float *maximum, float *sum, uint16_t *weights, const float *scores,
                           int keys, float scale) {
     __m512 before = _mm512_loadu_ps(maximum), highest = before, factor = _mm512_set1_ps(scale * 1.44269504f);
-    for (int j = 0; j < keys; j++) highest = _mm512_max_ps(highest, _mm512_load_ps(scores + j * WIDE));
+    for (int j = 0; j < keys; j++) highest = _mm512_max_ps(highest, _mm512_loadu_ps(scores + j * WIDE));
     __m512 total = _mm512_loadu_ps(sum);
     if (_mm512_cmp_ps_mask(highest, before, _CMP_NEQ_UQ)) {
         __m512 rescale = power_of_two(_mm512_mul_ps(_mm512_sub_ps(before, highest), factor));
         total = _mm512_mul_ps(total, rescale);
         for (float *row = out; row < out + d * WIDE; row += WIDE)
-            _mm512_store_ps(row, _mm512_mul_ps(_mm512_load_ps(row), rescale));
+            _mm512_storeu_ps(row, _mm512_mul_ps(_mm512_loadu_ps(row), rescale));
         _mm512_storeu_ps(maximum, highest);
     }
     for (int j = 0; j < round_up(keys, WIDE); j += 2) {
         __m512 weight[2];
         for (int k = 0; k < 2; k++) {
             weight[k] = _mm512_setzero_ps();
-            __m512 below = _mm512_sub_ps(_mm512_load_ps(scores + (j + k) * WIDE), highest);
+            __m512 below = _mm512_sub_ps(_mm512_loadu_ps(scores + (j + k) * WIDE), highest);
             if (j + k < keys) weight[k] = power_of_two(_mm512_mul_ps(below, factor));
             total = _mm512_add_ps(total, weight[k]);
         }
-        _mm512_store_si512(weights + j * WIDE, pairs_of(weight[0], weight[1]));
+        _mm512_storeu_si512(weights + j * WIDE, pairs_of(weight[0], weight[1]));
     }
     _mm512_storeu_ps(sum, total);
 }
@@ -202,11 +203,11 @@ static void attend(const Plan *p, Block b, int head, int query) {
 }
 
 void amx_attention(const Attention *a) {
-    Plan p = make_plan(a);
     if (a->precision != BF16) {
         attention_in_tiles(a);
         return;
     }
+    Plan p = make_plan(a);
     size_t packed = p.head_size * (size_t)a->heads, each = block_bytes(p.d);
     int blocks = ceiling(a->queries, BLOCK_PANELS * WIDE);
     p.packed = scratch(amx_attention_memory(BF16, a->keys, a->heads, a->d));

@@ -117,14 +117,12 @@ static void attend(const Plan *plan, int head, int query, int rows, char *memory
     const Attention *a = plan->a;
     Block block = {.rows = rows, .padded = round_up(rows, plan->tile->rows)};
     begin_block(plan, &block, head, query, memory);
-    tiles_enter();
     for (int first = 0; first < a->keys; first += TILE_KEYS) {
         int keys = smaller(TILE_KEYS, a->keys - first);
         multiply_keys(plan, &block, head, first, keys);
         softmax_rows(plan, &block, head, query, first, keys);
         add_values(plan, &block, head, first, keys);
     }
-    tiles_leave();
     for (int i = 0; i < rows; i++) {
         float total = lanes_sum(block.sums + i * LANES),
               *out = a->out + (query + i) * a->out_stride + (size_t)head * a->d;

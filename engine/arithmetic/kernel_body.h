@@ -3,7 +3,7 @@
  * kernels.c defines what this file uses. UNROLL, PREFETCH, PART and DISTANCE are the same for every set; each has
  * its own
  *   ISA_NAME, NAME(x), TARGET, TILE_ROWS, TILE_VECTORS, FAST_INT8, BYTE_OFFSET,
- *   TILE_BF16, TILE_INT8, ORDER, ENTER, LEAVE: only where the tiles are elsewhere (AMX),
+ *   TILE_BF16, TILE_INT8, ORDER, ENTER, LEAVE, ATTENTION, ATTENTION_MEMORY: only where the tiles are elsewhere (AMX),
  * and its own vocabulary, vector_*.h. That is, for V, vectors of VLEN floats:
  *   V_LOAD V_STORE V_SET V_ADD V_SUB V_MUL V_DIV V_FMA(a,b,c)=a*b+c V_ROUND V_HMAX
  *   V_STREAM: V_STORE past the caches; V_STREAMED(): before another thread may read it
@@ -39,7 +39,7 @@ static inline TARGET V NAME(v_exp)(V x) {
     return V_MUL(p, V_POW2(n));
 }
 
-/* A tile: TILE_ROWS x TILE_VECTORS registers of sums, which stay where they are while k spans.
+/* A tile: TILE_ROWS x TILE_VECTORS registers of sums, which stay where they are while k runs.
  *
  *                      k ->      +----------------+   panel: one line of TILE_VECTORS registers for each k
  *                                |                |
@@ -49,7 +49,8 @@ static inline TARGET V NAME(v_exp)(V x) {
  *        |        |        |     |                |
  *        +--------+--------+     +----------------+
  *
- * Each round also fetches a little of what will be multiplied, or packed, next. */
+ * Each round also fetches a little of what will be multiplied, or packed, next. (A span's end counts as that of a run of
+ * rounds.) */
 #define FOR_ROWS UNROLL for (int i = 0; i < TILE_ROWS; i++)
 #define FOR_VECTORS UNROLL for (int j = 0; j < TILE_VECTORS; j++)
 #define FETCH_AHEAD PREFETCH(ahead.at), ahead.at += ahead.bytes
@@ -153,7 +154,7 @@ static TARGET void NAME(tile_int8)(float *acc, int ld, int mode, const Span *spa
 
 static TARGET void NAME(write_sums)(float *y, size_t y_stride, int mode, const float *sums, int rows, int cols,
                                     const float *bias, bool stream) {
-    stream = stream && mode == REPLACE && cols % VLEN == 0 && ((size_t)y | y_stride * sizeof *y) % CACHE_LINE == 0;
+    stream = stream && cols % VLEN == 0 && ((size_t)y | y_stride * sizeof *y) % CACHE_LINE == 0;
     for (int i = 0; i < rows; i++, y += y_stride, sums += TILE_VECTORS * VLEN) {
         int j = 0;
         for (; j + VLEN <= cols; j += VLEN) {

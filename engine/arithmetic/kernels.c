@@ -186,18 +186,18 @@ static inline TARGET_AVX512 void transpose_16x16(__m512i r[16]) {
 #include "engine/arithmetic/kernel_body.h"
 
 #ifdef __linux__
-/* The rest of a table whose products in BF16 and INT8 are in amx.c. A part is 512 of k, so that a panel's part stays in
- * the first-level cache. */
+/* The rest of a table whose products in BF16 and INT8 are in amx.c. A slice is 512 of k, so that a panel's slice stays
+ * in the first-level cache. */
 #define HAS_AMX
 #define ISA_NAME "amx"
 #define NAME(x) amx_##x
 #define TARGET TARGET_AVX512
 #define TILE_ROWS 14
 #define TILE_VECTORS 2
-#define FAST_INT8 true
+#define FAST_INT8 false /* attention of an int8 run is float32's */
 #define BYTE_OFFSET 0
-#define TILE_BF16 {amx_tile_bf16, 32, 1536, 512, AMX_STEP}
-#define TILE_INT8 {amx_tile_int8, 32, 1536, 512, 2 * AMX_STEP}
+#define TILE_BF16 {amx_tile_bf16, 32, PART, 512, AMX_STEP}
+#define TILE_INT8 {amx_tile_int8, 32, PART, 512, 2 * AMX_STEP}
 #define ORDER AMX_TILES
 #define ATTENTION amx_attention
 #define ATTENTION_MEMORY amx_attention_memory

@@ -6,8 +6,8 @@
  *       sum = 0;  for k in 0..K-1:  sum = fma(x[r][k], w[o][k], sum);   y[r][o] = sum + b[o]
  *
  * This file visits (r, o) in another order, and cuts k in parts. That changes no bit: a sum is one chain over k,
- * and a chain may stop in memory and go on. The plan is that of BLIS (Van Zee and van de Geijn, 2015). Both
- * factors are copied first, so that the tiles read them in order:
+ * and a chain may stop in memory and go on. The plan is that of BLIS (Van Zee and van de Geijn, 2015). Weights are
+ * copied first, and rows where they do not lie in order, so that tiles read both in order:
  *
  *                            C outputs
  *                             +---+---+---+---+
@@ -44,7 +44,7 @@ enum {
     BLOCK_ROWS = BLOCK_TILES * MAX_TILE_ROWS, /* at most */
     TASK_PANELS = 16,       /* and panels, at most */
     GROUP_BYTES = 16 << 20, /* of packed panels, unless one is larger */
-    STREAM_BYTES = 4 << 20, /* a result that is larger is written past the caches */
+    STREAM_BYTES = 4 << 20, /* a larger result will have left the second-level cache before it is read */
 };
 
 static Arena region;
@@ -68,7 +68,7 @@ typedef struct {
     int mode, K, first;
     char *panels; /* NULL: tasks pack for themselves */
     size_t panel_size;
-    bool stream; /* y is larger than the caches */
+    bool stream; /* y is written past the caches */
 } Product;
 
 /* ---------------------------------------------------------------- a task */
@@ -104,37 +104,30 @@ static void pack_whole(const Product *p, int panel) {
                    p->first + panel * kernels->tile_cols, p->x->skip * p->x->n + k, smaller(part, p->K - k));
 }
 
-/* Whether tiles can read segments where they lie. Only bytes are filled up to the tile's step. */
-static bool reads_in_place(const Product *p) {
-    Precision precision = p->layer->precision;
-    return tiles_take_operands(precision) && (precision == INT8 || p->x->n % p->tile->step == 0);
-}
-
-/* Where segment s of a tile's rows lies, if they are as far apart from each other as the first two. Else stride is that
- * of no rows: 4 KB, at which they would also share one set of the first-level cache. */
+/* Segment s of a tile's rows where it lies, if tiles can read it there: if the rows are evenly spaced. Rows a multiple
+ * of 4 KB apart would share one set of the first-level cache. Else `at` is NULL. */
 static Span segment_of(const Product *p, const void *(*where)[MAX_SEGMENTS], int s, int rows) {
-    const Span uneven = {.stride = 4096};
-    Span span = {.at = where[0][s]};
-    if (rows > 1) span.stride = (size_t)((const char *)where[1][s] - span.at);
-    for (int i = 2; i < rows; i++)
-        if ((const char *)where[i][s] != span.at + i * span.stride) return uneven;
-    bool whole = rows == p->tile->rows || p->x->whole_tiles || !span.stride;
-    return whole ? span : uneven;
+    uintptr_t at = (uintptr_t)where[0][s], stride = rows > 1 ? (uintptr_t)where[1][s] - at : 0;
+    bool whole = rows == p->tile->rows || p->x->whole_tiles || stride == 0;
+    bool readable = whole && (stride == 0 || stride % 4096);
+    for (int i = 2; i < rows; i++) readable &= (uintptr_t)where[i][s] == at + (size_t)i * stride;
+    return (Span){.at = readable ? where[0][s] : NULL, .stride = stride};
 }
 
-/* n elements of the task's rows, from k on, as spans: where they lie, or packed. */
+/* n elements of the task's rows, from k on, as spans: where they lie, or packed. Only bytes lie there filled up to the
+ * tile's step. */
 static void find_spans(const Product *p, Task *task, const void *(*where)[MAX_SEGMENTS], int k, int n) {
     Precision precision = p->layer->precision;
     int R = p->tile->rows, segment = p->x->n;
-    bool in_place = reads_in_place(p);
+    bool in_place = tiles_take_operands(precision) && (precision == INT8 || segment % p->tile->step == 0);
     size_t stride = packed_bytes(precision, p->tile->part);
     for (int t = 0; t < task->tiles; t++) {
         int rows = smaller(R, task->rows - t * R);
         Span *span = task->spans[t];
         for (int done = 0, at = k; done < n; done += span->n, at = k + done, span++) {
-            *span = in_place ? segment_of(p, where + t * R, at / segment, rows) : (Span){.stride = 4096};
+            *span = in_place ? segment_of(p, where + t * R, at / segment, rows) : (Span){0};
             span->n = in_place ? smaller(n - done, segment - at % segment) : n;
-            if (span->stride % 4096 || !span->stride) {
+            if (span->at) {
                 span->at += row_offset(precision, at % segment);
                 continue;
             }
@@ -149,11 +142,9 @@ static void find_spans(const Product *p, Task *task, const void *(*where)[MAX_SE
 /* out = n elements of spans, from element `from` on; how many spans these are. */
 static int part_of(Span *out, const Span *spans, Precision precision, int from, int n) {
     int count = 0;
-    for (; n > 0; from -= spans->n, spans++) {
-        if (from >= spans->n) continue;
+    for (; from >= spans->n; spans++) from -= spans->n;
+    for (; n > 0; n -= out[count++].n, from = 0, spans++)
         out[count] = (Span){spans->at + packed_offset(precision, from), spans->stride, smaller(n, spans->n - from)};
-        n -= out[count++].n, from = spans->n;
-    }
     return count;
 }
 
@@ -266,7 +257,7 @@ void product_in_panels(float *y, const Rows *x, const Linear *layer, int mode, c
     size_t each_thread = task_bytes(layer->precision), panel_size = panel_size_of(layer);
     char *mine = memory + region_bytes(layer, x->rows) - each_thread * (size_t)threads_count();
     Product p = {x, layer, y, tile, mode, K, 0, blocks > 1 ? memory : NULL, panel_size,
-                 .stream = sizeof *y * (size_t)x->rows * (size_t)O > STREAM_BYTES};
+                 .stream = mode == REPLACE && sizeof *y * (size_t)x->rows * (size_t)O > STREAM_BYTES};
     if (p.panels) group = (int)(group_bytes(layer, x->rows) / panel_size);
     for (; p.first < O; p.first += group * C) {
         int count = smaller(group, ceiling(O - p.first, C)), each = panels_per_task(blocks, count);
