@@ -114,8 +114,8 @@ static Span segment_of(const Product *p, const void *(*where)[MAX_SEGMENTS], int
     return (Span){.at = readable ? where[0][s] : NULL, .stride = stride};
 }
 
-/* n elements of the task's rows, from k on, as spans: where they lie, or packed. Only bytes lie there filled up to the
- * tile's step. */
+/* n elements of the task's rows, from k on, as spans: where they lie, or packed. Where they lie, only bytes are filled
+ * up to a whole step. */
 static void find_spans(const Product *p, Task *task, const void *(*where)[MAX_SEGMENTS], int k, int n) {
     Precision precision = p->layer->precision;
     int R = p->tile->rows, segment = p->x->n;
