@@ -263,7 +263,7 @@ class Run:
         """One step of the weights; (the losses of the noisy pieces, the norm of the gradient)."""
         losses = self.losses(batch)
         losses.mean().backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.net.parameters(), 1.0, error_if_nonfinite=True)
         self.optimisers.set_factor(self.course.rate(self.step))
         self.optimisers.step()
         self.average.update(self.net)
@@ -356,8 +356,6 @@ def train(out, tokenizer, known, pool, course, seed, compiled=False, narrow=Fals
         count = pool.grow()
         batch = next_batch(out, run, pool, seed, tokenizer)
         losses, norm = run.advance(batch)
-        if not norm.isfinite():
-            raise FloatingPointError(f"step {run.step}: the gradient is not finite; the checkpoint stays as it was")
         run.seconds = time.time() - begun
         curve.add(run, batch, losses, norm, count)
         if asked or time.time() - last_save > SAVE_SECONDS or run.step == course.steps:

@@ -239,7 +239,7 @@ def _fit(out, name, module, steps, seed, count, loss_of, autoencoder, narrow, pe
         with products(narrow):
             loss = loss_of(clips, step)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0, error_if_nonfinite=True)
         optimisers.set_factor(peak * rate(step, steps, 50, falling))
         optimisers.step()
         step += 1
