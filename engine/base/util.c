@@ -91,10 +91,15 @@ const char *reason(const char *format, ...) {
 
 /* ---------------------------------------------------------------- memory */
 
+/* Large blocks ask for pages of 2 MiB: a processor finds them faster, and the kernel clears them faster. */
 void *allocate(size_t bytes) {
+    enum { HUGE = 1 << 21, LARGE = 4 * HUGE };
     size_t size = whole_lines(bytes ? bytes : 1);
-    void *p = size >= bytes ? aligned_alloc(CACHE_LINE, size) : NULL;
+    void *p = size >= bytes ? aligned_alloc(size < LARGE ? CACHE_LINE : HUGE, size) : NULL;
     if (!p) die(STATUS_RESOURCE, "out of memory: cannot allocate %.1f MiB", bytes / 1048576.0);
+#ifdef MADV_HUGEPAGE
+    if (size >= LARGE) madvise(p, size / HUGE * HUGE, MADV_HUGEPAGE); /* without them all is the same, but slower */
+#endif
     return memset(p, 0, size);
 }
 
