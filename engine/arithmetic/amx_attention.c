@@ -5,26 +5,34 @@
  *   scores (keys, 32) = k @ q^T          rows: keys              panel: 32 queries
  *   out (d, 32)      += v^T @ weights    rows: v transposed      panel: the exponentials of the scores
  *
- * Then the maximum and the sum of a query's scores need nothing from neighbouring lanes, and two rows of exponentials,
- * narrowed and interleaved, are a line of a panel. Keys come in chunks, which stay in the second-level cache while the
- * queries of a block pass by:
+ * Then the sum of a query's weights needs nothing from neighbouring lanes, and two rows of weights, narrowed and
+ * interleaved, are a line of a panel. Keys come in chunks, which stay in the second-level cache while the queries of a
+ * block pass by:
  *
  *   for each task, a head and a block of queries:               one thread
  *     for each chunk of keys:
- *       for each panel of 32 queries:  scores = k @ q^T;  weights = exp(scores - maximum);  out += v^T @ weights
+ *       for each panel of 32 queries:
+ *         for each 32 keys of the chunk:  scores = k @ q^T;  weights = exp(scores - maximum);  sums += weights
+ *         out += v^T @ weights
  *     divide by the sums, transpose, write
  *
- * If a query's maximum rises, what was summed for it is multiplied by exp(old - new), once a chunk. exp(x) is 2^n 2^r,
- * where n + r = x log2 e and |r| <= 1/2; 2^r is a polynomial in r, whose error is below 3e-6. Exponentials are then
- * rounded to 8 bits. */
+ * `maximum` is subtracted so that exp() does not overflow. It need not be the highest score: it is that of the first 32
+ * keys, until 32 weights of a query add up to more than MOST. Then the values so far are added, what was summed is
+ * multiplied by exp(old - new), and the weights are computed again.
+ *
+ * exp(x) is 2^n 2^r, where n + r = x log2 e and 0 <= r < 1; 2^r is a polynomial in r, whose error is below 3e-6.
+ * Weights are then rounded to 8 bits, and it is these that are summed. */
 #include "engine/engine.h"
 
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
 #include <immintrin.h>
+#include <math.h>
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512bf16")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512bf16")))
 
-enum { SIDE = 16, WIDE = 2 * SIDE, CHUNK = 1024, BLOCK_PANELS = 8 };
+enum { SIDE = 16, WIDE = 2 * SIDE, CHUNK = 512, BLOCK_PANELS = 8 };
+static const float MOST = 0x1p64f, LOWEST = -FLT_MAX; /* LOWEST: the maximum before the first key */
+static const Ahead nothing = {.run = 1 << 30};
 
 /* Where a head's narrowed keys and values lie. Keys are rows of d. Values are transposed, chunk by chunk: d rows of
  * CHUNK keys. Zeros fill all sizes up to whole tiles. Strides are in bytes. */
@@ -37,8 +45,8 @@ typedef struct {
 
 static Plan make_plan(const Attention *a) {
     Plan p = {.a = a, .d = round_up(a->d, WIDE), .keys = round_up(a->keys, WIDE), .chunks = ceiling(a->keys, CHUNK)};
-    p.key_stride = sizeof(uint16_t) * (size_t)p.d;
-    p.value_stride = CACHE_LINE + sizeof(uint16_t) * CHUNK; /* not a power of two: see packed_bytes() */
+    p.key_stride = CACHE_LINE + sizeof(uint16_t) * (size_t)p.d; /* no powers of two: see packed_bytes() */
+    p.value_stride = CACHE_LINE + sizeof(uint16_t) * CHUNK;
     p.keys_size = p.key_stride * (size_t)p.keys;
     p.chunk_size = p.value_stride * (size_t)p.d;
     p.head_size = p.keys_size + p.chunk_size * (size_t)p.chunks;
@@ -46,11 +54,11 @@ static Plan make_plan(const Attention *a) {
 }
 
 /* A block of queries. The first two lines are for each panel, and last from chunk to chunk. The others are for the
- * panel and the chunk at hand. */
+ * panel at hand: scores of 32 keys and of the next 32, weights of a chunk. */
 typedef struct {
     char *queries;              /* a panel of d */
     float *out, *maximum, *sum; /* [d][WIDE], [WIDE], [WIDE] */
-    float *scores;              /* [CHUNK][WIDE] */
+    float *scores;              /* [2][WIDE][WIDE] */
     uint16_t *weights;          /* a panel of CHUNK */
 } Block;
 
@@ -60,7 +68,7 @@ static Block take_block(Arena *arena, int d) {
                    .out = arena_floats(arena, BLOCK_PANELS * WIDE * width),
                    .maximum = arena_floats(arena, BLOCK_PANELS * WIDE),
                    .sum = arena_floats(arena, BLOCK_PANELS * WIDE),
-                   .scores = arena_floats(arena, CHUNK * WIDE),
+                   .scores = arena_floats(arena, 2 * WIDE * WIDE),
                    .weights = arena_take(arena, sizeof(uint16_t) * CHUNK * WIDE)};
 }
 
@@ -115,73 +123,121 @@ static TARGET void pack_values(const Plan *p, int head, int chunk) {
 
 /* ---------------------------------------------------------------- one panel of queries and one chunk of keys */
 
-/* 2^x for x <= 0; 0 where x is below -150. NaN stays NaN. */
+/* 2^x; 0 where x is below -150; NaN stays NaN. A polynomial gives 2^r, where x = n + r and 0 <= r < 1. VSCALEFPS
+ * multiplies by 2^n. */
 static inline TARGET __m512 power_of_two(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x);
-    __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, n);
-    __m512 y = _mm512_set1_ps(0.00958104711f);
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.0559059717f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.240241453f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.693124354f));
-    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.0f));
-    return _mm512_scalef_ps(y, n);
+    x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x); /* -infinity has no r */
+    __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    __m512 y = _mm512_set1_ps(0.0135410074f);
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.0519984066f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.241450161f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.693002701f));
+    y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(1.00000262f));
+    return _mm512_scalef_ps(y, x);
 }
 
-static void add_bias(const Attention *a, float *scores, int head, int query, int first, int keys) {
-    for (int j = 0; j < keys; j++)
-        for (int i = 0; i < smaller(WIDE, a->queries - query); i++) {
-            float *score = scores + j * WIDE + i;
-            *score = *score * a->scale + a->bias[head * a->bias_head + (query + i) * a->bias_query + first + j];
-        }
-}
+/* A panel of a head's queries, beginning with number `query`, and a chunk of keys, beginning with number `key`. */
+typedef struct {
+    const Attention *a;
+    int head, query, key, keys, d; /* keys: how many; d rounded up */
+    const char *packed_keys, *packed_values;
+    size_t key_stride, value_stride;
+    const char *queries;        /* a panel of d */
+    float *out, *maximum, *sum; /* [d][WIDE], [WIDE], [WIDE] */
+    uint16_t *weights;          /* a panel of the chunk's keys */
+    float factor;               /* weight = 2^(factor * (score - maximum)) */
+} Panel;
 
-/* 16 queries: scores [keys][WIDE] to weights; rescales what was summed, out [d][WIDE]. NaN in a score may be lost from
- * `highest`, but its weight is NaN, and so is the sum. */
-static TARGET void soften(float *out, int d, float *maximum, float *sum, uint16_t *weights, const float *scores,
-                          int keys, float scale) {
-    __m512 before = _mm512_loadu_ps(maximum), highest = before, factor = _mm512_set1_ps(scale * 1.44269504f);
-    for (int j = 0; j < keys; j++) highest = _mm512_max_ps(highest, _mm512_loadu_ps(scores + j * WIDE));
-    __m512 total = _mm512_loadu_ps(sum);
-    if (_mm512_cmp_ps_mask(highest, before, _CMP_NEQ_UQ)) {
-        __m512 rescale = power_of_two(_mm512_mul_ps(_mm512_sub_ps(before, highest), factor));
-        total = _mm512_mul_ps(total, rescale);
-        for (float *row = out; row < out + d * WIDE; row += WIDE)
-            _mm512_storeu_ps(row, _mm512_mul_ps(_mm512_loadu_ps(row), rescale));
-        _mm512_storeu_ps(maximum, highest);
-    }
-    for (int j = 0; j < round_up(keys, WIDE); j += 2) {
-        __m512 weight[2];
-        for (int k = 0; k < 2; k++) {
-            weight[k] = _mm512_setzero_ps();
-            __m512 below = _mm512_sub_ps(_mm512_loadu_ps(scores + (j + k) * WIDE), highest);
-            if (j + k < keys) weight[k] = power_of_two(_mm512_mul_ps(below, factor));
-            total = _mm512_add_ps(total, weight[k]);
-        }
-        _mm512_storeu_si512(weights + j * WIDE, pairs_of(weight[0], weight[1]));
-    }
-    _mm512_storeu_ps(sum, total);
-}
-
-static void attend_chunk(const Plan *p, const Block *b, int head, int query, int panel, int chunk) {
+/* scores [WIDE keys][WIDE queries] of the keys from `from` on; past the last key -infinity */
+static void score(const Panel *p, float *scores, int from) {
     const Attention *a = p->a;
-    const Ahead nothing = {.at = p->packed, .run = 1 << 30};
-    const char *keys = p->packed + (size_t)head * p->head_size + (size_t)(chunk * CHUNK) * p->key_stride;
-    const char *values = p->packed + (size_t)head * p->head_size + p->keys_size + (size_t)chunk * p->chunk_size;
-    const char *queries = b->queries + (size_t)panel * p->d * WIDE * sizeof(uint16_t);
-    float *out = b->out + panel * p->d * WIDE, *maximum = b->maximum + panel * WIDE, *sum = b->sum + panel * WIDE;
-    int n = smaller(CHUNK, a->keys - chunk * CHUNK), padded = round_up(n, WIDE);
-    for (int i = 0; i < padded; i += WIDE)
-        amx_tile_bf16(b->scores + i * WIDE, WIDE, REPLACE, &(Span){keys + i * p->key_stride, p->key_stride, p->d}, 1,
-                      queries, nothing);
-    if (a->bias) add_bias(a, b->scores, head, query + panel * WIDE, chunk * CHUNK, n);
-    for (int i = 0; i < WIDE; i += SIDE)
-        soften(out + i, p->d, maximum + i, sum + i, b->weights + 2 * i, b->scores + i, n, a->bias ? 1 : a->scale);
-    for (int i = 0; i < p->d; i += WIDE)
-        amx_tile_bf16(out + i * WIDE, WIDE, ACCUMULATE, &(Span){values + i * p->value_stride, p->value_stride, padded},
-                      1, b->weights, nothing);
+    const Span keys = {p->packed_keys + from * p->key_stride, p->key_stride, p->d};
+    amx_tile_bf16(scores, WIDE, REPLACE, &keys, 1, p->queries, nothing);
+    for (int j = 0; a->bias && j < smaller(WIDE, p->keys - from); j++)
+        for (int i = 0; i < smaller(WIDE, a->queries - p->query); i++) {
+            const float *bias = a->bias + p->head * a->bias_head + (p->query + i) * a->bias_query + p->key + from;
+            scores[j * WIDE + i] = scores[j * WIDE + i] * a->scale + bias[j];
+        }
+    for (int i = (p->keys - from) * WIDE; i < WIDE * WIDE; i++) scores[i] = -INFINITY;
+}
+
+/* The weights of scores, which are added to the sums. Returns false, and adds nothing, if a maximum is too low. */
+static TARGET bool soften(const Panel *p, const float *scores, int from) {
+    uint16_t *weights = p->weights + from * WIDE;
+    __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
+    __m512 factor = _mm512_set1_ps(p->factor), most = _mm512_set1_ps(MOST);
+    __m512 maximum[2] = {_mm512_loadu_ps(p->maximum), _mm512_loadu_ps(p->maximum + SIDE)};
+    __m512 sum[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (int j = 0; j < WIDE; j += 2)
+        for (int half = 0; half < 2; half++) {
+            __m512 first = _mm512_loadu_ps(scores + j * WIDE + half * SIDE);
+            __m512 second = _mm512_loadu_ps(scores + (j + 1) * WIDE + half * SIDE);
+            first = power_of_two(_mm512_mul_ps(_mm512_sub_ps(first, maximum[half]), factor));
+            second = power_of_two(_mm512_mul_ps(_mm512_sub_ps(second, maximum[half]), factor));
+            __m512i pairs = pairs_of(first, second);
+            sum[half] = _mm512_dpbf16_ps(sum[half], (__m512bh)pairs, ones);
+            _mm512_storeu_si512(weights + (j + half) * WIDE, pairs);
+        }
+    if (_mm512_cmp_ps_mask(sum[0], most, _CMP_GT_OQ) | _mm512_cmp_ps_mask(sum[1], most, _CMP_GT_OQ)) return false;
+    for (int half = 0; half < 2; half++) {
+        float *total = p->sum + half * SIDE;
+        _mm512_storeu_ps(total, _mm512_add_ps(_mm512_loadu_ps(total), sum[half]));
+    }
+    return true;
+}
+
+/* Raises the maxima to those of scores, and rescales what was summed under lower ones. */
+static TARGET void raise_maxima(const Panel *p, const float *scores) {
+    for (int i = 0; i < WIDE; i += SIDE) {
+        __m512 before = _mm512_loadu_ps(p->maximum + i), highest = before, factor = _mm512_set1_ps(p->factor);
+        for (int j = 0; j < WIDE; j++) highest = _mm512_max_ps(highest, _mm512_loadu_ps(scores + j * WIDE + i));
+        __m512 rescale = power_of_two(_mm512_mul_ps(_mm512_sub_ps(before, highest), factor));
+        for (float *row = p->out + i; row < p->out + p->d * WIDE; row += WIDE)
+            _mm512_storeu_ps(row, _mm512_mul_ps(_mm512_loadu_ps(row), rescale));
+        _mm512_storeu_ps(p->sum + i, _mm512_mul_ps(_mm512_loadu_ps(p->sum + i), rescale));
+        _mm512_storeu_ps(p->maximum + i, highest);
+    }
+}
+
+/* out += the values of keys [from, to), times their weights */
+static void add_values(const Panel *p, int from, int to) {
+    for (int i = 0; i < p->d && from < to; i += WIDE) {
+        const char *values = p->packed_values + i * p->value_stride + sizeof(uint16_t) * (size_t)from;
+        amx_tile_bf16(p->out + i * WIDE, WIDE, ACCUMULATE, &(Span){values, p->value_stride, to - from}, 1,
+                      p->weights + from * WIDE, nothing);
+    }
+}
+
+/* The next 32 scores are computed before these are softened: the processor does both at once. */
+static void attend_chunk(const Panel *p, float *scores) {
+    int keys = round_up(p->keys, WIDE), pending = 0; /* the first key whose value is still to be added */
+    score(p, scores, 0);
+    for (int from = 0; from < keys; from += WIDE) {
+        float *now = scores + from % (2 * WIDE) * WIDE, *next = scores + (from + WIDE) % (2 * WIDE) * WIDE;
+        if (from + WIDE < keys) score(p, next, from + WIDE);
+        if (soften(p, now, from)) continue;
+        add_values(p, pending, from);
+        pending = from;
+        raise_maxima(p, now);
+        soften(p, now, from);
+    }
+    add_values(p, pending, keys);
 }
 
 /* ---------------------------------------------------------------- a task */
+
+static Panel panel_of(const Plan *p, const Block *b, int head, int query, int panel, int chunk) {
+    const Attention *a = p->a;
+    const char *keys = p->packed + (size_t)head * p->head_size, *values = keys + p->keys_size;
+    return (Panel){.a = a, .head = head, .query = query + panel * WIDE, .d = p->d,
+                   .key = chunk * CHUNK, .keys = smaller(CHUNK, a->keys - chunk * CHUNK),
+                   .packed_keys = keys + (size_t)(chunk * CHUNK) * p->key_stride, .key_stride = p->key_stride,
+                   .packed_values = values + (size_t)chunk * p->chunk_size, .value_stride = p->value_stride,
+                   .queries = b->queries + (size_t)panel * p->d * WIDE * sizeof(uint16_t),
+                   .out = b->out + panel * p->d * WIDE, .maximum = b->maximum + panel * WIDE,
+                   .sum = b->sum + panel * WIDE, .weights = b->weights,
+                   .factor = 1.44269504f * (a->bias ? 1 : a->scale)};
+}
 
 static void attend(const Plan *p, Block b, int head, int query) {
     const Attention *a = p->a;
@@ -190,10 +246,13 @@ static void attend(const Plan *p, Block b, int head, int query) {
     for (int i = 0; i < panels; i++)
         pack_panel(BF16, b.queries + (size_t)i * p->d * WIDE * sizeof(uint16_t), &q, i * WIDE, 0, a->d);
     memset(b.out, 0, sizeof(float) * (size_t)(panels * p->d * WIDE));
-    for (int i = 0; i < panels * WIDE; i++) b.maximum[i] = -FLT_MAX, b.sum[i] = 0;
+    for (int i = 0; i < panels * WIDE; i++) b.maximum[i] = LOWEST, b.sum[i] = 0;
     amx_enter();
     for (int chunk = 0; chunk < p->chunks; chunk++)
-        for (int i = 0; i < panels; i++) attend_chunk(p, &b, head, query, i, chunk);
+        for (int i = 0; i < panels; i++) {
+            Panel panel = panel_of(p, &b, head, query, i, chunk);
+            attend_chunk(&panel, b.scores);
+        }
     amx_leave();
     for (int i = 0; i < queries; i++) {
         float *y = a->out + (query + i) * a->out_stride + (size_t)head * a->d;
