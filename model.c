@@ -100,7 +100,7 @@ static Precision default_precision(const WeightFile *file) {
     const char *name = weights_string_or(file, "default.precision", NULL);
     if (name && precision_parse(name, &own)) return own;
     if (name) weights_refuse(file, "default.precision is '%s', expected f32, bf16 or int8", name);
-    int dim = weights_size(file, "wan.dim", 1 << 16);
+    int dim = weights_size(file, "wan.dim", MAX_WIDTH);
     Type type = weights_bind(file, dim, dim, "blocks.0.self_attn.q.weight").type;
     for (int p = weight_type(type)->suits; p > F32; p--)
         if (kernels->fast[p]) return (Precision)p;

@@ -156,6 +156,7 @@ typedef struct {
     Rope rope;             /* rope.time is filled anew in every pass */
     float *x, *y;          /* (L,D) */
     float *wide;           /* in turn: patches; q, k and v; the FFN's hidden layer (L,ffn_dim) */
+    void *narrow;          /* rows of (L,D) or (L,ffn_dim) for the next product, unless in float32 */
     float *time;           /* (frames,D): time embedding */
     float *modulation;     /* (frames,6,D): projection of the time embedding */
     float *e;              /* (6,frames,D): that plus a block's own modulation */

@@ -243,9 +243,9 @@ void arithmetic_digest(Precision precision, char hex[65]) {
     attention(&(Attention){.precision = precision, .q = x, .k = x, .v = y, .out = y + COUNT, .queries = L, .keys = L,
                            .heads = 2, .d = D / 2, .q_stride = D, .kv_stride = D, .out_stride = D, .scale = 0.5f});
     rms_norm(y + 2 * COUNT, x, L, D, gain, 1e-6f);
-    layer_norm(y + 3 * COUNT, x, L, D, 1e-6f, gain, gain, L);
+    layer_norm(rows_of(F32, y + 3 * COUNT, NULL, L, D), x, 1e-6f, gain, gain, L);
     memcpy(y + 4 * COUNT, x, sizeof x);
     silu(y + 4 * COUNT, y + 4 * COUNT, COUNT / 2);
-    gelu(y + 4 * COUNT + COUNT / 2, x, COUNT / 2);
+    gelu(rows_of(F32, y + 4 * COUNT + COUNT / 2, NULL, 1, COUNT / 2), x, NULL);
     sha256_of(y, sizeof y, hex);
 }

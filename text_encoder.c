@@ -82,6 +82,7 @@ typedef struct {
     float *x, *y;             /* (n,E): residual stream; its norm, then a layer's output */
     float *q, *k, *v, *mixed; /* (n, heads*d); mixed is attention's output */
     float *gate, *up;         /* (n, ffn_dim) */
+    void *narrow;             /* gelu(gate) * up, unless in float32 */
     float *bias;              /* (heads, 2n-1): at key - query + n-1 */
 } Buffers;
 
@@ -91,6 +92,7 @@ static Buffers lay_out(Arena *arena, const TextEncoder *e, int n) {
     return (Buffers){arena_floats(arena, E),     arena_floats(arena, E),     arena_floats(arena, inner),
                      arena_floats(arena, inner), arena_floats(arena, inner), arena_floats(arena, inner),
                      arena_floats(arena, ffn),   arena_floats(arena, ffn),
+                     arena_take(arena, rows_memory(e->blocks->fc2.precision, n, e->ffn_dim)),
                      arena_floats(arena, (size_t)e->num_heads * (2 * n - 1))};
 }
 
@@ -103,7 +105,7 @@ size_t text_encoder_memory(const TextEncoder *encoder, int n) {
 size_t text_encoder_scratch(const TextEncoder *e, int n) {
     const TextBlock *block = e->blocks;
     size_t products = larger_size(linear_memory(&block->q, n), linear_memory(&block->o, n));
-    products = larger_size(products, larger_size(linear_memory(&block->gate, n), linear_memory(&block->fc2, n)));
+    products = larger_size(products, larger_size(linear_memory(&block->gate, n), product_memory(&block->fc2, n)));
     return larger_size(products, attention_memory(F32, n, e->num_heads, e->head_dim));
 }
 
@@ -131,14 +133,12 @@ static void attend(const TextEncoder *e, const TextBlock *block, Buffers *b, int
 }
 
 static void feed_forward(const TextEncoder *e, const TextBlock *block, Buffers *b, int n) {
-    size_t ffn = (size_t)n * e->ffn_dim;
+    Rows hidden = rows_of(block->fc2.precision, b->gate, b->narrow, n, e->ffn_dim);
     rms_norm(b->y, b->x, n, e->dim, block->norm2, e->eps);
     linear(b->gate, b->y, n, &block->gate);
     linear(b->up, b->y, n, &block->fc1);
-    gelu(b->gate, b->gate, ffn);
-    multiply(b->gate, b->up, ffn);
-    linear(b->y, b->gate, n, &block->fc2);
-    add(b->x, b->y, (size_t)n * e->dim);
+    gelu(hidden, b->gate, b->up);
+    product(b->x, hidden, &block->fc2, ACCUMULATE);
 }
 
 void text_encode(const TextEncoder *encoder, const int32_t *ids, int n, float *embeds) {

@@ -63,7 +63,7 @@ static int patch_volume(const Transformer *t) {
 }
 
 static void read_config(const WeightFile *file, Transformer *t) {
-    t->dim = weights_size(file, "wan.dim", 1 << 16);
+    t->dim = weights_size(file, "wan.dim", MAX_WIDTH);
     t->ffn_dim = weights_size(file, "wan.ffn_dim", 1 << 18);
     t->freq_dim = weights_size(file, "wan.freq_dim", 1 << 16);
     t->in_dim = weights_size(file, "wan.in_dim", 1 << 12);
@@ -124,7 +124,7 @@ void text_context_fill(const Transformer *t, const float *embeds, int n, TextCon
     float *embedded = allocate(sizeof(float) * (size_t)positions * D);       /* (positions, D) */
     memcpy(text, embeds, sizeof(float) * (size_t)n * t->text_dim);
     linear(hidden, text, positions, &t->text_embedding_0);
-    gelu(hidden, hidden, (size_t)positions * D);
+    gelu(rows_of(F32, hidden, NULL, positions, D), hidden, NULL);
     linear(embedded, hidden, positions, &t->text_embedding_2);
     for (int i = 0; i < t->num_layers; i++) {
         const AttentionLayers *attn = &t->blocks[i].cross_attn;
@@ -188,6 +188,7 @@ TransformerState transformer_state_take(Arena *arena, const Transformer *t, int 
     s.x = arena_floats(arena, L * D);
     s.y = arena_floats(arena, L * D);
     s.wide = arena_floats(arena, larger_size(wide, (size_t)frames * t->freq_dim));
+    s.narrow = arena_take(arena, rows_memory(t->precision, (int)L, larger(D, t->ffn_dim)));
     s.time = arena_floats(arena, (size_t)frames * D);
     s.modulation = arena_floats(arena, 6 * (size_t)frames * D);
     s.e = arena_floats(arena, 6 * (size_t)frames * D);
@@ -272,6 +273,8 @@ void transformer_forward(const Transformer *t, TransformerState *s, const TextCo
     float *new_k = k + (size_t)past * D, *new_v = v + (size_t)past * D;          /* (L,D): the chunk's rows of k, v */
     float *e = s->e;                                          /* (6,frames,D): the block's shifts, scales and gates */
     float *wide = s->wide;                                    /* (L,D) or (L,ffn_dim), over q, k, v after their use */
+    Rows rows = rows_of(t->precision, y, s->narrow, L, D);    /* (L,D): y as products read it */
+    Rows hidden = rows_of(t->precision, wide, s->narrow, L, t->ffn_dim); /* (L,ffn_dim): wide, likewise */
 #define E(which) (e + (size_t)(which) * frames * D)
     Rope rope_k = s->rope, rope_q = rope_k;
     for (int f = 0; f < cache->frames + frames; f++)
@@ -288,10 +291,10 @@ void transformer_forward(const Transformer *t, TransformerState *s, const TextCo
         modulate(e, block->modulation, MODULATIONS, frames, D, s->modulation, MODULATIONS * D, D);
 
         /* self attention */
-        layer_norm(y, x, L, D, t->eps, E(SCALE), E(SHIFT), tokens);
-        linear(q, y, L, &self->q);
-        linear(new_k, y, L, &self->k);
-        linear(new_v, y, L, &self->v);
+        layer_norm(rows, x, t->eps, E(SCALE), E(SHIFT), tokens);
+        product(q, rows, &self->q, REPLACE);
+        product(new_k, rows, &self->k, REPLACE);
+        product(new_v, rows, &self->v, REPLACE);
         rms_norm(q, q, L, D, self->norm_q, t->eps);
         rms_norm(new_k, new_k, L, D, self->norm_k, t->eps);
         kv_cache_read(cache, i, k, v);
@@ -300,30 +303,31 @@ void transformer_forward(const Transformer *t, TransformerState *s, const TextCo
         rope(k, past + L, t->num_heads, &rope_k);
         attend.k = k, attend.v = v, attend.keys = past + L, attend.bias = NULL;
         attention(&attend);
-        linear(wide, y, L, &self->o);
+        narrow_rows(rows, y);
+        product(wide, rows, &self->o, REPLACE);
         add_gated(x, wide, L, D, E(GATE), tokens);
 
         /* cross attention */
-        layer_norm(y, x, L, D, t->eps, block->norm3_weight, block->norm3_bias, L);
-        linear(q, y, L, &cross->q);
+        layer_norm(rows, x, t->eps, block->norm3_weight, block->norm3_bias, L);
+        product(q, rows, &cross->q, REPLACE);
         rms_norm(q, q, L, D, cross->norm_q, t->eps);
         size_t at = (size_t)i * text->positions * D;
         attend.k = text->keys + at, attend.v = text->values + at, attend.keys = text->positions;
         attend.bias = text->bias;
         attention(&attend);
-        linear(wide, y, L, &cross->o);
-        add(x, wide, (size_t)L * D);
+        narrow_rows(rows, y);
+        product(x, rows, &cross->o, ACCUMULATE);
 
         /* feed-forward network */
-        layer_norm(y, x, L, D, t->eps, E(FFN_SCALE), E(FFN_SHIFT), tokens);
-        linear(wide, y, L, &block->ffn_0);
-        gelu(wide, wide, (size_t)L * t->ffn_dim);
-        linear(y, wide, L, &block->ffn_2);
+        layer_norm(rows, x, t->eps, E(FFN_SCALE), E(FFN_SHIFT), tokens);
+        product(wide, rows, &block->ffn_0, REPLACE);
+        gelu(hidden, wide, NULL);
+        product(y, hidden, &block->ffn_2, REPLACE);
         add_gated(x, y, L, D, E(FFN_GATE), tokens);
         tap(x, SHAPE(L, D), "block%02d", i);
     }
     modulate(e, t->head_modulation, 2, frames, D, s->time, D, 0);
-    layer_norm(y, x, L, D, t->eps, E(SCALE), E(SHIFT), tokens);
+    layer_norm(rows_of(F32, y, NULL, L, D), x, t->eps, E(SCALE), E(SHIFT), tokens);
     linear(wide, y, L, &t->head);
     unpatch(t, s, L, wide, velocity);
     tap_frames(velocity, SHAPE(t->out_dim, frames, s->H, s->W), "velocity");
@@ -340,7 +344,7 @@ size_t transformer_scratch(const Transformer *t, int frames, int L, int keys, in
     int d = t->dim / t->num_heads;
     size_t most = attention_memory(t->precision, larger(keys, positions), t->num_heads, d);
     for (size_t i = 0; i < sizeof products / sizeof *products; i++)
-        most = larger_size(most, linear_memory(products[i].layer, products[i].rows));
+        most = larger_size(most, product_memory(products[i].layer, products[i].rows));
     return most;
 }
 

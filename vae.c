@@ -59,7 +59,7 @@
 
 /* ---------------------------------------------------------------- weights: a list of layers */
 
-enum { MAX_LEVELS = 8 };
+enum { MAX_LEVELS = 8, MAX_CHANNELS = 4096 };
 
 /* The levels of both halves, the one with the most pixels first. */
 typedef struct {
@@ -350,29 +350,29 @@ typedef struct {
     int columns;           /* of the output */
 } ConvInput;
 
-/* Addresses of the pixels under each tap, for output pixel `row`. Taps are ordered (t, y, x). Padding is on all sides;
- * with stride 2, only below and to the right. */
-static void locate_pixel(const void *of, int row, const void **where) {
+/* The pixel under a tap, for output pixel `row` and those that follow in its line. Taps are ordered (t, y, x). Padding
+ * is on all sides; with stride 2, only below and to the right. */
+static Segment locate_pixel(const void *of, int row, int rows, int tap) {
     const ConvInput *input = of;
     const Conv *conv = input->conv;
-    int pad = conv->stride == 1 ? conv->kh / 2 : 0, stored = input->width / conv->up;
-    int top = row / input->columns * conv->stride - pad, left = row % input->columns * conv->stride - pad;
-    for (int t = input->skip; t < conv->kt; t++)
-        for (int y = top; y < top + conv->kh; y++) {
-            int line = y / conv->up * stored;
-            bool inside = y >= 0 && y < input->height;
-            for (int x = left; x < left + conv->kw; x++, where++) {
-                bool here = inside && x >= 0 && x < input->width;
-                *where = here ? input->frames[t] + (size_t)(line + x / conv->up) * input->pixel : input->zeros;
-            }
-        }
+    int pad = conv->stride == 1 ? conv->kh / 2 : 0, column = row % input->columns;
+    int y = row / input->columns * conv->stride - pad + tap / conv->kw % conv->kh;
+    int x = column * conv->stride - pad + tap % conv->kw, t = input->skip + tap / (conv->kw * conv->kh);
+    int left = smaller(rows, input->columns - column); /* pixels of the line */
+    if (y < 0 || y >= input->height || x >= input->width) return (Segment){input->zeros, 0, left};
+    if (x < 0) return (Segment){input->zeros, 0, 1};
+    size_t place = (size_t)(y / conv->up * (input->width / conv->up) + x / conv->up);
+    Segment run = {input->frames[t] + place * input->pixel, input->pixel * (size_t)conv->stride, 1};
+    if (conv->up == 1) run.rows = smaller(left, ceiling(input->width - x, conv->stride));
+    return run;
 }
 
 static void run_conv(const ConvInput *input, float *out, int mode) {
     const Conv *conv = input->conv;
     int area = conv->kh * conv->kw, skip = input->skip * area;
     Rows rows = {.rows = input->height / conv->stride * input->columns, .segments = conv->kt * area - skip,
-                 .n = conv->in, .skip = skip, .locate = locate_pixel, .of = input};
+                 .n = conv->in, .skip = skip, .locate = locate_pixel, .of = input,
+                 .precision = conv->layer.precision};
     product(out, rows, &conv->layer, mode);
 }
 
@@ -406,14 +406,21 @@ static void convolve(const VaeStream *s, Grid *grid, const Conv *conv, FeatCache
 
 static int pixels_of(const Grid *grid) { return grid->height * grid->width; }
 
-/* grid->operands from x (pixels, n), narrowed to the VAE's precision */
+/* grid->operands as rows (pixels, n) */
+static Rows operands_of(const VaeStream *s, const Grid *grid, int n) {
+    Precision precision = s->vae->precision;
+    return (Rows){.rows = pixels_of(grid), .segments = 1, .n = n, .of = grid->operands,
+                  .stride = row_bytes(precision, n), .precision = precision};
+}
+
+/* grid->operands from x (pixels, n) */
 static void to_operands(const VaeStream *s, Grid *grid, const float *x, int n) {
-    narrow_rows(s->vae->precision, grid->operands, row_bytes(s->vae->precision, n), x, pixels_of(grid), n);
+    narrow_rows(operands_of(s, grid, n), x);
 }
 
 /* grid->operands from silu(norm(x)) */
 static void norm_silu(const VaeStream *s, Grid *grid, const float *x, int n, const float *gamma) {
-    l2_norm_silu(s->vae->precision, grid->operands, x, pixels_of(grid), n, gamma);
+    l2_norm_silu(operands_of(s, grid, n), x, gamma);
 }
 
 static void convolution(VaeStream *s, Grid *grid, const VaeLayer *layer, LayerState *state) {

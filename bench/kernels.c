@@ -63,15 +63,14 @@ typedef struct {
     float *y;
 } Convolution;
 
-static void locate(const void *of, int row, const void **where) {
+static Segment locate(const void *of, int row, int rows, int tap) {
     const Convolution *c = of;
-    int top = row / c->side - 1, left = row % c->side - 1;
-    for (int t = 0; t < KERNEL; t++)
-        for (int y = top; y < top + KERNEL; y++)
-            for (int x = left; x < left + KERNEL; x++, where++) {
-                bool inside = x >= 0 && x < c->side && y >= 0 && y < c->side;
-                *where = inside ? c->frames + ((size_t)(t * c->side + y) * c->side + x) * c->pixel : c->zeros;
-            }
+    int x = row % c->side - 1 + tap % KERNEL, y = row / c->side - 1 + tap / KERNEL % KERNEL;
+    int t = tap / (KERNEL * KERNEL), left = smaller(rows, c->side - row % c->side);
+    if (y < 0 || y >= c->side || x >= c->side) return (Segment){c->zeros, 0, left};
+    if (x < 0) return (Segment){c->zeros, 0, 1};
+    const char *at = c->frames + ((size_t)(t * c->side + y) * c->side + x) * c->pixel;
+    return (Segment){at, c->pixel, smaller(left, c->side - x)};
 }
 
 static void run_convolution(void *with) {
@@ -84,7 +83,8 @@ static void bench_convolution(Precision precision, int side, int channels) {
     int pixels = side * side;
     size_t pixel = row_bytes(precision, channels);
     char *operands = hold(3 * pixels * pixel);
-    narrow_rows(precision, operands, pixel, random_floats(3 * (size_t)pixels * channels), 3 * pixels, channels);
+    narrow_rows((Rows){.rows = 3 * pixels, .segments = 1, .n = channels, .of = operands, .stride = pixel,
+                  .precision = precision}, random_floats(3 * (size_t)pixels * channels));
     Convolution c = {random_linear(precision, channels, TAPS * channels), side, channels, operands, hold(pixel), pixel,
                      hold(sizeof(float) * (size_t)pixels * channels)};
     double weights = (double)TAPS * channels * channels;

@@ -417,8 +417,6 @@ enum { SCALE_BYTES = 64 }; /* a scale has a cache line of its own, so that bytes
 size_t row_bytes(Precision precision, int n);
 size_t row_offset(Precision precision, int k); /* of element k; for INT8 where a chunk starts */
 void narrow_row(Precision precision, void *row, const float *x, int n);
-/* L rows of n floats, side by side, to row operands `stride` bytes apart. */
-void narrow_rows(Precision precision, void *rows, size_t stride, const float *x, int L, int n);
 
 /* A packed row, which a tile reads: elements side by side, of bfloat16 filled up with zeros to the tile's step. Its
  * bytes are also the stride from one packed row to the next. */
@@ -426,8 +424,10 @@ size_t packed_bytes(Precision precision, int n);
 size_t packed_offset(Precision precision, int k); /* of element k; for INT8 where a chunk starts */
 bool tiles_take_floats(Precision precision);   /* with F32; with BF16 where tiles do not multiply pairs */
 bool tiles_take_operands(Precision precision); /* a row operand is a packed row already */
-/* From elements [from, from+n) of a row operand in segments of `each` elements; or from n floats, not INT8. */
-void pack_row(Precision precision, void *packed, const void *const *segments, int each, int from, int n);
+/* Elements [from, from+n) of a row operand to element `done` of a packed row. */
+void pack_piece(Precision precision, void *packed, int done, const void *row, int from, int n);
+void fill_up(Precision precision, void *packed, int n); /* n elements with zeros, up to a whole step */
+/* A packed row from n floats, not INT8. */
 void pack_floats(Precision precision, void *packed, const float *x, int n);
 
 /* A panel: C columns of n elements, the elements of one k (pairs: of two; INT8: of four) side by side. */
@@ -470,20 +470,34 @@ Linear linear_bind(const WeightFile *file, Precision precision, int O, int I, in
 void linear(float *y, const float *x, int L, const Linear *layer);
 size_t linear_memory(const Linear *layer, int L); /* bytes of scratch that it takes */
 
-/* Row operands that a product reads where they lie: row r of x is `segments` runs of n elements, narrowed to
- * the layer's precision; locate() writes where each starts. A convolution has a segment for each tap (Dukhan, The
- * Indirect Convolution Algorithm, 2019). A linear layer has one, and no locate(): its rows lie `stride` bytes apart
- * at `of`. INT8 takes one segment. */
+/* Where a segment of a row lies, and in how many rows from this one on it lies evenly spaced, `stride` bytes apart. */
+typedef struct {
+    const char *at;
+    size_t stride;
+    int rows;
+} Segment;
+
+/* Row operands that a product reads where they lie: a row of x is `segments` runs of n elements, narrowed to
+ * the layer's precision; locate() says where they are, of at most `rows` rows. A convolution has a segment for each tap
+ * (Dukhan, The Indirect Convolution Algorithm, 2019). A linear layer has one, and no locate(): its rows lie `stride`
+ * bytes apart at `of`. INT8 takes one segment. */
 enum { MAX_SEGMENTS = 27 }; /* taps of a 3x3x3 convolution */
 typedef struct {
     int rows, segments, n;
-    /* Runs before these that are zeros: their weights are left out, which changes no bit of a sum. */
+    /* Segments before these that are zeros: their weights are left out, which changes no bit of a sum. */
     int skip;
-    void (*locate)(const void *of, int row, const void **where);
+    Segment (*locate)(const void *of, int row, int rows, int segment);
     const void *of;
     size_t stride;
+    Precision precision;
     bool whole_tiles; /* the memory behind the last row can be read up to a whole tile; its contents do not matter */
 } Rows;
+Segment rows_locate(const Rows *x, int row, int rows, int segment); /* whichever way it is said */
+
+/* L rows of n elements, which rows.c writes: in float32 at x, side by side; else in `memory` (rows_memory() bytes),
+ * spaced as tiles read them best. */
+Rows rows_of(Precision precision, float *x, void *memory, int L, int n);
+size_t rows_memory(Precision precision, int L, int n);
 
 enum { REPLACE, ACCUMULATE };
 /* y = or += x @ weight (O, segments*n) + bias */
@@ -515,17 +529,18 @@ size_t attention_memory(Precision precision, int keys, int heads, int d); /* byt
 void rms_norm(float *y, const float *x, int L, int n, const float *gain, float eps);
 /* x / |x| * sqrt(n) * gain (the VAE's) */
 void l2_norm(float *y, const float *x, int L, int n, const float *gain);
-/* silu(l2_norm(x)) as row operands; n <= MAX_CHANNELS. */
-enum { MAX_CHANNELS = 4096 };
-void l2_norm_silu(Precision precision, void *rows, const float *x, int L, int n, const float *gain);
-/* scale, shift (L/each, n): row l uses row l / each of them. So it is with the gate of add_gated(). */
-void layer_norm(float *y, const float *x, int L, int n, float eps, const float *scale, const float *shift, int each);
 void silu(float *y, const float *x, size_t n);
 void relu(float *y, const float *x, size_t n); /* max(x, 0); NaN stays NaN */
-void gelu(float *y, const float *x, size_t n);
 void add(float *y, const float *x, size_t n);                                      /* y += x */
-void multiply(float *y, const float *x, size_t n);                                 /* y *= x */
 void add_gated(float *y, const float *x, int L, int n, const float *gate, int each); /* y += x * gate (L/each, n) */
+
+/* These write what a product reads next: rows with one segment and no locate(). */
+enum { MAX_WIDTH = 1 << 14 }; /* n, at most, of the norms */
+void narrow_rows(Rows y, const float *x);
+void l2_norm_silu(Rows y, const float *x, const float *gain); /* silu(l2_norm(x)) */
+/* scale, shift (L/each, n): row l uses row l / each of them. So it is with the gate of add_gated(). */
+void layer_norm(Rows y, const float *x, float eps, const float *scale, const float *shift, int each);
+void gelu(Rows y, const float *x, const float *factor); /* gelu(x) * factor; factor may be NULL */
 
 /* RoPE of tokens ordered (t, h, w). The pairs (x[2i], x[2i+1]) of a head are split into three runs, for t, h and w.
  * Each run is rotated by the angles of the token's position on its axis. */

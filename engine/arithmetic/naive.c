@@ -55,12 +55,9 @@ static void naive_product(float *y, const Rows *x, const Linear *layer, int mode
         for (int s = 0; s < x->segments; s++)
             narrow_row(layer->precision, w + s * bytes, floats + (x->skip + s) * n, n);
         for (int r = 0; r < x->rows; r++) {
-            const void *where[MAX_SEGMENTS];
             float sum = 0, *out = y + (size_t)r * O + o;
-            if (x->locate) x->locate(x->of, r, where);
-            else where[0] = (const char *)x->of + (size_t)r * x->stride;
             for (int s = 0; s < x->segments; s++)
-                sum = dot(layer->precision, sum, where[s], w + s * bytes, n);
+                sum = dot(layer->precision, sum, rows_locate(x, r, 1, s).at, w + s * bytes, n);
             if (layer->bias) sum += layer->bias[o];
             *out = mode == ACCUMULATE ? *out + sum : sum;
         }

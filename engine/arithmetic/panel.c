@@ -64,11 +64,6 @@ void narrow_row(Precision precision, void *row, const float *x, int n) {
         narrow_chunk((uint8_t *)row + row_offset(INT8, k), x + k, smaller(INT8_CHUNK, n - k));
 }
 
-void narrow_rows(Precision precision, void *rows, size_t stride, const float *x, int L, int n) {
-    PARALLEL_ROWS(l, L, n)
-        narrow_row(precision, (char *)rows + l * stride, x + (size_t)l * n, n);
-}
-
 /* ---------------------------------------------------------------- packed rows */
 
 /* Whole cache lines, and one more: rows that lie a power of two apart would share a few sets of the cache. */
@@ -82,29 +77,19 @@ size_t packed_offset(Precision precision, int k) {
     return tiles_take_floats(precision) ? sizeof(float) * (size_t)k : row_offset(precision, k);
 }
 
-/* Elements [at, at+n) of a segment to element `done` of a packed row. */
-static void pack_piece(Precision precision, void *packed, int done, const void *segment, int at, int n) {
-    if (precision == F32) memcpy((float *)packed + done, (const float *)segment + at, sizeof(float) * (size_t)n);
-    else if (!tiles_take_floats(BF16)) memcpy((uint16_t *)packed + done, (const uint16_t *)segment + at, 2 * (size_t)n);
-    else kernels->from_bf16((float *)packed + done, (const uint16_t *)segment + at, (size_t)n);
+void pack_piece(Precision precision, void *packed, int done, const void *row, int from, int n) {
+    const char *in = (const char *)row + row_offset(precision, from);
+    char *out = (char *)packed + packed_offset(precision, done);
+    if (precision == BF16 && tiles_take_floats(BF16))
+        kernels->from_bf16((float *)(void *)out, (const uint16_t *)(const void *)in, (size_t)n);
+    else
+        memcpy(out, in, row_bytes(precision, n));
 }
 
-/* Fills n elements of bfloat16 up to a step. */
-static void fill_up(uint16_t *packed, int n) {
-    memset(packed + n, 0, 2 * (size_t)(round_up(n, kernels->tile[BF16].step) - n));
-}
-
-void pack_row(Precision precision, void *packed, const void *const *segments, int each, int from, int n) {
-    if (precision == INT8) {
-        memcpy(packed, (const char *)segments[0] + row_offset(INT8, from), row_bytes(INT8, n));
-        return;
-    }
-    segments += from / each;
-    for (int done = 0, at = from % each, piece; done < n; done += piece, at = 0) {
-        piece = smaller(each - at, n - done);
-        pack_piece(precision, packed, done, *segments++, at, piece);
-    }
-    if (precision == BF16 && !tiles_take_floats(BF16)) fill_up(packed, n);
+void fill_up(Precision precision, void *packed, int n) {
+    int filled = round_up(n, kernels->tile[precision].step);
+    if (precision == BF16 && !tiles_take_floats(BF16))
+        memset((uint16_t *)packed + n, 0, sizeof(uint16_t) * (size_t)(filled - n));
 }
 
 /* y = x as bfloat16 and back; y may be x. */
@@ -122,7 +107,7 @@ void pack_floats(Precision precision, void *packed, const float *x, int n) {
         memcpy(packed, x, sizeof(float) * (size_t)n);
     } else if (!tiles_take_floats(BF16)) {
         kernels->to_bf16(packed, x, (size_t)n);
-        fill_up(packed, n);
+        fill_up(precision, packed, n);
     } else {
         round_row(packed, x, n);
     }

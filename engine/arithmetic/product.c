@@ -41,7 +41,6 @@
 
 enum {
     BLOCK_TILES = 8,        /* row tiles a task takes at once */
-    BLOCK_ROWS = BLOCK_TILES * MAX_TILE_ROWS, /* at most */
     TASK_PANELS = 16,       /* and panels, at most */
     GROUP_BYTES = 16 << 20, /* of packed panels, unless one is larger */
     STREAM_BYTES = 4 << 20, /* a larger result will have left the second-level cache before it is read */
@@ -104,38 +103,51 @@ static void pack_whole(const Product *p, int panel) {
                    p->first + panel * kernels->tile_cols, p->x->skip * p->x->n + k, smaller(part, p->K - k));
 }
 
-/* Segment s of a tile's rows where it lies, if tiles can read it there: if the rows are evenly spaced. Rows a multiple
- * of 4 KB apart would share one set of the first-level cache. Else `at` is NULL. */
-static Span segment_of(const Product *p, const void *(*where)[MAX_SEGMENTS], int s, int rows) {
-    uintptr_t at = (uintptr_t)where[0][s], stride = rows > 1 ? (uintptr_t)where[1][s] - at : 0;
-    bool whole = rows == p->tile->rows || p->x->whole_tiles || stride == 0;
-    bool readable = whole && (stride == 0 || stride % 4096);
-    for (int i = 2; i < rows; i++) readable &= (uintptr_t)where[i][s] == at + (size_t)i * stride;
-    return (Span){.at = readable ? where[0][s] : NULL, .stride = stride};
+Segment rows_locate(const Rows *x, int row, int rows, int segment) {
+    if (x->locate) return x->locate(x->of, row, rows, segment);
+    return (Segment){(const char *)x->of + (size_t)row * x->stride, x->stride, rows};
+}
+
+/* Whether tiles can read `rows` rows in place: if they are evenly spaced. Rows a multiple of 4 KB apart would share one
+ * set of the first-level cache. */
+static bool readable(const Product *p, Segment found, int rows) {
+    bool whole = rows == p->tile->rows || p->x->whole_tiles || found.stride == 0;
+    return found.rows >= rows && whole && (found.stride == 0 || found.stride % 4096);
+}
+
+/* n elements of a segment, from element `from` on, to element `done` of packed rows. `found`: of the first rows. */
+static void pack_rows(const Product *p, char *packed, int done, Segment found, int row, int rows, int segment, int from,
+                      int n) {
+    Precision precision = p->layer->precision;
+    size_t stride = packed_bytes(precision, p->tile->part);
+    for (int i = 0; i < rows; i++, found.rows--, found.at += found.stride) {
+        if (found.rows == 0) found = rows_locate(p->x, row + i, rows - i, segment);
+        pack_piece(precision, packed + i * stride, done, found.at, from, n);
+    }
 }
 
 /* n elements of the task's rows, from k on, as spans: where they lie, or packed. Where they lie, only bytes are filled
  * up to a whole step. */
-static void find_spans(const Product *p, Task *task, const void *(*where)[MAX_SEGMENTS], int k, int n) {
+static void find_spans(const Product *p, Task *task, int k, int n) {
     Precision precision = p->layer->precision;
-    int R = p->tile->rows, segment = p->x->n;
-    bool in_place = tiles_take_operands(precision) && (precision == INT8 || segment % p->tile->step == 0);
+    int R = p->tile->rows, each = p->x->n;
+    bool in_place = tiles_take_operands(precision) && (precision == INT8 || each % p->tile->step == 0);
     size_t stride = packed_bytes(precision, p->tile->part);
     for (int t = 0; t < task->tiles; t++) {
-        int rows = smaller(R, task->rows - t * R);
+        int rows = smaller(R, task->rows - t * R), row = task->row + t * R;
+        char *packed = task->packed + (size_t)(t * R) * stride;
         Span *span = task->spans[t];
-        for (int done = 0, at = k; done < n; done += span->n, at = k + done, span++) {
-            *span = in_place ? segment_of(p, where + t * R, at / segment, rows) : (Span){0};
-            span->n = in_place ? smaller(n - done, segment - at % segment) : n;
-            if (span->at) {
-                span->at += row_offset(precision, at % segment);
-                continue;
-            }
-            char *packed = task->packed + (size_t)(t * R) * stride + packed_offset(precision, done);
-            for (int i = 0; i < rows; i++)
-                pack_row(precision, packed + i * stride, where[t * R + i], segment, at, span->n);
-            span->at = packed, span->stride = stride;
+        *span = (Span){packed, stride, n};
+        for (int done = 0, piece; done < n; done += piece) {
+            int segment = (k + done) / each, from = (k + done) % each;
+            piece = smaller(n - done, each - from);
+            Segment found = rows_locate(p->x, row, rows, segment);
+            bool here = in_place && readable(p, found, rows);
+            if (here) *span++ = (Span){found.at + row_offset(precision, from), found.stride, piece};
+            else pack_rows(p, packed, done, found, row, rows, segment, from, piece);
+            if (in_place && !here) *span++ = (Span){packed + packed_offset(precision, done), stride, piece};
         }
+        for (int i = 0; !in_place && i < rows; i++) fill_up(precision, packed + i * stride, n);
     }
 }
 
@@ -203,24 +215,15 @@ static void multiply_part(const Product *p, const Task *task, int k, int n) {
     }
 }
 
-static void locate_rows(const Product *p, const Task *task, const void *(*where)[MAX_SEGMENTS]) {
-    for (int i = 0; i < task->rows; i++) {
-        if (p->x->locate) p->x->locate(p->x->of, task->row + i, where[i]);
-        else where[i][0] = (const char *)p->x->of + (size_t)(task->row + i) * p->x->stride;
-    }
-}
-
 static void run_task(const Product *p, Task task, char *memory) {
-    const void *where[BLOCK_ROWS][MAX_SEGMENTS];
     task.tiles = ceiling(task.rows, p->tile->rows);
     task.sums = (float *)(void *)memory;
     task.packed = memory + sums_bytes(p->layer->precision);
     task.own = task.packed + rows_bytes(p->layer->precision);
-    locate_rows(p, &task, where);
     tiles_enter();
     for (int k = 0, part; k < p->K; k += part) {
         part = smaller(p->tile->part, p->K - k);
-        find_spans(p, &task, where, k, part);
+        find_spans(p, &task, k, part);
         multiply_part(p, &task, k, part);
     }
     tiles_leave();
@@ -285,26 +288,28 @@ void product(float *y, Rows x, const Linear *layer, int mode) {
 
 size_t product_memory(const Linear *layer, int rows) { return region_bytes(layer, rows); }
 
-/* Of a row that linear() narrows: as packed rows lie, so that tiles can read it there. */
-static size_t narrow_bytes(const Linear *layer) {
-    return CACHE_LINE + whole_lines(row_bytes(layer->precision, layer->weight.cols));
+/* Of a narrowed row: as packed rows lie, so that tiles can read it there. */
+static size_t narrow_bytes(Precision precision, int n) { return CACHE_LINE + whole_lines(row_bytes(precision, n)); }
+
+size_t rows_memory(Precision precision, int L, int n) {
+    return precision == F32 ? 0 : narrow_bytes(precision, n) * (size_t)round_up(L, kernels->tile[precision].rows);
 }
 
-/* A region, then the row operands: in float32, x is that already. */
+Rows rows_of(Precision precision, float *x, void *memory, int L, int n) {
+    Rows rows = {.rows = L, .segments = 1, .n = n, .precision = precision};
+    if (precision == F32) rows.of = x, rows.stride = sizeof *x * (size_t)n;
+    else rows.of = memory, rows.stride = narrow_bytes(precision, n), rows.whole_tiles = true;
+    return rows;
+}
+
 size_t linear_memory(const Linear *layer, int L) {
-    int rows = layer->precision == F32 ? 0 : round_up(L, kernels->tile[layer->precision].rows);
-    return product_memory(layer, L) + (size_t)rows * narrow_bytes(layer);
+    return product_memory(layer, L) + rows_memory(layer->precision, L, layer->weight.cols);
 }
 
 void linear(float *y, const float *x, int L, const Linear *layer) {
-    int I = layer->weight.cols;
-    Rows rows = {.rows = L, .segments = 1, .n = I, .of = x, .stride = sizeof(float) * (size_t)I};
     char *memory = scratch(linear_memory(layer, L));
-    if (layer->precision != F32) {
-        char *narrow = memory + product_memory(layer, L);
-        rows.of = narrow, rows.stride = narrow_bytes(layer), rows.whole_tiles = true;
-        narrow_rows(layer->precision, narrow, rows.stride, x, L, I);
-    }
+    Rows rows = rows_of(layer->precision, (float *)x, memory + product_memory(layer, L), L, layer->weight.cols);
+    narrow_rows(rows, x);
     run_product(y, &rows, layer, REPLACE, memory);
 }
 
