@@ -60,6 +60,7 @@
 /* ---------------------------------------------------------------- weights: a list of layers */
 
 enum { MAX_LEVELS = 8, MAX_CHANNELS = 4096 };
+_Static_assert((int)MAX_CHANNELS <= (int)MAX_WIDTH, "l2_norm_silu() has room for a pixel");
 
 /* The levels of both halves, the one with the most pixels first. */
 typedef struct {
@@ -350,8 +351,9 @@ typedef struct {
     int columns;           /* of the output */
 } ConvInput;
 
-/* The pixel under a tap, for output pixel `row` and those that follow in its line. Taps are ordered (t, y, x). Padding
- * is on all sides; with stride 2, only below and to the right. */
+/* The pixel under a tap, for output pixel `row` and those that follow: as far as the line goes; past its end if the tap
+ * is in the middle; one pixel where the image is doubled. Taps are ordered (t, y, x). Padding is on all sides; with
+ * stride 2, only below and to the right. */
 static Segment locate_pixel(const void *of, int row, int rows, int tap) {
     const ConvInput *input = of;
     const Conv *conv = input->conv;
@@ -364,6 +366,8 @@ static Segment locate_pixel(const void *of, int row, int rows, int tap) {
     size_t place = (size_t)(y / conv->up * (input->width / conv->up) + x / conv->up);
     Segment run = {input->frames[t] + place * input->pixel, input->pixel * (size_t)conv->stride, 1};
     if (conv->up == 1) run.rows = smaller(left, ceiling(input->width - x, conv->stride));
+    if (conv->up == 1 && conv->stride == 1 && x == column)
+        run.rows = smaller(rows, (input->height - y) * input->width - x);
     return run;
 }
 
@@ -371,8 +375,7 @@ static void run_conv(const ConvInput *input, float *out, int mode) {
     const Conv *conv = input->conv;
     int area = conv->kh * conv->kw, skip = input->skip * area;
     Rows rows = {.rows = input->height / conv->stride * input->columns, .segments = conv->kt * area - skip,
-                 .n = conv->in, .skip = skip, .locate = locate_pixel, .of = input,
-                 .precision = conv->layer.precision};
+                 .n = conv->in, .skip = skip, .locate = locate_pixel, .of = input};
     product(out, rows, &conv->layer, mode);
 }
 

@@ -470,7 +470,8 @@ Linear linear_bind(const WeightFile *file, Precision precision, int O, int I, in
 void linear(float *y, const float *x, int L, const Linear *layer);
 size_t linear_memory(const Linear *layer, int L); /* bytes of scratch that it takes */
 
-/* Where a segment of a row lies, and in how many rows from this one on it lies evenly spaced, `stride` bytes apart. */
+/* Where a segment of a row lies. The same segment of the rows after it, `rows` in all and at least 1, follows `stride`
+ * bytes apart. */
 typedef struct {
     const char *at;
     size_t stride;
@@ -489,7 +490,7 @@ typedef struct {
     Segment (*locate)(const void *of, int row, int rows, int segment);
     const void *of;
     size_t stride;
-    Precision precision;
+    Precision precision; /* of what rows.c writes there; a product takes its layer's */
     bool whole_tiles; /* the memory behind the last row can be read up to a whole tile; its contents do not matter */
 } Rows;
 Segment rows_locate(const Rows *x, int row, int rows, int segment); /* whichever way it is said */
@@ -535,8 +536,8 @@ void add(float *y, const float *x, size_t n);                                   
 void add_gated(float *y, const float *x, int L, int n, const float *gate, int each); /* y += x * gate (L/each, n) */
 
 /* These write what a product reads next: rows with one segment and no locate(). */
-enum { MAX_WIDTH = 1 << 14 }; /* n, at most, of the norms */
-void narrow_rows(Rows y, const float *x);
+enum { MAX_WIDTH = 1 << 14 }; /* n, at most, of the norms: a row is computed on the stack, in 64 KiB */
+void narrow_rows(Rows y, const float *x); /* x itself stays as it is if it is y */
 void l2_norm_silu(Rows y, const float *x, const float *gain); /* silu(l2_norm(x)) */
 /* scale, shift (L/each, n): row l uses row l / each of them. So it is with the gate of add_gated(). */
 void layer_norm(Rows y, const float *x, float eps, const float *scale, const float *shift, int each);

@@ -16,9 +16,10 @@
  *         out += v^T @ weights
  *     divide by the sums, transpose, write
  *
- * `maximum` is subtracted so that exp() does not overflow. It need not be the highest score: it is that of the first 32
- * keys, until 32 weights of a query add up to more than MOST. Then the values so far are added, what was summed is
- * multiplied by exp(old - new), and the weights are computed again.
+ * `maximum` is subtracted so that exp() does not overflow. It need not be the highest score. It starts as the highest
+ * of the first 32 that are not all hidden. If 32 later weights of a query add up to more than MOST, the values of the keys
+ * before them are added to `out`, `out` and the sum are multiplied by exp(old - new), and the 32 weights are computed
+ * again.
  *
  * exp(x) is 2^n 2^r, where n + r = x log2 e and 0 <= r < 1; 2^r is a polynomial in r, whose error is below 3e-6.
  * Weights are then rounded to 8 bits, and it is these that are summed. */
@@ -31,8 +32,8 @@
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512bf16")))
 
 enum { SIDE = 16, WIDE = 2 * SIDE, CHUNK = 512, BLOCK_PANELS = 8 };
-static const float MOST = 0x1p64f, LOWEST = -FLT_MAX; /* LOWEST: the maximum before the first key */
-static const Ahead nothing = {.run = 1 << 30};
+static const float MOST = 0x1p32f, LOWEST = -FLT_MAX; /* LOWEST: the maximum before the first key */
+static const Ahead nothing = {.at = "", .run = 1 << 30};
 
 /* Where a head's narrowed keys and values lie. Keys are rows of d. Values are transposed, chunk by chunk: d rows of
  * CHUNK keys. Zeros fill all sizes up to whole tiles. Strides are in bytes. */
@@ -45,8 +46,8 @@ typedef struct {
 
 static Plan make_plan(const Attention *a) {
     Plan p = {.a = a, .d = round_up(a->d, WIDE), .keys = round_up(a->keys, WIDE), .chunks = ceiling(a->keys, CHUNK)};
-    p.key_stride = CACHE_LINE + sizeof(uint16_t) * (size_t)p.d; /* no powers of two: see packed_bytes() */
-    p.value_stride = CACHE_LINE + sizeof(uint16_t) * CHUNK;
+    p.key_stride = CACHE_LINE * (size_t)(p.d / WIDE | 1); /* odd numbers of lines: see packed_bytes() */
+    p.value_stride = CACHE_LINE * (CHUNK / WIDE | 1);
     p.keys_size = p.key_stride * (size_t)p.keys;
     p.chunk_size = p.value_stride * (size_t)p.d;
     p.head_size = p.keys_size + p.chunk_size * (size_t)p.chunks;
@@ -123,10 +124,9 @@ static TARGET void pack_values(const Plan *p, int head, int chunk) {
 
 /* ---------------------------------------------------------------- one panel of queries and one chunk of keys */
 
-/* 2^x; 0 where x is below -150; NaN stays NaN. A polynomial gives 2^r, where x = n + r and 0 <= r < 1. VSCALEFPS
- * multiplies by 2^n. */
+/* 2^x; 0 where x is below -150; NaN stays NaN. A polynomial gives 2^r, where x = n + r and 0 <= r < 1 (r is 0 for
+ * -infinity). VSCALEFPS multiplies by 2^n. */
 static inline TARGET __m512 power_of_two(__m512 x) {
-    x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x); /* -infinity has no r */
     __m512 r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     __m512 y = _mm512_set1_ps(0.0135410074f);
     y = _mm512_fmadd_ps(y, r, _mm512_set1_ps(0.0519984066f));
@@ -161,8 +161,8 @@ static void score(const Panel *p, float *scores, int from) {
     for (int i = (p->keys - from) * WIDE; i < WIDE * WIDE; i++) scores[i] = -INFINITY;
 }
 
-/* The weights of scores, which are added to the sums. Returns false, and adds nothing, if a maximum is too low. */
-static TARGET bool soften(const Panel *p, const float *scores, int from) {
+/* The weights of scores, which are added to the sums. If maxima are too low, returns whose, and adds nothing. */
+static TARGET uint32_t soften(const Panel *p, const float *scores, int from) {
     uint16_t *weights = p->weights + from * WIDE;
     __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     __m512 factor = _mm512_set1_ps(p->factor), most = _mm512_set1_ps(MOST);
@@ -178,20 +178,24 @@ static TARGET bool soften(const Panel *p, const float *scores, int from) {
             sum[half] = _mm512_dpbf16_ps(sum[half], (__m512bh)pairs, ones);
             _mm512_storeu_si512(weights + (j + half) * WIDE, pairs);
         }
-    if (_mm512_cmp_ps_mask(sum[0], most, _CMP_GT_OQ) | _mm512_cmp_ps_mask(sum[1], most, _CMP_GT_OQ)) return false;
+    uint32_t low = _mm512_cmp_ps_mask(sum[0], most, _CMP_GT_OQ);
+    low |= (uint32_t)_mm512_cmp_ps_mask(sum[1], most, _CMP_GT_OQ) << SIDE;
+    if (low) return low;
     for (int half = 0; half < 2; half++) {
         float *total = p->sum + half * SIDE;
         _mm512_storeu_ps(total, _mm512_add_ps(_mm512_loadu_ps(total), sum[half]));
     }
-    return true;
+    return 0;
 }
 
-/* Raises the maxima to those of scores, and rescales what was summed under lower ones. */
-static TARGET void raise_maxima(const Panel *p, const float *scores) {
-    for (int i = 0; i < WIDE; i += SIDE) {
+/* Raises the maxima that are too low to those of scores, and rescales what was summed under them. */
+static TARGET void raise_maxima(const Panel *p, const float *scores, uint32_t low) {
+    for (int i = 0; i < WIDE; i += SIDE, low >>= SIDE) {
         __m512 before = _mm512_loadu_ps(p->maximum + i), highest = before, factor = _mm512_set1_ps(p->factor);
-        for (int j = 0; j < WIDE; j++) highest = _mm512_max_ps(highest, _mm512_loadu_ps(scores + j * WIDE + i));
+        for (int j = 0; j < WIDE; j++)
+            highest = _mm512_mask_max_ps(highest, (__mmask16)low, highest, _mm512_loadu_ps(scores + j * WIDE + i));
         __m512 rescale = power_of_two(_mm512_mul_ps(_mm512_sub_ps(before, highest), factor));
+        rescale = _mm512_mask_mov_ps(_mm512_set1_ps(1), (__mmask16)low, rescale);
         for (float *row = p->out + i; row < p->out + p->d * WIDE; row += WIDE)
             _mm512_storeu_ps(row, _mm512_mul_ps(_mm512_loadu_ps(row), rescale));
         _mm512_storeu_ps(p->sum + i, _mm512_mul_ps(_mm512_loadu_ps(p->sum + i), rescale));
@@ -215,10 +219,11 @@ static void attend_chunk(const Panel *p, float *scores) {
     for (int from = 0; from < keys; from += WIDE) {
         float *now = scores + from % (2 * WIDE) * WIDE, *next = scores + (from + WIDE) % (2 * WIDE) * WIDE;
         if (from + WIDE < keys) score(p, next, from + WIDE);
-        if (soften(p, now, from)) continue;
+        uint32_t low = soften(p, now, from);
+        if (!low) continue;
         add_values(p, pending, from);
         pending = from;
-        raise_maxima(p, now);
+        raise_maxima(p, now, low);
         soften(p, now, from);
     }
     add_values(p, pending, keys);

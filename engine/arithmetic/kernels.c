@@ -213,7 +213,9 @@ static bool can_avx512(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw");
 }
 #ifdef HAS_AMX
-static bool can_run_amx(void) { return can_avx512() && __builtin_cpu_supports("avx512bf16") && can_amx(); }
+static bool can_run_amx(void) {
+    return can_avx512() && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bf16") && can_amx();
+}
 #endif
 static bool can_avx512vnni(void) { return can_avx512() && __builtin_cpu_supports("avx512vnni"); }
 static bool can_avx512bf16(void) { return can_avx512vnni() && __builtin_cpu_supports("avx512bf16"); }

@@ -126,8 +126,8 @@ static void pack_rows(const Product *p, char *packed, int done, Segment found, i
     }
 }
 
-/* n elements of the task's rows, from k on, as spans: where they lie, or packed. Where they lie, only bytes are filled
- * up to a whole step. */
+/* n elements of the task's rows, from k on, as spans: where they lie, or packed. Of those in place, only INT8's are
+ * filled up to a whole step. */
 static void find_spans(const Product *p, Task *task, int k, int n) {
     Precision precision = p->layer->precision;
     int R = p->tile->rows, each = p->x->n;

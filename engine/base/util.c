@@ -93,12 +93,16 @@ const char *reason(const char *format, ...) {
 
 /* Large blocks ask for pages of 2 MiB: a processor finds them faster, and the kernel clears them faster. */
 void *allocate(size_t bytes) {
-    enum { HUGE = 1 << 21, LARGE = 4 * HUGE };
-    size_t size = whole_lines(bytes ? bytes : 1);
-    void *p = size >= bytes ? aligned_alloc(size < LARGE ? CACHE_LINE : HUGE, size) : NULL;
+    enum { LARGE_PAGE = 1 << 21, LARGE_BLOCK = 4 * LARGE_PAGE };
+    size_t size = whole_lines(bytes ? bytes : 1), page = CACHE_LINE;
+#ifdef MADV_HUGEPAGE
+    if (size >= LARGE_BLOCK) page = LARGE_PAGE;
+#endif
+    size_t whole = (size + page - 1) / page * page; /* aligned_alloc() wants a multiple; the rest is not touched */
+    void *p = whole >= bytes ? aligned_alloc(page, whole) : NULL;
     if (!p) die(STATUS_RESOURCE, "out of memory: cannot allocate %.1f MiB", bytes / 1048576.0);
 #ifdef MADV_HUGEPAGE
-    if (size >= LARGE) madvise(p, size / HUGE * HUGE, MADV_HUGEPAGE); /* without them all is the same, but slower */
+    if (page == LARGE_PAGE) madvise(p, size / page * page, MADV_HUGEPAGE); /* if it fails, all is the same but slower */
 #endif
     return memset(p, 0, size);
 }
