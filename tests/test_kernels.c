@@ -285,10 +285,9 @@ static const char *pixel_under(const Convolution *c, int row, int tap) {
 /* Every second time it says less than is so. */
 static Segment locate(const void *of, int row, int rows, int tap) {
     const Convolution *c = of;
-    Segment run = {pixel_under(c, row, tap), 0, 1};
-    if (rows > 1) run.stride = (size_t)((uintptr_t)pixel_under(c, row + 1, tap) - (uintptr_t)run.at);
-    for (const char *next = run.at + run.stride; run.rows < rows; run.rows++, next += run.stride)
-        if (pixel_under(c, row + run.rows, tap) != next) break;
+    const char *at = pixel_under(c, row, tap);
+    Segment run = {at, at == c->zeros ? 0 : row_bytes(c->precision, c->channels), 1};
+    while (run.rows < rows && pixel_under(c, row + run.rows, tap) == at + (size_t)run.rows * run.stride) run.rows++;
     if (row % 2) run.rows = ceiling(run.rows, 2);
     return run;
 }

@@ -120,9 +120,9 @@ static void pack_rows(const Product *p, char *packed, int done, Segment found, i
                       int n) {
     Precision precision = p->layer->precision;
     size_t stride = packed_bytes(precision, p->tile->part);
-    for (int i = 0; i < rows; i++, found.rows--, found.at += found.stride) {
-        if (found.rows == 0) found = rows_locate(p->x, row + i, rows - i, segment);
-        pack_piece(precision, packed + i * stride, done, found.at, from, n);
+    for (int i = 0, in_run = 0; i < rows; i++, in_run++) {
+        if (in_run == found.rows) found = rows_locate(p->x, row + i, rows - i, segment), in_run = 0;
+        pack_piece(precision, packed + i * stride, done, found.at + (size_t)in_run * found.stride, from, n);
     }
 }
 
