@@ -365,9 +365,9 @@ static Segment locate_pixel(const void *of, int row, int rows, int tap) {
     if (x < 0) return (Segment){input->zeros, 0, 1};
     size_t place = (size_t)(y / conv->up * (input->width / conv->up) + x / conv->up);
     Segment run = {input->frames[t] + place * input->pixel, input->pixel * (size_t)conv->stride, 1};
-    if (conv->up == 1) run.rows = smaller(left, ceiling(input->width - x, conv->stride));
-    if (conv->up == 1 && conv->stride == 1 && x == column)
-        run.rows = smaller(rows, (input->height - y) * input->width - x);
+    if (conv->up > 1) return run;
+    run.rows = smaller(left, ceiling(input->width - x, conv->stride));
+    if (conv->stride == 1 && x == column) run.rows = smaller(rows, (input->height - y) * input->width - x);
     return run;
 }
 
@@ -412,8 +412,7 @@ static int pixels_of(const Grid *grid) { return grid->height * grid->width; }
 /* grid->operands as rows (pixels, n) */
 static Rows operands_of(const VaeStream *s, const Grid *grid, int n) {
     Precision precision = s->vae->precision;
-    return (Rows){.rows = pixels_of(grid), .segments = 1, .n = n, .of = grid->operands,
-                  .stride = row_bytes(precision, n), .precision = precision};
+    return rows_at(precision, grid->operands, row_bytes(precision, n), pixels_of(grid), n);
 }
 
 /* grid->operands from x (pixels, n) */

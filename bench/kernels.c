@@ -83,8 +83,8 @@ static void bench_convolution(Precision precision, int side, int channels) {
     int pixels = side * side;
     size_t pixel = row_bytes(precision, channels);
     char *operands = hold(3 * pixels * pixel);
-    narrow_rows((Rows){.rows = 3 * pixels, .segments = 1, .n = channels, .of = operands, .stride = pixel,
-                  .precision = precision}, random_floats(3 * (size_t)pixels * channels));
+    narrow_rows(rows_at(precision, operands, pixel, 3 * pixels, channels),
+                random_floats(3 * (size_t)pixels * channels));
     Convolution c = {random_linear(precision, channels, TAPS * channels), side, channels, operands, hold(pixel), pixel,
                      hold(sizeof(float) * (size_t)pixels * channels)};
     double weights = (double)TAPS * channels * channels;

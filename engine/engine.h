@@ -424,8 +424,7 @@ size_t packed_bytes(Precision precision, int n);
 size_t packed_offset(Precision precision, int k); /* of element k; for INT8 where a chunk starts */
 bool tiles_take_floats(Precision precision);   /* with F32; with BF16 where tiles do not multiply pairs */
 bool tiles_take_operands(Precision precision); /* a row operand is a packed row already */
-/* Elements [from, from+n) of a row operand to element `done` of a packed row. */
-void pack_piece(Precision precision, void *packed, int done, const void *row, int from, int n);
+void pack_piece(Precision precision, void *packed, const void *row, int n); /* n elements of a row operand */
 void fill_up(Precision precision, void *packed, int n); /* n elements with zeros, up to a whole step */
 /* A packed row from n floats, not INT8. */
 void pack_floats(Precision precision, void *packed, const float *x, int n);
@@ -495,6 +494,8 @@ typedef struct {
 } Rows;
 Segment rows_locate(const Rows *x, int row, int rows, int segment); /* whichever way it is said */
 
+/* L rows of n elements that lie `stride` bytes apart. */
+Rows rows_at(Precision precision, const void *of, size_t stride, int L, int n);
 /* L rows of n elements, which rows.c writes: in float32 at x, side by side; else in `memory` (rows_memory() bytes),
  * spaced as tiles read them best. */
 Rows rows_of(Precision precision, float *x, void *memory, int L, int n);

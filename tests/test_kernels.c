@@ -298,8 +298,7 @@ static void compute_convolution(void *with, float *y) {
     size_t bytes = row_bytes(c.precision, c.channels);
     c.zeros = allocate(bytes);
     c.frames = allocate(bytes * 3 * PIXELS);
-    narrow_rows((Rows){.rows = 3 * PIXELS, .segments = 1, .n = c.channels, .of = c.frames, .stride = bytes,
-                  .precision = c.precision}, c.x);
+    narrow_rows(rows_at(c.precision, c.frames, bytes, 3 * PIXELS, c.channels), c.x);
     Rows rows = {.rows = PIXELS, .segments = 18, .n = c.channels, .skip = 9, .locate = locate, .of = &c};
     product(y, rows, &layer, REPLACE);
     product(y, rows, &layer, ACCUMULATE);

@@ -17,9 +17,9 @@
  *     divide by the sums, transpose, write
  *
  * `maximum` is subtracted so that exp() does not overflow. It need not be the highest score. It starts as the highest
- * of the first 32 that are not all hidden. If 32 later weights of a query add up to more than MOST, the values of the keys
- * before them are added to `out`, `out` and the sum are multiplied by exp(old - new), and the 32 weights are computed
- * again.
+ * of the first 32 that are not all hidden. If 32 later weights of a query add up to more than MOST, the values of the
+ * keys before them are added to `out`, `out` and the sum are multiplied by exp(old - new), and the 32 weights are
+ * computed again.
  *
  * exp(x) is 2^n 2^r, where n + r = x log2 e and 0 <= r < 1; 2^r is a polynomial in r, whose error is below 3e-6.
  * Weights are then rounded to 8 bits, and it is these that are summed. */
@@ -138,10 +138,9 @@ static inline TARGET __m512 power_of_two(__m512 x) {
 
 /* A panel of a head's queries, beginning with number `query`, and a chunk of keys, beginning with number `key`. */
 typedef struct {
-    const Attention *a;
-    int head, query, key, keys, d; /* keys: how many; d rounded up */
+    const Plan *plan;
+    int head, query, key, keys; /* keys: how many */
     const char *packed_keys, *packed_values;
-    size_t key_stride, value_stride;
     const char *queries;        /* a panel of d */
     float *out, *maximum, *sum; /* [d][WIDE], [WIDE], [WIDE] */
     uint16_t *weights;          /* a panel of the chunk's keys */
@@ -150,8 +149,8 @@ typedef struct {
 
 /* scores [WIDE keys][WIDE queries] of the keys from `from` on; past the last key -infinity */
 static void score(const Panel *p, float *scores, int from) {
-    const Attention *a = p->a;
-    const Span keys = {p->packed_keys + from * p->key_stride, p->key_stride, p->d};
+    const Attention *a = p->plan->a;
+    const Span keys = {p->packed_keys + from * p->plan->key_stride, p->plan->key_stride, p->plan->d};
     amx_tile_bf16(scores, WIDE, REPLACE, &keys, 1, p->queries, nothing);
     for (int j = 0; a->bias && j < smaller(WIDE, p->keys - from); j++)
         for (int i = 0; i < smaller(WIDE, a->queries - p->query); i++) {
@@ -196,7 +195,7 @@ static TARGET void raise_maxima(const Panel *p, const float *scores, uint32_t lo
             highest = _mm512_mask_max_ps(highest, (__mmask16)low, highest, _mm512_loadu_ps(scores + j * WIDE + i));
         __m512 rescale = power_of_two(_mm512_mul_ps(_mm512_sub_ps(before, highest), factor));
         rescale = _mm512_mask_mov_ps(_mm512_set1_ps(1), (__mmask16)low, rescale);
-        for (float *row = p->out + i; row < p->out + p->d * WIDE; row += WIDE)
+        for (float *row = p->out + i; row < p->out + p->plan->d * WIDE; row += WIDE)
             _mm512_storeu_ps(row, _mm512_mul_ps(_mm512_loadu_ps(row), rescale));
         _mm512_storeu_ps(p->sum + i, _mm512_mul_ps(_mm512_loadu_ps(p->sum + i), rescale));
         _mm512_storeu_ps(p->maximum + i, highest);
@@ -205,10 +204,10 @@ static TARGET void raise_maxima(const Panel *p, const float *scores, uint32_t lo
 
 /* out += the values of keys [from, to), times their weights */
 static void add_values(const Panel *p, int from, int to) {
-    for (int i = 0; i < p->d && from < to; i += WIDE) {
-        const char *values = p->packed_values + i * p->value_stride + sizeof(uint16_t) * (size_t)from;
-        amx_tile_bf16(p->out + i * WIDE, WIDE, ACCUMULATE, &(Span){values, p->value_stride, to - from}, 1,
-                      p->weights + from * WIDE, nothing);
+    size_t stride = p->plan->value_stride;
+    for (int i = 0; i < p->plan->d && from < to; i += WIDE) {
+        const Span values = {p->packed_values + i * stride + sizeof(uint16_t) * (size_t)from, stride, to - from};
+        amx_tile_bf16(p->out + i * WIDE, WIDE, ACCUMULATE, &values, 1, p->weights + from * WIDE, nothing);
     }
 }
 
@@ -234,10 +233,10 @@ static void attend_chunk(const Panel *p, float *scores) {
 static Panel panel_of(const Plan *p, const Block *b, int head, int query, int panel, int chunk) {
     const Attention *a = p->a;
     const char *keys = p->packed + (size_t)head * p->head_size, *values = keys + p->keys_size;
-    return (Panel){.a = a, .head = head, .query = query + panel * WIDE, .d = p->d,
+    return (Panel){.plan = p, .head = head, .query = query + panel * WIDE,
                    .key = chunk * CHUNK, .keys = smaller(CHUNK, a->keys - chunk * CHUNK),
-                   .packed_keys = keys + (size_t)(chunk * CHUNK) * p->key_stride, .key_stride = p->key_stride,
-                   .packed_values = values + (size_t)chunk * p->chunk_size, .value_stride = p->value_stride,
+                   .packed_keys = keys + (size_t)(chunk * CHUNK) * p->key_stride,
+                   .packed_values = values + (size_t)chunk * p->chunk_size,
                    .queries = b->queries + (size_t)panel * p->d * WIDE * sizeof(uint16_t),
                    .out = b->out + panel * p->d * WIDE, .maximum = b->maximum + panel * WIDE,
                    .sum = b->sum + panel * WIDE, .weights = b->weights,

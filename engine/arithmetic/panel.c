@@ -77,13 +77,9 @@ size_t packed_offset(Precision precision, int k) {
     return tiles_take_floats(precision) ? sizeof(float) * (size_t)k : row_offset(precision, k);
 }
 
-void pack_piece(Precision precision, void *packed, int done, const void *row, int from, int n) {
-    const char *in = (const char *)row + row_offset(precision, from);
-    char *out = (char *)packed + packed_offset(precision, done);
-    if (precision == BF16 && tiles_take_floats(BF16))
-        kernels->from_bf16((float *)(void *)out, (const uint16_t *)(const void *)in, (size_t)n);
-    else
-        memcpy(out, in, row_bytes(precision, n));
+void pack_piece(Precision precision, void *packed, const void *row, int n) {
+    if (precision == BF16 && tiles_take_floats(BF16)) kernels->from_bf16(packed, row, (size_t)n);
+    else memcpy(packed, row, row_bytes(precision, n));
 }
 
 void fill_up(Precision precision, void *packed, int n) {

@@ -115,14 +115,15 @@ static bool readable(const Product *p, Segment found, int rows) {
     return found.rows >= rows && whole && (found.stride == 0 || found.stride % 4096);
 }
 
-/* n elements of a segment, from element `from` on, to element `done` of packed rows. `found`: of the first rows. */
-static void pack_rows(const Product *p, char *packed, int done, Segment found, int row, int rows, int segment, int from,
-                      int n) {
+/* n elements of a segment, from element `from` on, of the rows from `row` on, to packed rows. */
+static void pack_rows(const Product *p, char *packed, int row, int rows, int segment, int from, int n) {
     Precision precision = p->layer->precision;
     size_t stride = packed_bytes(precision, p->tile->part);
+    Segment found = {0};
     for (int i = 0, in_run = 0; i < rows; i++, in_run++) {
         if (in_run == found.rows) found = rows_locate(p->x, row + i, rows - i, segment), in_run = 0;
-        pack_piece(precision, packed + i * stride, done, found.at + (size_t)in_run * found.stride, from, n);
+        pack_piece(precision, packed + i * stride,
+                   found.at + (size_t)in_run * found.stride + row_offset(precision, from), n);
     }
 }
 
@@ -137,15 +138,17 @@ static void find_spans(const Product *p, Task *task, int k, int n) {
         int rows = smaller(R, task->rows - t * R), row = task->row + t * R;
         char *packed = task->packed + (size_t)(t * R) * stride;
         Span *span = task->spans[t];
-        *span = (Span){packed, stride, n};
+        if (!in_place) *span = (Span){packed, stride, n};
         for (int done = 0, piece; done < n; done += piece) {
             int segment = (k + done) / each, from = (k + done) % each;
             piece = smaller(n - done, each - from);
             Segment found = rows_locate(p->x, row, rows, segment);
-            bool here = in_place && readable(p, found, rows);
-            if (here) *span++ = (Span){found.at + row_offset(precision, from), found.stride, piece};
-            else pack_rows(p, packed, done, found, row, rows, segment, from, piece);
-            if (in_place && !here) *span++ = (Span){packed + packed_offset(precision, done), stride, piece};
+            Span here = {packed + packed_offset(precision, done), stride, piece};
+            if (in_place && readable(p, found, rows))
+                here = (Span){found.at + row_offset(precision, from), found.stride, piece};
+            else
+                pack_rows(p, packed + packed_offset(precision, done), row, rows, segment, from, piece);
+            if (in_place) *span++ = here;
         }
         for (int i = 0; !in_place && i < rows; i++) fill_up(precision, packed + i * stride, n);
     }
@@ -295,10 +298,14 @@ size_t rows_memory(Precision precision, int L, int n) {
     return precision == F32 ? 0 : narrow_bytes(precision, n) * (size_t)round_up(L, kernels->tile[precision].rows);
 }
 
+Rows rows_at(Precision precision, const void *of, size_t stride, int L, int n) {
+    return (Rows){.rows = L, .segments = 1, .n = n, .of = of, .stride = stride, .precision = precision};
+}
+
 Rows rows_of(Precision precision, float *x, void *memory, int L, int n) {
-    Rows rows = {.rows = L, .segments = 1, .n = n, .precision = precision};
-    if (precision == F32) rows.of = x, rows.stride = sizeof *x * (size_t)n;
-    else rows.of = memory, rows.stride = narrow_bytes(precision, n), rows.whole_tiles = true;
+    if (precision == F32) return rows_at(F32, x, sizeof *x * (size_t)n, L, n);
+    Rows rows = rows_at(precision, memory, narrow_bytes(precision, n), L, n);
+    rows.whole_tiles = true;
     return rows;
 }
 
