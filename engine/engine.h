@@ -513,7 +513,7 @@ size_t product_memory(const Linear *layer, int rows); /* bytes of scratch that i
  * a key from a query. A query from which all keys are hidden gets NaN. */
 enum { TILE_KEYS = 128 }; /* keys after which the softmax rescales, a rounding: the same but on AMX in BF16 */
 typedef struct {
-    Precision precision; /* F32 or BF16; bytes are too coarse here, INT8 counts as F32 */
+    Precision precision; /* F32 or BF16; bytes are too coarse here, INT8 counts as BF16 */
     const float *q, *k, *v;
     float *out;
     int queries, keys, heads, d;

@@ -93,12 +93,13 @@ static void check_damage(Bytes file, Thing written) {
 static void check_arithmetic(void) {
     char digests[PRECISIONS][65], again[65];
     for (int p = 0; p < PRECISIONS; p++) {
-        kernels_choose("auto");
+        kernels_choose("naive");
         arithmetic_digest((Precision)p, digests[p]);
-        if (p == BF16) continue;
         FOR_TABLES(name) {
+            bool same_bits = p == F32 || kernels->order_of_bf16 == RISING; /* INT8's attention is in BF16 */
             arithmetic_digest((Precision)p, again);
-            CHECK(!strcmp(again, digests[p]), "%s, %s kernels: another digest", precision_name((Precision)p), name);
+            CHECK(!same_bits || !strcmp(again, digests[p]), "%s, %s kernels: another digest",
+                  precision_name((Precision)p), name);
         }
     }
     kernels_choose("auto");

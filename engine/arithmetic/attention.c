@@ -132,7 +132,7 @@ static void attend(const Plan *plan, int head, int query, int rows, char *memory
 
 /* Packed keys and values of all heads, then a block's memory for each thread. */
 static Plan make_plan(const Attention *a) {
-    Plan plan = {.a = a, .precision = a->precision == BF16 ? BF16 : F32, .C = kernels->tile_cols};
+    Plan plan = {.a = a, .precision = a->precision == F32 ? F32 : BF16, .C = kernels->tile_cols};
     plan.tile = &kernels->tile[plan.precision];
     int rows = BLOCK_ROWS * plan.tile->rows;
     plan.width = round_up(a->d, plan.C);
