@@ -19,8 +19,8 @@ static Bytes trim(Bytes text) {
     return text;
 }
 
-/* Parses a number below 10^6; with `fraction`, it may have decimals. Returns -1 for anything else. The number is the one
- * nearest to the text, which a sum of digits times 0.1, 0.01 ... is not. */
+/* Parses a number below 10^6; with `fraction`, it may have decimals. Returns -1 for anything else. The number is the
+ * one nearest to the text, which a sum of digits times 0.1, 0.01 ... is not. */
 static double parse_part(Bytes text, bool fraction) {
     double value = 0, scale = 1; /* all digits as an integer; 10 to the number of those after the point */
     size_t digits = 0;

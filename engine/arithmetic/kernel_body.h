@@ -49,8 +49,8 @@ static inline TARGET V NAME(v_exp)(V x) {
  *        |        |        |     |                |
  *        +--------+--------+     +----------------+
  *
- * Each round also fetches a little of what will be multiplied, or packed, next. (A span's end counts as that of a run of
- * rounds.) */
+ * Each round also fetches a little of what will be multiplied, or packed, next. (A span's end counts as that of a run
+ * of rounds.) */
 #define FOR_ROWS UNROLL for (int i = 0; i < TILE_ROWS; i++)
 #define FOR_VECTORS UNROLL for (int j = 0; j < TILE_VECTORS; j++)
 #define FETCH_AHEAD PREFETCH(ahead.at), ahead.at += ahead.bytes
