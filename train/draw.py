@@ -21,7 +21,7 @@ PAIR_HOMES = 0.25, 0.75  # x of two subjects that each move on their own
 OUTLINE_COLOUR = np.array([36, 30, 46], np.float32)
 OUTLINE_WIDTH = 0.014  # of the frame
 FILL = {name: np.array(rgb, np.float32) for name, rgb in {
-    "red": (220, 40, 40), "orange": (246, 140, 30), "yellow": (250, 215, 50), "green": (40, 190, 60),
+    "red": (220, 40, 40), "orange": (246, 140, 30), "yellow": (250, 215, 50), "green": (70, 230, 110),
     "blue": (45, 90, 225), "purple": (140, 60, 190), "pink": (250, 125, 190), "white": (250, 250, 250)}.items()}
 
 
