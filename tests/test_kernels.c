@@ -599,6 +599,19 @@ static void check_nan_in_attention(Precision precision) {
     free_attention(&a);
 }
 
+static void check_attention_of_int8(void) {
+    Attention narrow = random_attention(BF16, NULL), bytes = narrow;
+    float y[QUERIES * D], expected[QUERIES * D];
+    bytes.precision = INT8;
+    FOR_TABLES(name) {
+        compute_attention(&narrow, expected);
+        compute_attention(&bytes, y);
+        CHECK(!memcmp(y, expected, sizeof y), "%s: attention of int8 is not that of bf16", name);
+    }
+    kernels_choose("auto");
+    free_attention(&narrow);
+}
+
 static void check_nan_in_rows(void) {
     enum { L = 3, N = 67 };
     float *x = random_floats((L + 2) * N, 22), y[5 * L * N];
@@ -643,6 +656,7 @@ void test_kernels(void) {
         check_steep_attention((Precision)p);
         check_nan_in_attention((Precision)p);
     }
+    check_attention_of_int8();
     check_rows();
     check_extremes();
     check_f16();
