@@ -22,7 +22,7 @@
 
 TextEncoder text_encoder_load(const WeightFile *file, Precision precision) {
     TextEncoder e = {
-        .precision = precision == F32 ? F32 : BF16,
+        .precision = precision_of_floats(precision),
         .vocab_size = weights_size(file, "t5encoder.vocab_size", 1 << 24),
         .dim = weights_size(file, "t5encoder.embedding_length", 1 << 16),
         .ffn_dim = weights_size(file, "t5encoder.feed_forward_length", 1 << 18),

@@ -277,7 +277,7 @@ static void bind_tiny(const WeightFile *file, Vae *vae) {
 Vae vae_load(const WeightFile *file, Precision precision) {
     Vae vae = {.z_dim = weights_size(file, "vae.z_dim", MAX_CHANNELS),
                .patch_size = weights_size_or(file, "vae.patch_size", 16, 1),
-               .precision = precision == F32 ? F32 : BF16};
+               .precision = precision_of_floats(precision)};
     Levels levels = read_levels(file);
     check_shortcuts(file, &levels);
     vae.spatial_stride = vae.patch_size << (levels.count - 1);

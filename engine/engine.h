@@ -348,6 +348,7 @@ void weight_row(const Weight *weight, int row, float *out); /* converts row `row
  * 256; what is summed is float32 (for bytes: exact integers, then float32). */
 typedef enum { F32, BF16, INT8, PRECISIONS, AUTOMATIC } Precision;
 bool precision_parse(const char *name, Precision *out); /* "f32", "bf16" or "int8"; false for any other */
+Precision precision_of_floats(Precision precision); /* BF16 in place of INT8: for what has no arithmetic in bytes */
 const char *precision_name(Precision precision);
 
 /* What a type of weight is. */
@@ -513,7 +514,7 @@ size_t product_memory(const Linear *layer, int rows); /* bytes of scratch that i
  * a key from a query. A query from which all keys are hidden gets NaN. */
 enum { TILE_KEYS = 128 }; /* keys after which the softmax rescales, a rounding: the same but on AMX in BF16 */
 typedef struct {
-    Precision precision; /* F32 or BF16; bytes are too coarse here, INT8 counts as BF16 */
+    Precision precision; /* bytes are too coarse here: INT8 counts as BF16 */
     const float *q, *k, *v;
     float *out;
     int queries, keys, heads, d;

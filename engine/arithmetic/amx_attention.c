@@ -80,7 +80,7 @@ static size_t block_bytes(int d) {
 }
 
 size_t amx_attention_memory(Precision precision, int keys, int heads, int d) {
-    if (precision == F32) return tiles_attention_memory(precision, keys, heads, d);
+    if (precision != BF16) return tiles_attention_memory(precision, keys, heads, d);
     Plan p = make_plan(&(Attention){.keys = keys, .d = d});
     return p.head_size * (size_t)heads + block_bytes(p.d) * (size_t)threads_count();
 }
@@ -266,7 +266,7 @@ static void attend(const Plan *p, Block b, int head, int query) {
 }
 
 void amx_attention(const Attention *a) {
-    if (a->precision == F32) {
+    if (a->precision != BF16) {
         attention_in_tiles(a);
         return;
     }

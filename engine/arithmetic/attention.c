@@ -132,7 +132,7 @@ static void attend(const Plan *plan, int head, int query, int rows, char *memory
 
 /* Packed keys and values of all heads, then a block's memory for each thread. */
 static Plan make_plan(const Attention *a) {
-    Plan plan = {.a = a, .precision = a->precision == F32 ? F32 : BF16, .C = kernels->tile_cols};
+    Plan plan = {.a = a, .precision = a->precision, .C = kernels->tile_cols};
     plan.tile = &kernels->tile[plan.precision];
     int rows = BLOCK_ROWS * plan.tile->rows;
     plan.width = round_up(a->d, plan.C);
@@ -171,10 +171,12 @@ void attention_in_tiles(const Attention *a) {
 }
 
 size_t attention_memory(Precision precision, int keys, int heads, int d) {
-    return kernels->attention_memory(precision, keys, heads, d);
+    return kernels->attention_memory(precision_of_floats(precision), keys, heads, d);
 }
 
 void attention(const Attention *a) {
-    kernels->attention(a);
+    Attention floats = *a;
+    floats.precision = precision_of_floats(a->precision);
+    kernels->attention(&floats);
     profile_flops(4.0 * a->queries * a->keys * a->heads * a->d);
 }

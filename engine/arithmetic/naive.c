@@ -81,7 +81,7 @@ static float exponential(float x) {
 }
 
 static float rounded(Precision precision, float x) {
-    return precision == F32 ? x : float_of_bf16(bf16_of(x));
+    return precision == BF16 ? float_of_bf16(bf16_of(x)) : x;
 }
 
 /* out (d) of one query of one head. */

@@ -16,6 +16,8 @@ bool precision_parse(const char *name, Precision *out) {
     return false;
 }
 
+Precision precision_of_floats(Precision precision) { return precision == F32 ? F32 : BF16; }
+
 /* ---------------------------------------------------------------- the types of weights */
 
 /* Every type of ggml.h by its number. One without widen() is known to --info by name, and no product reads it. */
