@@ -1,5 +1,6 @@
 # make                    builds ./sora; variables: CC, CFLAGS, LDFLAGS, OPENMP=0 (one thread)
 # make demo               generates demo.y4m with the bundled model; PROMPT="a red cross spins at night"
+# make demo-minute        generates minute.y4m from the story in docs/demo/minute.txt
 # make test               runs all tests that need only a C compiler
 # make test-reference     compares with the reference implementations in Python
 # make faults             kills FAULTS=1000 runs, fills the disk in 750, and resumes them
@@ -62,6 +63,12 @@ demo: sora
 	./sora -o demo.y4m --prompt "$$DEMO_PROMPT"
 	@echo "Watch it: ffplay -loop 0 -x 480 -y 480 demo.y4m (or mpv, vlc); or convert it: ffmpeg -i demo.y4m demo.mp4"
 	@echo "No screen? ./sora --preview \"a blue star bounces on the grass\" draws in the terminal."
+
+# The model that generates in chunks; its training is not finished (train/README.md).
+demo-minute: sora
+	./sora -m train/further.gguf --seed 1 --seconds 60 --story docs/demo/minute.txt -o minute.y4m
+	@echo "Watch it: ffplay -x 480 -y 480 minute.y4m (or mpv, vlc)."
+	@echo "Watch it while it is made: ./sora -m train/further.gguf --seconds 60 --story docs/demo/minute.txt --preview"
 
 install: sora
 	install -d "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(PREFIX)/share/sora"
@@ -161,4 +168,4 @@ clean:
 	rm -rf build/release build/sanitize build/races sora
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d $(BUILD)/*/*/*.d)
-.PHONY: FORCE demo install uninstall test faults libfuzzer sanitize races fuzz test-reference clean
+.PHONY: FORCE demo demo-minute install uninstall test faults libfuzzer sanitize races fuzz test-reference clean

@@ -4,6 +4,7 @@
     python docs/pictures.py strip demo.y4m strip.png         # every fourth frame, side by side
     python docs/pictures.py animate demo.y4m demo.webp       # twice as large as the clip, at its own rate
     python docs/pictures.py grid                             # runs ./sora on PROMPTS, into docs/demo/ and the README
+    python docs/pictures.py minute                           # runs make demo-minute, into docs/demo/
     python docs/pictures.py curves build/train               # a training run's logs, into docs/training/train/ as they
                                                              # are and as a plot
     python docs/pictures.py table                            # docs/adherence/ as the table in docs/bundled-model.md
@@ -87,6 +88,13 @@ def grid():
     insert(ROOT / "README.md", "grid", ["<table>", *rows, "</table>"])
 
 
+def minute():
+    """The minute of `make demo-minute`: a frame a second, ten in a row."""
+    subprocess.run(["make", "-C", ROOT, "demo-minute"], check=True)
+    frames = video.read(ROOT / "minute.y4m")[0]
+    video.save_strips(GRID / "minute.webp", frames[:960].reshape(6, 160, *frames.shape[1:])[:, 8:], every=16)
+
+
 # The rows of the table: what was asked, and of which kind (train/adherence.py) and from which file it is.
 ASKED = [("one subject", "single", "False", "shares"),
          ("*one subject: drawn, through the VAE*", "single", "False", "ceiling"),
@@ -155,11 +163,14 @@ def main():
         command.add_argument("source", type=pathlib.Path)
         command.add_argument("target", type=pathlib.Path)
     commands.add_parser("grid")
+    commands.add_parser("minute")
     commands.add_parser("table")
     commands.add_parser("curves").add_argument("run", type=pathlib.Path)
     args = parser.parse_args()
     if args.command == "grid":
         grid()
+    elif args.command == "minute":
+        minute()
     elif args.command == "table":
         table()
     elif args.command == "curves":

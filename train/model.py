@@ -104,10 +104,11 @@ def _rotated(x, cos, sin):
     return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
 
 
-def _attend(q, k, v, bias=None):
+def _attend(q, k, v, bias=0.0):
     """Attention of q [B, N, heads, d] to k, v [B, L, heads, d]; bias is added to the logits."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return nn.functional.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2)
+    logits = q @ k.mT * q.shape[-1] ** -0.5 + bias
+    return (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
 def plain_block(block, x, e, turns, sees, text, bias, prompt_of):

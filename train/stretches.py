@@ -40,10 +40,13 @@ LONE_EVERY = 2, 4  # of so many stories of each, one has one scene
 SENTENCES = 8  # of the others
 TELLINGS = 6  # sets of captions of each story
 LASTS = 3, 5  # chunks that a sentence lasts, at least and at most: few, since where it changes is what is hard to learn
-LONE = "single", "single", "pair", "relation", world.TRIO, world.TRIO  # kinds of lone scenes, drawn from evenly
+# Kinds of lone scenes, drawn from evenly.
+LONE = "single", "single", "single", "pair", "relation", world.TRIO, world.TRIO
 FIRST = (*world.KINDS, world.TRIO)  # kinds of the others' first scenes
-# How often the lone scenes of each show what; those from anywhere characters: legs are hard to carry on.
-LONE_WEIGHTS = world.LEARNED_LAST, world.LEARNED_LAST | {"character": 10}
+# How often the lone scenes of each show what. A story's subjects are small, so lone ones are oftener medium and large.
+# Those from anywhere show characters: legs are hard to carry on.
+SIZED = world.LEARNED_LAST | {"small": 1, "medium": 2, "large": 2}
+LONE_WEIGHTS = SIZED, SIZED | {"character": 10}
 HALF_CELL = 4 / SIZE  # a latent is 8 pixels wide and high
 
 
@@ -147,7 +150,8 @@ def draw_ahead(shards, folder, seed, autoencoder, tokenizer, compiled, narrow):
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
     encode = functools.partial(vae.encode, autoencoder)
     # PyTorch 2.13 compiles the encoder wrongly in bfloat16 with AMX: of 45 frames it makes NaN.
-    encode = torch.compile(encode, dynamic=False) if compiled and not narrow else encode
+    wrong = narrow and torch.cpu._is_amx_tile_supported()
+    encode = torch.compile(encode, dynamic=False) if compiled and not wrong else encode
     for k in shards:
         if not path_of(folder, k).exists() and os.getppid() == parent:
             make_shard(k, folder, seed, encode, tokenizer, narrow)
