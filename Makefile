@@ -65,10 +65,11 @@ demo: sora
 	@echo "No screen? ./sora --preview \"a blue star bounces on the grass\" draws in the terminal."
 
 # The model that generates in chunks; its training is not finished (train/README.md).
+demo-minute: MINUTE = ./sora -m train/further.gguf --seed 1 --seconds 60 --story docs/demo/minute.txt
 demo-minute: sora
-	./sora -m train/further.gguf --seed 1 --seconds 60 --story docs/demo/minute.txt -o minute.y4m
+	$(MINUTE) -o minute.y4m
 	@echo "Watch it: ffplay -x 480 -y 480 minute.y4m (or mpv, vlc)."
-	@echo "Watch it while it is made: ./sora -m train/further.gguf --seconds 60 --story docs/demo/minute.txt --preview"
+	@echo "Watch it while it is made: $(MINUTE) --preview"
 
 install: sora
 	install -d "$(DESTDIR)$(PREFIX)/bin" "$(DESTDIR)$(PREFIX)/share/sora"

@@ -105,7 +105,10 @@ def _rotated(x, cos, sin):
 
 
 def _attend(q, k, v, bias=0.0):
-    """Attention of q [B, N, heads, d] to k, v [B, L, heads, d]; bias is added to the logits."""
+    """Attention of q [B, N, heads, d] to k, v [B, L, heads, d]; bias is added to the logits.
+
+    Written out, since the backward pass of PyTorch's own attention is slow on a CPU where sequences are short.
+    """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     logits = q @ k.mT * q.shape[-1] ** -0.5 + bias
     return (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)

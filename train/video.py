@@ -12,5 +12,5 @@ def read(path):
 
 
 def save_strips(path, clips, every=4):
-    """Every so many frames of each clip [F, H, W, 3] side by side, one row a clip, as a PNG."""
+    """Every so many frames of each clip [F, H, W, 3] side by side, one row a clip, as a picture."""
     Image.fromarray(np.concatenate([np.concatenate(list(clip[::every]), 1) for clip in clips])).save(path)
